@@ -1,0 +1,188 @@
+"""attach, detach, and what walks over an attached model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import nn
+
+from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
+from cpq_lightning.attach.audit import audit_first_forward, forget_first_forward
+from cpq_lightning.attach.select import Site, layer_settings, select, timm_ends
+from cpq_lightning.config import CPQConfig
+from cpq_lightning.nn import Quantizer
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def attach(model: M, config: CPQConfig | None = None) -> M:
+    """Quantize a model in place: weights at once, activations as soon as their ranges are known.
+
+    Each convolution and linear layer keeps its Parameters (the same objects, under the same names in
+    ``state_dict``) and gains a ``weight_quantizer`` and, unless ``act_bits`` is ``None``, an ``input_quantizer``.
+    Activation ranges come from :func:`calibrate`, or from the first batch of a forward in training mode. Where
+    anything is wrong the model is left as it was.
+
+    Args:
+        model: Any module; layers made later are not seen.
+        config: What to quantize, and how.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, or a
+            pattern of the config matches no layer.
+
+    Example:
+        >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
+        >>> [name for name, _ in quantizers(model)]
+        ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
+    """
+    config = config or CPQConfig()
+    if is_attached(model):
+        raise ValueError(
+            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
+        )
+    sites = select(model, config)
+    pairs = [_build(site, index) for index, site in enumerate(sites)]
+    for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
+        switch(site.layer, weight_quantizer, input_quantizer)
+    model.__dict__["_cpq_config"] = config
+    audit_first_forward(model)
+    if any(weight_quantizer.has_gates for weight_quantizer, _ in pairs):
+        model.register_forward_pre_hook(_advance_noise)
+    return model
+
+
+def _advance_noise(model: nn.Module, args: object) -> None:
+    """Each training forward of the whole model draws gates of its own, also where no callback counts batches."""
+    if model.training:
+        for _, quantizer in quantizers(model):
+            if quantizer.has_gates:
+                quantizer.noise_step.add_(1)
+
+
+def _build(site: Site, index: int) -> tuple[Quantizer, Quantizer | None]:
+    weight = site.layer._parameters["weight"]
+    assert weight is not None
+    weights = Quantizer(
+        "weight",
+        site.config,
+        key=2 * index,
+        numel=weight.numel(),
+        channels=weight.shape[site.channel_dim],
+        channel_dim=site.channel_dim,
+        exempt=site.exempt,
+        device=weight.device,
+    )
+    if not weight.is_meta:
+        weights.fit_weight(weight)
+    inputs = None
+    if site.config.act_bits is not None:
+        inputs = Quantizer("activation", site.config, key=2 * index + 1, exempt=site.exempt, device=weight.device)
+    for quantizer in (weights, inputs):
+        if quantizer is not None:
+            quantizer.train(site.layer.training)
+    return weights, inputs
+
+
+def detach(model: M) -> M:
+    """Give plain layers back, in place, with the quantized weights written into their Parameters.
+
+    Activations are no longer quantized. Weights evaluate as they did, to the bit.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
+    layers = dict(quantized_layers(model))
+    if not layers:
+        raise ValueError(f"The model {type(model).__name__} is not quantized: there is nothing to detach.")
+    for layer in layers.values():
+        switch_back(layer)
+    forget_first_forward(model)
+    model.__dict__.pop("_cpq_config", None)
+    for handle, hook in list(model._forward_pre_hooks.items()):
+        if hook is _advance_noise:
+            del model._forward_pre_hooks[handle]
+    return model
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether any layer of the model is quantized."""
+    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """The quantized layers of a model with their names, in registration order."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield name, module
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """The quantizers of a model with their names, in registration order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+def set_active(model: nn.Module, active: bool) -> None:
+    """Quantize, or pass weights and activations on in full precision."""
+    for _, quantizer in quantizers(model):
+        quantizer.configure(active=active)
+
+
+def refit(model: nn.Module) -> None:
+    """Fit all weight steps to the weights as they are now, and let the next training batch set activation ranges."""
+    for _, layer in quantized_layers(model):
+        layer.weight_quantizer.fit_weight(layer.full_precision_weight())
+        if layer.input_quantizer is not None:
+            layer.input_quantizer.configure(calibrated=False)
+
+
+def set_noise_step(model: nn.Module, step: int) -> None:
+    """Set the counter that DropBits' noise is drawn at; quantizers draw the same gates at the same counter."""
+    for _, quantizer in quantizers(model):
+        quantizer.noise_step.fill_(step)
+
+
+def attached_config(model: nn.Module) -> CPQConfig | None:
+    """The config that the model itself was attached with; ``None`` where only a part of it was, or nothing."""
+    return model.__dict__.get("_cpq_config")
+
+
+def correct_ends(model: nn.Module, order: list[str]) -> list[str]:
+    """Move ``first_last_bits`` to the layers that truly run first and last, where timm did not name them.
+
+    Args:
+        model: The model that was attached; where only a part of it was, nothing changes.
+        order: Names of its quantized layers in the order in which a forward called them.
+
+    Returns:
+        Names of the layers whose width changed. Their weights' steps are fitted anew, their activations' by the next
+        calibration.
+    """
+    layers = dict(quantized_layers(model))
+    called = [name for name in order if name in layers]
+    config = attached_config(model)
+    if config is None or config.first_last_bits is None or not called:
+        return []
+    timm_first, timm_last = timm_ends(model, list(layers))
+    ends = (timm_first or {called[0]}) | (timm_last or {called[-1]})
+    changed = []
+    for name, layer in layers.items():
+        settings, exempt = layer_settings(name, layer, config, name in ends)
+        if exempt == layer.weight_quantizer.exempt:
+            continue
+        changed.append(name)
+        layer.weight_quantizer.configure(bits=settings.weight_bits, min_bits=settings.narrowest_bits, exempt=exempt)
+        layer.weight_quantizer.fit_weight(layer.full_precision_weight())
+        if layer.input_quantizer is not None and settings.act_bits is not None:
+            bits = settings.act_bits
+            layer.input_quantizer.configure(bits=bits, min_bits=bits, exempt=exempt, calibrated=False)
+    return changed

@@ -1,0 +1,124 @@
+"""Activation ranges from a few batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cpq_lightning.attach.attach import correct_ends, is_attached, quantizers
+from cpq_lightning.attach.audit import Audit, forget_first_forward, report_audit
+from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def calibrate(
+    model: M,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[Any], Any] | None = None,
+    most: int = 16,
+) -> M:
+    """Set the activation ranges of an attached model from a few batches.
+
+    Activations pass in full precision while they are observed, weights are quantized. Each range is the step of
+    least squared error on a histogram over all batches (and, under ``torch.distributed``, all ranks). The first
+    batch also shows which layers truly run first and last, and is audited as a first forward is. The model runs in the mode it is in, without gradients; its buffers (batch norm's statistics) and the random state are
+    afterwards what they were.
+
+    Args:
+        model: An attached model.
+        batches: What to run: tensors; tuples or lists whose first element is the input, as ``(images, labels)``; or
+            dicts of keyword arguments. Read once, held in memory.
+        forward: How to run one batch; by default ``model(input)``.
+        most: Take at most this many batches.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the model is not attached, or there is no batch.
+    """
+    if not is_attached(model):
+        raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
+    held = list(itertools.islice(batches, most))
+    if not held:
+        raise ValueError("calibrate got no batch: expected an iterable of at least one batch of training data.")
+    run = forward or (lambda batch: _call(model, batch))
+    observed = [q for _, q in quantizers(model) if q.kind == "activation"]
+    observers = [RangeObserver() for _ in observed]
+    with _untouched(model), torch.no_grad():
+        for quantizer, observer in zip(observed, observers, strict=True):
+            quantizer.observer = observer
+        try:
+            forget_first_forward(model)
+            with Audit(model) as audit:
+                run(held[0])
+            for batch in held[1:]:
+                run(batch)
+            for quantizer, observer in zip(observed, observers, strict=True):
+                observer.close_range(quantizer.start_step.device)
+            for batch in held:
+                run(batch)
+        finally:
+            for quantizer in observed:
+                quantizer.observer = None
+    correct_ends(model, audit.report.order)
+    for quantizer, observer in zip(observed, observers, strict=True):
+        quantizer.fit_activation(observer)
+    report_audit(audit.report)
+    return model
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{key: move(value) for key, value in batch.items()})
+    if isinstance(batch, tuple | list):
+        if not batch:
+            raise ValueError("calibrate got an empty tuple as a batch: its first element must be the input.")
+        batch = batch[0]
+    return model(move(batch))
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Run something that leaves the model's buffers and the random state as they were."""
+    skip = {id(b) for _, q in quantizers(model) for b in q.buffers()}
+    saved = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in skip]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[None]:
+    """Record which levels activations use, for :func:`~cpq_lightning.levels` to report.
+
+    Example:
+        ``with recording(model): model(batch)``, then ``levels(model)``.
+    """
+    watched: list[Quantizer] = [q for _, q in quantizers(model) if q.kind == "activation" and q.active and q.calibrated]
+    for quantizer in watched:
+        quantizer.usage = UsageRecorder(*quantizer.level_bounds)
+    try:
+        yield
+    finally:
+        for quantizer in watched:
+            if quantizer.usage is not None:
+                quantizer.measured = (quantizer.usage.used_levels, quantizer.usage.relative_error)
+            quantizer.usage = None

@@ -1,0 +1,80 @@
+"""The surgery on one layer: its class is switched to a subclass whose ``weight`` reads quantized.
+
+Parameters keep their identity and their names in ``state_dict``, ``isinstance`` keeps working, and code that reads
+``layer.weight`` without calling the layer gets the quantized weight as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cpq_lightning.nn import Quantizer
+
+
+class QuantizedLayer(nn.Module):
+    """Mixed in before a layer's own class; made by :func:`quantized_class`."""
+
+    base_class: ClassVar[type[nn.Module]]
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The quantized weight. The full-precision Parameter is :meth:`full_precision_weight`."""
+        return self.weight_quantizer(self._parameters["weight"])
+
+    def full_precision_weight(self) -> nn.Parameter:
+        """The Parameter that the optimizer updates."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        return super().forward(input, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class exists in no module: rebuild it from the one it was made of.
+        getstate = getattr(self, "__getstate__", None)
+        return _rebuild, (self.base_class,), getstate() if getstate else self.__dict__
+
+
+_classes: dict[type[nn.Module], type[QuantizedLayer]] = {}
+
+
+def quantized_class(base: type[nn.Module]) -> type[QuantizedLayer]:
+    """The quantized subclass of a layer's class; the same one each time, so that equal layers share compiled code."""
+    if base not in _classes:
+        namespace = {"base_class": base, "__module__": base.__module__, "__doc__": base.__doc__}
+        _classes[base] = type(f"Quantized{base.__name__}", (QuantizedLayer, base), namespace)
+    return _classes[base]
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = quantized_class(base)
+    return cls.__new__(cls)
+
+
+def switch(layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
+    """Make a layer a quantized one, in place."""
+    layer.__class__ = quantized_class(type(layer))
+    layer.add_module("weight_quantizer", weight_quantizer)
+    layer.add_module("input_quantizer", input_quantizer)
+
+
+def switch_back(layer: QuantizedLayer) -> None:
+    """Make a quantized layer a plain one, in place, with the quantized weight written into its Parameter."""
+    with torch.no_grad():
+        weight = layer.full_precision_weight()
+        training = layer.weight_quantizer.training
+        layer.weight_quantizer.eval()
+        try:
+            weight.copy_(layer.weight)
+        finally:
+            layer.weight_quantizer.train(training)
+    del layer.weight_quantizer, layer.input_quantizer
+    layer.__class__ = layer.base_class

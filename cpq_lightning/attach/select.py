@@ -1,0 +1,146 @@
+"""Which layers are quantized, and with which settings."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+from torchmetrics import Metric
+
+from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.config import CPQConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer to quantize: its dotted name, its settings, and whether it is the first or last."""
+
+    name: str
+    layer: nn.Module
+    config: CPQConfig
+    exempt: bool
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the weight that holds the output channels."""
+        return 1 if isinstance(self.layer, _ConvTransposeNd) else 0
+
+
+def select(model: nn.Module, config: CPQConfig) -> list[Site]:
+    """The layers of a model that a config quantizes, in registration order; reads only.
+
+    Raises:
+        ValueError: no layer to quantize, a pattern that matches none, a layer that is not initialized yet, or
+            weights that are not finite.
+    """
+    layers = quantizable_layers(model)
+    if not layers:
+        raise ValueError(
+            f"The model {type(model).__name__} has no layer to quantize: expected convolutions or linear layers with a "
+            "weight of their own. Layers made in configure_model must exist before they can be quantized."
+        )
+    _check_patterns(model, layers, config)
+    chosen = {n: m for n, m in layers.items() if not any(_matches(n, m, p) for p in config.ignore)}
+    if not chosen:
+        raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
+    for name, layer in chosen.items():
+        _check_weight(name, layer)
+    ends = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
+    return [Site(name, layer, *layer_settings(name, layer, config, name in ends)) for name, layer in chosen.items()]
+
+
+def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
+    """Settings of one layer, and whether it is exempt: at an end of the network, with no width of its own given."""
+    overrides = [settings for pattern, settings in config.overrides.items() if _matches(name, layer, pattern)]
+    exempt = at_end and config.first_last_bits is not None and not any("weight_bits" in s for s in overrides)
+    return (config.exempt() if at_end else config).for_layer(overrides), exempt
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions (transposed ones too) and linear layers with a weight of their own, by name; metrics left out."""
+    found: dict[str, nn.Module] = {}
+    metrics: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Metric):
+            metrics.append(f"{name}.")
+        elif any(name.startswith(prefix) for prefix in metrics):
+            continue
+        elif isinstance(module, nn.Linear | _ConvNd) and module._parameters.get("weight") is not None:
+            found[name] = module
+    return found
+
+
+def _check_weight(name: str, layer: nn.Module) -> None:
+    weight = layer._parameters["weight"]
+    if isinstance(weight, UninitializedParameter):
+        raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
+    assert weight is not None
+    if not weight.is_meta and not weight.isfinite().all():
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"The weight of layer {name!r} has {bad} NaN or infinite of {weight.numel()} values: there is no step to fit "
+            "to it. Load sound weights, or leave the layer out with ignore."
+        )
+
+
+def first_and_last(model: nn.Module, names: list[str]) -> set[str]:
+    """Names of the first and last layer: as timm's ``default_cfg`` has them, else the first and last registered."""
+    timm_first, timm_last = timm_ends(model, names)
+    return (timm_first or {names[0]}) | (timm_last or {names[-1]})
+
+
+def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
+    """First and last layers among ``names`` by timm's ``default_cfg``; empty sets where nothing is known.
+
+    Inside another module the backbone's classifier is the last layer only if nothing is registered behind it.
+    """
+    backbones = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "default_cfg", None), Mapping)]
+    if not backbones:
+        return set(), set()
+    prefix, backbone = backbones[0]
+    prefix = f"{prefix}." if prefix else ""
+    cfg: Mapping[str, Any] = backbone.default_cfg  # type: ignore[assignment]
+
+    def named(key: str) -> set[str]:
+        value = cfg.get(key) or ()
+        wanted = [value] if isinstance(value, str) else list(value)
+        # Some entries name a container ("head.fc" of a head module, a patch embedding): any layer in it counts.
+        return {n for n in names for w in wanted if n == prefix + w or n.startswith(f"{prefix}{w}.")}
+
+    last = named("classifier")
+    if prefix and not names[-1].startswith(prefix):
+        last = set()
+    return named("first_conv"), last
+
+
+def _matches(name: str, layer: nn.Module, pattern: str) -> bool:
+    if fnmatchcase(name, pattern):
+        return True
+    base = layer.base_class if isinstance(layer, QuantizedLayer) else type(layer)
+    return any(pattern in _type_names(cls) for cls in base.__mro__ if issubclass(cls, nn.Module))
+
+
+def _type_names(cls: type[nn.Module]) -> set[str]:
+    return {cls.__name__, f"{cls.__module__}.{cls.__qualname__}", f"torch.nn.{cls.__name__}"} - {"Module"}
+
+
+def _check_patterns(model: nn.Module, layers: dict[str, nn.Module], config: CPQConfig) -> None:
+    for argument, patterns in (("ignore", config.ignore), ("overrides", tuple(config.overrides))):
+        for pattern in patterns:
+            if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
+                raise ValueError(f"{argument}: the pattern {pattern!r} matches no layer. {_hint(model, layers, pattern)}")
+
+
+def _hint(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> str:
+    inside: Callable[[str], bool] = lambda name: name.startswith(f"{pattern}.")  # noqa: E731
+    if any(map(inside, layers)):
+        return f"It names a module with layers inside: write {pattern + '.*'!r}."
+    types = {type(layer).__name__ for layer in layers.values()}
+    near = difflib.get_close_matches(pattern, [*layers, *types], n=3, cutoff=0.5) or list(layers)[:3]
+    return f"There are {len(layers)} layers, for example {near}."

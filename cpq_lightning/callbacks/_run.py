@@ -1,0 +1,116 @@
+"""What callbacks ask of a Trainer: where the run is, how long it is, and one forward of somebody's training step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import Progress
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def run_step(trainer: Trainer) -> int:
+    """The optimizer step that the run is at; under manual optimization the batch, however many optimizers step in it."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.total_batch_idx
+
+
+def run_length(trainer: Trainer) -> float:
+    """Steps of the whole run as :func:`run_step` counts them, ``inf`` where unknown."""
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps < 0 else steps
+
+
+def overrides(module: object, method: str) -> bool:
+    """Whether a LightningModule defines a hook itself; of either package, ``lightning`` or ``pytorch_lightning``."""
+    owner = next((cls for cls in type(module).__mro__ if method in cls.__dict__), None)
+    return owner is not None and owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+def training_batches(trainer: Trainer, most: int) -> list[Any] | None:
+    """The first batches of the training data, on the device, as the training loop would hand them over.
+
+    They are drawn in a random state of their own, and the training loop's iterator starts again behind them.
+    ``None`` where the run has no training data at all.
+    """
+    loop, module = trainer.fit_loop, trainer.lightning_module
+    loop.setup_data()
+    loader, fetcher = loop._combined_loader, loop._data_fetcher
+    if loader is None or fetcher is None:
+        return None
+    batches = []
+    with isolate_rng():
+        for batch, _, dataloader_idx in islice(iter(type(loader)(loader.iterables, loader._mode)), most):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+            batches.append(trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx))
+    iter(fetcher)
+    return batches
+
+
+def forward_training_step(trainer: Trainer, batch: Any) -> None:
+    """Run ``training_step`` on a batch for its forward only: nothing is logged, stepped, or counted by a metric."""
+    module = trainer.lightning_module
+    with _without_effects(trainer), trainer.precision_plugin.train_step_context():
+        module.training_step(*_step_arguments(module, batch))
+
+
+def _step_arguments(module: LightningModule, batch: Any) -> tuple[Any, ...]:
+    code = module.training_step.__code__
+    positional = code.co_argcount - 1
+    varied = bool(code.co_flags & 0x04)
+    return (batch, 0) if positional >= 2 or varied else (batch,)
+
+
+@contextmanager
+def _without_effects(trainer: Trainer) -> Iterator[None]:
+    module = trainer.lightning_module
+    metrics = [(m, dict(m.__dict__), m._copy_state_dict()) for m in module.modules() if isinstance(m, Metric)]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    silenced: list[tuple[Any, tuple[str, ...]]] = [
+        (module, ("log", "log_dict", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")),
+        *((optimizer, ("step", "zero_grad")) for optimizer in trainer.strategy._lightning_optimizers),
+        *((scheduler, ("step",)) for scheduler in schedulers),
+    ]
+    with ExitStack() as stack:
+        for owner, names in silenced:
+            stack.callback(owner.__dict__.update, {n: owner.__dict__[n] for n in names if n in owner.__dict__})
+            for name in names:
+                stack.callback(owner.__dict__.pop, name, None)
+                owner.__dict__[name] = _nothing
+        yield
+    for metric, attributes, state in metrics:
+        metric.__dict__.update(attributes)
+        for name, value in state.items():
+            setattr(metric, name, value)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@contextmanager
+def late_progress(description: str, total: int, shown: bool, delay: float = 1.0) -> Iterator[Callable[[], None]]:
+    """A progress bar that appears once ``delay`` seconds have passed; yields what advances it."""
+    progress = Progress(transient=True)
+    task = progress.add_task(description, total=total)
+    begun = time.monotonic()
+
+    def advance() -> None:
+        progress.advance(task)
+        if shown and not progress.live.is_started and time.monotonic() - begun > delay:
+            progress.start()
+
+    try:
+        yield advance
+    finally:
+        progress.stop()

@@ -1,0 +1,78 @@
+"""What the schedules share: a value for each step of the run, written into a buffer of the quantizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from cpq_lightning.attach import quantizers
+from cpq_lightning.callbacks._run import run_length, run_step
+from cpq_lightning.functional import Shape, anneal, resolve_point
+from cpq_lightning.nn import Quantizer
+
+
+class BufferSchedule(Callback):
+    """Anneals one buffer of the quantizers from ``first`` to ``last`` between ``start`` and ``end``.
+
+    The value is a function of the step alone, and the buffer is in the model's ``state_dict``: a resumed run goes on
+    exactly, with nothing to restore here.
+    """
+
+    buffer: str
+
+    def __init__(self, start: int | float, end: int | float, first: float, last: float, shape: Shape) -> None:
+        for name, point in (("start", start), ("end", end)):
+            resolve_point(name, point, 1)
+        if type(start) is type(end) and start > end:
+            raise ValueError(f"start must not be after end={end}, got {start}.")
+        for name, value in (("first", first), ("last", last)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
+        anneal(0, 0, 2, first, last, shape)
+        self.start, self.end = start, end
+        self.first, self.last = first, last
+        self.shape: Shape = shape
+        self._span: tuple[int, int] = (0, 0)
+
+    def drives(self, quantizer: Quantizer) -> bool:
+        """Whether a quantizer has what this schedule drives."""
+        return True
+
+    def nothing_to_drive(self) -> None:
+        """Called when the model has quantizers, but none to drive."""
+
+    def value(self, step: int) -> float:
+        """The value at a step of the run, once a fit has begun."""
+        return anneal(step, *self._span, self.first, self.last, self.shape)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = [q for _, q in quantizers(pl_module)]
+        if not found:
+            raise MisconfigurationException(
+                f"{type(self).__name__} found no quantizer in {type(pl_module).__name__}: add CPQCallback to the Trainer, "
+                "or train a QuantizedModule."
+            )
+        if not any(self.drives(q) for q in found):
+            self.nothing_to_drive()
+        fractions = isinstance(self.start, float) or isinstance(self.end, float)
+        length = run_length(trainer) if fractions else 0
+        start, end = (resolve_point(n, p, length) for n, p in (("start", self.start), ("end", self.end)))
+        if start > end:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: start={self.start} is step {start}, after end={self.end}, step {end}, of a run of "
+                f"{length} steps."
+            )
+        self._span = (start, end)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._write(pl_module, run_step(trainer))
+
+    @torch.no_grad()
+    def _write(self, pl_module: LightningModule, step: int) -> None:
+        value = self.value(step)
+        for _, quantizer in quantizers(pl_module):
+            if self.drives(quantizer):
+                getattr(quantizer, self.buffer).fill_(value)

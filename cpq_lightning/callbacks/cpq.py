@@ -1,0 +1,306 @@
+"""CPQCallback: quantization for any LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from rich.console import Console
+from torch import nn
+
+from cpq_lightning.attach import (
+    Audit,
+    attach,
+    calibrate,
+    correct_ends,
+    forget_first_forward,
+    is_attached,
+    quantizers,
+    refit,
+    report_audit,
+    set_active,
+    set_noise_step,
+)
+from cpq_lightning.attach.calibrate import recording
+from cpq_lightning.callbacks._optimizers import train_quantizers
+from cpq_lightning.callbacks._run import (
+    forward_training_step,
+    late_progress,
+    overrides,
+    run_length,
+    run_step,
+    training_batches,
+)
+from cpq_lightning.config import CPQConfig
+from cpq_lightning.export import levels_table, manifest, metrics_table, write_levels
+from cpq_lightning.functional import resolve_point
+from cpq_lightning.optim import Companion
+
+_CHECKPOINT_KEY = "cpq_lightning"
+
+
+class CPQCallback(Callback):
+    """Train any LightningModule with Cluster-Promoting Quantization, its code unchanged.
+
+    In ``setup`` the module's convolutions and linear layers are quantized in place (a module that is quantized
+    already, such as :class:`~cpq_lightning.QuantizedModule`, is left as it is). When a fit begins the quantizers'
+    parameters move into a group of their own in the module's optimizer, without weight decay, and activation ranges
+    are calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder, and
+    the terminal shows each layer's levels, and the metrics in full precision beside the quantized ones.
+
+    Everything that defines the quantized model is in the module's ``state_dict``: to use a checkpoint elsewhere, give
+    that Trainer the same callback, or :func:`~cpq_lightning.attach` the module before ``load_state_dict``.
+
+    Args:
+        config: What to quantize, and how.
+        quantize_from: When quantization begins, as a step count or a fraction of the run. Until then the network
+            trains in full precision; at it all ranges are fitted afresh, the same on every rank.
+        lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
+            rate of 0.001 under Adam moves a step by 0.1 % an update.
+        calibration_batches: Training batches for the activation ranges.
+        levels_file: Name of the file in the run's folder; ``None`` writes none.
+        table: Whether to print the tables at the end.
+
+    Raises:
+        MisconfigurationException: a second CPQCallback, a weight-averaging callback before this one, FSDP1, or a
+            module without a layer to quantize.
+
+    Example:
+        ``Trainer(callbacks=[CPQCallback(CPQConfig(weight_bits=4, act_bits=4))]).fit(module, data)``
+    """
+
+    def __init__(
+        self,
+        config: CPQConfig = CPQConfig(),  # noqa: B008 - frozen
+        *,
+        quantize_from: int | float = 0,
+        lr_factor: float = 1.0,
+        calibration_batches: int = 8,
+        levels_file: str | None = "levels.json",
+        table: bool = True,
+    ) -> None:
+        if not isinstance(config, CPQConfig):
+            raise TypeError(f"config must be a CPQConfig, got {config!r}.")
+        resolve_point("quantize_from", quantize_from, 1)
+        if not lr_factor > 0:
+            raise ValueError(f"lr_factor must be over 0, got {lr_factor}.")
+        if calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}.")
+        self.config = config
+        self.quantize_from = quantize_from
+        self.lr_factor = lr_factor
+        self.calibration_batches = calibration_batches
+        self.levels_file = levels_file
+        self.table = table
+        self._start = 0
+        self._audit: Audit | None = None
+        self._audited = False
+        self._companions: list[Companion] = []
+        self._recording: Any = None
+        self._metrics: dict[str, dict[str, float]] = {}
+        self._restored: Mapping[str, Any] = {}
+        self._folder: Path | None = None
+
+    # Hooks, in the order in which they fire ---------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._check(trainer)
+        if not is_attached(pl_module):
+            if overrides(pl_module, "configure_model"):
+                # Layers that are born there must exist before they can be switched; Lightning asks that the hook may
+                # be called again.
+                with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():
+                    pl_module.configure_model()
+            try:
+                attach(pl_module, self.config)
+            except ValueError as error:
+                raise MisconfigurationException(f"CPQCallback cannot quantize {type(pl_module).__name__}: {error}") from error
+        if stage == "fit" and self.quantize_from > 0:
+            # A checkpoint that is restored after this knows better.
+            set_active(pl_module, False)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get(_CHECKPOINT_KEY, {})
+        self._metrics = dict(self._restored.get("metrics", {}))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fraction = isinstance(self.quantize_from, float)
+        self._start = resolve_point("quantize_from", self.quantize_from, run_length(trainer) if fraction else 0)
+        self._audited = not _auditable(pl_module)
+        self._companions = train_quantizers(
+            trainer, pl_module, self.lr_factor, self._restored.get("companions", [])
+        )
+        active = [q for _, q in quantizers(pl_module) if q.active]
+        if any(not q.calibrated for q in active):
+            self._calibrate(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if any(q.has_gates for _, q in quantizers(pl_module)):
+            # Forwards within a batch count on from here, and a resumed run draws what this one drew.
+            set_noise_step(pl_module, trainer.fit_loop.epoch_loop.total_batch_idx << 16)
+        if run_step(trainer) >= self._start and not all(q.active for _, q in quantizers(pl_module)):
+            self._begin(trainer, pl_module)
+        if not self._audited:
+            forget_first_forward(pl_module)
+            self._audit = Audit(pl_module)
+            self._audit.__enter__()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        # A manually optimized step may go forward again behind its first backward.
+        if pl_module.automatic_optimization:
+            self._finish_audit(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._finish_audit(pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0 and not trainer.sanity_checking:
+            self._recording = recording(pl_module)
+            self._recording.__enter__()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._stop_recording()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+        seen = {k: v for k, v in values.items() if "val" in k} or values
+        quantized = all(q.active for _, q in quantizers(pl_module))
+        self._metrics["quantized" if quantized else "full precision"] = seen
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_CHECKPOINT_KEY] = {
+            "metrics": self._metrics,
+            "companions": [companion.state_dict() for companion in self._companions],
+        }
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self.table:
+            console = Console()
+            content = manifest(pl_module)
+            console.print(levels_table(content))
+            if self._metrics:
+                console.print(metrics_table(self._metrics))
+        if self.levels_file is not None and self._folder is not None and not trainer.fast_dev_run:
+            path = self._folder / self.levels_file
+            try:
+                write_levels(pl_module, path)
+            except OSError as error:
+                saved = getattr(trainer.checkpoint_callback, "best_model_path", "") or "not saved by a ModelCheckpoint"
+                rank_zero_warn(f"{path} could not be written ({error}); nothing of the training is lost: checkpoint {saved}.")
+            else:
+                rank_zero_info(f"Levels written to {path}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._audit is not None:
+            self._audit.__exit__(None, None, None)
+            self._audit = None
+        self._stop_recording()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for companion in self._companions:
+            companion.remove()
+        self._companions = []
+
+    # Steps of the work ------------------------------------------------------------------------------------------------
+
+    def _check(self, trainer: Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(c, CPQCallback) for c in callbacks) > 1:
+            raise MisconfigurationException(
+                "The Trainer has more than one CPQCallback: keep one, and give settings of single layers through "
+                "CPQConfig(overrides=...)."
+            )
+        for callback in callbacks[: callbacks.index(self)]:
+            if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} stands before CPQCallback and would average a copy of the model that is "
+                    "not quantized: put CPQCallback first in the list of callbacks."
+                )
+        if any(cls.__name__ == "FSDPStrategy" for cls in type(trainer.strategy).__mro__):
+            raise MisconfigurationException(
+                "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use "
+                "lightning.pytorch.strategies.ModelParallelStrategy (FSDP2) or DDP."
+            )
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = training_batches(trainer, self.calibration_batches)
+        if batches is None:
+            return
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        failed: list[Exception] = []
+        with late_progress("Calibrating activation ranges", 2 * len(batches), shown) as advance:
+
+            def forward(batch: Any) -> None:
+                try:
+                    forward_training_step(trainer, batch)
+                except Exception as error:
+                    failed.append(error)
+                    raise
+                advance()
+
+            try:
+                calibrate(pl_module, batches, forward=forward, most=len(batches))
+            except Exception as error:
+                if not failed:
+                    raise MisconfigurationException(f"CPQCallback cannot calibrate: {error}") from error
+                # Somebody's training_step may rely on what the training loop has not set up yet. If it is truly broken,
+                # it fails again in a moment, with nothing of ours around it.
+                rank_zero_warn(
+                    "Activation ranges could not be calibrated before training, because training_step failed there with "
+                    f"{type(error).__name__}: {error}. The sanity check runs in full precision, and the first training "
+                    "batch sets the ranges."
+                )
+                set_active(pl_module, False)
+        self._audited = not failed
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        set_active(pl_module, True)
+        refit(pl_module)
+        owned = {id(p) for _, q in quantizers(pl_module) for p in q.parameters()}
+        for optimizer in (*trainer.optimizers, *(companion.optimizer for companion in self._companions)):
+            # Momentum of a step that was fitted anew belongs to the old one.
+            for parameter in [p for p in optimizer.state if id(p) in owned]:
+                del optimizer.state[parameter]
+        rank_zero_info(f"Quantization begins at step {run_step(trainer)}: all ranges are fitted afresh.")
+
+    def _finish_audit(self, pl_module: LightningModule) -> None:
+        if self._audit is None:
+            return
+        audit, self._audit, self._audited = self._audit, None, True
+        audit.__exit__(None, None, None)
+        correct_ends(pl_module, audit.report.order)
+        if rank_zero_only.rank == 0:
+            report_audit(audit.report)
+
+    def _stop_recording(self) -> None:
+        if self._recording is not None:
+            self._recording.__exit__(None, None, None)
+            self._recording = None
+
+
+def _auditable(module: nn.Module) -> bool:
+    """Compiled code runs no Python that an audit could watch."""
+    return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())

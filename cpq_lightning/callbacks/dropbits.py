@@ -1,0 +1,55 @@
+"""DropBitsSchedule: the probability with which DropBits keeps a bit, annealed to 1."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from cpq_lightning.callbacks._schedule import BufferSchedule
+from cpq_lightning.functional import Shape
+from cpq_lightning.nn import Quantizer
+
+
+class DropBitsSchedule(BufferSchedule):
+    """Anneal the keep probability of the DropBits gates at fixed bits, from ``first`` to ``last``.
+
+    Each training step every gate is open with this probability, ``P(z > 0) = keep``; a closed gate drops its bit and
+    all bits above it. Evaluation uses all bits. It drives weights with ``min_bits`` below ``weight_bits``; where there
+    are none it says so and does nothing.
+
+    Args:
+        start: Where annealing begins, a step count (int) or a fraction of the run (float).
+        end: Where it ends, likewise.
+        first: Keep probability up to ``start``, over 0 and up to 1.
+        last: Keep probability from ``end`` on.
+        shape: ``"linear"``, ``"cosine"`` or ``"exponential"``.
+
+    Raises:
+        ValueError: a value out of its range, or ``start`` after ``end``.
+        MisconfigurationException: at fit start, a model without quantizers.
+
+    Example:
+        >>> DropBitsSchedule(first=0.8).last
+        1.0
+    """
+
+    buffer = "keep_prob"
+
+    def __init__(
+        self,
+        start: int | float = 0.0,
+        end: int | float = 0.9,
+        first: float = 0.9,
+        last: float = 1.0,
+        shape: Shape = "linear",
+    ) -> None:
+        super().__init__(start, end, first, last, shape)
+
+    def drives(self, quantizer: Quantizer) -> bool:
+        return quantizer.has_gates
+
+    def nothing_to_drive(self) -> None:
+        rank_zero_warn(
+            "DropBitsSchedule found no gate to drive: every quantizer has min_bits equal to its bits, so no bit can be "
+            "dropped. Give CPQConfig a min_bits below weight_bits, for example CPQConfig(weight_bits=4, min_bits=3), or "
+            "leave DropBitsSchedule out."
+        )

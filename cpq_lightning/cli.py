@@ -1,0 +1,45 @@
+"""The command ``cpq``: LightningCLI around QuantizedModule."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from cpq_lightning.module import QuantizedModule
+from cpq_lightning.version import __version__
+
+
+class CPQCLI(LightningCLI):
+    """LightningCLI for :class:`~cpq_lightning.QuantizedModule` and any LightningDataModule."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--version", action="version", version=f"cpq-lightning {__version__}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; ``arguments`` default to the command line's."""
+    CPQCLI(
+        QuantizedModule,
+        LightningDataModule,
+        subclass_mode_data=True,
+        parser_kwargs={"prog": "cpq", "description": "Train a timm backbone with Cluster-Promoting Quantization."},
+        args=[_shipped(a) for a in (sys.argv[1:] if arguments is None else arguments)],
+    )
+
+
+def _shipped(argument: str) -> str:
+    """``recipes/NAME.yaml`` and ``callbacks/NAME.yaml`` from the installed package, where no such file is at hand."""
+    option, equals, path = argument.rpartition("=")
+    if Path(path).parts[:1] not in (("recipes",), ("callbacks",)) or Path(path).exists():
+        return argument
+    shipped = Path(str(files("cpq_lightning"))) / "shipped" / path
+    return f"{option}{equals}{shipped}" if shipped.exists() else argument
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The per-layer table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+_LEFT: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "header_style": "bold"}
+
+
+def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
+    """A row a layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
+    table = Table(title=title, caption=summary(manifest), box=SIMPLE_HEAD, pad_edge=False, **_LEFT)
+    table.add_column("layer", overflow="fold", min_width=24)
+    for kind in ("weight", "input"):
+        table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
+        for name in ("step", "used", "error"):
+            table.add_column(f"\n{name}", justify="right", no_wrap=True)
+    exempt = False
+    for layer in manifest["layers"]:
+        cells = [cell for kind in ("weight", "activation") for cell in _cells(layer[kind])]
+        star = layer["weight"]["exempt"]
+        exempt = exempt or star
+        table.add_row(f"{layer['name']}{' *' if star else ''}", *cells)
+    notes = ["used: levels that occur; error: relative squared error; u: unsigned"]
+    if exempt:
+        notes.append("* first or last layer, left out of the average")
+    table.caption = "\n".join([str(table.caption), *notes])
+    return table
+
+
+def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
+    if quantizer is None:
+        return ["-", "", "", ""]
+    if not quantizer["quantizing"]:
+        return ["fp32", "", "", ""]
+    used, error, step = quantizer["used_levels"], quantizer["relative_error"], quantizer["step"]
+    steps = f"{min(step):.2g}…{max(step):.2g}" if isinstance(step, list) else f"{step:.3g}"
+    sign = "" if quantizer["signed"] else "u"
+    return [
+        f"{sign}{quantizer['bits']}",
+        steps,
+        "" if used is None else f"{used}",
+        "" if error is None else f"{error:.1e}" if 0 < error < 1e-4 else f"{error:.2%}",
+    ]
+
+
+def summary(manifest: Mapping[str, Any]) -> str:
+    """Average bits and size, a line each."""
+    totals = manifest["totals"]
+    averages = [
+        f"{name} {totals[key]:.2f} bits"
+        for name, key in (("weights", "weight_bits_avg"), ("activations", "act_bits_avg"))
+        if totals[key] is not None
+    ]
+    size, full = totals["size_bytes"], totals["fp32_bytes"]
+    prefix = f"{', '.join(averages)} on average\n" if averages else ""
+    return f"{prefix}{_bytes(size)} packed instead of {_bytes(full)} in float32, {full / size:.1f} times smaller"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row a metric, a column a state of the network (full precision, quantized), and their difference."""
+    table = Table(title="Validation", box=SIMPLE_HEAD, pad_edge=False, **_LEFT)
+    table.add_column("metric")
+    columns = [state for state in ("full precision", "quantized") if state in metrics]
+    for state in columns:
+        table.add_column(state, justify="right")
+    if len(columns) == 2:
+        table.add_column("difference", justify="right")
+    for name in dict.fromkeys(name for state in columns for name in metrics[state]):
+        values = [metrics[state].get(name) for state in columns]
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        if len(values) == 2 and values[0] is not None and values[1] is not None:
+            cells.append(f"{values[1] - values[0]:+.4f}")
+        table.add_row(name, *cells)
+    return table

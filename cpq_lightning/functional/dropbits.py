@@ -1,0 +1,97 @@
+"""DropBits: random gates that drop the outer rings of a grid during training.
+
+Gates are hard-concrete samples (Louizos et al., *Learning Sparse Neural Networks through L0 Regularization*, ICLR
+2018, arXiv 1712.01312, eq. 10-11); dropping bits instead of neurons is CPQ's (arXiv 2109.02100). Noise keyed by
+counters instead of a generator's state is this project's: a resumed run draws the same gates, and nobody's
+dropout changes because a quantizer was added.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3
+
+
+def hard_concrete(logit: Tensor, uniform: Tensor) -> Tensor:
+    """Sample gates ``z = clip(S((log u - log(1-u) + logit)/beta) (zeta - gamma) + gamma, 0, 1)``.
+
+    Args:
+        logit: Log-odds of the gates, any shape; ``inf`` gives 1 for certain.
+        uniform: Noise ``u`` strictly between 0 and 1; broadcasts with ``logit``.
+
+    Example:
+        >>> hard_concrete(torch.tensor([-9.0, 0.0, 9.0]), torch.tensor(0.5))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    s = torch.sigmoid((torch.logit(uniform) + logit) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def open_probability(logit: Tensor) -> Tensor:
+    """``P(z > 0) = S(logit - beta log(-gamma/zeta))``."""
+    return torch.sigmoid(logit - BETA * math.log(-GAMMA / ZETA))
+
+
+def logit_of(probability: Tensor) -> Tensor:
+    """The logit at which a gate is open with the given probability: the inverse of :func:`open_probability`.
+
+    Example:
+        >>> open_probability(logit_of(torch.tensor([0.3, 0.9])))
+        tensor([0.3000, 0.9000])
+    """
+    return torch.logit(probability) + BETA * math.log(-GAMMA / ZETA)
+
+
+def masks_from_gates(gates: Tensor) -> Tensor:
+    """Nested masks of a grid's rings, ``m_k = z_(b_min+1) · … · z_k``, the innermost one 1.
+
+    Args:
+        gates: One gate a ring above the innermost, shape ``(rings - 1, *shape)``, innermost first.
+
+    Returns:
+        Masks of shape ``(rings, *shape)``, not increasing, so that a kept grid has no hole.
+
+    Example:
+        >>> masks_from_gates(torch.tensor([1.0, 0.5, 0.5]))
+        tensor([1.0000, 1.0000, 0.5000, 0.2500])
+    """
+    return torch.cat([torch.ones_like(gates[:1]) if len(gates) else gates.new_ones(1), gates.cumprod(0)])
+
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    """A bijective 32-bit finalizer (xor-shift-multiply), in int64 so that no product overflows a sign."""
+    h = ((h ^ (h >> 16)) * 0x21F0AAAD) & _MASK32
+    h = ((h ^ (h >> 15)) * 0x735A2D97) & _MASK32
+    return h ^ (h >> 15)
+
+
+def keyed_uniform(shape: tuple[int, ...], seed: int, step: Tensor, key: int) -> Tensor:
+    """Uniform noise in (0, 1), a pure function of ``(seed, step, key)`` and the element's index.
+
+    A counter-based generator: tensor operations only, so it has no state to save, reads nothing back from the
+    device, and gives the same numbers on every device, under compilation, and after a resume.
+
+    Args:
+        shape: Shape of the result.
+        seed: Seed of the run.
+        step: Counter of the draw, an int64 tensor of one element.
+        key: Which quantizer draws.
+
+    Example:
+        >>> keyed_uniform((3,), 0, torch.tensor(7), 1).equal(keyed_uniform((3,), 0, torch.tensor(7), 1))
+        True
+    """
+    index = torch.arange(math.prod(shape), device=step.device)
+    h = torch.full_like(index, (seed ^ (seed >> 32)) & _MASK32)
+    counter = step.reshape(-1)[:1]
+    for word in (counter & _MASK32, counter >> 32, torch.full_like(counter, key & _MASK32), index):
+        h = _mix((h * 0x9E3779B1 + word + 1) & _MASK32)
+    # 24 bits and a half: representable in float32, never 0 or 1.
+    return ((h >> 8).to(torch.float32) + 0.5).mul(2.0**-24).reshape(shape)

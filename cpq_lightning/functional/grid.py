@@ -1,0 +1,45 @@
+"""Grids of quantization levels, as integers (multiples of the step).
+
+A k-bit grid is ``{-2^(k-1) … 2^(k-1)-1}`` when signed and ``{0 … 2^k-1}`` when unsigned. Grids of
+growing width are nested, so a wider one only adds an outer *ring* of levels to a narrower one.
+"""
+
+from __future__ import annotations
+
+MAX_BITS = 8
+
+
+def check_bits(name: str, bits: int) -> int:
+    """Return ``bits`` if it is a whole number from 1 to 8, else raise with the argument's name.
+
+    Raises:
+        TypeError: ``bits`` is not an ``int``.
+        ValueError: ``bits`` is outside 1-8.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{name} must be a whole number of bits from 1 to {MAX_BITS}, got {bits!r}.")
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"{name} must be from 1 to {MAX_BITS} bits, got {bits}.")
+    return bits
+
+
+def level_bounds(bits: int, signed: bool = True) -> tuple[int, int]:
+    """Lowest and highest level of the ``bits``-wide grid, in units of the step.
+
+    Example:
+        >>> level_bounds(3), level_bounds(3, signed=False)
+        ((-4, 3), (0, 7))
+    """
+    if signed:
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+def ring_bounds(bits: int, min_bits: int, signed: bool = True) -> list[tuple[int, int]]:
+    """Bounds of the nested grids ``G_min_bits ⊂ … ⊂ G_bits``, innermost first.
+
+    Example:
+        >>> ring_bounds(4, 2)
+        [(-2, 1), (-4, 3), (-8, 7)]
+    """
+    return [level_bounds(k, signed) for k in range(min_bits, bits + 1)]

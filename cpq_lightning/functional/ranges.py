@@ -1,0 +1,79 @@
+"""Starting steps: the step whose grid has the least squared error on given values or on their histogram."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpq_lightning.functional.grid import level_bounds
+
+_COARSE, _FINE = 64, 16
+# A step below float32's smallest normal number would divide to infinity; and a constant-zero tensor has no scale.
+_SMALLEST = 1e-30
+
+
+def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
+    """Least-squares step ``argmin_a sum_i c_i (v_i - a clamp(round(v_i / a)))^2`` of each row.
+
+    A search over steps from 1/256 to twice that of the range (an outlier may deserve to be cut off by far), then a
+    finer one around the best.
+
+    Args:
+        values: Shape ``(rows, n)``: one row a quantizer's channel, in its unit.
+        bits: Width of the grid.
+        signed: Whether the grid holds negative levels.
+        counts: Weights ``c``, same shape; ``None`` means 1.
+
+    Returns:
+        Steps > 0, shape ``(rows,)``, float32. A row of zeros gets 1.
+
+    Example:
+        >>> fit_step(torch.tensor([[-2.0, -1.0, 0.0, 1.0]]), bits=2, signed=True)
+        tensor([1.])
+    """
+    low, high = level_bounds(bits, signed)
+    values = values.float()
+    top = (values / high if high else values).amax(1) if high else torch.zeros_like(values[:, 0])
+    full = torch.maximum(top, (values / low).amax(1) if low else top).clamp(min=0)
+    empty = full < _SMALLEST
+    full = torch.where(empty, 1.0, full)
+    best = _search(values, counts, full[:, None] * torch.logspace(-8, 1, _COARSE, base=2).to(full), low, high)
+    ratio = 2 ** (9 / (_COARSE - 1))
+    around = torch.linspace(1 / ratio, ratio, _FINE).to(full)
+    best = _search(values, counts, torch.cat([best[:, None] * around, best[:, None], full[:, None]], 1), low, high)
+    return torch.where(empty, 1.0, best)
+
+
+def _search(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
+    errors = []
+    for step in steps.unbind(1):
+        a = step[:, None]
+        error = (values - (values / a).round().clamp(low, high) * a).square()
+        errors.append((error if counts is None else error * counts).sum(1, dtype=torch.float64))
+    best = torch.stack(errors, 1).argmin(1, keepdim=True)
+    return steps.gather(1, best)[:, 0]
+
+
+def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """Counts (int64) of values in ``bins`` equal cells from ``low`` to ``high``: integers, so that ranks add exactly.
+
+    Example:
+        >>> histogram(torch.tensor([0.0, 0.1, 0.9]), torch.tensor(0.0), torch.tensor(1.0), 2)
+        tensor([2, 1])
+    """
+    width = (high - low).clamp(min=_SMALLEST) / bins
+    index = ((values.flatten().float() - low) / width).long().clamp(0, bins - 1)
+    return torch.bincount(index, minlength=bins)
+
+
+def bin_centers(low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """Centers of :func:`histogram`'s cells, but for a range that starts at 0: there the first cell means 0.
+
+    Example:
+        >>> bin_centers(torch.tensor(-1.0), torch.tensor(1.0), 2)
+        tensor([-0.5000,  0.5000])
+    """
+    centers = low + (high - low) * (torch.arange(bins, device=low.device) + 0.5) / bins
+    if bins:
+        centers[0] = torch.where(low == 0, low, centers[0])
+    return centers

@@ -1,0 +1,72 @@
+"""Schedules: a step of the run in, a value out, nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Shape = Literal["linear", "cosine", "exponential"]
+
+
+def resolve_point(name: str, point: int | float, total_steps: float) -> int:
+    """A point of a run as a step: an ``int`` is a step count, a ``float`` in [0, 1] a fraction of the run.
+
+    Args:
+        name: Name of the argument, for the error.
+        point: Step count or fraction.
+        total_steps: Optimizer steps of the run, ``inf`` where unknown.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: negative, a fraction over 1, or a fraction of a run without a known length.
+
+    Example:
+        >>> resolve_point("start", 0.25, 1000), resolve_point("start", 30, 1000)
+        (250, 30)
+    """
+    if isinstance(point, bool) or not isinstance(point, int | float):
+        raise TypeError(f"{name} must be a step count (int) or a fraction of the run (float), got {point!r}.")
+    if isinstance(point, int):
+        if point < 0:
+            raise ValueError(f"{name} must not be negative, got {point} steps.")
+        return point
+    if not 0 <= point <= 1:
+        raise ValueError(
+            f"{name} as a float is a fraction of the run from 0.0 to 1.0, got {point}; write {int(point)} for a step "
+            "count."
+        )
+    if point == 0:
+        return 0
+    if not math.isfinite(total_steps):
+        raise ValueError(
+            f"{name}={point} is a fraction of a run whose length is unknown: give the Trainer max_steps or a loader "
+            "with a length, or give a step count."
+        )
+    return round(point * total_steps)
+
+
+def anneal(step: int, start: int, end: int, first: float, last: float, shape: Shape = "linear") -> float:
+    """Value at ``step`` on the way from ``first`` (up to ``start``) to ``last`` (from ``end`` on).
+
+    With ``t = (step - start)/(end - start)`` clamped to [0, 1]: linear ``first + t (last - first)``, cosine the same
+    with ``(1 - cos(pi t))/2`` for ``t``, exponential ``first (last/first)^t``.
+
+    Raises:
+        ValueError: an unknown shape, or an exponential one through zero.
+
+    Example:
+        >>> [anneal(s, 10, 20, 1.0, 0.5) for s in (0, 10, 15, 20, 99)]
+        [1.0, 1.0, 0.75, 0.5, 0.5]
+    """
+    if shape not in ("linear", "cosine", "exponential"):
+        raise ValueError(f"shape must be 'linear', 'cosine' or 'exponential', got {shape!r}.")
+    t = 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+    if t in (0.0, 1.0):
+        return last if t else first
+    if shape == "exponential":
+        if first <= 0 or last <= 0:
+            raise ValueError(f"shape='exponential' needs values over 0, got {first} and {last}.")
+        return first * (last / first) ** t
+    if shape == "cosine":
+        t = (1 - math.cos(math.pi * t)) / 2
+    return first + t * (last - first)

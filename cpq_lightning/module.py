@@ -1,0 +1,168 @@
+"""QuantizedModule: image classification with any timm backbone, quantized."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import timm
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from cpq_lightning.attach import attach
+from cpq_lightning.callbacks.cpq import CPQCallback
+from cpq_lightning.config import CPQConfig
+
+
+class QuantizedModule(LightningModule):
+    """A timm backbone with Cluster-Promoting Quantization, trained by cross-entropy.
+
+    Batches are ``(images, labels)``. Logged are ``train_loss``, ``train_acc``, ``val_loss``, ``val_acc`` (top 1) and, with
+    more than five classes, ``val_acc_top5``; in testing the same with ``test``. A Trainer without a
+    :class:`~cpq_lightning.CPQCallback` gets one with its default settings, which calibrates and reports.
+
+    ``QuantizedModule.load_from_checkpoint(path)`` restores a module whose backbone was named; one that was built
+    around an ``nn.Module`` needs it again: ``load_from_checkpoint(path, backbone=network)``.
+
+    Args:
+        backbone: Name of a timm model, or any module from images to logits.
+        num_classes: Classes.
+        quantization: What to quantize, and how; ``None`` leaves the network in full precision.
+        pretrained: Whether a named backbone starts from timm's pretrained weights.
+        backbone_args: Further arguments of ``timm.create_model``, such as ``in_chans`` or ``img_size``.
+        label_smoothing: Mass that the loss spreads over all classes, 0 to 1.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the scheduler from the optimizer; ``None`` keeps the rate.
+        lr_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+
+    Raises:
+        ValueError: an unknown backbone, or an argument out of its range.
+
+    Example:
+        ``QuantizedModule("resnet18", num_classes=10, quantization=CPQConfig(weight_bits=4, act_bits=4))``
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int = 1000,
+        quantization: CPQConfig | None = CPQConfig(),  # noqa: B008 - frozen
+        pretrained: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.05),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
+        if isinstance(quantization, Mapping):
+            # As a checkpoint holds it: plain values, so that it loads without unpickling classes.
+            quantization = CPQConfig(**quantization)
+        self.save_hyperparameters(
+            {
+                "backbone": backbone if isinstance(backbone, str) else None,
+                "num_classes": num_classes,
+                "quantization": None if quantization is None else quantization.to_dict(),
+                "pretrained": pretrained,
+                "backbone_args": dict(backbone_args or {}),
+                "label_smoothing": label_smoothing,
+                "lr_interval": lr_interval,
+            }
+        )
+        self.model = _build(backbone, num_classes, pretrained, backbone_args or {})
+        self.label_smoothing = label_smoothing
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        metrics: dict[str, Any] = {"acc": _accuracy(num_classes, 1)}
+        if num_classes > 5:
+            metrics["acc_top5"] = _accuracy(num_classes, 5)
+        self.train_acc = _accuracy(num_classes, 1)
+        self.val_metrics = MetricCollection(metrics, prefix="val_")
+        self.test_metrics = MetricCollection(metrics, prefix="test_")
+        if quantization is not None:
+            attach(self, quantization)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        if self.hparams["quantization"] is None:
+            return []
+        present = any(isinstance(c, CPQCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if present else [CPQCallback()]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (batch, num_classes)."""
+        return self.model(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.train_acc(logits, labels)
+        self.log("train_loss", loss)
+        self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val_loss", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test_loss", self.test_metrics)
+
+    def _evaluate(self, batch: Any, loss_name: str, metrics: MetricCollection) -> None:
+        images, labels = batch
+        logits = self(images)
+        metrics.update(logits, labels)
+        self.log(loss_name, cross_entropy(logits, labels), sync_dist=True)
+        self.log_dict(metrics, prog_bar=True)  # type: ignore[arg-type]
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Logits of a batch of images, labelled or not."""
+        return self(batch[0] if isinstance(batch, tuple | list) else batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())  # type: ignore[arg-type]
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", "val_loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Restoring needs no download: the checkpoint has the weights.
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "pretrained": False}
+
+
+def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:
+    return MulticlassAccuracy(num_classes=num_classes, top_k=top_k, average="micro")
+
+
+def _build(backbone: str | nn.Module | None, num_classes: int, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    if isinstance(backbone, nn.Module):
+        if pretrained or arguments:
+            raise ValueError("pretrained and backbone_args need a backbone's name; the module that was given is complete.")
+        return backbone
+    if backbone is None:
+        raise ValueError(
+            "backbone is missing: expected the name of a timm model or an nn.Module. A checkpoint of a module that was "
+            "built around an nn.Module is restored with load_from_checkpoint(path, backbone=network)."
+        )
+    if ":" not in backbone and not timm.is_model(backbone):
+        names = timm.list_models()
+        near = difflib.get_close_matches(backbone, names, n=3, cutoff=0.4)
+        near = near or [name for name in names if name.startswith(backbone[:3])][:3]
+        raise ValueError(
+            f"backbone {backbone!r} is no timm model. Near matches: {near}; timm.list_models() has all {len(names)}."
+        )
+    return timm.create_model(backbone, pretrained=pretrained, num_classes=num_classes, **arguments)

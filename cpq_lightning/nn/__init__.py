@@ -1,0 +1,5 @@
+"""Quantizers as modules: they hold the state, the mathematics is in :mod:`cpq_lightning.functional`."""
+
+from cpq_lightning.nn.observer import RangeObserver as RangeObserver
+from cpq_lightning.nn.observer import UsageRecorder as UsageRecorder
+from cpq_lightning.nn.quantizer import Quantizer as Quantizer

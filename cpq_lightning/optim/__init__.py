@@ -1,0 +1,6 @@
+"""Getting the quantizers' parameters trained by an optimizer that was built without them."""
+
+from cpq_lightning.optim.companion import Companion as Companion
+from cpq_lightning.optim.groups import adopt as adopt
+from cpq_lightning.optim.groups import release as release
+from cpq_lightning.optim.groups import takes_quantizers as takes_quantizers
