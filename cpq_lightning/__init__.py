@@ -8,3 +8,6 @@ from cpq_lightning.config import CPQConfig as CPQConfig
 from cpq_lightning.export import levels as levels
 from cpq_lightning.module import QuantizedModule as QuantizedModule
 from cpq_lightning.version import __version__ as __version__
+
+# Without it `from cpq_lightning import *` would hand out the subpackage `nn` in place of torch's.
+__all__ = ["CPQCallback", "CPQConfig", "QuantizedModule", "__version__", "attach", "calibrate", "detach", "levels"]

@@ -23,12 +23,15 @@ class CPQCLI(LightningCLI):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; ``arguments`` default to the command line's."""
+    if arguments is None:
+        # LightningCLI warns of arguments that are handed over while there are some on the command line.
+        sys.argv[1:] = [_shipped(a) for a in sys.argv[1:]]
     CPQCLI(
         QuantizedModule,
         LightningDataModule,
         subclass_mode_data=True,
         parser_kwargs={"prog": "cpq", "description": "Train a timm backbone with Cluster-Promoting Quantization."},
-        args=[_shipped(a) for a in (sys.argv[1:] if arguments is None else arguments)],
+        args=None if arguments is None else [_shipped(a) for a in arguments],
     )
 
 

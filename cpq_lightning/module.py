@@ -123,7 +123,8 @@ class QuantizedModule(LightningModule):
         logits = self(images)
         metrics.update(logits, labels)
         self.log(loss_name, cross_entropy(logits, labels), sync_dist=True)
-        self.log_dict(metrics, prog_bar=True)  # type: ignore[arg-type]
+        for name, metric in metrics.items():
+            self.log(name, metric, prog_bar=name.endswith("_acc"))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Logits of a batch of images, labelled or not."""

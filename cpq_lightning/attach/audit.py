@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -95,9 +96,11 @@ class Audit(TorchFunctionMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> Audit:
-        for module in self._names:
-            self._handles.append(module.register_forward_pre_hook(self._push))
-            self._handles.append(module.register_forward_hook(self._pop, always_call=True))
+        # Hooks of all modules rather than of each: they can be removed while a forward is failing.
+        self._handles = [
+            register_module_forward_pre_hook(self._push),
+            register_module_forward_hook(self._pop, always_call=True),
+        ]
         super().__enter__()
         return self
 
@@ -110,6 +113,8 @@ class Audit(TorchFunctionMode):
         ]
 
     def _push(self, module: nn.Module, args: Any) -> None:
+        if module not in self._names:
+            return
         self._stack.append(module)
         if isinstance(module, QuantizedLayer) and self._names[module] not in self.report.order:
             self.report.order.append(self._names[module])
@@ -117,7 +122,7 @@ class Audit(TorchFunctionMode):
     def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack and self._stack[-1] is module:
             self._stack.pop()
-        if isinstance(module, Quantizer):
+        if isinstance(module, Quantizer) and output is not None:
             self._called.add(module)
             self._quantized[output] = True
 
@@ -185,17 +190,25 @@ def report_audit(report: AuditReport) -> None:
 
 
 def _start(model: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or "_cpq_audit" in model.__dict__:
+    if torch.compiler.is_compiling():
         return
-    audit = Audit(model)
-    model.__dict__["_cpq_audit"] = audit
-    audit.__enter__()
+    state = model.__dict__.get("_cpq_audit")
+    if state == "done":
+        # Not when it was done: torch may be walking over the hooks there.
+        forget_first_forward(model)
+    elif state is None:
+        audit = model.__dict__["_cpq_audit"] = Audit(model)
+        audit.__enter__()
 
 
 def _finish(model: nn.Module, args: Any, output: Any) -> None:
     audit = model.__dict__.get("_cpq_audit")
-    if audit is None:
+    if not isinstance(audit, Audit):
         return
-    forget_first_forward(model)
     audit.__exit__(None, None, None)
+    if output is None:
+        # The forward raised: the next one is the first.
+        del model.__dict__["_cpq_audit"]
+        return
+    model.__dict__["_cpq_audit"] = "done"
     report_audit(audit.report)

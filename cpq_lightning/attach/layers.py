@@ -32,10 +32,23 @@ class QuantizedLayer(nn.Module):
         assert weight is not None
         return weight
 
+    def fit_if_needed(self) -> None:
+        """Fit the weight's step where full-precision weights were loaded over what it was fitted to."""
+        if not self.weight_quantizer.calibrated:
+            self.weight_quantizer.fit_weight(self.full_precision_weight())
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         return super().forward(input, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in ("weight_quantizer", "input_quantizer"):
+            quantizer = getattr(self, name)
+            if quantizer is not None and f"{prefix}weight" in state_dict and f"{prefix}{name}.start_step" not in state_dict:
+                # Weights of a full-precision checkpoint: ranges fitted to other weights do not belong to them.
+                quantizer.configure(calibrated=False)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists in no module: rebuild it from the one it was made of.

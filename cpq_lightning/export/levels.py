@@ -74,6 +74,7 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
     records = []
     for name, layer in layers.items():
+        layer.fit_if_needed()
         records.append(_record(name, layer.weight_quantizer, *_weight_usage(layer)))
         if layer.input_quantizer is not None:
             records.append(_record(name, layer.input_quantizer, *(layer.input_quantizer.measured or (None, None))))

@@ -8,12 +8,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-_LEFT: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "header_style": "bold"}
+_LEFT: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "header_style": "bold", "pad_edge": False, "padding": (0, 1, 0, 0)}
 
 
 def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
     """A row a layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
-    table = Table(title=title, caption=summary(manifest), box=SIMPLE_HEAD, pad_edge=False, **_LEFT)
+    table = Table(title=title, caption=summary(manifest), box=SIMPLE_HEAD, **_LEFT)
     table.add_column("layer", overflow="fold", min_width=24)
     for kind in ("weight", "input"):
         table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
@@ -72,7 +72,7 @@ def _bytes(count: int) -> str:
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     """A row a metric, a column a state of the network (full precision, quantized), and their difference."""
-    table = Table(title="Validation", box=SIMPLE_HEAD, pad_edge=False, **_LEFT)
+    table = Table(title="Validation", box=SIMPLE_HEAD, **_LEFT)
     table.add_column("metric")
     columns = [state for state in ("full precision", "quantized") if state in metrics]
     for state in columns:

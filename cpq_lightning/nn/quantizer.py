@@ -148,10 +148,6 @@ class Quantizer(nn.Module):
             buffer = getattr(self, f"{name}_")
             if not buffer.is_meta:
                 self._host[name] = int(buffer)
-        owner = prefix.rsplit(".", 2)[0] + "." if prefix.count(".") > 1 else ""
-        if f"{prefix}start_step" not in state_dict and f"{owner}weight" in state_dict:
-            # Weights of a full-precision checkpoint: steps fitted to other weights do not belong to them.
-            self.configure(calibrated=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         # A step in bfloat16 could not move by less than half a percent: devices change, float32 stays.

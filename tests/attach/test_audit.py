@@ -1,0 +1,88 @@
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cpq_lightning import CPQConfig, attach, calibrate
+from cpq_lightning.attach import Audit
+from tests.models import convnet
+
+
+class Direct(nn.Module):
+    """Calls F.linear on a layer's weight, as some of timm's attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(F.linear(self.first(x).relu(), self.fc.weight))
+
+
+class Bare(nn.Module):
+    """A product with a Parameter that no layer owns."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return F.linear(self.fc(x), self.table)
+
+
+def test_an_input_that_bypasses_its_quantizer_is_named():
+    with pytest.warns(UserWarning) as caught:
+        calibrate(attach(Direct()), [torch.randn(2, 4)])
+    messages = [str(w.message) for w in caught]
+    assert any("1 quantizers were never called" in m and "fc.input_quantizer" in m for m in messages)
+    assert any("the model itself (linear: input)" in m for m in messages)
+
+
+def test_a_weight_outside_of_layers_is_named():
+    with pytest.warns(UserWarning, match=r"1 matrix products.*the model itself \(linear: input and weight\)"):
+        calibrate(attach(Bare()), [torch.randn(2, 4)])
+
+
+def test_a_quiet_model_says_nothing_and_its_order_is_known():
+    model = attach(convnet())
+    with warnings.catch_warnings(), Audit(model) as audit:
+        warnings.simplefilter("error")
+        model(torch.randn(2, 3, 8, 8))
+    assert audit.report.messages() == []
+    assert audit.report.order == ["0", "3", "6"]
+
+
+def test_layers_left_out_by_the_config_are_not_reported():
+    model = attach(convnet(), CPQConfig(ignore=["3"]))
+    with Audit(model) as audit:
+        model(torch.randn(2, 3, 8, 8))
+    assert audit.report.unquantized == []
+
+
+def test_products_of_activations_are_known():
+    model = attach(timm.create_model("test_vit", num_classes=2))
+    with Audit(model) as audit:
+        model(torch.randn(1, 3, *model.default_cfg["input_size"][1:]))
+    assert len(audit.report.activation_products) == len(model.blocks)
+    assert audit.report.unquantized == []
+
+
+def test_the_first_forward_of_an_attached_model_is_audited_once():
+    model = attach(Direct())
+    with pytest.warns(UserWarning, match="never called"):
+        model(torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4))
+
+
+def test_a_forward_that_raises_leaves_no_mode_behind():
+    model = attach(convnet())
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 8, 8))
+    assert not torch.overrides._get_current_function_mode_stack()
+    model(torch.randn(2, 3, 8, 8))

@@ -1,0 +1,76 @@
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from cpq_lightning import CPQCallback, CPQConfig
+from cpq_lightning.attach import quantizers
+from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
+from tests.models import Classifier, data
+
+# Batch norm's running statistics are each rank's own until they are broadcast in the next forward.
+OWN = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class SameOnAllRanks(pl.Callback):
+    """Fails the run when ranks differ, at its end and right after the ranges are set."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.check(trainer, pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        self.check(trainer, pl_module)
+
+    def check(self, trainer, pl_module):
+        assert trainer.world_size == 2
+        for name, value in pl_module.state_dict().items():
+            if not name.endswith(OWN):
+                gathered = trainer.strategy.all_gather(value.clone())
+                assert gathered[0].equal(gathered[1]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize_from", [0, 0.5])
+def test_two_processes_stay_equal(fit, quantize_from):
+    module = Classifier()
+    config = CPQConfig(min_bits=3)
+    fit(
+        module,
+        [
+            CPQCallback(config, quantize_from=quantize_from, table=False),
+            TemperatureSchedule(),
+            DropBitsSchedule(),
+            SameOnAllRanks(),
+        ],
+        strategy="ddp_spawn",
+        devices=2,
+        max_epochs=2,
+    )
+    assert all(q.calibrated and q.active for _, q in quantizers(module))
+
+
+class StartingSteps(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            steps = {name: q.start_step for name, q in quantizers(pl_module)}
+            torch.save(steps, f"{trainer.default_root_dir}/steps-{trainer.world_size}.pt")
+
+
+@pytest.mark.slow
+def test_starting_ranges_are_those_of_one_process_on_the_union(fit, tmp_path):
+    for devices in (1, 2):
+        torch.manual_seed(4)
+        module = Classifier()
+        # Without batch norm's dependence on the batch, two half batches show what the whole one does.
+        module.net[1].eval()
+        loaders = (data(batch_size=32 // devices, shuffle=False), data(shuffle=False))
+        fit(
+            module,
+            [CPQCallback(table=False, calibration_batches=2), StartingSteps()],
+            strategy="ddp_spawn" if devices == 2 else "auto",
+            devices=devices,
+            loaders=loaders,
+            max_epochs=1,
+        )
+    one, two = (torch.load(tmp_path / f"steps-{n}.pt", weights_only=True) for n in (1, 2))
+    for name, step in one.items():
+        assert step.equal(two[name]), name

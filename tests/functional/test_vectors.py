@@ -1,0 +1,102 @@
+"""Reference values made by brute force with as many digits as it takes, far outside the grid too."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpq_lightning.functional import quantize
+
+CASES = json.loads((Path(__file__).parents[1] / "vectors" / "quantizer.json").read_text())["cases"]
+ESTIMATORS = ("argmax", "expectation")
+
+
+def by_rings():
+    groups = defaultdict(list)
+    for case in CASES:
+        groups[tuple(map(tuple, case["rings"]))].append(case)
+    return groups
+
+
+GROUPS = by_rings()
+
+
+def grid_of(rings):
+    """The widths and the sign that the rings of a case imply."""
+    low, high = rings[-1]
+    bits = int(math.log2(high - low + 1))
+    return {"bits": bits, "min_bits": bits - len(rings) + 1, "signed": low < 0}
+
+
+def leaf(value):
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def assert_agrees(what, got, want):
+    """Within max(1e-12, 1e-9 |want|), infinities by equality."""
+    got, want = got.detach(), torch.as_tensor(want, dtype=torch.float64)
+    assert got.shape == want.shape, what
+    tolerance = (1e-9 * want.abs()).clamp(min=1e-12)
+    bad = ~((got == want) | ((got - want).abs() <= tolerance)) | (want.isinf() & (got != want))
+    assert not bad.any(), f"{what}: got {got[bad].tolist()}, want {want[bad].tolist()}"
+
+
+def test_the_file_holds_both_signs_every_width_closed_rings_and_distant_values():
+    grids = [grid_of(case["rings"]) for case in CASES]
+    assert len(CASES) == 240
+    assert {g["signed"] for g in grids} == {True, False}
+    assert {g["bits"] for g in grids} >= {1, 2, 3, 4, 5, 8}
+    assert any(0.0 in case["masks"] for case in CASES)
+    assert any(abs(case["x"] / case["step"]) > 1000 for case in CASES)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_one_value_agrees_in_value_level_and_every_gradient(case, estimator):
+    x, step, sigma, masks = (leaf(case[name]) for name in ("x", "step", "sigma", "masks"))
+    out = quantize(x, step, sigma, masks, **grid_of(case["rings"]), estimator=estimator)
+    out.backward()
+    assert_agrees("value", out, case["value"])
+    assert_agrees("level", out / step, float(case["level"]))
+    for name, got in (("x", x), ("step", step), ("sigma", sigma), ("masks", masks)):
+        assert_agrees(name, got.grad, case[estimator][name])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rings", GROUPS, ids=lambda rings: f"{rings[0]}-{rings[-1]}")
+def test_a_batch_with_a_step_per_element_agrees(rings, estimator):
+    cases = GROUPS[rings]
+    x, step, sigma = (leaf([case[name] for case in cases]) for name in ("x", "step", "sigma"))
+    masks = leaf(list(zip(*[case["masks"] for case in cases], strict=True)))
+    out = quantize(x, step, sigma, masks, **grid_of(rings), estimator=estimator)
+    out.sum().backward()
+    assert_agrees("value", out, [case["value"] for case in cases])
+    for name, got in (("x", x), ("step", step), ("sigma", sigma)):
+        assert_agrees(name, got.grad, [case[estimator][name] for case in cases])
+    assert_agrees("masks", masks.grad, list(zip(*[case[estimator]["masks"] for case in cases], strict=True)))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rings", GROUPS, ids=lambda rings: f"{rings[0]}-{rings[-1]}")
+def test_rows_that_share_a_step_add_up_their_gradients(rings, estimator):
+    """x has rows and columns, step and sigma one value a column, masks one a column with a dimension to stretch."""
+    cases = GROUPS[rings]
+    upstream = torch.tensor([[0.25], [1.0], [2.5]], dtype=torch.float64)
+    x = leaf([[case["x"] for case in cases]] * len(upstream))
+    step, sigma = (leaf([case[name] for case in cases]) for name in ("step", "sigma"))
+    masks = leaf([[row] for row in zip(*[case["masks"] for case in cases], strict=True)])
+    out = quantize(x, step, sigma, masks, **grid_of(rings), estimator=estimator)
+    out.backward(upstream.expand_as(out))
+    total = upstream.sum()
+    want = {
+        name: torch.tensor([case[estimator][name] for case in cases], dtype=torch.float64)
+        for name in ("x", "step", "sigma")
+    }
+    assert_agrees("x", x.grad, upstream * want["x"])
+    assert_agrees("step", step.grad, total * want["step"])
+    assert_agrees("sigma", sigma.grad, total * want["sigma"])
+    rings_last = torch.tensor([case[estimator]["masks"] for case in cases], dtype=torch.float64)
+    assert_agrees("masks", masks.grad, (total * rings_last.T)[:, None])
