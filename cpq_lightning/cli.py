@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 
 from cpq_lightning.module import QuantizedModule
 from cpq_lightning.version import __version__
@@ -17,8 +17,12 @@ from cpq_lightning.version import __version__
 class CPQCLI(LightningCLI):
     """LightningCLI for :class:`~cpq_lightning.QuantizedModule` and any LightningDataModule."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--version", action="version", version=f"cpq-lightning {__version__}")
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ImportError, TypeError, ValueError) as error:
+            # A wrong setting deserves its sentence, not a traceback through the parser.
+            self.parser.error(str(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         QuantizedModule,
         LightningDataModule,
         subclass_mode_data=True,
-        parser_kwargs={"prog": "cpq", "description": "Train a timm backbone with Cluster-Promoting Quantization."},
+        parser_kwargs={
+            "prog": "cpq",
+            "description": "Train a timm backbone with Cluster-Promoting Quantization.",
+            "version": __version__,
+        },
         args=None if arguments is None else [_shipped(a) for a in arguments],
     )
 

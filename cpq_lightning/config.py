@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -110,14 +110,15 @@ class CPQConfig:
                     near = difflib.get_close_matches(str(key), LAYER_SETTINGS, n=1)
                     hint = f" Did you mean {near[0]!r}?" if near else ""
                     raise ValueError(
-                        f"overrides[{pattern!r}] has the unknown setting {key!r}; a layer can have {LAYER_SETTINGS}.{hint}"
+                        f"overrides[{pattern!r}] has the unknown setting {key!r}; a layer can have "
+                        f"{LAYER_SETTINGS}.{hint}"
                     )
             try:
                 dataclasses.replace(self, overrides={}, **_widened(self, settings))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{pattern!r}]: {error}") from None
 
-    def for_layer(self, overrides: list[Mapping[str, Any]]) -> CPQConfig:
+    def for_layer(self, overrides: Sequence[Mapping[str, Any]]) -> CPQConfig:
         """The settings of one layer: these, with the given overrides laid over them in turn."""
         merged: dict[str, Any] = {}
         for settings in overrides:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -45,14 +47,15 @@ class DigitsDataModule(LightningDataModule):
         self.train_data, self.val_data = split
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.train_data, self.batch_size, shuffle=True, drop_last=True, **self._workers())
+        return DataLoader(self.train_data, self.batch_size, shuffle=True, drop_last=True, **self._workers)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.val_data, self.batch_size, **self._workers())
+        return DataLoader(self.val_data, self.batch_size, **self._workers)
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _workers(self) -> dict[str, int | bool]:
+    @property
+    def _workers(self) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
 
 
@@ -63,6 +66,5 @@ def _digits() -> tuple[Tensor, Tensor]:
         raise ImportError(
             "The digits come with scikit-learn, which is not installed: pip install 'cpq-lightning[recipes]'."
         ) from error
-    digits = load_digits()
-    images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    return images, torch.as_tensor(digits.target, dtype=torch.int64)
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.as_tensor(labels)

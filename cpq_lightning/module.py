@@ -23,8 +23,8 @@ from cpq_lightning.config import CPQConfig
 class QuantizedModule(LightningModule):
     """A timm backbone with Cluster-Promoting Quantization, trained by cross-entropy.
 
-    Batches are ``(images, labels)``. Logged are ``train_loss``, ``train_acc``, ``val_loss``, ``val_acc`` (top 1) and, with
-    more than five classes, ``val_acc_top5``; in testing the same with ``test``. A Trainer without a
+    Batches are ``(images, labels)``. Logged are ``train_loss``, ``train_acc``, ``val_loss``, ``val_acc`` (top 1) and,
+    with more than five classes, ``val_acc_top5``; in testing the same with ``test``. A Trainer without a
     :class:`~cpq_lightning.CPQCallback` gets one with its default settings, which calibrates and reports.
 
     ``QuantizedModule.load_from_checkpoint(path)`` restores a module whose backbone was named; one that was built
@@ -89,7 +89,7 @@ class QuantizedModule(LightningModule):
             metrics["acc_top5"] = _accuracy(num_classes, 5)
         self.train_acc = _accuracy(num_classes, 1)
         self.val_metrics = MetricCollection(metrics, prefix="val_")
-        self.test_metrics = MetricCollection(metrics, prefix="test_")
+        self.test_metrics = self.val_metrics.clone(prefix="test_")
         if quantization is not None:
             attach(self, quantization)
 
@@ -149,10 +149,14 @@ def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:
     return MulticlassAccuracy(num_classes=num_classes, top_k=top_k, average="micro")
 
 
-def _build(backbone: str | nn.Module | None, num_classes: int, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+def _build(
+    backbone: str | nn.Module | None, num_classes: int, pretrained: bool, arguments: dict[str, Any]
+) -> nn.Module:
     if isinstance(backbone, nn.Module):
         if pretrained or arguments:
-            raise ValueError("pretrained and backbone_args need a backbone's name; the module that was given is complete.")
+            raise ValueError(
+                "pretrained and backbone_args need a backbone's name; the module that was given is complete."
+            )
         return backbone
     if backbone is None:
         raise ValueError(

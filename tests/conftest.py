@@ -6,6 +6,9 @@ import torch
 
 from tests.models import data
 
+# The models here are too small to share, and the suite runs in several processes.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
 from cpq_lightning.attach.audit import audit_first_forward, forget_first_forward
+from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
 from cpq_lightning.attach.select import Site, layer_settings, select, timm_ends
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer

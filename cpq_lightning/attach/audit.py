@@ -59,8 +59,9 @@ class AuditReport:
         found = []
         if self.never_called:
             found.append(
-                f"{len(self.never_called)} quantizers were never called in the first forward: {_some(self.never_called)}. "
-                "Their layers run in full precision or not at all; leave such layers out with ignore."
+                f"{len(self.never_called)} quantizers were never called in the first forward: "
+                f"{_some(self.never_called)}. Their layers run in full precision or not "
+                "at all; leave such layers out with ignore."
             )
         if self.unquantized:
             lines = [f"{module or 'the model itself'} ({op}: {what})" for module, op, what in self.unquantized]

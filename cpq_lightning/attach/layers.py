@@ -6,7 +6,7 @@ Parameters keep their identity and their names in ``state_dict``, ``isinstance``
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,11 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in ("weight_quantizer", "input_quantizer"):
             quantizer = getattr(self, name)
-            if quantizer is not None and f"{prefix}weight" in state_dict and f"{prefix}{name}.start_step" not in state_dict:
+            if (
+                quantizer is not None
+                and f"{prefix}weight" in state_dict
+                and f"{prefix}{name}.start_step" not in state_dict
+            ):
                 # Weights of a full-precision checkpoint: ranges fitted to other weights do not belong to them.
                 quantizer.configure(calibrated=False)
 
@@ -90,4 +94,4 @@ def switch_back(layer: QuantizedLayer) -> None:
         finally:
             layer.weight_quantizer.train(training)
     del layer.weight_quantizer, layer.input_quantizer
-    layer.__class__ = layer.base_class
+    cast(nn.Module, layer).__class__ = layer.base_class

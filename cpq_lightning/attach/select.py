@@ -84,8 +84,8 @@ def _check_weight(name: str, layer: nn.Module) -> None:
     if not weight.is_meta and not weight.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise ValueError(
-            f"The weight of layer {name!r} has {bad} NaN or infinite of {weight.numel()} values: there is no step to fit "
-            "to it. Load sound weights, or leave the layer out with ignore."
+            f"The weight of layer {name!r} has {bad} NaN or infinite of {weight.numel()} values: there is no step to "
+            "fit to it. Load sound weights, or leave the layer out with ignore."
         )
 
 
@@ -134,7 +134,9 @@ def _check_patterns(model: nn.Module, layers: dict[str, nn.Module], config: CPQC
     for argument, patterns in (("ignore", config.ignore), ("overrides", tuple(config.overrides))):
         for pattern in patterns:
             if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
-                raise ValueError(f"{argument}: the pattern {pattern!r} matches no layer. {_hint(model, layers, pattern)}")
+                raise ValueError(
+                    f"{argument}: the pattern {pattern!r} matches no layer. {_hint(model, layers, pattern)}"
+                )
 
 
 def _hint(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from cpq_lightning.attach import quantized_layers
@@ -65,7 +65,7 @@ def train_quantizers(
 
 
 def _by_optimizer(pl_module: LightningModule, optimizers: list[Any], default: int) -> list[list[nn.Parameter]]:
-    """For each optimizer the quantizer parameters of the layers that it trains; ``default`` gets those of frozen ones."""
+    """For each optimizer the quantizer parameters of the layers that it trains; frozen layers' go to ``default``."""
     holders = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     wanted: list[list[nn.Parameter]] = [[] for _ in optimizers]
     for _, layer in quantized_layers(pl_module):

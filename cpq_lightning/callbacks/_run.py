@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_step(trainer: Trainer) -> int:
-    """The optimizer step that the run is at; under manual optimization the batch, however many optimizers step in it."""
+    """The optimizer step that the run is at; under manual optimization the batch, however many optimizers step."""
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.epoch_loop.total_batch_idx
@@ -49,7 +50,7 @@ def training_batches(trainer: Trainer, most: int) -> list[Any] | None:
         return None
     batches = []
     with isolate_rng():
-        for batch, _, dataloader_idx in islice(iter(type(loader)(loader.iterables, loader._mode)), most):
+        for batch, _, dataloader_idx in islice(iter(copy.copy(loader)), most):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
             batches.append(trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx))
@@ -83,10 +84,11 @@ def _without_effects(trainer: Trainer) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for owner, names in silenced:
-            stack.callback(owner.__dict__.update, {n: owner.__dict__[n] for n in names if n in owner.__dict__})
+            attributes = cast(dict[str, Any], vars(owner))
+            stack.callback(attributes.update, {n: attributes[n] for n in names if n in attributes})
             for name in names:
-                stack.callback(owner.__dict__.pop, name, None)
-                owner.__dict__[name] = _nothing
+                stack.callback(attributes.pop, name, None)
+                attributes[name] = _nothing
         yield
     for metric, attributes, state in metrics:
         metric.__dict__.update(attributes)

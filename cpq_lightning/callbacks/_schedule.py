@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cpq_lightning.attach import quantizers
 from cpq_lightning.callbacks._run import run_length, run_step
@@ -36,6 +36,7 @@ class BufferSchedule(Callback):
         self.first, self.last = first, last
         self.shape: Shape = shape
         self._span: tuple[int, int] = (0, 0)
+        self._driven: list[Quantizer] = []
 
     def drives(self, quantizer: Quantizer) -> bool:
         """Whether a quantizer has what this schedule drives."""
@@ -52,27 +53,24 @@ class BufferSchedule(Callback):
         found = [q for _, q in quantizers(pl_module)]
         if not found:
             raise MisconfigurationException(
-                f"{type(self).__name__} found no quantizer in {type(pl_module).__name__}: add CPQCallback to the Trainer, "
-                "or train a QuantizedModule."
+                f"{type(self).__name__} found no quantizer in {type(pl_module).__name__}: add CPQCallback to the "
+                "Trainer, or train a QuantizedModule."
             )
-        if not any(self.drives(q) for q in found):
+        self._driven = [q for q in found if self.drives(q)]
+        if not self._driven:
             self.nothing_to_drive()
         fractions = isinstance(self.start, float) or isinstance(self.end, float)
         length = run_length(trainer) if fractions else 0
         start, end = (resolve_point(n, p, length) for n, p in (("start", self.start), ("end", self.end)))
         if start > end:
             raise MisconfigurationException(
-                f"{type(self).__name__}: start={self.start} is step {start}, after end={self.end}, step {end}, of a run of "
-                f"{length} steps."
+                f"{type(self).__name__}: start={self.start} is step {start}, after end={self.end}, step {end}, "
+                f"of a run of {length} steps."
             )
         self._span = (start, end)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._write(pl_module, run_step(trainer))
-
-    @torch.no_grad()
-    def _write(self, pl_module: LightningModule, step: int) -> None:
-        value = self.value(step)
-        for _, quantizer in quantizers(pl_module):
-            if self.drives(quantizer):
+        value = self.value(run_step(trainer))
+        with torch.no_grad():
+            for quantizer in self._driven:
                 getattr(quantizer, self.buffer).fill_(value)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import nn
 
@@ -38,6 +38,7 @@ from cpq_lightning.callbacks._run import (
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import levels_table, manifest, metrics_table, write_levels
 from cpq_lightning.functional import resolve_point
+from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion
 
 _CHECKPOINT_KEY = "cpq_lightning"
@@ -97,6 +98,7 @@ class CPQCallback(Callback):
         self.levels_file = levels_file
         self.table = table
         self._start = 0
+        self._quantizers: list[Quantizer] = []
         self._audit: Audit | None = None
         self._audited = False
         self._companions: list[Companion] = []
@@ -118,7 +120,9 @@ class CPQCallback(Callback):
             try:
                 attach(pl_module, self.config)
             except ValueError as error:
-                raise MisconfigurationException(f"CPQCallback cannot quantize {type(pl_module).__name__}: {error}") from error
+                raise MisconfigurationException(
+                    f"CPQCallback cannot quantize {type(pl_module).__name__}: {error}"
+                ) from error
         if stage == "fit" and self.quantize_from > 0:
             # A checkpoint that is restored after this knows better.
             set_active(pl_module, False)
@@ -131,18 +135,16 @@ class CPQCallback(Callback):
         fraction = isinstance(self.quantize_from, float)
         self._start = resolve_point("quantize_from", self.quantize_from, run_length(trainer) if fraction else 0)
         self._audited = not _auditable(pl_module)
-        self._companions = train_quantizers(
-            trainer, pl_module, self.lr_factor, self._restored.get("companions", [])
-        )
-        active = [q for _, q in quantizers(pl_module) if q.active]
-        if any(not q.calibrated for q in active):
+        self._companions = train_quantizers(trainer, pl_module, self.lr_factor, self._restored.get("companions", []))
+        self._quantizers = [q for _, q in quantizers(pl_module)]
+        if any(q.active and not q.calibrated for q in self._quantizers):
             self._calibrate(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if any(q.has_gates for _, q in quantizers(pl_module)):
+        if any(q.has_gates for q in self._quantizers):
             # Forwards within a batch count on from here, and a resumed run draws what this one drew.
             set_noise_step(pl_module, trainer.fit_loop.epoch_loop.total_batch_idx << 16)
-        if run_step(trainer) >= self._start and not all(q.active for _, q in quantizers(pl_module)):
+        if run_step(trainer) >= self._start and not all(q.active for q in self._quantizers):
             self._begin(trainer, pl_module)
         if not self._audited:
             forget_first_forward(pl_module)
@@ -203,13 +205,15 @@ class CPQCallback(Callback):
             console.print(levels_table(content))
             if self._metrics:
                 console.print(metrics_table(self._metrics))
-        if self.levels_file is not None and self._folder is not None and not trainer.fast_dev_run:
+        if self.levels_file is not None and self._folder is not None and not getattr(trainer, "fast_dev_run", False):
             path = self._folder / self.levels_file
             try:
                 write_levels(pl_module, path)
             except OSError as error:
                 saved = getattr(trainer.checkpoint_callback, "best_model_path", "") or "not saved by a ModelCheckpoint"
-                rank_zero_warn(f"{path} could not be written ({error}); nothing of the training is lost: checkpoint {saved}.")
+                rank_zero_warn(
+                    f"{path} could not be written ({error}); nothing of the training is lost: checkpoint {saved}."
+                )
             else:
                 rank_zero_info(f"Levels written to {path}")
 
@@ -236,8 +240,8 @@ class CPQCallback(Callback):
         for callback in callbacks[: callbacks.index(self)]:
             if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__):
                 raise MisconfigurationException(
-                    f"{type(callback).__name__} stands before CPQCallback and would average a copy of the model that is "
-                    "not quantized: put CPQCallback first in the list of callbacks."
+                    f"{type(callback).__name__} stands before CPQCallback and would average a copy of the model that "
+                    "is not quantized: put CPQCallback first in the list of callbacks."
                 )
         if any(cls.__name__ == "FSDPStrategy" for cls in type(trainer.strategy).__mro__):
             raise MisconfigurationException(
@@ -269,9 +273,9 @@ class CPQCallback(Callback):
                 # Somebody's training_step may rely on what the training loop has not set up yet. If it is truly broken,
                 # it fails again in a moment, with nothing of ours around it.
                 rank_zero_warn(
-                    "Activation ranges could not be calibrated before training, because training_step failed there with "
-                    f"{type(error).__name__}: {error}. The sanity check runs in full precision, and the first training "
-                    "batch sets the ranges."
+                    "Activation ranges could not be calibrated before training, because training_step failed there "
+                    f"with {type(error).__name__}: {error}. The sanity check runs in full precision, and the "
+                    "first training batch sets the ranges."
                 )
                 set_active(pl_module, False)
         self._audited = not failed
@@ -279,7 +283,7 @@ class CPQCallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_active(pl_module, True)
         refit(pl_module)
-        owned = {id(p) for _, q in quantizers(pl_module) for p in q.parameters()}
+        owned = {id(p) for q in self._quantizers for p in q.parameters()}
         for optimizer in (*trainer.optimizers, *(companion.optimizer for companion in self._companions)):
             # Momentum of a step that was fitted anew belongs to the old one.
             for parameter in [p for p in optimizer.state if id(p) in owned]:
@@ -292,7 +296,7 @@ class CPQCallback(Callback):
         audit, self._audit, self._audited = self._audit, None, True
         audit.__exit__(None, None, None)
         correct_ends(pl_module, audit.report.order)
-        if rank_zero_only.rank == 0:
+        if pl_module.trainer.is_global_zero:
             report_audit(audit.report)
 
     def _stop_recording(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cpq_lightning.callbacks._schedule import BufferSchedule
 from cpq_lightning.functional import Shape
@@ -50,6 +50,6 @@ class DropBitsSchedule(BufferSchedule):
     def nothing_to_drive(self) -> None:
         rank_zero_warn(
             "DropBitsSchedule found no gate to drive: every quantizer has min_bits equal to its bits, so no bit can be "
-            "dropped. Give CPQConfig a min_bits below weight_bits, for example CPQConfig(weight_bits=4, min_bits=3), or "
-            "leave DropBitsSchedule out."
+            "dropped. Give CPQConfig a min_bits below weight_bits, for example CPQConfig(weight_bits=4, min_bits=3), "
+            "or leave DropBitsSchedule out."
         )

@@ -144,7 +144,9 @@ def totals(model: nn.Module, records: list[LevelsRecord]) -> dict[str, Any]:
     own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
     fp32 = 4 * sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    quantized = {id(layer.full_precision_weight()): r for (_, layer), r in zip(quantized_layers(model), weights, strict=True)}
+    quantized = {
+        id(layer.full_precision_weight()): r for (_, layer), r in zip(quantized_layers(model), weights, strict=True)
+    }
     packed = sum(packed_bytes(r.numel, r.bits) for r in quantized.values())
     steps = 4 * sum(len(r.step) if isinstance(r.step, list) else 1 for r in records)
     rest = fp32 - 4 * sum(r.numel for r in quantized.values())

@@ -8,7 +8,13 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-_LEFT: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "header_style": "bold", "pad_edge": False, "padding": (0, 1, 0, 0)}
+_LEFT: dict[str, Any] = {
+    "title_justify": "left",
+    "caption_justify": "left",
+    "header_style": "bold",
+    "pad_edge": False,
+    "padding": (0, 1, 0, 0),
+}
 
 
 def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
@@ -38,7 +44,7 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
     if not quantizer["quantizing"]:
         return ["fp32", "", "", ""]
     used, error, step = quantizer["used_levels"], quantizer["relative_error"], quantizer["step"]
-    steps = f"{min(step):.2g}…{max(step):.2g}" if isinstance(step, list) else f"{step:.3g}"
+    steps = f"{min(step):.1g}-{max(step):.1g}" if isinstance(step, list) else f"{step:.3g}"
     sign = "" if quantizer["signed"] else "u"
     return [
         f"{sign}{quantizer['bits']}",

@@ -1,4 +1,7 @@
-"""Nesting by resolution: each further bit halves the step and keeps the range (this project's; the paper nests by range)."""
+"""Nesting by resolution: each further bit halves the step and keeps the range.
+
+This project's; the paper nests by range, as :func:`cpq_lightning.functional.quantize` does.
+"""
 
 from __future__ import annotations
 

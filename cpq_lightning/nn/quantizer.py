@@ -20,6 +20,7 @@ from cpq_lightning.functional import (
     quantize_unchecked,
 )
 from cpq_lightning.functional.resolution import quantize_resolution
+from cpq_lightning.nn.gradient import Connect, ScaleGradient
 from cpq_lightning.nn.observer import RangeObserver, UsageRecorder
 
 Kind = Literal["weight", "activation"]
@@ -170,8 +171,8 @@ class Quantizer(nn.Module):
 
     def _step_and_sigma(self) -> tuple[Tensor, Tensor]:
         scale = self._gradient_scale()
-        step = self._step(_scale_gradient(self.log_step, scale))
-        s = _NOISE_MIN + (1 - _NOISE_MIN) * torch.sigmoid(_scale_gradient(self.noise_logit, scale))
+        step = self._step(ScaleGradient.apply(self.log_step, scale))
+        s = _NOISE_MIN + (1 - _NOISE_MIN) * torch.sigmoid(ScaleGradient.apply(self.noise_logit, scale))
         return step, step * s * self.temperature
 
     def _gradient_scale(self) -> Tensor:
@@ -209,10 +210,10 @@ class Quantizer(nn.Module):
             RuntimeError: an activation in evaluation before its range is known.
         """
         if not self.active:
-            return _Connect.apply(x, self.log_step, self.noise_logit)
+            return Connect.apply(x, self.log_step, self.noise_logit)
         if self.observer is not None:
             self.observer.update(x)
-            return _Connect.apply(x, self.log_step, self.noise_logit)
+            return Connect.apply(x, self.log_step, self.noise_logit)
         if not self.calibrated:
             self._fit_first(x)
         step, sigma = self._step_and_sigma()
@@ -299,36 +300,3 @@ def _stride(n: int) -> int:
     while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):
         stride += 1
     return stride
-
-
-def _scale_gradient(t: Tensor, scale: Tensor) -> Tensor:
-    return _ScaleGradient.apply(t, scale)  # type: ignore[no-any-return]
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return t.view_as(t)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return grad * scale, None
-
-
-class _Connect(torch.autograd.Function):
-    """x itself, with the parameters in its graph at no cost.
-
-    DistributedDataParallel requires that every parameter gets a gradient in every step, also while nothing is quantized.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
-        return (grad, *zeros)

@@ -322,7 +322,7 @@ def broken(value):
 )
 def test_bad_input_is_refused_and_nothing_changes(model, config, message):
     model = model()
-    state = {key: value for key, value in model.state_dict().items()}
+    state = dict(model.state_dict())
     classes = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match=message):
         attach(model, config)

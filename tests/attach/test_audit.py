@@ -35,7 +35,7 @@ class Bare(nn.Module):
 
 
 def test_an_input_that_bypasses_its_quantizer_is_named():
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="quantizers") as caught:
         calibrate(attach(Direct()), [torch.randn(2, 4)])
     messages = [str(w.message) for w in caught]
     assert any("1 quantizers were never called" in m and "fc.input_quantizer" in m for m in messages)

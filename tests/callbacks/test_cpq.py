@@ -44,7 +44,8 @@ def test_exported_levels_are_those_of_the_evaluated_weights(fit):
             layer = module.get_submodule(record.name)
             codes = layer.weight / record.step
             torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
-            assert record.low <= codes.round().min() and codes.round().max() <= record.high
+            assert record.low <= codes.round().min()
+            assert codes.round().max() <= record.high
             assert record.used_levels == len(codes.round().unique())
 
 

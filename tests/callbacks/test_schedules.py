@@ -73,5 +73,5 @@ def test_arguments_out_of_range_are_refused(schedule, settings, message):
 
 
 def test_a_start_after_the_end_in_steps_is_refused(fit):
-    with pytest.raises(MisconfigurationException, match="start=100 is step 100, after end=0.5, step 4"):
+    with pytest.raises(MisconfigurationException, match=r"start=100 is step 100, after end=0\.5, step 4"):
         fit(Classifier(), [CPQCallback(), TemperatureSchedule(start=100, end=0.5)])

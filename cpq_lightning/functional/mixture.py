@@ -1,0 +1,160 @@
+"""The categorical over a grid as a mixture of truncated logistics, and the derivatives of the two surrogates.
+
+A surrogate is what the backward differentiates in place of the argmax: ``n pi_n`` with ``n`` held, or the mean ``E``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cpq_lightning.functional.truncated import Interval
+
+# A mask's derivative is the mass that the masked ring would bring, up to exp(distance / sigma). Below float64 it
+# is held at exp(40), far over anything that trains, so that sums over a tensor stay finite.
+_MAX_LOG_RATIO = {torch.float64: math.inf, torch.float32: 40.0}
+
+
+@dataclass
+class Mixture:
+    """The categorical as a mixture of truncated logistics, one a nested grid, with weights (m_k - m_(k+1)) M_k / Z."""
+
+    parts: list[Interval]
+    weights: list[Tensor]
+    log_z: Tensor
+    near: Tensor  # False where u is so far from all the mass that sums of z-derivatives vanish below rounding
+
+    @classmethod
+    def of(cls, u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple[int, int]]) -> Mixture:
+        if masks is None:
+            parts = [Interval.of(u, s, *bounds[-1])]
+            weights, log_z = [torch.ones_like(u)], parts[0].log_mass(s)
+        else:
+            parts = [Interval.of(u, s, low, high) for low, high in bounds]
+            shares = torch.cat([masks[:-1] - masks[1:], masks[-1:]]).clamp(min=0)
+            logs = [share.log() + part.log_mass(s) for share, part in zip(shares, parts, strict=True)]
+            log_z = torch.stack(torch.broadcast_tensors(*logs)).logsumexp(0)
+            weights = [torch.exp(log - log_z) for log in logs]
+        eps = torch.finfo(u.dtype).eps
+        near = torch.zeros_like(u, dtype=torch.bool)
+        for part, weight in zip(parts, weights, strict=True):
+            near = near | ((part.y > eps) & (weight > eps))
+        return cls(parts, weights, log_z, near)
+
+
+def argmax_moments(u: Tensor, s: Tensor, n: Tensor, mixture: Mixture, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Moments of y = n pi_n with the factor n held: n pi_n (d log p_n - d log Z)."""
+    cell = Interval.of(u, s, n, n)
+    k0, k1 = cell.moments()
+    for part, weight in zip(mixture.parts, mixture.weights, strict=True):
+        p0, p1 = part.moments()
+        k0 = k0 - weight * p0
+        k1 = k1 - weight * (p1 + (part.center - n) * p0)
+    scale = n * torch.exp(cell.log_mass(s) - mixture.log_z)
+    if mask is not None:
+        scale = scale * mask
+    return torch.where(mixture.near, scale * k0, 0.0), scale * k1
+
+
+def expectation_moments(
+    n: Tensor, mixture: Mixture, inner: list[tuple[Tensor, Tensor, Tensor]], mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Moments of y = E: in each part, the boundaries between its levels (weight -1) and its two edges."""
+    k0, k1 = torch.zeros_like(n), torch.zeros_like(n)
+    for part, weight, (_, slope, slope_t) in zip(mixture.parts, mixture.weights, inner, strict=True):
+        offset = part.side * (n + mean - part.center)
+        at_high = (part.high - offset) * part.edge_high
+        at_low = (part.low - offset) * part.edge_low
+        p0 = at_high - at_low - slope
+        p1 = part.side * (at_high * (part.high + 0.5) - at_low * (part.low - 0.5) - slope_t)
+        k0 = k0 + weight * p0
+        k1 = k1 + weight * (p1 + (part.center - n) * p0)
+    return torch.where(mixture.near, k0, 0.0), k1
+
+
+def mixture_mean(n: Tensor, mixture: Mixture, inner: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """E - n."""
+    mean = torch.zeros_like(n)
+    for part, weight, (part_mean, _, _) in zip(mixture.parts, mixture.weights, inner, strict=True):
+        mean = mean + weight * (part.center - n + part.side * part_mean)
+    return mean
+
+
+def mask_derivatives(
+    u: Tensor,
+    s: Tensor,
+    n: Tensor,
+    mixture: Mixture,
+    masks: Tensor,
+    bounds: list[tuple[int, int]],
+    mean: Tensor | None,
+) -> list[Tensor]:
+    """dy/dm of each ring: sum over the ring of (n' - E) p_n'/Z, or, where there is no mean, of the argmax surrogate.
+
+    That one is n pi_n (1/m - P/Z) for the chosen ring, with P the ring's mass, and -n pi_n P/Z for any other. A ring
+    is two intervals, one to each side of the grid inside it: its mass as a difference of the masses of two grids
+    would lose all its digits where it is small.
+    """
+    cap = _MAX_LOG_RATIO[u.dtype]
+    shares, weights, moments = [], [], []
+    for pieces, mask in zip(_ring_pieces(bounds), masks, strict=True):
+        share, weight, moment = (torch.zeros_like(u) for _ in range(3))
+        for low, high in pieces:
+            piece = Interval.of(u, s, low, high)
+            log_share = piece.log_mass(s) - mixture.log_z
+            p = torch.exp(log_share.clamp(max=cap))
+            share = share + p
+            weight = weight + torch.exp(mask.log() + log_share)
+            if mean is not None:
+                moment = moment + p * (piece.center - n + piece.side * piece.inner_boundaries(s)[0] - mean)
+        shares.append(share)
+        weights.append(weight)
+        moments.append(moment)
+    if mean is not None:
+        return moments
+
+    cell = torch.exp((Interval.of(u, s, n, n).log_mass(s) - mixture.log_z).clamp(max=cap))
+    pi = cell * mask_of(n, masks, bounds)
+    others = _sums_of_others(weights)
+    derivatives = []
+    for k, (share, other) in enumerate(zip(shares, others, strict=True)):
+        # 1/m - P/Z = (1 - m P/Z)/m, and 1 - m P/Z is the weight of all other rings.
+        d = n * torch.where(_in_ring(n, bounds, k), cell * other, -pi * share)
+        derivatives.append(torch.where(n == 0, 0.0, d))
+    return derivatives
+
+
+def _ring_pieces(bounds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The one or two intervals of levels of each ring; an unsigned outer ring has no left side."""
+    pieces = [[bounds[0]]]
+    for (in_low, in_high), (low, high) in pairwise(bounds):
+        pieces.append([piece for piece in ((low, in_low - 1), (in_high + 1, high)) if piece[0] <= piece[1]])
+    return pieces
+
+
+def _sums_of_others(values: list[Tensor]) -> list[Tensor]:
+    """For each value the sum of all the others, without subtracting it from the whole."""
+    zero = torch.zeros_like(values[0])
+    before, after = [zero], [zero]
+    for value in values[:-1]:
+        before.append(before[-1] + value)
+    for value in reversed(values[1:]):
+        after.append(after[-1] + value)
+    return [b + a for b, a in zip(before, reversed(after), strict=True)]
+
+
+def _in_ring(n: Tensor, bounds: list[tuple[int, int]], k: int) -> Tensor:
+    inside = (n >= bounds[k][0]) & (n <= bounds[k][1])
+    return inside if k == 0 else inside & ((n < bounds[k - 1][0]) | (n > bounds[k - 1][1]))
+
+
+def mask_of(n: Tensor, masks: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """The mask of the ring that level n lies in."""
+    mask = masks[-1]
+    for (low, high), ring_mask in zip(reversed(bounds[:-1]), reversed(masks[:-1].unbind()), strict=True):
+        mask = torch.where((n >= low) & (n <= high), ring_mask, mask)
+    return mask

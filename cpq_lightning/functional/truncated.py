@@ -1,0 +1,109 @@
+"""A logistic distribution truncated to an interval of levels: its mass, its mean, and their derivatives.
+
+The building block of :mod:`cpq_lightning.functional.categorical`: exact and finite however far outside the interval
+the distribution is centred, at a cost that does not depend on the number of levels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# exp(-WINDOW) is the weight of the first cell boundary that the expectation leaves out.
+WINDOW = {torch.float64: 32.0, torch.float32: 15.0}
+
+
+@dataclass
+class Interval:
+    """A logistic around ``u`` truncated to the levels ``low … high``, seen from its level ``center`` nearest to u.
+
+    The frame is reflected so that ``d = |u - center|``. For ``d > 1/2`` the whole interval lies on one side of u, and
+    every mass carries the factor ``y = exp(-(d - d0)/s)``, ``d0 = min(d, 1/2)``, which is left out (``*_hat``): what
+    remains is of order 1 however far u is away, and ratios of masses lose no digits.
+    """
+
+    center: Tensor
+    side: Tensor  # +1 where u >= center, else -1
+    d: Tensor
+    d0: Tensor
+    y: Tensor
+    low: Tensor  # reflected, relative to center: low <= 0 <= high
+    high: Tensor
+    s_low: Tensor  # S at the lower boundary low - 1/2, over y
+    r_high: Tensor  # 1 - S at the upper boundary high + 1/2
+    mass: Tensor  # over y
+    edge_low: Tensor  # d log mass / d z at the lower boundary, times -1
+    edge_high: Tensor  # d log mass / d z at the upper boundary
+
+    @classmethod
+    def of(cls, u: Tensor, s: Tensor, low: Tensor | float, high: Tensor | float) -> Interval:
+        center = u.round().clamp(low, high)  # type: ignore[arg-type]
+        v = u - center
+        side = torch.where(v >= 0, 1.0, -1.0).to(u.dtype)
+        d = v.abs()
+        d0 = d.clamp(max=0.5)
+        y = torch.exp(-(d - d0) / s)
+        below, above = low - center, high - center
+        lo = torch.where(side > 0, below, -above)
+        hi = torch.where(side > 0, above, -below)
+        e = torch.exp((lo - 0.5 - d0) / s)
+        g = torch.exp(-(hi + 0.5 - d0) / s)
+        s_low = e / (1 + y * e)
+        r_high = g / (y + g)
+        # Beyond the edge (d > 1/2) hi is 0 and g = 1; inside, y = 1. One line serves both without a subtraction of
+        # nearly equal numbers.
+        mass = 1 / (y + g) - s_low
+        return cls(
+            center, side, d, d0, y, lo, hi, s_low, r_high, mass,
+            edge_low=e / ((1 + y * e) ** 2 * mass),
+            edge_high=g / ((y + g) ** 2 * mass),
+        )  # fmt: skip
+
+    def log_mass(self, s: Tensor) -> Tensor:
+        """Log of the mass; the factor y goes in here, where it cannot underflow."""
+        return self.mass.log() - (self.d - self.d0) / s
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Of d log mass / dz_t over its two boundaries: the sum, and the sum weighted with t - center."""
+        k0 = self.side * (self.edge_high - self.edge_low)
+        k1 = self.edge_high * (self.high + 0.5) - self.edge_low * (self.low - 0.5)
+        return k0, k1
+
+    def inner_boundaries(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean level relative to center (reflected), and sums over inner boundaries of S'_t and tau_t S'_t over mass.
+
+        The mean is an Abel sum: (sum of the masses above each boundary right of center, minus those below each
+        boundary left of it) / mass. Boundaries fall off geometrically, exp(-|t - u|/s), from the center outwards.
+        """
+        decay = torch.exp(-1 / s)
+        left = torch.exp((-0.5 - self.d0) / s)
+        right = torch.exp((self.d0 - 0.5) / s)
+        mean, slope, slope_t = (torch.zeros_like(self.mass) for _ in range(3))
+        for j in range(_window(s)):
+            inside = self.low + j < 0
+            sl = left / (1 + self.y * left)
+            ds = torch.where(inside, sl / (1 + self.y * left), 0.0)
+            mean = mean - torch.where(inside, sl - self.s_low, 0.0)
+            # Levels right of center exist only where u is inside, and there y = 1.
+            inside = self.high - j > 0
+            r = right / (1 + right)
+            dr = torch.where(inside, r / (1 + right), 0.0)
+            mean = mean + torch.where(inside, r - self.r_high, 0.0)
+            slope = slope + ds + dr
+            slope_t = slope_t + (j + 0.5) * (dr - ds)
+            left, right = left * decay, right * decay
+        return mean / self.mass, slope / self.mass, slope_t / self.mass
+
+
+def _window(s: Tensor) -> int:
+    """Boundaries to each side that hold all of the sum to rounding: c * s + 1, at most c + 1 as s <= 1.
+
+    The values of s are read only where reading costs nothing (on the CPU, outside a compiler).
+    """
+    reach = WINDOW[s.dtype]
+    if s.device.type == "cpu" and not torch.compiler.is_compiling() and s.numel() > 0:
+        reach *= min(1.0, s.max().item())
+    return math.ceil(reach) + 1

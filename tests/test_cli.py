@@ -1,0 +1,160 @@
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cpq_lightning import QuantizedModule, __version__
+from cpq_lightning.attach import quantizers
+from cpq_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+CPQ = Path(sys.executable).with_name("cpq")
+ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+
+
+def cpq(*arguments, cwd, **settings):
+    return subprocess.run(
+        [CPQ, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, **settings
+    )
+
+
+@pytest.mark.slow
+def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
+    result = cpq("fit", "--config", ROOT / "recipes" / "digits.yaml", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "lightning_logs" / "version_0"
+    content = json.loads((run / "levels.json").read_text())
+    assert content["totals"]["weight_bits_avg"] == 4
+    assert content["totals"]["act_bits_avg"] == 4
+    (checkpoint,) = run.rglob("*.ckpt")
+    metrics = torch.load(checkpoint, weights_only=True)["cpq_lightning"]["metrics"]
+    assert metrics["quantized"]["val_acc"] >= 0.96
+    for expected in ("model.conv1.0 *", "full precision", "quantized", "val_acc", "times smaller", "error"):
+        assert expected in result.stdout, expected
+    restored = QuantizedModule.load_from_checkpoint(checkpoint, weights_only=True)
+    assert {q.bits for _, q in quantizers(restored)} == {4, 8}
+
+
+def test_help_and_print_config(tmp_path):
+    top = cpq("--help", cwd=tmp_path)
+    assert top.returncode == 0
+    assert "fit" in top.stdout
+    printed = cpq("fit", "--config", ROOT / "recipes" / "digits.yaml", "--print_config", cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    config = yaml.safe_load(printed.stdout)
+    assert config["model"]["quantization"]["weight_bits"] == 4
+    assert config["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert [c["class_path"] for c in config["trainer"]["callbacks"]] == [
+        "cpq_lightning.CPQCallback",
+        "cpq_lightning.callbacks.TemperatureSchedule",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("backbone", "resnet81", "'resnet81' is no timm model. Near matches: ['resnet18'"),
+        ("quantization.weight_bits", "9", "weight_bits must be from 1 to 8 bits, got 9"),
+        ("quantization.ignore", "[nowhere.*]", "the pattern 'nowhere.*' matches no layer"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(tmp_path, setting, value, message):
+    recipe = ROOT / "recipes" / "digits.yaml"
+    result = cpq("fit", "--config", recipe, f"--model.{setting}", value, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+FRAGMENTS = sorted((ROOT / "callbacks").glob("*.yaml"))
+
+
+def test_fragments_add_to_another_apps_config(tmp_path):
+    """Somebody else's LightningCLI app, their config, and ours as a second one, in either order."""
+    (tmp_path / "app.py").write_text(
+        "from lightning.pytorch.cli import LightningCLI\n"
+        "from lightning.pytorch.demos.boring_classes import BoringModel\n"
+        "LightningCLI(BoringModel)\n"
+    )
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text(
+        "trainer:\n  max_epochs: 1\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: x}\n"
+    )
+    arguments = [f"--config={path}" for path in (theirs, *FRAGMENTS)]
+    result = subprocess.run(
+        [sys.executable, "app.py", "fit", *arguments, "--print_config"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    callbacks = yaml.safe_load(result.stdout)["trainer"]["callbacks"]
+    assert len(callbacks) == 1 + len(FRAGMENTS)
+    assert callbacks[0]["class_path"].endswith("EarlyStopping")
+
+
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_a_fragment_quantizes_another_apps_run(tmp_path, with_optimizer):
+    (tmp_path / "app.py").write_text(
+        "from lightning.pytorch.cli import LightningCLI\n"
+        "from lightning.pytorch.demos.boring_classes import BoringModel\n"
+        "class Boring(BoringModel):\n"
+        "    def on_train_end(self):\n"
+        "        groups = self.trainer.optimizers[0].param_groups\n"
+        "        assert [len(g['params']) for g in groups] == [2, 4], groups\n"
+        "        assert groups[1]['weight_decay'] == 0\n"
+        "        assert self.layer.weight_quantizer.log_step.item() != 0\n"
+        "LightningCLI(Boring)\n"
+    )
+    fragment = ROOT / "callbacks" / "cpq.yaml"
+    optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.01"] if with_optimizer else []
+    result = subprocess.run(
+        [sys.executable, "app.py", "fit", f"--config={fragment}", "--trainer.max_epochs=1", "--trainer.logger=false",
+         "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=2", *optimizer],
+        cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "levels.json").exists()
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_outside_of_the_checkout(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for shipped in ("recipes/digits.yaml", "callbacks/cpq.yaml"):
+        assert f"cpq_lightning/shipped/{shipped}" in names
+    assert not [n for n in names if n.split("/")[0] in ("tests", "recipes", "callbacks", "benchmarks")]
+
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", site, wheel]
+    subprocess.run(install, check=True, capture_output=True, text=True)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(site)}
+    code = "import cpq_lightning, sys, cpq_lightning.cli as c; print(cpq_lightning.__file__); c.main(sys.argv[1:])"
+    helped = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert helped.returncode == 0, helped.stderr
+    assert str(site) in helped.stdout
+    assert "usage: cpq" in helped.stdout
+    printed = subprocess.run(
+        [site / "bin" / "cpq", "fit", "--config", "recipes/digits.yaml", "--print_config"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert printed.returncode == 0, printed.stderr
+    assert yaml.safe_load(printed.stdout)["model"]["backbone"] == "test_resnet"
+
+
+def test_main_takes_arguments(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.split() == ["cpq", __version__]
