@@ -97,7 +97,8 @@ class CPQConfig:
         self._freeze_patterns()
 
     def _freeze_patterns(self) -> None:
-        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
+        patterns = self.ignore
+        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
             raise TypeError(f"ignore must be a list of patterns, such as ['head', '*.fc'], got {self.ignore!r}.")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if not isinstance(self.overrides, Mapping):
@@ -117,6 +118,8 @@ class CPQConfig:
                 dataclasses.replace(self, overrides={}, **_widened(self, settings))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{pattern!r}]: {error}") from None
+        # A copy: what is frozen here does not change under it.
+        object.__setattr__(self, "overrides", {pattern: dict(settings) for pattern, settings in self.overrides.items()})
 
     def for_layer(self, overrides: Sequence[Mapping[str, Any]]) -> CPQConfig:
         """The settings of one layer: these, with the given overrides laid over them in turn."""
@@ -130,7 +133,9 @@ class CPQConfig:
         if self.first_last_bits is None:
             return self
         act_bits = None if self.act_bits is None else self.first_last_bits
-        return dataclasses.replace(self, weight_bits=self.first_last_bits, min_bits=None, act_bits=act_bits)
+        return dataclasses.replace(
+            self, weight_bits=self.first_last_bits, min_bits=None, act_bits=act_bits, overrides={}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and checkpoints take them: ``CPQConfig(**config.to_dict()) == config``."""

@@ -84,14 +84,14 @@ def _without_effects(trainer: Trainer) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for owner, names in silenced:
-            attributes = cast(dict[str, Any], vars(owner))
-            stack.callback(attributes.update, {n: attributes[n] for n in names if n in attributes})
+            held = cast(dict[str, Any], vars(owner))
+            stack.callback(held.update, {n: held[n] for n in names if n in held})
             for name in names:
-                stack.callback(attributes.pop, name, None)
-                attributes[name] = _nothing
+                stack.callback(held.pop, name, None)
+                held[name] = _nothing
         yield
     for metric, attributes, state in metrics:
-        metric.__dict__.update(attributes)
+        cast(dict[str, Any], vars(metric)).update(attributes)
         for name, value in state.items():
             setattr(metric, name, value)
 

@@ -42,6 +42,8 @@ from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion
 
 _CHECKPOINT_KEY = "cpq_lightning"
+# Lightning's callbacks that copy the model in their setup, of either package.
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class CPQCallback(Callback):
@@ -204,6 +206,7 @@ class CPQCallback(Callback):
             content = manifest(pl_module)
             console.print(levels_table(content))
             if self._metrics:
+                console.print()
                 console.print(metrics_table(self._metrics))
         if self.levels_file is not None and self._folder is not None and not getattr(trainer, "fast_dev_run", False):
             path = self._folder / self.levels_file
@@ -238,7 +241,7 @@ class CPQCallback(Callback):
                 "CPQConfig(overrides=...)."
             )
         for callback in callbacks[: callbacks.index(self)]:
-            if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__):
+            if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} stands before CPQCallback and would average a copy of the model that "
                     "is not quantized: put CPQCallback first in the list of callbacks."

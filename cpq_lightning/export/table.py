@@ -12,15 +12,16 @@ _LEFT: dict[str, Any] = {
     "title_justify": "left",
     "caption_justify": "left",
     "header_style": "bold",
-    "pad_edge": False,
-    "padding": (0, 1, 0, 0),
+    "box": SIMPLE_HEAD,
+    "show_edge": False,
+    "padding": 0,
 }
 
 
 def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
     """A row a layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
-    table = Table(title=title, caption=summary(manifest), box=SIMPLE_HEAD, **_LEFT)
-    table.add_column("layer", overflow="fold", min_width=24)
+    table = Table(title=title, caption=summary(manifest), **_LEFT)
+    table.add_column("layer", overflow="fold", min_width=22)
     for kind in ("weight", "input"):
         table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
         for name in ("step", "used", "error"):
@@ -44,13 +45,13 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
     if not quantizer["quantizing"]:
         return ["fp32", "", "", ""]
     used, error, step = quantizer["used_levels"], quantizer["relative_error"], quantizer["step"]
-    steps = f"{min(step):.1g}-{max(step):.1g}" if isinstance(step, list) else f"{step:.3g}"
+    steps = f"{min(step):.1g}-{max(step):.1g}" if isinstance(step, list) else f"{step:#.3g}"
     sign = "" if quantizer["signed"] else "u"
     return [
         f"{sign}{quantizer['bits']}",
         steps,
         "" if used is None else f"{used}",
-        "" if error is None else f"{error:.1e}" if 0 < error < 1e-4 else f"{error:.2%}",
+        "" if error is None else "<0.01%" if 0 < error < 5e-5 else f"{error:.2%}",
     ]
 
 
@@ -78,7 +79,7 @@ def _bytes(count: int) -> str:
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     """A row a metric, a column a state of the network (full precision, quantized), and their difference."""
-    table = Table(title="Validation", box=SIMPLE_HEAD, **_LEFT)
+    table = Table(title="Validation", **_LEFT)
     table.add_column("metric")
     columns = [state for state in ("full precision", "quantized") if state in metrics]
     for state in columns:

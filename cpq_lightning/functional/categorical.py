@@ -20,8 +20,8 @@ How it stays cheap. Masks of nested grids ``G_k`` do not increase outwards, so
 is a sum of positive terms, one a ring, and the mean ``E = sum_n n pi_n`` is the same mixture of the means of
 truncated logistics: ``truncated.py`` has one of them, ``mixture.py`` their sum. Every derivative is collected as two
 moments over the cell boundaries ``t``, ``k0 = sum_t dy/dz_t`` and ``k1 = sum_t (t - n) dy/dz_t`` with
-``z_t = (t - u) / s`` and ``u = x / a``; the chain rule to ``x``, ``step`` and ``sigma`` is then the same three lines for
-both estimators. Nothing has size ``numel * 2**bits``.
+``z_t = (t - u) / s`` and ``u = x / a``; the chain rule to ``x``, ``step`` and ``sigma`` is then the same three lines
+for both estimators. Nothing has size ``numel * 2**bits``.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ from cpq_lightning.functional.mixture import (
 from cpq_lightning.functional.truncated import WINDOW
 
 Estimator = Literal["argmax", "expectation"]
+
+# In steps; exp(-_FAR) is far below the rounding of float64.
+_FAR = 64
 
 
 def quantize(
@@ -170,9 +173,10 @@ class _Quantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, step, sigma, masks)
         ctx.grid = (bits, min_bits, signed, estimator)
+        bounds = ring_bounds(bits, min_bits, signed)
         a = _computable(step)
-        u = _computable(x) / a
-        n = _argmax_level(u, _computable(sigma) / a, _effective(masks, u), ring_bounds(bits, min_bits, signed))
+        u = _in_steps(x, a, bounds)
+        n = _argmax_level(u, _computable(sigma) / a, _effective(masks, u), bounds)
         return (n * a).to(x.dtype)
 
     @staticmethod
@@ -182,11 +186,10 @@ class _Quantize(torch.autograd.Function):
         bits, min_bits, signed, estimator = ctx.grid
         bounds = ring_bounds(bits, min_bits, signed)
         a, g = _computable(step), _computable(grad)
-        u, s = _computable(x) / a, _computable(sigma) / a
+        u, s = _in_steps(x, a, bounds), _computable(sigma) / a
         m = _effective(masks, u)
         n = _argmax_level(u, s, m, bounds)
         mixture = Mixture.of(u, s, m, bounds)
-        mean = None
         if estimator == "argmax":
             k0, k1 = argmax_moments(u, s, n, mixture, None if m is None else mask_of(n, m, bounds))
         else:
@@ -203,7 +206,7 @@ class _Quantize(torch.autograd.Function):
         if m is None and ctx.needs_input_grad[3]:
             d_masks = torch.zeros_like(masks)
         elif m is not None and ctx.needs_input_grad[3]:
-            rings = mask_derivatives(u, s, n, mixture, m, bounds, mean)
+            rings = mask_derivatives(u, s, n, mixture, m, bounds, of_mean=estimator == "expectation")
             d_masks = torch.stack([_reduce(g * a * d, like) for d, like in zip(rings, masks, strict=True)])
         return (*grads, d_masks, None, None, None, None)
 
@@ -211,6 +214,16 @@ class _Quantize(torch.autograd.Function):
 def _computable(t: Tensor) -> Tensor:
     """Halves in float32: their eight or eleven bits of mantissa cannot hold a cell's mass."""
     return t if t.dtype in WINDOW else t.float()
+
+
+def _in_steps(x: Tensor, a: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """x in steps, held within _FAR of the widest grid.
+
+    Beyond that only ratios of masses matter, and they have reached their limit (noise is at most a step wide), while
+    the distances from a huge x to two levels would round to the same number.
+    """
+    low, high = bounds[-1]
+    return (_computable(x) / a).clamp(low - _FAR, high + _FAR)
 
 
 def _effective(masks: Tensor | None, u: Tensor) -> Tensor | None:
@@ -241,4 +254,5 @@ def _argmax_level(u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple
 
 def _log_cell(distance: Tensor, s: Tensor) -> Tensor:
     """log p_n, but for a term that all cells share: S(B) - S(A) = S(B) S(-A) (1 - exp(A - B))."""
-    return F.logsigmoid((0.5 - distance) / s) + F.logsigmoid((0.5 + distance) / s)
+    # F.logsigmoid would lose the layout in memory; where softplus takes over its argument, exp(-40) is rounding.
+    return -F.softplus((distance - 0.5) / s, threshold=40) - F.softplus((-0.5 - distance) / s, threshold=40)

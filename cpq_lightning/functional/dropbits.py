@@ -59,7 +59,7 @@ def masks_from_gates(gates: Tensor) -> Tensor:
         >>> masks_from_gates(torch.tensor([1.0, 0.5, 0.5]))
         tensor([1.0000, 1.0000, 0.5000, 0.2500])
     """
-    return torch.cat([torch.ones_like(gates[:1]) if len(gates) else gates.new_ones(1), gates.cumprod(0)])
+    return torch.cat([gates.new_ones((1, *gates.shape[1:])), gates.cumprod(0)])
 
 
 _MASK32 = 0xFFFFFFFF
@@ -89,9 +89,10 @@ def keyed_uniform(shape: tuple[int, ...], seed: int, step: Tensor, key: int) -> 
         True
     """
     index = torch.arange(math.prod(shape), device=step.device)
-    h = torch.full_like(index, (seed ^ (seed >> 32)) & _MASK32)
     counter = step.reshape(-1)[:1]
-    for word in (counter & _MASK32, counter >> 32, torch.full_like(counter, key & _MASK32), index):
+    constants = [torch.full_like(counter, word & _MASK32) for word in (seed, seed >> 32, key)]
+    h = torch.zeros_like(index)
+    for word in (*constants, counter & _MASK32, (counter >> 32) & _MASK32, index):
         h = _mix((h * 0x9E3779B1 + word + 1) & _MASK32)
-    # 24 bits and a half: representable in float32, never 0 or 1.
-    return ((h >> 8).to(torch.float32) + 0.5).mul(2.0**-24).reshape(shape)
+    # 23 bits and a half: exact in float32, so never 0 or 1.
+    return ((h >> 9).to(torch.float32) + 0.5).mul(2.0**-23).reshape(shape)

@@ -91,39 +91,37 @@ def mask_derivatives(
     mixture: Mixture,
     masks: Tensor,
     bounds: list[tuple[int, int]],
-    mean: Tensor | None,
+    *,
+    of_mean: bool,
 ) -> list[Tensor]:
-    """dy/dm of each ring: sum over the ring of (n' - E) p_n'/Z, or, where there is no mean, of the argmax surrogate.
+    """dy/dm of each ring, of the mean E or of the argmax surrogate n pi_n.
 
-    That one is n pi_n (1/m - P/Z) for the chosen ring, with P the ring's mass, and -n pi_n P/Z for any other. A ring
-    is two intervals, one to each side of the grid inside it: its mass as a difference of the masses of two grids
-    would lose all its digits where it is small.
+    With P a ring's mass, mu its mean level and W = m P/Z its weight, dE/dm = P/Z (mu - E), and d(n pi_n)/dm is
+    n pi_n (1 - W)/m for the chosen ring and -n pi_n P/Z for any other. Both are written with sums over all *other*
+    rings: mu - E and 1 - W as differences would lose their digits where one ring has all the weight. For the same
+    reason a ring is two intervals, one to each side of the grid inside it, and not the difference of two grids.
     """
     cap = _MAX_LOG_RATIO[u.dtype]
-    shares, weights, moments = [], [], []
+    shares, weights, means = [], [], []
     for pieces, mask in zip(_ring_pieces(bounds), masks, strict=True):
-        share, weight, moment = (torch.zeros_like(u) for _ in range(3))
-        for low, high in pieces:
-            piece = Interval.of(u, s, low, high)
-            log_share = piece.log_mass(s) - mixture.log_z
-            p = torch.exp(log_share.clamp(max=cap))
-            share = share + p
-            weight = weight + torch.exp(mask.log() + log_share)
-            if mean is not None:
-                moment = moment + p * (piece.center - n + piece.side * piece.inner_boundaries(s)[0] - mean)
-        shares.append(share)
-        weights.append(weight)
-        moments.append(moment)
-    if mean is not None:
-        return moments
+        intervals = [Interval.of(u, s, low, high) for low, high in pieces]
+        logs = torch.stack([interval.log_mass(s) for interval in intervals])
+        log_share = logs.logsumexp(0) - mixture.log_z
+        shares.append(torch.exp(log_share.clamp(max=cap)))
+        weights.append(torch.exp(mask.log() + log_share))
+        if of_mean:
+            levels = [part.center - n + part.side * part.inner_boundaries(s)[0] for part in intervals]
+            means.append((logs.softmax(0) * torch.stack(levels)).sum(0))
+    other_weights = _sums_of_others(weights)
+    if of_mean:
+        other_moments = _sums_of_others([weight * mean for weight, mean in zip(weights, means, strict=True)])
+        return [p * (mu * w - m) for p, mu, w, m in zip(shares, means, other_weights, other_moments, strict=True)]
 
     cell = torch.exp((Interval.of(u, s, n, n).log_mass(s) - mixture.log_z).clamp(max=cap))
     pi = cell * mask_of(n, masks, bounds)
-    others = _sums_of_others(weights)
     derivatives = []
-    for k, (share, other) in enumerate(zip(shares, others, strict=True)):
-        # 1/m - P/Z = (1 - m P/Z)/m, and 1 - m P/Z is the weight of all other rings.
-        d = n * torch.where(_in_ring(n, bounds, k), cell * other, -pi * share)
+    for k, (share, others) in enumerate(zip(shares, other_weights, strict=True)):
+        d = n * torch.where(_in_ring(n, bounds, k), cell * others, -pi * share)
         derivatives.append(torch.where(n == 0, 0.0, d))
     return derivatives
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cpq_lightning.functional.grid import level_bounds
 
-_COARSE, _FINE = 64, 16
+# The error has many local minima where values are few or bunched: the best few of a coarse scan are looked at closely.
+_COARSE, _KEPT, _FINE = 192, 4, 24
 # A step below float32's smallest normal number would divide to infinity; and a constant-zero tensor has no scale.
 _SMALLEST = 1e-30
 
@@ -15,8 +16,8 @@ _SMALLEST = 1e-30
 def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
     """Least-squares step ``argmin_a sum_i c_i (v_i - a clamp(round(v_i / a)))^2`` of each row.
 
-    A search over steps from 1/256 to twice that of the range (an outlier may deserve to be cut off by far), then a
-    finer one around the best.
+    A search, coarse over steps from 1/256 to twice that of the range (an outlier may deserve to be cut off by far) and
+    finer around the best of them. Its error is within 5 % of the least, which has many local minima on wide grids.
 
     Args:
         values: Shape ``(rows, n)``: one row a quantizer's channel, in its unit.
@@ -37,21 +38,22 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
     full = torch.maximum(top, (values / low).amax(1) if low else top).clamp(min=0)
     empty = full < _SMALLEST
     full = torch.where(empty, 1.0, full)
-    best = _search(values, counts, full[:, None] * torch.logspace(-8, 1, _COARSE, base=2).to(full), low, high)
+    coarse = full[:, None] * torch.logspace(-8, 1, _COARSE, base=2).to(full)
+    kept = coarse.gather(1, _errors(values, counts, coarse, low, high).topk(_KEPT, largest=False).indices)
     ratio = 2 ** (9 / (_COARSE - 1))
     around = torch.linspace(1 / ratio, ratio, _FINE).to(full)
-    best = _search(values, counts, torch.cat([best[:, None] * around, best[:, None], full[:, None]], 1), low, high)
+    fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None]], 1)
+    best = fine.gather(1, _errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
     return torch.where(empty, 1.0, best)
 
 
-def _search(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
+def _errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
     errors = []
     for step in steps.unbind(1):
         a = step[:, None]
         error = (values - (values / a).round().clamp(low, high) * a).square()
         errors.append((error if counts is None else error * counts).sum(1, dtype=torch.float64))
-    best = torch.stack(errors, 1).argmin(1, keepdim=True)
-    return steps.gather(1, best)[:, 0]
+    return torch.stack(errors, 1)
 
 
 def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:

@@ -31,10 +31,8 @@ def resolve_point(name: str, point: int | float, total_steps: float) -> int:
             raise ValueError(f"{name} must not be negative, got {point} steps.")
         return point
     if not 0 <= point <= 1:
-        raise ValueError(
-            f"{name} as a float is a fraction of the run from 0.0 to 1.0, got {point}; write {int(point)} for a step "
-            "count."
-        )
+        hint = f"; write {int(point)} for a step count" if math.isfinite(point) else ""
+        raise ValueError(f"{name} as a float is a fraction of the run from 0.0 to 1.0, got {point}{hint}.")
     if point == 0:
         return 0
     if not math.isfinite(total_steps):
@@ -60,7 +58,7 @@ def anneal(step: int, start: int, end: int, first: float, last: float, shape: Sh
     """
     if shape not in ("linear", "cosine", "exponential"):
         raise ValueError(f"shape must be 'linear', 'cosine' or 'exponential', got {shape!r}.")
-    t = 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+    t = 1.0 if step >= end else 0.0 if step <= start else (step - start) / (end - start)
     if t in (0.0, 1.0):
         return last if t else first
     if shape == "exponential":

@@ -42,13 +42,15 @@ class Interval:
     def of(cls, u: Tensor, s: Tensor, low: Tensor | float, high: Tensor | float) -> Interval:
         center = u.round().clamp(low, high)  # type: ignore[arg-type]
         v = u - center
-        side = torch.where(v >= 0, 1.0, -1.0).to(u.dtype)
+        side = torch.ones_like(v).copysign_(v)
         d = v.abs()
         d0 = d.clamp(max=0.5)
-        y = torch.exp(-(d - d0) / s)
-        below, above = low - center, high - center
-        lo = torch.where(side > 0, below, -above)
-        hi = torch.where(side > 0, above, -below)
+        y = torch.exp((d0 - d) / s)
+        # The interval reflected with the frame: its middle changes sides, its width stays.
+        middle, half = (low + high) / 2, (high - low) / 2
+        lo = (middle - center).mul_(side)
+        hi = lo + half
+        lo = lo - half
         e = torch.exp((lo - 0.5 - d0) / s)
         g = torch.exp(-(hi + 0.5 - d0) / s)
         s_low = e / (1 + y * e)
@@ -81,20 +83,28 @@ class Interval:
         decay = torch.exp(-1 / s)
         left = torch.exp((-0.5 - self.d0) / s)
         right = torch.exp((self.d0 - 0.5) / s)
-        mean, slope, slope_t = (torch.zeros_like(self.mass) for _ in range(3))
-        for j in range(_window(s)):
-            inside = self.low + j < 0
-            sl = left / (1 + self.y * left)
-            ds = torch.where(inside, sl / (1 + self.y * left), 0.0)
-            mean = mean - torch.where(inside, sl - self.s_low, 0.0)
+        reach = _window(s)
+        # Each inner boundary brings its own mass less that of the edge beyond it.
+        mean = self.s_low * (-self.low).clamp_(max=reach) - self.r_high * self.high.clamp(max=reach)
+        slope, slope_t = torch.zeros_like(mean), torch.zeros_like(mean)
+        for j in range(reach):
+            left.masked_fill_(self.low > -j - 0.5, 0.0)
+            t = 1 + self.y * left
+            mass = left / t
+            slope_here = mass / t
+            mean -= mass
+            slope += slope_here
+            slope_t.sub_(slope_here, alpha=j + 0.5)
             # Levels right of center exist only where u is inside, and there y = 1.
-            inside = self.high - j > 0
-            r = right / (1 + right)
-            dr = torch.where(inside, r / (1 + right), 0.0)
-            mean = mean + torch.where(inside, r - self.r_high, 0.0)
-            slope = slope + ds + dr
-            slope_t = slope_t + (j + 0.5) * (dr - ds)
-            left, right = left * decay, right * decay
+            right.masked_fill_(self.high < j + 0.5, 0.0)
+            t = 1 + right
+            mass = right / t
+            slope_here = mass / t
+            mean += mass
+            slope += slope_here
+            slope_t.add_(slope_here, alpha=j + 0.5)
+            left *= decay
+            right *= decay
         return mean / self.mass, slope / self.mass, slope_t / self.mass
 
 

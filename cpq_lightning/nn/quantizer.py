@@ -32,7 +32,7 @@ _NOISE_MIN = 0.02
 # rate can take it to zero, below zero, or out of float32.
 _STEP_SPAN = 1000.0
 # Enough values for a step within half a percent of the best one.
-_SAMPLE = 2**16
+_SAMPLE = 2**15
 
 
 class Quantizer(nn.Module):
@@ -182,7 +182,13 @@ class Quantizer(nn.Module):
         by step^2 times as much, hence the division. Adam's update does not depend on it.
         """
         per_step = max(1, self.numel // len(self.log_step))
-        return self.start_step.square().mul(math.sqrt(per_step * max(1, self.level_bounds[1]))).reciprocal()
+        # The bound keeps the scale of a vanishing weight in float32's range.
+        return (
+            self.start_step.clamp(min=1e-6)
+            .square()
+            .mul(math.sqrt(per_step * max(1, self.level_bounds[1])))
+            .reciprocal()
+        )
 
     def _along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """One value a channel, shaped to broadcast to the weight."""

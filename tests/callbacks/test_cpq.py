@@ -4,7 +4,7 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -281,6 +281,7 @@ def test_averaged_weights_with_the_callback_in_front(fit):
     ("order", "message"),
     [
         (lambda: [EMAWeightAveraging(), CPQCallback()], "put CPQCallback first"),
+        (lambda: [StochasticWeightAveraging(swa_lrs=0.01), CPQCallback()], "put CPQCallback first"),
         (lambda: [CPQCallback(), CPQCallback()], "more than one CPQCallback"),
     ],
 )

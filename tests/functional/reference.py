@@ -1,5 +1,7 @@
 """The categorical written out over the whole grid and differentiated by autograd: slow, float64, easy to read."""
 
+from decimal import Decimal, localcontext
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +41,7 @@ def grid(bits, signed):
 def ring_of(levels, min_bits, signed):
     """Index of the ring that each level lies in: how many bits over ``min_bits`` it takes to write it."""
     ring = torch.zeros(len(levels), dtype=torch.long)
-    for i, level in enumerate(levels.tolist()):
+    for i, level in enumerate(levels):
         while not _fits(level, min_bits + int(ring[i]), signed):
             ring[i] += 1
     return ring
@@ -69,3 +71,40 @@ class Recorder(TorchDispatchMode):
             if isinstance(t, torch.Tensor):
                 self.largest = max(self.largest, t.numel(), t.untyped_storage().nbytes() // t.element_size())
         return out
+
+
+def exact(x, step, sigma, masks, *, bits, min_bits, signed):
+    """Value of one element and, by estimator, its gradients in x, step, sigma and each mask, all given as floats.
+
+    Central differences with digits to spare: right however far out x is and however little mass a ring holds.
+    """
+    values = [Decimal(v) for v in (x, step, sigma, *masks)]
+    levels = [int(level) for level in grid(bits, signed)]
+    rings = ring_of(levels, min_bits, signed).tolist()
+    # The largest exponent, in decimal digits: masses are that small, and derivatives of closed rings that large.
+    digits = int(max(abs(x / step - level) + 1 for level in levels) * step / sigma / 2.3)
+    with localcontext() as context:
+        context.prec = 100 + 3 * digits
+        context.Emin, context.Emax = -(10**9), 10**9
+        h = Decimal(10) ** (-30 - digits)
+        pi = _probabilities(levels, rings, values)
+        chosen = max(range(len(levels)), key=lambda i: pi[i])
+        gradients = {"argmax": [], "expectation": []}
+        for i in range(len(values)):
+            up, down = (
+                _probabilities(levels, rings, [v + sign * h * (j == i) for j, v in enumerate(values)])
+                for sign in (1, -1)
+            )
+            slopes = [n * (p - q) / (2 * h) for n, p, q in zip(levels, up, down, strict=True)]
+            direct = levels[chosen] if i == 1 else 0
+            gradients["argmax"].append(float(direct + values[1] * slopes[chosen]))
+            gradients["expectation"].append(float(direct + values[1] * sum(slopes)))
+        return float(levels[chosen] * values[1]), gradients
+
+
+def _probabilities(levels, rings, values):
+    x, step, sigma, *masks = values
+    above = [1 / (1 + ((x - (levels[0] + i - Decimal("0.5")) * step) / sigma).exp()) for i in range(len(levels) + 1)]
+    mass = [masks[ring] * (above[i + 1] - above[i]) for i, ring in enumerate(rings)]
+    total = sum(mass)
+    return [m / total for m in mass]

@@ -1,0 +1,178 @@
+"""Starting steps against a dense scan of all steps, against optima from the literature, and histograms."""
+
+import math
+
+import pytest
+import torch
+
+from cpq_lightning.functional import bin_centers, fit_step, histogram, level_bounds
+
+N = 2000
+
+
+def samples(name):
+    g = torch.Generator().manual_seed(5)
+    normal = torch.randn(N, generator=g)
+    return {
+        "normal": normal,
+        "half normal": normal.abs(),
+        "negative": -normal.abs(),
+        "uniform": torch.rand(N, generator=g) * 2 - 1,
+        "shifted": normal * 0.2 + 1,
+        "heavy tails": normal * torch.exp(torch.randn(N, generator=g)),
+        "one outlier": torch.cat([normal[:-1], torch.tensor([300.0])]),
+        "mostly zero": normal.clamp(min=1.5) - 1.5,
+        "two clusters": torch.where(normal > 0, 1.0, -1.0) + 0.01 * normal,
+        "tiny": normal * 1e-12,
+        "huge": normal * 1e12,
+    }[name]
+
+
+def error(values, step, bits, signed, counts=None):
+    """Squared error of each of the given steps, in float64."""
+    values, step = values.double(), torch.as_tensor(step, dtype=torch.float64).reshape(-1, 1)
+    low, high = level_bounds(bits, signed)
+    squares = (values - (values / step).round().clamp(low, high) * step).square()
+    return (squares if counts is None else squares * counts).sum(1)
+
+
+def dense_best(values, bits, signed):
+    """Least error over 600 steps from far too small to far too large, and 500 more around the best of them."""
+    span = values.abs().max().double() * 2
+    steps = span * torch.logspace(-13, 0, 600, base=2, dtype=torch.float64)
+    best = steps[error(values, steps, bits, signed).argmin()]
+    fine = best * torch.linspace(0.98, 1.02, 500, dtype=torch.float64)
+    return error(values, fine, bits, signed).min().item()
+
+
+SIGNED = ["normal", "uniform", "shifted", "heavy tails", "one outlier", "two clusters", "tiny", "huge"]
+UNSIGNED = ["half normal", "mostly zero", "normal", "one outlier", "heavy tails"]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("name", "signed"), [*((n, True) for n in [*SIGNED, "negative"]), *((n, False) for n in UNSIGNED)]
+)
+def test_no_step_has_an_error_lower_by_more_than_five_percent(name, signed, bits):
+    values = samples(name)
+    step = fit_step(values[None], bits, signed)
+    assert step.shape == (1,)
+    assert step.dtype == torch.float32
+    assert step.isfinite().all()
+    assert (step > 0).all()
+    assert error(values, step, bits, signed).item() <= 1.05 * dense_best(values, bits, signed)
+
+
+# Max, Quantizing for minimum distortion, 1960, table II: best spacing of 2^k equally spaced levels for a unit normal.
+# His levels lie symmetrically around 0; with one of them at 0, the grid of two's complement, the optimum is close.
+@pytest.mark.parametrize(("bits", "spacing"), [(2, 0.9957), (3, 0.5860), (4, 0.3352), (5, 0.1881)])
+def test_a_unit_normal_gets_nearly_the_spacing_of_the_literature(bits, spacing):
+    values = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(2))
+    assert fit_step(values, bits, signed=True).item() == pytest.approx(spacing, rel=0.06)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(1, True), (2, True), (3, True), (4, True), (2, False), (4, False)])
+def test_a_unit_normal_gets_the_step_that_integration_gives(bits, signed):
+    """Of the normal, or of its absolute values, by quadrature and weights: no sampling error on either side."""
+    z = torch.linspace(0 if not signed else -6, 6, 6_001, dtype=torch.float64)
+    weight = torch.exp(-z * z / 2)
+    steps = torch.linspace(0.1, 1.6, 1501, dtype=torch.float64)
+    errors = torch.cat([error(z, chunk, bits, signed, weight) for chunk in steps.split(200)])
+    fitted = fit_step(z.float()[None], bits, signed, weight[None])
+    assert fitted.item() == pytest.approx(steps[errors.argmin()].item(), rel=0.02)
+    assert error(z, fitted, bits, signed, weight).item() <= 1.002 * errors.min().item()
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_zeros_get_a_step_of_one(bits, signed):
+    assert fit_step(torch.zeros(2, 5), bits, signed).tolist() == [1, 1]
+
+
+def test_values_of_which_none_can_be_represented_get_a_step_of_one():
+    assert fit_step(torch.rand(1, 9), 1, True).tolist() == [1]
+    assert fit_step(-torch.rand(1, 9), 4, False).tolist() == [1]
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(1, True), (1, False), (2, True), (3, False), (8, True), (8, False)])
+@pytest.mark.parametrize("step", [0.07, 1.0, 640.0])
+def test_values_on_a_grid_that_they_fill_get_its_step(bits, signed, step):
+    low, high = level_bounds(bits, signed)
+    values = torch.arange(low, high + 1)[None] * step
+    fitted = fit_step(values, bits, signed)
+    assert fitted.item() == pytest.approx(step, rel=1e-6)
+
+
+def test_rows_are_fitted_on_their_own():
+    rows = torch.stack([samples("normal"), samples("half normal") * 50, torch.zeros(N), samples("tiny")])
+    together = fit_step(rows, 4, True)
+    assert together.tolist() == [fit_step(row[None], 4, True).item() for row in rows]
+
+
+def test_the_step_scales_with_the_values():
+    values = samples("heavy tails")[None]
+    one = fit_step(values, 4, True)
+    for factor in (2.0**-40, 0.25, 2.0**30):
+        assert torch.equal(fit_step(values * factor, 4, True), one * factor)
+
+
+def test_counts_stand_for_repeated_values():
+    g = torch.Generator().manual_seed(3)
+    values, counts = torch.randn(50, generator=g), torch.randint(0, 6, (50,), generator=g)
+    # The search starts from the range of the values, so both ends must be in both sets.
+    counts[values.argmin()] = counts[values.argmin()].clamp(min=1)
+    counts[values.argmax()] = counts[values.argmax()].clamp(min=1)
+    weighted = fit_step(values[None], 3, True, counts[None].double())
+    repeated = fit_step(values.repeat_interleave(counts)[None], 3, True)
+    assert weighted.item() == pytest.approx(repeated.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_floating_dtype_is_fitted_in_float32(dtype):
+    values = samples("normal")[None].to(dtype)
+    step = fit_step(values, 4, True)
+    assert step.dtype == torch.float32
+    assert torch.equal(step, fit_step(values.float(), 4, True))
+
+
+def test_histograms_add_up_exactly():
+    low, high = torch.tensor(-2.0), torch.tensor(3.0)
+    parts = [torch.randn(n) for n in (1000, 1, 0, 777)]
+    counts = [histogram(part, low, high, 64) for part in parts]
+    assert all(c.dtype == torch.int64 and c.shape == (64,) for c in counts)
+    assert torch.equal(sum(counts), histogram(torch.cat(parts), low, high, 64))
+    assert sum(counts).sum() == 1778
+
+
+def test_a_histogram_counts_what_lies_in_each_cell():
+    values = torch.rand(500, 2) * 5 - 2
+    counts = histogram(values, torch.tensor(-2.0), torch.tensor(3.0), 10)
+    for i, count in enumerate(counts.tolist()):
+        left = -2 + i * 0.5
+        assert count == ((values >= left) & (values < left + 0.5)).sum()
+
+
+def test_both_ends_and_what_lies_beyond_them_are_counted():
+    low, high = torch.tensor(0.0), torch.tensor(1.0)
+    assert histogram(torch.tensor([0.0, 1.0, -5.0, 7.0]), low, high, 4).tolist() == [2, 0, 0, 2]
+    assert histogram(torch.full((3,), 0.5), torch.tensor(0.5), torch.tensor(0.5), 4).sum() == 3
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-3.0, 0.5), (0.0, 4.0)])
+def test_bin_centers_are_in_the_middle_of_their_cells_but_for_a_first_one_at_zero(low, high):
+    bins, width = 16, (high - low) / 16
+    centers = bin_centers(torch.tensor(low), torch.tensor(high), bins)
+    want = [low + (i + 0.5) * width for i in range(bins)]
+    want[0] = 0.0 if low == 0 else want[0]
+    torch.testing.assert_close(centers, torch.tensor(want))
+    # Each center falls back into its own cell.
+    assert histogram(centers, torch.tensor(low), torch.tensor(high), bins).tolist() == [1] * bins
+
+
+def test_a_step_fitted_to_a_histogram_is_nearly_as_good_as_one_fitted_to_the_values():
+    values = samples("half normal").clamp(min=0.5) - 0.5
+    low, high = values.aminmax()
+    centers = bin_centers(low, high, 2**14)
+    step = fit_step(centers[None], 4, False, histogram(values, low, high, 2**14)[None].double())
+    assert error(values, step, 4, False).item() <= 1.01 * dense_best(values, 4, False)
+    assert math.isfinite(step.item())
