@@ -70,9 +70,7 @@ def main() -> None:
         accuracies, errors = zip(*values, strict=True)
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan")
         mean = statistics.mean(accuracies)
-        table.add_row(
-            estimator, str(temperature), f"{mean:.4f}", f"{spread:.4f}", f"{statistics.mean(errors):.4f}"
-        )
+        table.add_row(estimator, str(temperature), f"{mean:.4f}", f"{spread:.4f}", f"{statistics.mean(errors):.4f}")
     Console().print(table)
 
 

@@ -59,6 +59,9 @@ def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool)
     """Settings of one layer, and whether it is exempt: at an end of the network, with no width of its own given."""
     overrides = [settings for pattern, settings in config.overrides.items() if _matches(name, layer, pattern)]
     exempt = at_end and config.first_last_bits is not None and not any("weight_bits" in s for s in overrides)
+    if exempt:
+        # A general min_bits does not make an exempt layer drop bits.
+        overrides = [{key: value for key, value in s.items() if key != "min_bits"} for s in overrides]
     return (config.exempt() if at_end else config).for_layer(overrides), exempt
 
 

@@ -44,9 +44,10 @@ class Quantizer(nn.Module):
     happens to the model: one value, or one a channel.
 
     What defines the quantizer is in ``state_dict``: besides the two parameters ``start_step``, ``temperature``,
-    ``keep_prob``, ``noise_step`` and, as integers, ``bits``, ``min_bits``, ``signed``, ``calibrated``, ``active`` and
-    ``numel`` (elements of the weight, or of the activation in one sample). Of the integers the module keeps a copy
-    on the host, so that a forward reads nothing back from the device: change them with :meth:`configure`.
+    ``keep_prob``, ``noise_step`` and the integers ``bits_``, ``min_bits_``, ``signed_``, ``calibrated_``, ``active_``,
+    ``exempt_`` and ``numel_`` (elements of the weight, or of the activation in one sample). Of these the module keeps a
+    copy on the host, as attributes without the underscore, so that a forward reads nothing back from the device:
+    change them with :meth:`configure`.
 
     Args:
         kind: ``"weight"`` or ``"activation"``.
@@ -151,11 +152,11 @@ class Quantizer(nn.Module):
                 self._host[name] = int(buffer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
-        # A step in bfloat16 could not move by less than half a percent: devices change, float32 stays.
+        # A step in bfloat16 could not move by less than half a percent: devices change, no less than float32 stays.
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
-            narrowed = t.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize
-            return t.to(moved.device) if narrowed else moved
+            halved = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return t.to(moved.device, torch.float32) if halved else moved
 
         return super()._apply(keep_precision, recurse)
 
@@ -176,19 +177,14 @@ class Quantizer(nn.Module):
         return step, step * s * self.temperature
 
     def _gradient_scale(self) -> Tensor:
-        """LSQ's 1/sqrt(numel · highest level) (Esser et al., ICLR 2020, section 2.2), for the logarithm of the step.
+        """LSQ's 1/sqrt(numel · highest level) (Esser et al., ICLR 2020, section 2.2), over the step.
 
-        LSQ balances a step's relative update against its weights'. A step of SGD on log(step) moves the step itself
-        by step^2 times as much, hence the division. Adam's update does not depend on it.
+        The gradient in log(step) is step times that in the step. With this scale it is as large as LSQ's, and so of the
+        order of the weights': a clipped global norm is not spent on steps, however small they are. Adam's update does
+        not depend on it.
         """
         per_step = max(1, self.numel // len(self.log_step))
-        # The bound keeps the scale of a vanishing weight in float32's range.
-        return (
-            self.start_step.clamp(min=1e-6)
-            .square()
-            .mul(math.sqrt(per_step * max(1, self.level_bounds[1])))
-            .reciprocal()
-        )
+        return self.start_step.mul(math.sqrt(per_step * max(1, self.level_bounds[1]))).reciprocal()
 
     def _along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """One value a channel, shaped to broadcast to the weight."""

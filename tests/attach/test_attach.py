@@ -279,6 +279,12 @@ def test_the_last_override_that_matches_wins_setting_by_setting():
     assert not any(r.exempt for r in levels(model))
 
 
+def test_an_exempt_layer_drops_no_bits_unless_it_has_a_width_of_its_own():
+    config = CPQConfig(weight_bits=4, overrides={"*": {"min_bits": 2}, "6": {"weight_bits": 6}})
+    spans = {n: (q.min_bits, q.bits) for n, q in quantizers(attach(convnet(), config)) if q.kind == "weight"}
+    assert spans == {"0.weight_quantizer": (8, 8), "3.weight_quantizer": (2, 4), "6.weight_quantizer": (2, 6)}
+
+
 def test_layers_in_metrics_are_left_alone():
     from torchmetrics import Metric
 
