@@ -33,6 +33,8 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         exempt = exempt or star
         table.add_row(f"{layer['name']}{' *' if star else ''}", *cells)
     notes = ["used: levels that occur; error: relative squared error; u: unsigned"]
+    if any(isinstance(layer["weight"]["step"], list) for layer in manifest["layers"]):
+        notes.append("~ mean over the channels, each of which has a step of its own")
     if exempt:
         notes.append("* first or last layer, left out of the average")
     table.caption = "\n".join([str(table.caption), *notes])
@@ -45,7 +47,7 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
     if not quantizer["quantizing"]:
         return ["fp32", "", "", ""]
     used, error, step = quantizer["used_levels"], quantizer["relative_error"], quantizer["step"]
-    steps = f"{min(step):.1g}-{max(step):.1g}" if isinstance(step, list) else f"{step:#.3g}"
+    steps = f"~{sum(step) / len(step):#.2g}" if isinstance(step, list) else f"{step:#.3g}"
     sign = "" if quantizer["signed"] else "u"
     return [
         f"{sign}{quantizer['bits']}",

@@ -172,7 +172,7 @@ def test_manual_optimization_with_two_optimizers(fit):
     assert not start["net.0.weight"].equal(module.net[0].full_precision_weight())
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(fit, precision):
     module = Classifier()
     trainer = fit(module, callbacks(), precision=precision, accumulate_grad_batches=2, gradient_clip_val=0.5)
