@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import timm
@@ -28,7 +29,8 @@ class QuantizedModule(LightningModule):
     :class:`~cpq_lightning.CPQCallback` gets one with its default settings, which calibrates and reports.
 
     ``QuantizedModule.load_from_checkpoint(path)`` restores a module whose backbone was named; one that was built
-    around an ``nn.Module`` needs it again: ``load_from_checkpoint(path, backbone=network)``.
+    around an ``nn.Module`` needs it again: ``load_from_checkpoint(path, backbone=network)``. The optimizer and the
+    scheduler are no part of a checkpoint's settings: give them again to train on.
 
     Args:
         backbone: Name of a timm model, or any module from images to logits.
@@ -37,7 +39,7 @@ class QuantizedModule(LightningModule):
         pretrained: Whether a named backbone starts from timm's pretrained weights.
         backbone_args: Further arguments of ``timm.create_model``, such as ``in_chans`` or ``img_size``.
         label_smoothing: Mass that the loss spreads over all classes, 0 to 1.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer from the parameters; ``None`` is AdamW with a rate of 0.001 and a decay of 0.05.
         lr_scheduler: Makes the scheduler from the optimizer; ``None`` keeps the rate.
         lr_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
 
@@ -56,7 +58,7 @@ class QuantizedModule(LightningModule):
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.05),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
@@ -131,7 +133,8 @@ class QuantizedModule(LightningModule):
         return self(batch[0] if isinstance(batch, tuple | list) else batch)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())  # type: ignore[arg-type]
+        make = self.optimizer or partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
+        optimizer = make(self.parameters())  # type: ignore[arg-type]
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

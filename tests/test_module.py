@@ -1,9 +1,11 @@
+import pickle
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
-from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, levels
+from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, calibrate, levels
 from cpq_lightning.attach import is_attached, quantizers
 from tests.models import convnet, data
 
@@ -46,6 +48,12 @@ def test_an_instance_as_backbone(fit, tmp_path):
     restored = QuantizedModule.load_from_checkpoint(tmp_path / "m.ckpt", backbone=convnet())
     x = torch.randn(4, 3, 8, 8)
     assert restored.eval()(x).equal(module.eval()(x))
+
+
+def test_it_pickles():
+    module = calibrate(small(), [torch.randn(4, 3, 8, 8)]).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert pickle.loads(pickle.dumps(module))(x).equal(module(x))
 
 
 def test_without_a_callback_it_calibrates_and_exports(fit, tmp_path):

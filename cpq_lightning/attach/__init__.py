@@ -17,3 +17,4 @@ from cpq_lightning.attach.audit import report_audit as report_audit
 from cpq_lightning.attach.calibrate import calibrate as calibrate
 from cpq_lightning.attach.calibrate import recording as recording
 from cpq_lightning.attach.layers import QuantizedLayer as QuantizedLayer
+from cpq_lightning.attach.select import quantizable_layers as quantizable_layers

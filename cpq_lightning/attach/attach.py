@@ -46,7 +46,8 @@ def attach(model: M, config: CPQConfig | None = None) -> M:
             f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
         )
     sites = select(model, config)
-    pairs = [_build(site, index) for index, site in enumerate(sites)]
+    shared: dict[int, Quantizer] = {}
+    pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
     for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
         switch(site.layer, weight_quantizer, input_quantizer)
     model.__dict__["_cpq_config"] = config
@@ -64,10 +65,11 @@ def _advance_noise(model: nn.Module, args: object) -> None:
                 quantizer.noise_step.add_(1)
 
 
-def _build(site: Site, index: int) -> tuple[Quantizer, Quantizer | None]:
+def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quantizer, Quantizer | None]:
     weight = site.layer._parameters["weight"]
     assert weight is not None
-    weights = Quantizer(
+    # A Parameter that several layers share is one tensor when it ships: it has one quantizer.
+    weights = shared.get(id(weight)) or Quantizer(
         "weight",
         site.config,
         key=2 * index,
@@ -77,6 +79,7 @@ def _build(site: Site, index: int) -> tuple[Quantizer, Quantizer | None]:
         exempt=site.exempt,
         device=weight.device,
     )
+    shared[id(weight)] = weights
     if not weight.is_meta:
         weights.fit_weight(weight)
     inputs = None

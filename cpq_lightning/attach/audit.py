@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.select import matches
 from cpq_lightning.nn import Quantizer
 
 log = logging.getLogger("cpq_lightning")
@@ -92,6 +94,7 @@ class Audit(TorchFunctionMode):
         self.report = AuditReport()
         self._names = {module: name for name, module in model.named_modules()}
         self._called: set[nn.Module] = set()
+        self._left_out = _left_out(model)
         self._stack: list[nn.Module] = []
         self._quantized = WeakTensorKeyDictionary()
         self._handles: list[Any] = []
@@ -148,8 +151,8 @@ class Audit(TorchFunctionMode):
         expected = ["input", "weight"]
         if isinstance(layer, QuantizedLayer):
             expected = ["weight"] if layer.input_quantizer is None else expected
-        elif isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
-            return  # left in full precision by the config
+        elif layer in self._left_out:
+            return
         missing = [
             name
             for name, operand in zip(("input", "weight"), operands, strict=True)
@@ -163,6 +166,15 @@ class Audit(TorchFunctionMode):
 
     def _where(self) -> str:
         return self._names[self._stack[-1]] if self._stack else ""
+
+
+def _left_out(model: nn.Module) -> set[nn.Module]:
+    """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
+    config = model.__dict__.get("_cpq_config")
+    plain = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
+    if config is None:
+        return set(plain.values())
+    return {m for n, m in plain.items() if any(matches(n, m, pattern) for pattern in config.ignore)}
 
 
 def audit_first_forward(model: nn.Module) -> None:

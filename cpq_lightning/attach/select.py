@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torchmetrics import Metric
@@ -46,7 +47,7 @@ def select(model: nn.Module, config: CPQConfig) -> list[Site]:
             "weight of their own. Layers made in configure_model must exist before they can be quantized."
         )
     _check_patterns(model, layers, config)
-    chosen = {n: m for n, m in layers.items() if not any(_matches(n, m, p) for p in config.ignore)}
+    chosen = {n: m for n, m in layers.items() if not any(matches(n, m, p) for p in config.ignore)}
     if not chosen:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
     for name, layer in chosen.items():
@@ -57,7 +58,7 @@ def select(model: nn.Module, config: CPQConfig) -> list[Site]:
 
 def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
     """Settings of one layer, and whether it is exempt: at an end of the network, with no width of its own given."""
-    overrides = [settings for pattern, settings in config.overrides.items() if _matches(name, layer, pattern)]
+    overrides = [settings for pattern, settings in config.overrides.items() if matches(name, layer, pattern)]
     exempt = at_end and config.first_last_bits is not None and not any("weight_bits" in s for s in overrides)
     if exempt:
         # A general min_bits does not make an exempt layer drop bits.
@@ -84,6 +85,11 @@ def _check_weight(name: str, layer: nn.Module) -> None:
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
     assert weight is not None
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"The weight of layer {name!r} is sharded (FSDP2, a DTensor), which quantized layers do not support yet: "
+            "train with DDP, which keeps whole weights on each rank."
+        )
     if not weight.is_meta and not weight.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise ValueError(
@@ -122,7 +128,7 @@ def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
     return named("first_conv"), last
 
 
-def _matches(name: str, layer: nn.Module, pattern: str) -> bool:
+def matches(name: str, layer: nn.Module, pattern: str) -> bool:
     if fnmatchcase(name, pattern):
         return True
     base = layer.base_class if isinstance(layer, QuantizedLayer) else type(layer)
@@ -136,7 +142,7 @@ def _type_names(cls: type[nn.Module]) -> set[str]:
 def _check_patterns(model: nn.Module, layers: dict[str, nn.Module], config: CPQConfig) -> None:
     for argument, patterns in (("ignore", config.ignore), ("overrides", tuple(config.overrides))):
         for pattern in patterns:
-            if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
+            if not any(matches(name, layer, pattern) for name, layer in layers.items()):
                 raise ValueError(
                     f"{argument}: the pattern {pattern!r} matches no layer. {_hint(model, layers, pattern)}"
                 )

@@ -68,9 +68,11 @@ def _by_optimizer(pl_module: LightningModule, optimizers: list[Any], default: in
     """For each optimizer the quantizer parameters of the layers that it trains; frozen layers' go to ``default``."""
     holders = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     wanted: list[list[nn.Parameter]] = [[] for _ in optimizers]
+    placed: set[int] = set()
     for _, layer in quantized_layers(pl_module):
         index = holders.get(id(layer.full_precision_weight()), default)
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if quantizer is not None:
+            if quantizer is not None and id(quantizer) not in placed:
+                placed.add(id(quantizer))
                 wanted[index].extend(quantizer.parameters())
     return wanted

@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
+from torch import nn
 from torchmetrics import Metric
+
+from cpq_lightning.attach import quantizers
+from cpq_lightning.nn import Quantizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -59,9 +65,9 @@ def training_batches(trainer: Trainer, most: int) -> list[Any] | None:
 
 
 def forward_training_step(trainer: Trainer, batch: Any) -> None:
-    """Run ``training_step`` on a batch for its forward only: nothing is logged, stepped, or counted by a metric."""
+    """Run ``training_step`` on a batch for its forward, under the run's precision; within :func:`without_effects`."""
     module = trainer.lightning_module
-    with _without_effects(trainer), trainer.precision_plugin.train_step_context():
+    with trainer.precision_plugin.train_step_context():
         module.training_step(*_step_arguments(module, batch))
 
 
@@ -73,15 +79,20 @@ def _step_arguments(module: LightningModule, batch: Any) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _without_effects(trainer: Trainer) -> Iterator[None]:
+def without_effects(trainer: Trainer) -> Iterator[None]:
+    """Run somebody's training steps without a trace: no log, no update, no metric, no note in an attribute."""
     module = trainer.lightning_module
-    metrics = [(m, dict(m.__dict__), m._copy_state_dict()) for m in module.modules() if isinstance(m, Metric)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     silenced: list[tuple[Any, tuple[str, ...]]] = [
         (module, ("log", "log_dict", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")),
         *((optimizer, ("step", "zero_grad")) for optimizer in trainer.strategy._lightning_optimizers),
         *((scheduler, ("step",)) for scheduler in schedulers),
     ]
+    metrics = [(m, dict(m.__dict__), m._copy_state_dict()) for m in module.modules() if isinstance(m, Metric)]
+    notes = [(m, _notes(m)) for m in module.modules() if not isinstance(m, Metric | Quantizer)]
+    own = {id(p) for _, q in quantizers(module) for p in q.parameters()}
+    # A teacher's weights may be moved by hand within a step.
+    weights = [(p, p._version, p.detach().clone()) for p in module.parameters() if id(p) not in own]
     with ExitStack() as stack:
         for owner, names in silenced:
             held = cast(dict[str, Any], vars(owner))
@@ -94,6 +105,36 @@ def _without_effects(trainer: Trainer) -> Iterator[None]:
         cast(dict[str, Any], vars(metric)).update(attributes)
         for name, value in state.items():
             setattr(metric, name, value)
+    for owner, note in notes:
+        _restore_notes(owner, note)
+    with torch.no_grad():
+        for parameter, version, value in weights:
+            if parameter._version != version:
+                parameter.copy_(value)
+
+
+# Of torch's and Lightning's own attributes none is a note that a training step takes.
+_CONTAINERS = (list, dict, set, deque)
+
+
+def _notes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's own attributes, containers with a copy of their content."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+    }
+
+
+def _restore_notes(module: nn.Module, notes: dict[str, tuple[Any, Any]]) -> None:
+    attributes = cast(dict[str, Any], vars(module))
+    for name in [n for n in attributes if not n.startswith("_") and n not in notes]:
+        del attributes[name]
+    for name, (value, content) in notes.items():
+        attributes[name] = value
+        if content is not None:
+            value.clear()
+            value.extend(content) if isinstance(value, list | deque) else value.update(content)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

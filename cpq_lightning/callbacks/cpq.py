@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cpq_lightning.attach import (
     correct_ends,
     forget_first_forward,
     is_attached,
+    quantizable_layers,
     quantizers,
     refit,
     report_audit,
@@ -26,6 +28,8 @@ from cpq_lightning.attach import (
     set_noise_step,
 )
 from cpq_lightning.attach.calibrate import recording
+from cpq_lightning.callbacks._averages import share_with_averages
+from cpq_lightning.callbacks._company import check_company
 from cpq_lightning.callbacks._optimizers import train_quantizers
 from cpq_lightning.callbacks._run import (
     forward_training_step,
@@ -34,6 +38,7 @@ from cpq_lightning.callbacks._run import (
     run_length,
     run_step,
     training_batches,
+    without_effects,
 )
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import levels_table, manifest, metrics_table, write_levels
@@ -42,8 +47,6 @@ from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion
 
 _CHECKPOINT_KEY = "cpq_lightning"
-# Lightning's callbacks that copy the model in their setup, of either package.
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class CPQCallback(Callback):
@@ -101,6 +104,7 @@ class CPQCallback(Callback):
         self.table = table
         self._start = 0
         self._quantizers: list[Quantizer] = []
+        self._layers: set[str] = set()
         self._audit: Audit | None = None
         self._audited = False
         self._companions: list[Companion] = []
@@ -112,7 +116,10 @@ class CPQCallback(Callback):
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._check(trainer)
+        check_company(trainer, self)
+        if stage == "fit":
+            # An object may serve several fits.
+            self._metrics, self._restored, self._folder, self._audit = {}, {}, None, None
         if not is_attached(pl_module):
             if overrides(pl_module, "configure_model"):
                 # Layers that are born there must exist before they can be switched; Lightning asks that the hook may
@@ -125,6 +132,7 @@ class CPQCallback(Callback):
                 raise MisconfigurationException(
                     f"CPQCallback cannot quantize {type(pl_module).__name__}: {error}"
                 ) from error
+        self._layers = set(quantizable_layers(pl_module))
         if stage == "fit" and self.quantize_from > 0:
             # A checkpoint that is restored after this knows better.
             set_active(pl_module, False)
@@ -134,8 +142,19 @@ class CPQCallback(Callback):
         self._metrics = dict(self._restored.get("metrics", {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fraction = isinstance(self.quantize_from, float)
-        self._start = resolve_point("quantize_from", self.quantize_from, run_length(trainer) if fraction else 0)
+        late = sorted(set(quantizable_layers(pl_module)) - self._layers)
+        if late:
+            raise MisconfigurationException(
+                f"{len(late)} layers, such as {late[0]!r}, were made after CPQCallback had quantized the module, in "
+                "its setup or later: make them in __init__ or configure_model."
+            )
+        length = run_length(trainer) if self.quantize_from else math.inf
+        self._start = resolve_point("quantize_from", self.quantize_from, length)
+        if self.quantize_from and self._start >= length:
+            rank_zero_warn(
+                f"quantize_from={self.quantize_from} is step {self._start} of a run of {length} steps: the run ends in "
+                "full precision. Give an earlier step or fraction."
+            )
         self._audited = not _auditable(pl_module)
         self._companions = train_quantizers(trainer, pl_module, self.lr_factor, self._restored.get("companions", []))
         self._quantizers = [q for _, q in quantizers(pl_module)]
@@ -148,7 +167,7 @@ class CPQCallback(Callback):
             set_noise_step(pl_module, trainer.fit_loop.epoch_loop.total_batch_idx << 16)
         if run_step(trainer) >= self._start and not all(q.active for q in self._quantizers):
             self._begin(trainer, pl_module)
-        if not self._audited:
+        if not self._audited and self._audit is None:
             forget_first_forward(pl_module)
             self._audit = Audit(pl_module)
             self._audit.__enter__()
@@ -190,12 +209,17 @@ class CPQCallback(Callback):
         self._metrics["quantized" if quantized else "full precision"] = seen
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        share_with_averages(trainer, pl_module)
         checkpoint[_CHECKPOINT_KEY] = {
             "metrics": self._metrics,
             "companions": [companion.state_dict() for companion in self._companions],
         }
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        share_with_averages(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        share_with_averages(trainer, pl_module)
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,25 +257,6 @@ class CPQCallback(Callback):
 
     # Steps of the work ------------------------------------------------------------------------------------------------
 
-    def _check(self, trainer: Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(c, CPQCallback) for c in callbacks) > 1:
-            raise MisconfigurationException(
-                "The Trainer has more than one CPQCallback: keep one, and give settings of single layers through "
-                "CPQConfig(overrides=...)."
-            )
-        for callback in callbacks[: callbacks.index(self)]:
-            if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} stands before CPQCallback and would average a copy of the model that "
-                    "is not quantized: put CPQCallback first in the list of callbacks."
-                )
-        if any(cls.__name__ == "FSDPStrategy" for cls in type(trainer.strategy).__mro__):
-            raise MisconfigurationException(
-                "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use "
-                "lightning.pytorch.strategies.ModelParallelStrategy (FSDP2) or DDP."
-            )
-
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = training_batches(trainer, self.calibration_batches)
         if batches is None:
@@ -269,7 +274,8 @@ class CPQCallback(Callback):
                 advance()
 
             try:
-                calibrate(pl_module, batches, forward=forward, most=len(batches))
+                with without_effects(trainer):
+                    calibrate(pl_module, batches, forward=forward, most=len(batches))
             except Exception as error:
                 if not failed:
                     raise MisconfigurationException(f"CPQCallback cannot calibrate: {error}") from error
@@ -286,6 +292,7 @@ class CPQCallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_active(pl_module, True)
         refit(pl_module)
+        share_with_averages(trainer, pl_module, parameters=True)
         owned = {id(p) for q in self._quantizers for p in q.parameters()}
         for optimizer in (*trainer.optimizers, *(companion.optimizer for companion in self._companions)):
             # Momentum of a step that was fitted anew belongs to the old one.

@@ -201,6 +201,9 @@ def test_a_shared_weight_is_quantized_in_both_places():
     model(torch.randn(2, 4)).sum().backward()
     assert model[1].full_precision_weight() is model[2].full_precision_weight()
     assert model[1].weight.equal(model[2].weight)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    assert detach(model)(x).equal(expected)
 
 
 # Selection --------------------------------------------------------------------------------------------------------

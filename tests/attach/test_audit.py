@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach import Audit
@@ -61,6 +62,12 @@ def test_layers_left_out_by_the_config_are_not_reported():
     with Audit(model) as audit:
         model(torch.randn(2, 3, 8, 8))
     assert audit.report.unquantized == []
+
+
+def test_a_layer_that_could_not_be_quantized_is_named():
+    model = attach(nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)))
+    with pytest.warns(UserWarning, match=r"1 matrix products.*1 \(linear: input and weight\)"):
+        calibrate(model, [torch.randn(2, 4)])
 
 
 def test_products_of_activations_are_known():

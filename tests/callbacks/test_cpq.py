@@ -271,10 +271,70 @@ def test_checkpoint_restores_through_the_callback_and_through_attach(fit, tmp_pa
     assert tested.eval().net(x).equal(expected)
 
 
-def test_averaged_weights_with_the_callback_in_front(fit):
+@pytest.mark.parametrize("decay", [0.9, 0.9995])
+@pytest.mark.parametrize("quantize_from", [0, 0.5])
+def test_averaged_weights_keep_the_quantizers_state(fit, tmp_path, quantize_from, decay):
     module = Classifier()
-    fit(module, [CPQCallback(table=False), EMAWeightAveraging(decay=0.5)])
-    assert all(torch.isfinite(q.step()).all() for _, q in quantizers(module))
+    callbacks = [CPQCallback(CONFIG, quantize_from=quantize_from, table=False), EMAWeightAveraging(decay=decay)]
+    trainer = fit(module, callbacks, max_epochs=4, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "averaged.ckpt")
+    restored = attach(Classifier(), CONFIG)
+    restored.load_state_dict(torch.load(tmp_path / "averaged.ckpt", weights_only=True)["state_dict"])
+    x = torch.randn(4, 3, 8, 8)
+    for model in (module, restored):
+        for name, quantizer in quantizers(model):
+            assert quantizer.active, name
+            assert quantizer.calibrated, name
+            assert quantizer.bits in (4, 8), name
+            assert quantizer.numel > 0, name
+    assert restored.eval().net(x).equal(module.eval().net(x))
+    (saved,) = tmp_path.rglob("checkpoints/*.ckpt")
+    state = torch.load(saved, weights_only=True)["state_dict"]
+    assert all(value.item() in (4, 8) for key, value in state.items() if key.endswith(".bits_"))
+    assert all(value.item() == 1 for key, value in state.items() if key.endswith(".active_"))
+
+
+def test_calibration_leaves_no_trace_in_the_module(fit):
+    class Noting(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.losses, self.count = [], 0
+            self.teacher = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(loss.detach())
+            self.count += 1
+            with torch.no_grad():
+                self.teacher += 1
+            return loss
+
+    module = Noting()
+    fit(module, [CPQCallback(table=False)], max_epochs=1)
+    assert (len(module.losses), module.count, module.teacher.item()) == (4, 4, 4)
+
+
+def test_layers_made_in_setup_are_refused(fit):
+    class Late(Classifier):
+        def setup(self, stage):
+            self.net.add_module("late", nn.Linear(4, 4))
+
+    with pytest.raises(MisconfigurationException, match=r"'net\.late'.*make them in __init__"):
+        fit(Late(), [CPQCallback()])
+
+
+def test_a_start_behind_the_end_is_said(fit):
+    with pytest.warns(UserWarning, match="the run ends in full precision"):
+        fit(Classifier(), [CPQCallback(quantize_from=1000, table=False)], max_epochs=1)
+
+
+def test_a_callback_serves_a_second_fit_afresh(fit):
+    callback = CPQCallback(quantize_from=0.5, table=False)
+    fit(Classifier(), [callback], max_epochs=2)
+    assert set(callback._metrics) == {"full precision", "quantized"}
+    callback.quantize_from = 0
+    fit(Classifier(), [callback], max_epochs=1)
+    assert set(callback._metrics) == {"quantized"}
 
 
 @pytest.mark.parametrize(
