@@ -44,12 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _shipped(argument: str) -> str:
-    """``recipes/NAME.yaml`` and ``callbacks/NAME.yaml`` from the installed package, where no such file is at hand."""
+    """``recipes/NAME.yaml`` and ``callbacks/NAME.yaml`` from the installed package or its checkout, if not at hand."""
     option, equals, path = argument.rpartition("=")
     if Path(path).parts[:1] not in (("recipes",), ("callbacks",)) or Path(path).exists():
         return argument
-    shipped = Path(str(files("cpq_lightning"))) / "shipped" / path
-    return f"{option}{equals}{shipped}" if shipped.exists() else argument
+    package = Path(str(files("cpq_lightning")))
+    places = [package / "shipped" / path, package.parent / path]
+    return next((f"{option}{equals}{place}" for place in places if place.exists()), argument)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import yaml
 
 from cpq_lightning import QuantizedModule, __version__
 from cpq_lightning.attach import quantizers
-from cpq_lightning.cli import main
+from cpq_lightning.cli import _shipped, main
 
 ROOT = Path(__file__).parent.parent
 CPQ = Path(sys.executable).with_name("cpq")
@@ -158,3 +158,13 @@ def test_main_takes_arguments(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.split() == ["cpq", __version__]
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(_shipped("recipes/digits.yaml")).read_text() == (ROOT / "recipes" / "digits.yaml").read_text()
+    assert _shipped("--config=callbacks/cpq.yaml").startswith("--config=/")
+    assert _shipped("recipes/nowhere.yaml") == "recipes/nowhere.yaml"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "digits.yaml").write_text("mine")
+    assert _shipped("recipes/digits.yaml") == "recipes/digits.yaml"
