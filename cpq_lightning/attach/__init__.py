@@ -1,7 +1,6 @@
 """Model surgery, without Lightning: which layers, how they are switched, their ranges, and what a forward shows."""
 
 from cpq_lightning.attach.attach import attach as attach
-from cpq_lightning.attach.attach import attached_config as attached_config
 from cpq_lightning.attach.attach import correct_ends as correct_ends
 from cpq_lightning.attach.attach import detach as detach
 from cpq_lightning.attach.attach import is_attached as is_attached
@@ -17,4 +16,5 @@ from cpq_lightning.attach.audit import report_audit as report_audit
 from cpq_lightning.attach.calibrate import calibrate as calibrate
 from cpq_lightning.attach.calibrate import recording as recording
 from cpq_lightning.attach.layers import QuantizedLayer as QuantizedLayer
+from cpq_lightning.attach.select import attached_config as attached_config
 from cpq_lightning.attach.select import quantizable_layers as quantizable_layers

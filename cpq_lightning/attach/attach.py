@@ -9,7 +9,7 @@ from torch import nn
 
 from cpq_lightning.attach.audit import audit_first_forward, forget_first_forward
 from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
-from cpq_lightning.attach.select import Site, layer_settings, select, timm_ends
+from cpq_lightning.attach.select import Site, attached_config, first_and_last, layer_settings, select
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
@@ -69,19 +69,20 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
     weight = site.layer._parameters["weight"]
     assert weight is not None
     # A Parameter that several layers share is one tensor when it ships: it has one quantizer.
-    weights = shared.get(id(weight)) or Quantizer(
-        "weight",
-        site.config,
-        key=2 * index,
-        numel=weight.numel(),
-        channels=weight.shape[site.channel_dim],
-        channel_dim=site.channel_dim,
-        exempt=site.exempt,
-        device=weight.device,
-    )
-    shared[id(weight)] = weights
-    if not weight.is_meta:
-        weights.fit_weight(weight)
+    if id(weight) not in shared:
+        shared[id(weight)] = Quantizer(
+            "weight",
+            site.config,
+            key=2 * index,
+            numel=weight.numel(),
+            channels=weight.shape[site.channel_dim],
+            channel_dim=site.channel_dim,
+            exempt=site.exempt,
+            device=weight.device,
+        )
+        if not weight.is_meta:
+            shared[id(weight)].fit_weight(weight)
+    weights = shared[id(weight)]
     inputs = None
     if site.config.act_bits is not None:
         inputs = Quantizer("activation", site.config, key=2 * index + 1, exempt=site.exempt, device=weight.device)
@@ -154,11 +155,6 @@ def set_noise_step(model: nn.Module, step: int) -> None:
         quantizer.noise_step.fill_(step)
 
 
-def attached_config(model: nn.Module) -> CPQConfig | None:
-    """The config that the model itself was attached with; ``None`` where only a part of it was, or nothing."""
-    return model.__dict__.get("_cpq_config")
-
-
 def correct_ends(model: nn.Module, order: list[str]) -> list[str]:
     """Move ``first_last_bits`` to the layers that truly run first and last, where timm did not name them.
 
@@ -175,8 +171,7 @@ def correct_ends(model: nn.Module, order: list[str]) -> list[str]:
     config = attached_config(model)
     if config is None or config.first_last_bits is None or not called:
         return []
-    timm_first, timm_last = timm_ends(model, list(layers))
-    ends = (timm_first or {called[0]}) | (timm_last or {called[-1]})
+    ends = first_and_last(model, list(layers), called)
     changed = []
     for name, layer in layers.items():
         settings, exempt = layer_settings(name, layer, config, name in ends)

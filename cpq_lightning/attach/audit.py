@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.layers import QuantizedLayer
-from cpq_lightning.attach.select import matches
+from cpq_lightning.attach.select import attached_config, matches
 from cpq_lightning.nn import Quantizer
 
 log = logging.getLogger("cpq_lightning")
@@ -170,7 +170,7 @@ class Audit(TorchFunctionMode):
 
 def _left_out(model: nn.Module) -> set[nn.Module]:
     """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
-    config = model.__dict__.get("_cpq_config")
+    config = attached_config(model)
     plain = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
     if config is None:
         return set(plain.values())

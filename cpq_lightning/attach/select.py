@@ -98,10 +98,11 @@ def _check_weight(name: str, layer: nn.Module) -> None:
         )
 
 
-def first_and_last(model: nn.Module, names: list[str]) -> set[str]:
-    """Names of the first and last layer: as timm's ``default_cfg`` has them, else the first and last registered."""
+def first_and_last(model: nn.Module, names: list[str], called: list[str] | None = None) -> set[str]:
+    """Names of the first and last layer: as timm's ``default_cfg`` has them, else as called, else as registered."""
     timm_first, timm_last = timm_ends(model, names)
-    return (timm_first or {names[0]}) | (timm_last or {names[-1]})
+    order = called or names
+    return (timm_first or {order[0]}) | (timm_last or {order[-1]})
 
 
 def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
@@ -128,7 +129,13 @@ def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
     return named("first_conv"), last
 
 
+def attached_config(model: nn.Module) -> CPQConfig | None:
+    """The config that the model itself was attached with; ``None`` where only a part of it was, or nothing."""
+    return model.__dict__.get("_cpq_config")
+
+
 def matches(name: str, layer: nn.Module, pattern: str) -> bool:
+    """Whether a pattern of ``ignore`` or ``overrides`` means a layer: by its dotted name, or by one of its types."""
     if fnmatchcase(name, pattern):
         return True
     base = layer.base_class if isinstance(layer, QuantizedLayer) else type(layer)

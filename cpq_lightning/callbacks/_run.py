@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from rich.progress import Progress
 from torch import nn
 from torchmetrics import Metric
@@ -21,7 +22,7 @@ from cpq_lightning.attach import quantizers
 from cpq_lightning.nn import Quantizer
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
 
 
 def run_step(trainer: Trainer) -> int:
@@ -68,14 +69,9 @@ def forward_training_step(trainer: Trainer, batch: Any) -> None:
     """Run ``training_step`` on a batch for its forward, under the run's precision; within :func:`without_effects`."""
     module = trainer.lightning_module
     with trainer.precision_plugin.train_step_context():
-        module.training_step(*_step_arguments(module, batch))
-
-
-def _step_arguments(module: LightningModule, batch: Any) -> tuple[Any, ...]:
-    code = module.training_step.__code__
-    positional = code.co_argcount - 1
-    varied = bool(code.co_flags & 0x04)
-    return (batch, 0) if positional >= 2 or varied else (batch,)
+        # The question that the training loop asks, for steps that take no index.
+        indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        module.training_step(batch, *([0] if indexed else []))
 
 
 @contextmanager
@@ -100,25 +96,26 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
             for name in names:
                 stack.callback(held.pop, name, None)
                 held[name] = _nothing
-        yield
-    for metric, attributes, state in metrics:
-        cast(dict[str, Any], vars(metric)).update(attributes)
-        for name, value in state.items():
-            setattr(metric, name, value)
-    for owner, note in notes:
-        _restore_notes(owner, note)
-    with torch.no_grad():
-        for parameter, version, value in weights:
-            if parameter._version != version:
-                parameter.copy_(value)
+        try:
+            yield
+        finally:
+            for metric, attributes, state in metrics:
+                cast(dict[str, Any], vars(metric)).update(attributes)
+                for name, value in state.items():
+                    setattr(metric, name, value)
+            for owner, note in notes:
+                _restore_notes(owner, note)
+            with torch.no_grad():
+                for parameter, version, value in weights:
+                    if parameter._version != version:
+                        parameter.copy_(value)
 
 
-# Of torch's and Lightning's own attributes none is a note that a training step takes.
 _CONTAINERS = (list, dict, set, deque)
 
 
 def _notes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's own attributes, containers with a copy of their content."""
+    """A module's attributes, containers with a copy of their content; torch's own have an underscore."""
     return {
         name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
         for name, value in vars(module).items()

@@ -106,7 +106,7 @@ def _weight_usage(layer: QuantizedLayer) -> tuple[int, float]:
     """Levels in use, and the relative squared error, of a weight as it evaluates."""
     quantizer, weight = layer.weight_quantizer, layer.full_precision_weight()
     codes = weight_codes(layer).float()
-    step = quantizer._along_channels(quantizer.step(), weight)
+    step = quantizer.along_channels(quantizer.step(), weight)
     power = weight.double().square().sum()
     error = (weight.double() - (codes * step).double()).square().sum()
     return len(codes.unique()), float(error / power) if power > 0 else 0.0
@@ -116,7 +116,7 @@ def _weight_usage(layer: QuantizedLayer) -> tuple[int, float]:
 def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
     """The levels of a layer's weights in evaluation, as integers (int16) of the weight's shape."""
     quantizer, weight = layer.weight_quantizer, layer.full_precision_weight()
-    step = quantizer._along_channels(quantizer.step(), weight)
+    step = quantizer.along_channels(quantizer.step(), weight)
     return (weight.float() / step).round().clamp(*quantizer.level_bounds).to(torch.int16)
 
 

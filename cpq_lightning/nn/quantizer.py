@@ -87,7 +87,7 @@ class Quantizer(nn.Module):
         self.kind: Kind = kind
         self.key = key
         self.seed = config.seed
-        self.channels, self.channel_dim = channels, channel_dim
+        self.channel_dim = channel_dim
         self.estimator: Estimator = config.weight_estimator if weight else config.act_estimator
         self.nesting: Nesting = config.nesting
         self.range_rule = config.weight_range if weight else config.act_range
@@ -186,7 +186,7 @@ class Quantizer(nn.Module):
         per_step = max(1, self.numel // len(self.log_step))
         return self.start_step.mul(math.sqrt(per_step * max(1, self.level_bounds[1]))).reciprocal()
 
-    def _along_channels(self, value: Tensor, x: Tensor) -> Tensor:
+    def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """One value a channel, shaped to broadcast to the weight."""
         if len(value) == 1:
             return value
@@ -229,8 +229,8 @@ class Quantizer(nn.Module):
         nested = quantize_resolution if self.nesting == "resolution" else quantize_unchecked
         return nested(
             x,
-            self._along_channels(step, x),
-            self._along_channels(sigma, x),
+            self.along_channels(step, x),
+            self.along_channels(sigma, x),
             masks,
             bits=self.bits,
             min_bits=self.min_bits if masks is not None else self.bits,

@@ -128,12 +128,16 @@ def test_calibration_leaves_metrics_and_log_alone(fit):
 
 def test_a_training_step_that_fails_outside_the_loop_falls_back(fit):
     class Needy(Classifier):
-        ready = False
+        def __init__(self):
+            super().__init__()
+            self.ready, self.notes = False, []
 
         def on_train_start(self):
+            assert self.notes == [], "a step that failed in calibration left a note"
             self.ready = True
 
         def training_step(self, batch, batch_idx):
+            self.notes.append(batch_idx)
             assert self.ready, "on_train_start has not run"
             return super().training_step(batch, batch_idx)
 

@@ -1,4 +1,5 @@
 import time
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -64,3 +65,18 @@ def test_overrides_tells_own_hooks_from_inherited_ones():
 
     assert overrides(Own(), "configure_model")
     assert not overrides(Classifier(), "configure_model")
+
+
+def test_training_steps_of_any_signature_are_calibrated_on(fit):
+    class Other(Classifier):
+        def training_step(self, samples, position):
+            return super().training_step(samples, position)
+
+    class Alone(Classifier):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    for module in (Other(), Alone()):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*could not be calibrated.*")
+            fit(module, [CPQCallback(table=False)], max_epochs=1)
