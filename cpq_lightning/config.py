@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from cpq_lightning.functional import Estimator, check_bits
 
-Nesting = Literal["range", "resolution"]
+Nesting = Literal["auto", "range", "resolution"]
 GateSharing = Literal["tensor", "channel", "element"]
 
 
@@ -23,8 +23,17 @@ class CPQConfig:
         act_bits: Width of activations, 1-8 bits; ``None`` leaves activations alone.
         min_bits: Narrowest width of weights that DropBits may drop to; ``None`` means ``weight_bits``: nothing is
             dropped.
+        learn_bits: Whether training decides each weight's width between ``min_bits`` and ``weight_bits``, under the
+            budget of a :class:`~cpq_lightning.callbacks.BitBudget`.
+        learn_act_bits: The same for activations, between ``min_act_bits`` and ``act_bits`` (the paper stopped at
+            weights).
+        min_act_bits: Narrowest width of learned activations; ``None`` means ``min_bits``, at most ``act_bits``.
+        levels_from: Path of a ``levels.json`` whose widths all layers take, first and last ones too (or those widths
+            themselves, ``{layer: {"weight": bits, "activation": bits}}``, a list of bits being one a channel). Nothing
+            is learned or dropped then; steps are fitted anew.
         nesting: How widths nest. ``"range"`` (the paper's): a dropped bit halves the range at the same step, good
-            over a bit or two. ``"resolution"`` (ours): it doubles the step at the same range, for wider spans.
+            over a bit or two. ``"resolution"`` (ours): each width has its own step on about the same range, for wider
+            spans. ``"auto"`` is ``"resolution"`` where widths are learned, else ``"range"``.
         first_last_bits: Width of the weights and activations of the first and last layer; ``None`` makes no
             exception.
         weight_estimator: Gradient of the weights' quantizer: ``"argmax"`` (the paper's) or ``"expectation"`` (ours).
@@ -32,8 +41,9 @@ class CPQConfig:
         per_channel: One step per output channel of a weight instead of one per tensor.
         temperature: Rounding temperature T in (0, 1] that training starts with; the noise is ``T * sigma``.
         keep_prob: Probability in (0, 1] with which DropBits keeps each bit in training. It acts where ``min_bits``
-            is below ``weight_bits``; evaluation always uses all bits.
-        gate_sharing: Whether a ``"tensor"``, a ``"channel"`` or an ``"element"`` shares one gate.
+            is below ``weight_bits``; evaluation always uses all bits. Learned gates start with it, at most at 0.95.
+        gate_sharing: Whether a ``"tensor"``, a ``"channel"`` or an ``"element"`` shares one gate. With learned bits a
+            ``"channel"`` has a width of its own.
         ignore: Layers to leave in full precision: patterns of full dotted names (as ``fnmatch`` has them, with case)
             or module types (``"Linear"``).
         overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. Of several
@@ -54,7 +64,11 @@ class CPQConfig:
     weight_bits: int = 4
     act_bits: int | None = 4
     min_bits: int | None = None
-    nesting: Nesting = "range"
+    learn_bits: bool = False
+    learn_act_bits: bool = False
+    min_act_bits: int | None = None
+    levels_from: str | dict[str, Any] | None = None
+    nesting: Nesting = "auto"
     first_last_bits: int | None = 8
     weight_estimator: Estimator = "expectation"
     act_estimator: Estimator = "expectation"
@@ -81,6 +95,7 @@ class CPQConfig:
                     f"min_bits must be at most weight_bits={self.weight_bits}, got {self.min_bits}: lower min_bits or "
                     "raise weight_bits."
                 )
+        self._check_learning()
         for name, options in _CHOICES.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}.")
@@ -90,11 +105,32 @@ class CPQConfig:
                 raise TypeError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be over 0 and up to 1, got {value}.")
-        if not isinstance(self.per_channel, bool):
-            raise TypeError(f"per_channel must be True or False, got {self.per_channel!r}.")
+        for name in ("per_channel", "learn_bits", "learn_act_bits"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
         self._freeze_patterns()
+
+    def _check_learning(self) -> None:
+        if self.min_act_bits is not None:
+            check_bits("min_act_bits", self.min_act_bits)
+            if self.act_bits is not None and self.min_act_bits > self.act_bits:
+                raise ValueError(
+                    f"min_act_bits must be at most act_bits={self.act_bits}, got {self.min_act_bits}: lower "
+                    f"min_act_bits "
+                    "or raise act_bits."
+                )
+        if self.learn_act_bits is True and self.act_bits is None:
+            raise ValueError("learn_act_bits=True needs act_bits, the widest width that activations may have.")
+        if not isinstance(self.levels_from, str | dict | None):
+            raise TypeError(f"levels_from must be the path of a levels.json, got {self.levels_from!r}.")
+        if self.levels_from is not None and (self.learn_bits or self.learn_act_bits):
+            raise ValueError(
+                "levels_from fixes all widths, so nothing is left to learn: leave out learn_bits and "
+                "learn_act_bits, or "
+                "levels_from."
+            )
 
     def _freeze_patterns(self) -> None:
         patterns = self.ignore
@@ -134,7 +170,14 @@ class CPQConfig:
             return self
         act_bits = None if self.act_bits is None else self.first_last_bits
         return dataclasses.replace(
-            self, weight_bits=self.first_last_bits, min_bits=None, act_bits=act_bits, overrides={}
+            self,
+            weight_bits=self.first_last_bits,
+            min_bits=None,
+            learn_bits=False,
+            act_bits=act_bits,
+            min_act_bits=None,
+            learn_act_bits=False,
+            overrides={},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,18 +190,38 @@ class CPQConfig:
         """``min_bits``, or ``weight_bits`` where none is given."""
         return self.weight_bits if self.min_bits is None else self.min_bits
 
+    @property
+    def nests_by(self) -> Literal["range", "resolution"]:
+        """``nesting``, with ``"auto"`` resolved."""
+        if self.nesting == "auto":
+            several = self.learn_bits or self.learn_act_bits or self.levels_from is not None
+            return "resolution" if several else "range"
+        return self.nesting
+
+    @property
+    def narrowest_act_bits(self) -> int | None:
+        """Narrowest width of activations: ``act_bits`` unless they are learned."""
+        if self.act_bits is None or not self.learn_act_bits:
+            return self.act_bits
+        return min(self.act_bits, self.narrowest_bits) if self.min_act_bits is None else self.min_act_bits
+
 
 def _widened(config: CPQConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An override of ``weight_bits`` alone that goes below the general ``min_bits`` takes that one down with it."""
-    bits, floor = settings.get("weight_bits"), config.min_bits
-    if isinstance(bits, int) and "min_bits" not in settings and floor is not None and floor > bits:
-        return {**settings, "min_bits": bits}
-    return dict(settings)
+    """An override of a width alone that goes below the general narrowest one takes that one down with it."""
+    widened = dict(settings)
+    for width, narrowest in (("weight_bits", "min_bits"), ("act_bits", "min_act_bits")):
+        bits, floor = settings.get(width), getattr(config, narrowest)
+        if isinstance(bits, int) and narrowest not in settings and floor is not None and floor > bits:
+            widened[narrowest] = bits
+    if "act_bits" in settings and settings["act_bits"] is None:
+        widened.setdefault("learn_act_bits", False)
+    return widened
 
 
 LAYER_SETTINGS = (
-    "weight_bits", "act_bits", "min_bits", "nesting", "weight_estimator", "act_estimator", "per_channel",
-    "temperature", "keep_prob", "gate_sharing", "weight_range", "act_range",
+    "weight_bits", "act_bits", "min_bits", "learn_bits", "learn_act_bits", "min_act_bits", "nesting",
+    "weight_estimator", "act_estimator", "per_channel", "temperature", "keep_prob", "gate_sharing", "weight_range",
+    "act_range",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {
     "nesting": get_args(Nesting),

@@ -93,7 +93,8 @@ FULL = {
     "weight_estimator": "argmax", "act_estimator": "argmax", "per_channel": True, "temperature": 0.5,
     "keep_prob": 0.75, "gate_sharing": "channel", "ignore": ["head", "*.fc"],
     "overrides": {"*.downsample.*": {"weight_bits": 8, "per_channel": False}, "Linear": {"act_bits": 3}},
-    "weight_range": "max", "act_range": "max", "seed": 7,
+    "weight_range": "max", "act_range": "max", "seed": 7, "learn_bits": True, "learn_act_bits": False,
+    "min_act_bits": 3, "levels_from": None,
 }  # fmt: skip
 
 
@@ -119,6 +120,8 @@ def test_the_plain_values_are_those_given_and_a_copy():
 
 def test_any_difference_makes_two_unequal():
     for name, value in FULL.items():
+        if value == getattr(CPQConfig(), name) and name != "act_bits":
+            continue
         others = {"weight_bits": 6} if name == "min_bits" else {}
         assert CPQConfig(**{name: value}, **others) != CPQConfig(**others), name
 
@@ -171,3 +174,32 @@ def test_a_narrow_first_layer_does_not_collide_with_other_layers_overrides():
 def test_the_narrowest_width_is_the_width_where_nothing_is_dropped():
     assert CPQConfig(weight_bits=5).narrowest_bits == 5
     assert CPQConfig(weight_bits=5, min_bits=3).narrowest_bits == 3
+
+
+def test_learned_activations_have_a_floor_of_their_own():
+    config = CPQConfig(weight_bits=8, min_bits=2, act_bits=6, learn_act_bits=True)
+    assert config.narrowest_act_bits == 2
+    assert CPQConfig(act_bits=6, learn_act_bits=True, min_act_bits=3).narrowest_act_bits == 3
+    assert CPQConfig(act_bits=6, min_act_bits=3).narrowest_act_bits == 6
+    assert config.for_layer([{"act_bits": None}]).learn_act_bits is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"act_bits": 4, "min_act_bits": 5}, "min_act_bits must be at most act_bits=4"),
+        ({"act_bits": None, "learn_act_bits": True}, "learn_act_bits=True needs act_bits"),
+        ({"levels_from": "levels.json", "learn_bits": True}, "nothing is left to learn"),
+    ],
+)
+def test_contradictions_in_what_is_learned_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        CPQConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "nesting"),
+    [({}, "range"), ({"learn_bits": True}, "resolution"), ({"learn_bits": True, "nesting": "range"}, "range")],
+)
+def test_nesting_follows_what_is_learned(settings, nesting):
+    assert CPQConfig(min_bits=2, **settings).nests_by == nesting

@@ -1,9 +1,13 @@
-"""Costs of quantized tensors: averages of bits and bytes."""
+"""Costs of quantized tensors: averages of bits, bytes, and what a vector of widths costs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 def average_bits(sizes_and_bits: Iterable[tuple[int, float]]) -> float | None:
@@ -26,3 +30,46 @@ def packed_bytes(numel: int, bits: float) -> int:
         4
     """
     return math.ceil(numel * bits / 8)
+
+
+@dataclass(frozen=True)
+class WidthCost:
+    """A cost ``constant + sum_t coefficient_t · b_left(t) · b_right(t)`` of a vector of widths ``b``.
+
+    Bits and bytes are linear in the widths, bit operations bilinear: MACs times the weight's width times the
+    activation's.
+
+    Attributes:
+        coefficients: Shape (terms,), float64, not negative.
+        left: Indices into the widths, shape (terms,).
+        right: Indices likewise; the number of widths stands for a factor of 1.
+        constant: What does not depend on the widths.
+
+    Example:
+        >>> index = torch.tensor
+        >>> cost = WidthCost(index([3.0, 1.0]).double(), index([0, 1]), index([1, 2]), 5.0)
+        >>> cost(index([2.0, 4.0]).double())  # 3 b0 b1 + b1 + 5
+        33.0
+    """
+
+    coefficients: Tensor
+    left: Tensor
+    right: Tensor
+    constant: float
+
+    def __call__(self, widths: Tensor) -> float:
+        """The cost of widths, shape (n,), float64."""
+        padded = _padded(widths)
+        return self.constant + float((self.coefficients * padded[self.left] * padded[self.right]).sum())
+
+    def gradient(self, widths: Tensor) -> Tensor:
+        """``d cost / d b``, shape (n,)."""
+        padded = _padded(widths)
+        gradient = torch.zeros_like(padded)
+        gradient.index_add_(0, self.left, self.coefficients * padded[self.right])
+        gradient.index_add_(0, self.right, self.coefficients * padded[self.left])
+        return gradient[:-1]
+
+
+def _padded(widths: Tensor) -> Tensor:
+    return torch.cat([widths, widths.new_ones(1)])

@@ -14,36 +14,68 @@ import torch
 from torch import Tensor
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3
+# A gate with noise-free argument below beta times this is closed.
+_THRESHOLD = math.log(-GAMMA / ZETA)
 
 
-def hard_concrete(logit: Tensor, uniform: Tensor) -> Tensor:
-    """Sample gates ``z = clip(S((log u - log(1-u) + logit)/beta) (zeta - gamma) + gamma, 0, 1)``.
+def hard_concrete(logit: Tensor, uniform: Tensor, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
+    """Sample gates ``z = clip(S((nu (log u - log(1-u)) + logit)/beta) (zeta - gamma) + gamma, 0, 1)``.
 
     Args:
         logit: Log-odds of the gates, any shape; ``inf`` gives 1 for certain.
         uniform: Noise ``u`` strictly between 0 and 1; broadcasts with ``logit``.
+        noise: ``nu``, how much of the noise is left: 1 samples (the source's), near 0 decides (ours). Broadcasts.
+        beta: Temperature of the gates, over 0. Broadcasts.
 
     Example:
         >>> hard_concrete(torch.tensor([-9.0, 0.0, 9.0]), torch.tensor(0.5))
         tensor([0.0000, 0.5000, 1.0000])
     """
-    s = torch.sigmoid((torch.logit(uniform) + logit) / BETA)
+    s = torch.sigmoid((noise * torch.logit(uniform) + logit) / beta)
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
-def open_probability(logit: Tensor) -> Tensor:
-    """``P(z > 0) = S(logit - beta log(-gamma/zeta))``."""
-    return torch.sigmoid(logit - BETA * math.log(-GAMMA / ZETA))
+def open_probability(logit: Tensor, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
+    """``P(z > 0) = S((logit - beta log(-gamma/zeta)) / nu)``; arguments as for :func:`hard_concrete`."""
+    return torch.sigmoid((logit - beta * _THRESHOLD) / noise)
 
 
-def logit_of(probability: Tensor) -> Tensor:
+def logit_of(probability: Tensor, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
     """The logit at which a gate is open with the given probability: the inverse of :func:`open_probability`.
 
     Example:
         >>> open_probability(logit_of(torch.tensor([0.3, 0.9])))
         tensor([0.3000, 0.9000])
     """
-    return torch.logit(probability) + BETA * math.log(-GAMMA / ZETA)
+    return noise * torch.logit(probability) + beta * _THRESHOLD
+
+
+def expected_bits(probability: Tensor, min_bits: int) -> Tensor:
+    """``b_min + sum_k prod_(j<=k) P(z_j > 0)``: nested gates count as far as all before them are open.
+
+    Args:
+        probability: Of each gate above ``min_bits`` to be open, shape ``(gates, *shape)``, innermost first.
+        min_bits: Narrowest width.
+
+    Returns:
+        Bits, shape ``shape``.
+
+    Example:
+        >>> expected_bits(torch.tensor([1.0, 0.5, 0.5]), min_bits=2)
+        tensor(3.7500)
+    """
+    return min_bits + probability.cumprod(0).sum(0)
+
+
+def open_gates(probability: Tensor) -> Tensor:
+    """What evaluation makes of the gates: 1 for the leading ones with ``P(z > 0) >= 1/2``, 0 behind the first closed
+    one.
+
+    Example:
+        >>> open_gates(torch.tensor([0.9, 0.2, 0.9]))
+        tensor([1., 0., 0.])
+    """
+    return (probability >= 0.5).to(probability.dtype).cumprod(0)
 
 
 def masks_from_gates(gates: Tensor) -> Tensor:

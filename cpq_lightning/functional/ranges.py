@@ -35,8 +35,7 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
     """
     low, high = level_bounds(bits, signed)
     values = values.float()
-    top = (values / high if high else values).amax(1) if high else torch.zeros_like(values[:, 0])
-    full = torch.maximum(top, (values / low).amax(1) if low else top).clamp(min=0)
+    full = _full_range(values.amin(1), values.amax(1), low, high)
     empty = full < _SMALLEST
     full = torch.where(empty, 1.0, full)
     coarse = full[:, None] * torch.logspace(-8, 1, _COARSE, base=2).to(full)
@@ -46,6 +45,22 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
     fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None]], 1)
     best = fine.gather(1, _errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
     return torch.where(empty, 1.0, _alternate(values, counts, best, low, high))
+
+
+def max_step(lowest: Tensor, highest: Tensor, bits: int, signed: bool) -> Tensor:
+    """The smallest step whose grid clips nothing between two values; 1 where all is zero.
+
+    Example:
+        >>> max_step(torch.tensor(-4.0), torch.tensor(1.0), bits=3, signed=True)
+        tensor(1.)
+    """
+    step = _full_range(lowest, highest, *level_bounds(bits, signed))
+    return torch.where(step > 0, step, 1.0)
+
+
+def _full_range(lowest: Tensor, highest: Tensor, low: int, high: int) -> Tensor:
+    sides = [side / level for side, level in ((lowest, low), (highest, high)) if level]
+    return torch.stack(sides).amax(0).clamp(min=0)
 
 
 def _alternate(values: Tensor, counts: Tensor | None, step: Tensor, low: int, high: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpq_lightning.functional import bin_centers, fit_step, histogram, level_bounds
+from cpq_lightning.functional import bin_centers, fit_step, histogram, max_step
 
 BINS = 2**14
 # Rounding in a kernel that cannot give negative values in exact arithmetic must not cost half of the grid.
@@ -58,20 +60,19 @@ class RangeObserver:
             self.low, self.high = low, high
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
 
-    def fit(self, bits: int, rule: str) -> tuple[Tensor, bool] | None:
-        """End the second pass: the starting step, shape (1,), and whether the grid is signed; ``None`` of no value."""
+    def fit(self, widths: Sequence[int], rule: str) -> tuple[list[Tensor], bool] | None:
+        """End the second pass: a starting step of each width, shape (1,), and whether the grid is signed; ``None`` of
+        no value.
+        """
         if self.counts is None or self.low is None or self.high is None:
             return None
         counts = _pool(self.counts, dist.ReduceOp.SUM)
         low, high = self.low, self.high
         signed = bool(low < -_NEGLIGIBLE * high.abs())
         if rule == "max":
-            bottom, top = level_bounds(bits, signed)
-            sides = [side / level for side, level in ((low, bottom), (high, top)) if level]
-            step = torch.stack(sides).amax().clamp(min=0)
-            return torch.where(step > 0, step, 1.0).reshape(1), signed
+            return [max_step(low, high, bits, signed).reshape(1) for bits in widths], signed
         centers = bin_centers(low, high, BINS)
-        return fit_step(centers[None], bits, signed, counts[None].double()), signed
+        return [fit_step(centers[None], bits, signed, counts[None].double()) for bits in widths], signed
 
 
 class UsageRecorder:

@@ -8,20 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.config import CPQConfig, Nesting
+from cpq_lightning.config import CPQConfig
 from cpq_lightning.functional import (
     Estimator,
-    fit_step,
-    hard_concrete,
-    keyed_uniform,
     level_bounds,
-    logit_of,
-    masks_from_gates,
+    quantize_resolution,
     quantize_unchecked,
 )
-from cpq_lightning.functional.resolution import quantize_resolution
+from cpq_lightning.nn.fitting import weight_steps
+from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.gradient import Connect, ScaleGradient
 from cpq_lightning.nn.observer import RangeObserver, UsageRecorder
+from cpq_lightning.nn.widths import Widths
 
 Kind = Literal["weight", "activation"]
 
@@ -31,11 +29,9 @@ _NOISE_MIN = 0.02
 # The step can move by this factor from where it was fitted: far more than training ever asks for, and no learning
 # rate can take it to zero, below zero, or out of float32.
 _STEP_SPAN = 1000.0
-# Enough values for a step within half a percent of the best one.
-_SAMPLE = 2**15
 
 
-class Quantizer(nn.Module):
+class Quantizer(Widths):
     """Quantizes a weight or an activation with a learned step and learned noise.
 
     ``step = start · exp(R tanh(log_step / R))`` with ``R = log 1000``, so that any update of the parameter
@@ -43,11 +39,14 @@ class Quantizer(nn.Module):
     with ``s`` in (0.02, 1), a sigmoid of the parameter ``noise_logit``. Both are float32 and one-dimensional whatever
     happens to the model: one value, or one a channel.
 
-    What defines the quantizer is in ``state_dict``: besides the two parameters ``start_step``, ``temperature``,
-    ``keep_prob``, ``noise_step`` and the integers ``bits_``, ``min_bits_``, ``signed_``, ``calibrated_``, ``active_``,
-    ``exempt_`` and ``numel_`` (elements of the weight, or of the activation in one sample). Of these the module keeps a
-    copy on the host, as attributes without the underscore, so that a forward reads nothing back from the device:
-    change them with :meth:`configure`.
+    What defines the quantizer is in ``state_dict``: besides the parameters and its
+    :class:`~cpq_lightning.nn.gates.Gates` these are ``start_step``, ``temperature``, ``width_scale`` (of nesting by
+    resolution: the step of each width over that of the widest), ``widths`` (fixed widths, one a channel) and integers:
+    ``bits_`` (the widest), ``min_bits_``, ``signed_``, ``calibrated_``, ``active_``, ``exempt_``, ``fixed_`` (whether
+    ``widths`` count), ``numel_`` (elements of the weight, or of the activation in one sample), ``macs_``
+    (multiply-accumulates of the weight in one sample) and ``order_`` (its place in a forward). Of the integers the
+    module keeps a copy on the host, as attributes without the underscore, so that a forward reads nothing back from the
+    device: change them with :meth:`configure`.
 
     Args:
         kind: ``"weight"`` or ``"activation"``.
@@ -57,15 +56,11 @@ class Quantizer(nn.Module):
         channels: Output channels of a weight.
         channel_dim: The weight's dimension that holds them.
         exempt: Whether this is the first or last layer, at ``first_last_bits``.
+        inner: The settings that the layer has where it is neither first nor last: its gates are made for them.
         device: Where the state lives.
     """
 
-    start_step: Tensor
     temperature: Tensor
-    keep_prob: Tensor
-    noise_step: Tensor
-
-    _INTEGERS = ("bits", "min_bits", "signed", "calibrated", "active", "numel", "exempt")
 
     def __init__(
         self,
@@ -77,21 +72,21 @@ class Quantizer(nn.Module):
         channels: int = 1,
         channel_dim: int = 0,
         exempt: bool = False,
+        inner: CPQConfig | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         weight = kind == "weight"
-        bits = config.weight_bits if weight else config.act_bits
-        if bits is None:
+        bits, min_bits = _span(kind, config)
+        if bits is None or min_bits is None:
             raise ValueError("act_bits=None leaves activations alone: there is no quantizer to build.")
+        inner = inner or config
+        widest, narrowest = _span(kind, inner)
         self.kind: Kind = kind
-        self.key = key
-        self.seed = config.seed
         self.channel_dim = channel_dim
         self.estimator: Estimator = config.weight_estimator if weight else config.act_estimator
-        self.nesting: Nesting = config.nesting
+        self.nesting = inner.nests_by
         self.range_rule = config.weight_range if weight else config.act_range
-        self.gate_sharing = config.gate_sharing
         steps = channels if weight and config.per_channel else 1
 
         def tensor(value: float, size: int = 1) -> Tensor:
@@ -99,57 +94,38 @@ class Quantizer(nn.Module):
 
         self.log_step = nn.Parameter(tensor(0.0, steps))
         self.noise_logit = nn.Parameter(tensor(_noise_logit(_NOISE_START), steps))
+        self.gates = Gates(
+            config,
+            count=(widest or 0) - (narrowest or 0),
+            learned=inner.learn_bits if weight else inner.learn_act_bits,
+            sharing=config.gate_sharing if weight else "tensor",
+            key=key,
+            channels=channels,
+            channel_dim=channel_dim,
+            device=device,
+        )
         self.register_buffer("start_step", tensor(1.0, steps))
         self.register_buffer("temperature", tensor(config.temperature))
-        self.register_buffer("keep_prob", tensor(config.keep_prob))
-        self.register_buffer("noise_step", torch.zeros(1, dtype=torch.int64, device=device))
-        for name in self._INTEGERS:
-            self.register_buffer(f"{name}_", torch.zeros(1, dtype=torch.int64, device=device))
-        self._host: dict[str, int] = dict.fromkeys(self._INTEGERS, 0)
-        self.configure(
-            bits=bits,
-            min_bits=config.narrowest_bits if weight else bits,
-            signed=weight,
-            active=True,
-            numel=numel,
-            exempt=exempt,
+        doubling = torch.tensor([2.0 ** (bits - k) for k in range(1, 9)], device=device)
+        self.register_buffer("width_scale", doubling[:, None].repeat(1, steps))
+        by_channel = weight and config.gate_sharing == "channel"
+        self.register_buffer(
+            "widths", torch.full((channels if by_channel else 1,), bits, dtype=torch.int64, device=device)
         )
+        self._register_integers(device)
+        self.configure(bits=bits, min_bits=min_bits, signed=weight, active=True, numel=numel, exempt=exempt)
         self.observer: RangeObserver | None = None
         self.usage: UsageRecorder | None = None
         self.measured: tuple[int, float] | None = None
 
-    # Integer state ------------------------------------------------------------------------------------------------
-
-    def configure(self, **values: int) -> None:
-        """Set some of the integer state, in the buffers and in their copy on the host."""
-        for name, value in values.items():
-            self._host[name] = int(value)
-            getattr(self, f"{name}_").fill_(int(value))
-
-    bits = property(lambda self: self._host["bits"])
-    min_bits = property(lambda self: self._host["min_bits"])
-    numel = property(lambda self: self._host["numel"])
-    signed = property(lambda self: bool(self._host["signed"]))
-    calibrated = property(lambda self: bool(self._host["calibrated"]))
-    active = property(lambda self: bool(self._host["active"]))
-    exempt = property(lambda self: bool(self._host["exempt"]))
-
-    @property
-    def has_gates(self) -> bool:
-        """Whether there is a bit that DropBits may drop."""
-        return self.min_bits < self.bits
+    def range_parameters(self) -> list[nn.Parameter]:
+        """The step's and the noise's parameters, without the gates'."""
+        return [self.log_step, self.noise_logit]
 
     @property
     def level_bounds(self) -> tuple[int, int]:
-        """Lowest and highest level, in steps."""
+        """Lowest and highest level of the widest grid, in steps."""
         return level_bounds(self.bits, self.signed)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        for name in self._INTEGERS:
-            buffer = getattr(self, f"{name}_")
-            if not buffer.is_meta:
-                self._host[name] = int(buffer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         # A step in bfloat16 could not move by less than half a percent: devices change, no less than float32 stays.
@@ -194,49 +170,37 @@ class Quantizer(nn.Module):
         shape[self.channel_dim] = -1
         return value.reshape(shape)
 
-    def _masks(self, x: Tensor) -> Tensor:
-        rings = self.bits - self.min_bits
-        if self.gate_sharing == "element":
-            shape = tuple(x.shape)
-        else:
-            shape = tuple(
-                x.shape[d] if d == self.channel_dim and self.gate_sharing == "channel" else 1 for d in range(x.dim())
-            )
-        uniform = keyed_uniform((rings, *shape), self.seed, self.noise_step, self.key)
-        return masks_from_gates(hard_concrete(logit_of(self.keep_prob), uniform))
-
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x``; pass it on unchanged while inactive.
 
         Raises:
             RuntimeError: an activation in evaluation before its range is known.
         """
-        if not self.active:
-            return Connect.apply(x, self.log_step, self.noise_logit)
-        if self.observer is not None:
-            self.observer.update(x)
-            return Connect.apply(x, self.log_step, self.noise_logit)
+        if not self.active or self.observer is not None:
+            if self.active and self.observer is not None:
+                self.observer.update(x)
+            return Connect.apply(x, *self.parameters())
         if not self.calibrated:
             self._fit_first(x)
-        step, sigma = self._step_and_sigma()
-        masks = self._masks(x) if self.training and self.has_gates else None
-        out = self._quantize(x, step, sigma, masks)
+        out = self._quantize(x, *self._step_and_sigma(), self._masks(x))
+        if self.gates.logit is not None and not self.has_gates:
+            out = Connect.apply(out, self.gates.logit)
         if self.usage is not None:
-            self.usage.update(x, out, step)
+            self.usage.update(x, out, self.grid()[0])
         return out
 
     def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None) -> Tensor:
-        nested = quantize_resolution if self.nesting == "resolution" else quantize_unchecked
-        return nested(
-            x,
-            self.along_channels(step, x),
-            self.along_channels(sigma, x),
-            masks,
-            bits=self.bits,
-            min_bits=self.min_bits if masks is not None else self.bits,
-            signed=self.signed,
-            estimator=self.estimator,
-        )
+        step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)
+        settings: dict[str, Any] = {
+            "bits": self.bits,
+            "min_bits": self.min_bits if masks is not None else self.bits,
+            "signed": self.signed,
+            "estimator": self.estimator,
+        }
+        if self.nesting == "range" or masks is None:
+            return quantize_unchecked(x, step, sigma, masks, **settings)
+        scales = torch.stack([self.along_channels(s, x) for s in self.width_scale[self.min_bits - 1 : self.bits]])
+        return quantize_resolution(x, step, sigma, masks, scales=scales, **settings)
 
     # Ranges ---------------------------------------------------------------------------------------------------------
 
@@ -258,29 +222,29 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def fit_weight(self, weight: Tensor) -> None:
         """Fit the starting step to a weight and forget what was learned."""
-        rows = weight.detach().float()
-        rows = rows.movedim(self.channel_dim, 0).flatten(1) if len(self.log_step) > 1 else rows.reshape(1, -1)
-        if self.range_rule == "max":
-            low, high = self.level_bounds
-            full = rows.amax(1) / high if high else torch.zeros_like(rows[:, 0])
-            step = torch.maximum(full, rows.amin(1) / low)
-            step = torch.where(step > 0, step, 1.0)
-        else:
-            step = fit_step(rows[:, :: _stride(rows.shape[1])], self.bits, self.signed)
-        self._start(step)
+        channel_dim = self.channel_dim if len(self.log_step) > 1 else None
+        self._start(weight_steps(weight, channel_dim, self._fitted_widths, self.range_rule))
+
+    @property
+    def _fitted_widths(self) -> list[int]:
+        """Widths that need a step of their own, the widest one first."""
+        narrower = range(self.min_bits, self.bits) if self.nesting == "resolution" else ()
+        return [self.bits, *narrower]
 
     def fit_activation(self, observer: RangeObserver) -> None:
         """Fit the starting step and the sign to what an observer has seen; of nothing seen, nothing changes."""
-        fitted = observer.fit(self.bits, self.range_rule)
+        fitted = observer.fit(self._fitted_widths, self.range_rule)
         if fitted is None:
             return
-        step, signed = fitted
+        steps, signed = fitted
         self.configure(signed=signed, numel=observer.per_sample)
-        self._start(step)
+        self._start(steps)
 
     @torch.no_grad()
-    def _start(self, step: Tensor) -> None:
-        self.start_step.copy_(step)
+    def _start(self, steps: list[Tensor]) -> None:
+        self.start_step.copy_(steps[0])
+        for k, step in zip(self._fitted_widths, steps, strict=True):
+            self.width_scale[k - 1] = step / steps[0]
         self.log_step.zero_()
         self.noise_logit.fill_(_noise_logit(_NOISE_START))
         self.configure(calibrated=True)
@@ -291,14 +255,13 @@ class Quantizer(nn.Module):
         return f"{self.kind}, bits={width}, {self.estimator}{state}"
 
 
+def _span(kind: Kind, config: CPQConfig) -> tuple[int | None, int | None]:
+    """Widest and narrowest width."""
+    if kind == "weight":
+        return config.weight_bits, config.narrowest_bits
+    return config.act_bits, config.narrowest_act_bits
+
+
 def _noise_logit(s: float) -> float:
     p = (s - _NOISE_MIN) / (1 - _NOISE_MIN)
     return math.log(p / (1 - p))
-
-
-def _stride(n: int) -> int:
-    """A stride that samples evenly: no multiple of a kernel's width, which would see one of its corners only."""
-    stride = -(-n // _SAMPLE)
-    while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):
-        stride += 1
-    return stride

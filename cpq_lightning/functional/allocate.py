@@ -1,0 +1,105 @@
+"""Whole widths on a budget: the cheapest single changes that bring what was learned to its target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpq_lightning.functional.cost import WidthCost
+
+
+@dataclass(frozen=True)
+class WidthChange:
+    """One width, a bit up or down."""
+
+    row: int
+    before: int
+    after: int
+
+
+def adjust_widths(
+    widths: Tensor,
+    narrowest: Tensor,
+    widest: Tensor,
+    cost: WidthCost,
+    target: float,
+    tolerance: float,
+    price: Callable[[Tensor, int], Tensor],
+) -> tuple[Tensor, list[WidthChange]]:
+    """Change widths by single bits until their cost is within ``tolerance`` of ``target``, or as near as they permit.
+
+    Of the changes that bring the cost nearer, the one with the least price for each unit of cost is taken, again and
+    again; where none is left, exchanges of a bit between two rows.
+
+    Args:
+        widths: Whole widths, shape (rows,), float64.
+        narrowest: Least width of each row.
+        widest: Greatest width of each row.
+        cost: What widths cost. Rows that do not appear in it stay.
+        target: What they shall cost.
+        tolerance: How far from it they may stay.
+        price: What a change of each row by ``+1`` or ``-1`` costs the network, in any unit: ``price(widths, ±1)``.
+
+    Returns:
+        New widths, and the changes in order.
+
+    Example:
+        >>> rows = torch.arange(2)
+        >>> cost = WidthCost(torch.tensor([0.5, 0.5]).double(), rows, torch.tensor([2, 2]), 0.0)
+        >>> four, two, eight = (torch.full((2,), b).double() for b in (4.0, 2.0, 8.0))
+        >>> price = lambda widths, by: torch.tensor([2.0, 1.0]).double()
+        >>> adjust_widths(four, two, eight, cost, 3.5, 0.01, price)
+        (tensor([4., 3.], dtype=torch.float64), [WidthChange(row=1, before=4, after=3)])
+    """
+    widths = widths.clone()
+    changes: list[WidthChange] = []
+
+    def change(row: int, by: int) -> None:
+        changes.append(WidthChange(row, int(widths[row]), int(widths[row]) + by))
+        widths[row] += by
+
+    while abs(gap := cost(widths) - target) > tolerance:
+        by = -1 if gap > 0 else 1
+        # Costs are linear in any one width.
+        unit = cost.gradient(widths)
+        possible = (unit > 0) & (widths + by >= narrowest) & (widths + by <= widest)
+        nearer = possible & ((gap + by * unit).abs() < abs(gap) - 1e-6 * unit)
+        if nearer.any():
+            ranked = torch.where(nearer, price(widths, by).clamp(min=1e-12) / unit.clamp(min=1e-300), torch.inf)
+            change(int(ranked.argmin()), by)
+            continue
+        pair = _exchange(widths, narrowest, widest, unit, cost, gap)
+        if pair is None:
+            break
+        for row, by in pair:
+            change(row, by)
+    return widths, changes
+
+
+# Beyond this many rows single bits are so small a part of the whole that no exchange is ever needed.
+_MOST_ROWS = 2000
+
+
+def _exchange(
+    widths: Tensor, narrowest: Tensor, widest: Tensor, unit: Tensor, cost: WidthCost, gap: float
+) -> list[tuple[int, int]] | None:
+    """A bit less for one row and one more for another, so that the gap is least; ``None`` if none makes it smaller."""
+    if len(widths) > _MOST_ROWS:
+        return None
+    down = (unit > 0) & (widths - 1 >= narrowest)
+    up = (unit > 0) & (widths + 1 <= widest)
+    after = (gap - unit[:, None] + unit[None, :]).abs()
+    after[~(down[:, None] & up[None, :])] = torch.inf
+    after.fill_diagonal_(torch.inf)
+    best = int(after.argmin())
+    row_down, row_up = divmod(best, len(widths))
+    if not torch.isfinite(after[row_down, row_up]):
+        return None
+    trial = widths.clone()
+    trial[row_down] -= 1
+    trial[row_up] += 1
+    nearer = abs(cost(trial) - cost(widths) + gap) < abs(gap) - 1e-6 * float(unit.max())
+    return [(row_down, -1), (row_up, 1)] if nearer else None

@@ -1,0 +1,122 @@
+"""The DropBits gates of one quantizer: drawn with a probability that a schedule sets, or learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cpq_lightning.config import CPQConfig, GateSharing
+from cpq_lightning.functional import (
+    hard_concrete,
+    keyed_uniform,
+    logit_of,
+    masks_from_gates,
+    open_gates,
+    open_probability,
+)
+from cpq_lightning.functional.dropbits import BETA
+
+# Learned gates start near open: a closed one gets no gradient that could open it.
+_OPEN = 0.95
+
+
+class Gates(nn.Module):
+    """Gates ``z_k``, one for each bit above the narrowest width, and one such row a channel where channels have their
+    own.
+
+    Fixed gates are open with the probability ``keep_prob``. Learned ones are open with
+    ``P(z > 0) = S((logit - beta log(-gamma/zeta)) / noise)``; ``noise`` falls from 1 to nearly 0 while widths are
+    learned, so that gates end decided (ours; see :func:`cpq_lightning.functional.hard_concrete`). Noise is a pure
+    function of (seed, step, key).
+
+    Args:
+        config: The layer's settings.
+        count: Gates that may ever be used.
+        learned: Whether they are learned.
+        sharing: What shares one gate.
+        key: Which quantizer of the model this is.
+        channels: Output channels of the weight, 1 for an activation.
+        channel_dim: The weight's dimension that holds them.
+        device: Where the state lives.
+    """
+
+    keep_prob: Tensor
+    noise_step: Tensor
+    noise: Tensor
+    beta: Tensor
+
+    def __init__(
+        self,
+        config: CPQConfig,
+        *,
+        count: int,
+        learned: bool,
+        sharing: GateSharing,
+        key: int,
+        channels: int,
+        channel_dim: int,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__()
+        self.seed, self.key = config.seed, key
+        self.sharing: GateSharing = sharing
+        self.channel_dim = channel_dim
+        self.rows = channels if learned and sharing == "channel" else 1
+        self.register_buffer("keep_prob", torch.full((1,), float(config.keep_prob), device=device))
+        self.register_buffer("noise_step", torch.zeros(1, dtype=torch.int64, device=device))
+        self.register_buffer("noise", torch.ones(1, device=device))
+        self.register_buffer("beta", torch.full((1,), BETA, device=device))
+        self.logit: nn.Parameter | None = None
+        if learned and count:
+            start = logit_of(torch.tensor(min(config.keep_prob, _OPEN)))
+            # One-dimensional: some recipes decay whatever has more dimensions.
+            self.logit = nn.Parameter(start.to(device).repeat(count * self.rows))
+
+    @property
+    def learned(self) -> bool:
+        """Whether there are logits to learn."""
+        return self.logit is not None
+
+    def logits(self, count: int | None = None) -> Tensor:
+        """Logits of the innermost ``count`` gates, or of all, shape (count, rows)."""
+        assert self.logit is not None
+        return self.logit.reshape(-1, self.rows)[:count]
+
+    def probabilities(self, count: int) -> Tensor:
+        """``P(z > 0)`` of the innermost ``count`` gates, shape (count, rows)."""
+        return open_probability(self.logits(count), self.noise, self.beta)
+
+    def open(self, count: int) -> Tensor:
+        """How many gates are open in evaluation, shape (rows,), int64."""
+        return open_gates(self.probabilities(count).detach()).sum(0).long()
+
+    def masks(self, x: Tensor, count: int) -> Tensor | None:
+        """Masks for ``x``: sampled in training, decided in evaluation; ``None`` where all are 1."""
+        if self.training:
+            return masks_from_gates(self._sample(x, count))
+        if self.logit is None:
+            return None
+        return masks_from_gates(self._shaped(open_gates(self.probabilities(count)), x))
+
+    def fixed_masks(self, x: Tensor, gates_open: Tensor, count: int) -> Tensor:
+        """Masks for ``x`` with the first ``gates_open`` gates of each row open, shape (rows,)."""
+        index = torch.arange(count, device=x.device)[:, None]
+        return masks_from_gates(self._shaped((index < gates_open).float(), x))
+
+    def _sample(self, x: Tensor, count: int) -> Tensor:
+        shared = [1] * x.dim()
+        if self.sharing == "element":
+            shared = list(x.shape)
+        elif self.sharing == "channel":
+            shared[self.channel_dim] = x.shape[self.channel_dim]
+        uniform = keyed_uniform((count, *shared), self.seed, self.noise_step, self.key)
+        if self.logit is None:
+            return hard_concrete(logit_of(self.keep_prob), uniform)
+        return hard_concrete(self._shaped(self.logits(count), x), uniform, self.noise, self.beta)
+
+    def _shaped(self, gates: Tensor, x: Tensor) -> Tensor:
+        """(count, rows) as (count, *shape) with ``shape`` broadcasting to ``x``."""
+        shape = [1] * x.dim()
+        if gates.shape[1] > 1:
+            shape[self.channel_dim] = gates.shape[1]
+        return gates.reshape(len(gates), *shape)

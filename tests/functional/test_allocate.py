@@ -1,0 +1,80 @@
+"""Whole widths on a budget."""
+
+import pytest
+import torch
+
+from cpq_lightning.functional import WidthCost, adjust_widths
+
+
+def linear(shares):
+    n = len(shares)
+    return WidthCost(torch.tensor(shares, dtype=torch.float64), torch.arange(n), torch.full((n,), n), 0.0)
+
+
+def widths(*values):
+    return torch.tensor(values).double()
+
+
+def free(now, by):
+    return torch.ones_like(now)
+
+
+def adjust(now, cost, target, tolerance=0.01, price=free, low=2.0, high=8.0):
+    return adjust_widths(now, torch.full_like(now, low), torch.full_like(now, high), cost, target, tolerance, price)
+
+
+def test_what_meets_the_target_stays():
+    now, changes = adjust(widths(3, 3), linear([0.5, 0.5]), 3.0)
+    assert now.tolist() == [3, 3]
+    assert changes == []
+
+
+@pytest.mark.parametrize(("target", "row"), [(2.75, 1), (3.25, 1)])
+def test_the_cheaper_change_is_taken_in_both_directions(target, row):
+    now, changes = adjust(widths(3, 3, 3, 3), linear([0.25] * 4), target, price=lambda w, by: widths(9, 1, 9, 9))
+    assert [c.row for c in changes] == [row]
+    assert linear([0.25] * 4)(now) == target
+
+
+def test_a_price_counts_for_what_it_saves():
+    """Ten times the price for a hundred times the saving is cheap."""
+    _now, changes = adjust(widths(4, 4), linear([0.99, 0.01]), 3.01, price=lambda w, by: widths(10, 1))
+    assert [(c.row, c.before, c.after) for c in changes] == [(0, 4, 3)]
+
+
+def test_an_exchange_of_bits_comes_nearer_where_no_single_bit_does():
+    cost = linear([0.6, 0.4])
+    now, changes = adjust(widths(3, 3), cost, 2.8, tolerance=0.001)
+    assert cost(now) == pytest.approx(2.8)
+    assert now.tolist() == [2, 4]
+    assert len(changes) == 2
+
+
+def test_where_sizes_permit_nothing_nearer_it_stops_there():
+    cost = linear([1.0])
+    now, _ = adjust(widths(4), cost, 2.6)
+    assert now.tolist() == [3]
+
+
+def test_limits_hold():
+    now, _ = adjust(widths(2, 2), linear([0.5, 0.5]), 9.0)
+    assert now.tolist() == [8, 8]
+    now, _ = adjust(widths(8, 8), linear([0.5, 0.5]), 1.0)
+    assert now.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_networks_of_ten_layers_come_within_the_tolerance(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.rand(10, generator=generator).square() + 0.01
+    cost = linear((shares / shares.sum()).tolist())
+    now = torch.randint(2, 9, (10,), generator=generator).double()
+    target = 2.3 + 4 * float(torch.rand(1, generator=generator))
+    now, _ = adjust(now, cost, target, 0.05, price=lambda w, by: torch.rand(10, generator=generator).double())
+    assert abs(cost(now) - target) <= 0.05
+
+
+def test_bit_operations_count_the_product():
+    cost = WidthCost(torch.tensor([2.0]).double(), torch.tensor([0]), torch.tensor([1]), 7.0)
+    assert cost(widths(3, 4)) == 31
+    assert cost.gradient(widths(3, 4)).tolist() == [8, 6]
