@@ -10,6 +10,7 @@ from torch import nn
 from cpq_lightning.attach.audit import audit_first_forward, forget_first_forward
 from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
 from cpq_lightning.attach.select import Site, attached_config, first_and_last, layer_settings, select
+from cpq_lightning.attach.widths import read_weight_widths, with_levels_read
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
@@ -40,7 +41,7 @@ def attach(model: M, config: CPQConfig | None = None) -> M:
         >>> [name for name, _ in quantizers(model)]
         ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
     """
-    config = config or CPQConfig()
+    config = with_levels_read(config or CPQConfig())
     if is_attached(model):
         raise ValueError(
             f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
@@ -52,7 +53,7 @@ def attach(model: M, config: CPQConfig | None = None) -> M:
         switch(site.layer, weight_quantizer, input_quantizer)
     model.__dict__["_cpq_config"] = config
     audit_first_forward(model)
-    if any(weight_quantizer.has_gates for weight_quantizer, _ in pairs):
+    if any(quantizer is not None and quantizer.has_gates for pair in pairs for quantizer in pair):
         model.register_forward_pre_hook(_advance_noise)
     return model
 
@@ -78,14 +79,25 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
             channels=weight.shape[site.channel_dim],
             channel_dim=site.channel_dim,
             exempt=site.exempt,
+            inner=site.inner,
             device=weight.device,
         )
+        widths = read_weight_widths(site.config, site.name)
+        if widths is not None:
+            shared[id(weight)].fix_widths(widths)
         if not weight.is_meta:
             shared[id(weight)].fit_weight(weight)
     weights = shared[id(weight)]
     inputs = None
     if site.config.act_bits is not None:
-        inputs = Quantizer("activation", site.config, key=2 * index + 1, exempt=site.exempt, device=weight.device)
+        inputs = Quantizer(
+            "activation",
+            site.config,
+            key=2 * index + 1,
+            exempt=site.exempt,
+            inner=site.inner,
+            device=weight.device,
+        )
     for quantizer in (weights, inputs):
         if quantizer is not None:
             quantizer.train(site.layer.training)
@@ -181,6 +193,6 @@ def correct_ends(model: nn.Module, order: list[str]) -> list[str]:
         layer.weight_quantizer.configure(bits=settings.weight_bits, min_bits=settings.narrowest_bits, exempt=exempt)
         layer.weight_quantizer.fit_weight(layer.full_precision_weight())
         if layer.input_quantizer is not None and settings.act_bits is not None:
-            bits = settings.act_bits
-            layer.input_quantizer.configure(bits=bits, min_bits=bits, exempt=exempt, calibrated=False)
+            bits, narrowest = settings.act_bits, settings.narrowest_act_bits or settings.act_bits
+            layer.input_quantizer.configure(bits=bits, min_bits=narrowest, exempt=exempt, calibrated=False)
     return changed

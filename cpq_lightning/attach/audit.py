@@ -49,12 +49,14 @@ class AuditReport:
             both came in full precision, layers left out by the config aside.
         activation_products: ``(module, operation)`` of each product of two activations, such as attention's.
         order: Names of the quantized layers in the order in which they were first called.
+        macs: Multiply-accumulates in one sample, by weight quantizer; a layer that is called twice counts once.
     """
 
     never_called: list[str] = field(default_factory=list)
     unquantized: list[tuple[str, str, str]] = field(default_factory=list)
     activation_products: list[tuple[str, str]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
+    macs: dict[Quantizer, int] = field(default_factory=dict)
 
     def messages(self) -> list[str]:
         """One sentence a finding."""
@@ -96,7 +98,10 @@ class Audit(TorchFunctionMode):
         self._called: set[nn.Module] = set()
         self._left_out = _left_out(model)
         self._stack: list[nn.Module] = []
+        # Which quantizer a tensor came from.
         self._quantized = WeakTensorKeyDictionary()
+        self._batch = 0
+        self._counted: set[tuple[str, Quantizer]] = set()
         self._handles: list[Any] = []
 
     def __enter__(self) -> Audit:
@@ -128,7 +133,7 @@ class Audit(TorchFunctionMode):
             self._stack.pop()
         if isinstance(module, Quantizer) and output is not None:
             self._called.add(module)
-            self._quantized[output] = True
+            self._quantized[output] = module
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -136,18 +141,19 @@ class Audit(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func in _WITH_WEIGHT:
-            self._product(func, args, kwargs)
+            self._product(func, args, kwargs, out)
         elif func in _WITHOUT_WEIGHT:
             self.report.activation_products.append((self._where(), func.__name__.strip("_")))
         elif getattr(func, "__name__", "") in _KEEPING and args and self._is_quantized(args[0]):
             for tensor in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(tensor, Tensor):
-                    self._quantized[tensor] = True
+                    self._quantized[tensor] = self._quantized[args[0]]
         return out
 
-    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
         layer = self._stack[-1] if self._stack else None
+        self._count(func, operands[0], operands[1], out, layer)
         expected = ["input", "weight"]
         if isinstance(layer, QuantizedLayer):
             expected = ["weight"] if layer.input_quantizer is None else expected
@@ -160,6 +166,22 @@ class Audit(TorchFunctionMode):
         ]
         if missing:
             self.report.unquantized.append((self._where(), func.__name__, " and ".join(missing)))
+
+    def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
+        """Multiply-accumulates of a product with a quantized weight."""
+        if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+            return
+        # Of the first product: further in, a batch may be folded with windows or tokens.
+        self._batch = self._batch or max(1, input.shape[0])
+        quantizer = self._quantized.get(weight)
+        if quantizer is None and isinstance(layer, QuantizedLayer):
+            quantizer = layer.weight_quantizer
+        if quantizer is None or quantizer.kind != "weight" or (self._where(), quantizer) in self._counted:
+            return
+        self._counted.add((self._where(), quantizer))
+        places = (input if "transpose" in func.__name__ else out).numel()
+        macs = places * (weight.numel() // weight.shape[0]) // self._batch
+        self.report.macs[quantizer] = self.report.macs.get(quantizer, 0) + macs
 
     def _is_quantized(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value in self._quantized
@@ -193,6 +215,19 @@ def forget_first_forward(model: nn.Module) -> None:
                 model._forward_hooks_always_called.pop(handle, None)
 
 
+def note_forward(model: nn.Module, report: AuditReport) -> None:
+    """Write into the quantizers what a forward showed: the order of the layers, and what their weights multiply."""
+    layers = dict(model.named_modules())
+    for place, name in enumerate(report.order, start=1):
+        layer = layers.get(name)
+        if isinstance(layer, QuantizedLayer):
+            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+                if quantizer is not None:
+                    quantizer.configure(order=place)
+    for quantizer, macs in report.macs.items():
+        quantizer.configure(macs=macs)
+
+
 def report_audit(report: AuditReport) -> None:
     """Say what an audit found: a warning for what is amiss, the log for what is only worth knowing."""
     for message in report.messages():
@@ -224,4 +259,10 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
         del model.__dict__["_cpq_audit"]
         return
     model.__dict__["_cpq_audit"] = "done"
+    note_forward(model, audit.report)
     report_audit(audit.report)
+
+
+def auditable(module: nn.Module) -> bool:
+    """Whether an audit can watch a model: compiled code runs no Python that an audit could watch."""
+    return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())

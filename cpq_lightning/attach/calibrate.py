@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import correct_ends, is_attached, quantizers
-from cpq_lightning.attach.audit import Audit, forget_first_forward, report_audit
+from cpq_lightning.attach.audit import Audit, forget_first_forward, note_forward, report_audit
 from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +28,8 @@ def calibrate(
 
     Activations pass in full precision while they are observed, weights are quantized. Each range is the step of
     least squared error on a histogram over all batches (and, under ``torch.distributed``, all ranks). The first
-    batch also shows which layers truly run first and last, and is audited as a first forward is. The model runs in
+    batch also shows which layers truly run first and last and what they multiply, and is audited as a first forward is;
+    where no activation is to be observed, it is the only one. The model runs in
     the mode it is in, without gradients; its buffers (batch norm's statistics) and the random state are afterwards
     what they were.
 
@@ -51,7 +52,7 @@ def calibrate(
     if not held:
         raise ValueError("calibrate got no batch: expected an iterable of at least one batch of training data.")
     run = forward or (lambda batch: _call(model, batch))
-    observed = [q for _, q in quantizers(model) if q.kind == "activation"]
+    observed = [q for _, q in quantizers(model) if q.kind == "activation" and q.active]
     observers = [RangeObserver() for _ in observed]
     with _untouched(model), torch.no_grad():
         for quantizer, observer in zip(observed, observers, strict=True):
@@ -60,16 +61,17 @@ def calibrate(
             forget_first_forward(model)
             with Audit(model) as audit:
                 run(held[0])
-            for batch in held[1:]:
+            for batch in held[1:] if observed else ():
                 run(batch)
             for quantizer, observer in zip(observed, observers, strict=True):
                 observer.close_range(quantizer.start_step.device)
-            for batch in held:
+            for batch in held if observed else ():
                 run(batch)
         finally:
             for quantizer in observed:
                 quantizer.observer = None
     correct_ends(model, audit.report.order)
+    note_forward(model, audit.report)
     for quantizer, observer in zip(observed, observers, strict=True):
         quantizer.fit_activation(observer)
     report_audit(audit.report)
@@ -115,7 +117,8 @@ def recording(model: nn.Module) -> Iterator[None]:
     """
     watched: list[Quantizer] = [q for _, q in quantizers(model) if q.kind == "activation" and q.active and q.calibrated]
     for quantizer in watched:
-        quantizer.usage = UsageRecorder(*quantizer.level_bounds)
+        _, low, high = quantizer.grid()
+        quantizer.usage = UsageRecorder(int(low), int(high))
     try:
         yield
     finally:

@@ -15,17 +15,21 @@ from torch.nn.parameter import UninitializedParameter
 from torchmetrics import Metric
 
 from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.widths import at_read_widths, check_names
 from cpq_lightning.config import CPQConfig
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer to quantize: its dotted name, its settings, and whether it is the first or last."""
+    """One layer to quantize: its dotted name, its settings, whether it is the first or last, and its settings if
+    not.
+    """
 
     name: str
     layer: nn.Module
     config: CPQConfig
     exempt: bool
+    inner: CPQConfig
 
     @property
     def channel_dim(self) -> int:
@@ -52,8 +56,17 @@ def select(model: nn.Module, config: CPQConfig) -> list[Site]:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
     for name, layer in chosen.items():
         _check_weight(name, layer)
+    check_names(config, chosen)
     ends = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
-    return [Site(name, layer, *layer_settings(name, layer, config, name in ends)) for name, layer in chosen.items()]
+    return [
+        Site(
+            name,
+            layer,
+            *layer_settings(name, layer, config, name in ends),
+            inner=layer_settings(name, layer, config, at_end=False)[0],
+        )
+        for name, layer in chosen.items()
+    ]
 
 
 def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
@@ -63,7 +76,8 @@ def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool)
     if exempt:
         # A general min_bits does not make an exempt layer drop bits.
         overrides = [{key: value for key, value in s.items() if key != "min_bits"} for s in overrides]
-    return (config.exempt() if at_end else config).for_layer(overrides), exempt
+    settings = (config.exempt() if at_end else config).for_layer(overrides)
+    return at_read_widths(settings, config, name), exempt
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:

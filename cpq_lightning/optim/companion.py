@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+
+from cpq_lightning.optim.beside import Beside
 
 
 class Companion:
@@ -36,32 +35,20 @@ class Companion:
     ) -> None:
         self.optimizer = Adam(list(parameters), lr=lr)
         self._lr = lr
+        self._user = optimizer
         group = optimizer.param_groups[0]
         self._user_lr = float(group.get("initial_lr", group["lr"])) or 1.0
-        self._grad_scale = grad_scale
-        self._watched = [(owner, owner.zero_grad) for owner in (optimizer, *wrappers)]
-        for owner, zero_grad in self._watched:
-            owner.zero_grad = partial(self._zero_both, zero_grad)
-        self._handle = optimizer.register_step_post_hook(self._after)
+        self._beside = Beside(optimizer, self.parameters, self._step, grad_scale, wrappers)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What this optimizer trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _zero_both(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        zero_grad(*args, **kwargs)
-        self.optimizer.zero_grad()
-
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        scale = self._grad_scale()
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        for grad in grads:
-            grad.div_(scale)
-        if grads and math.isfinite(float(torch.stack([g.abs().sum() for g in grads]).sum())):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._lr * float(optimizer.param_groups[0]["lr"]) / self._user_lr
-            self.optimizer.step()
+    def _step(self, grads: list[Tensor | None]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr * float(self._user.param_groups[0]["lr"]) / self._user_lr
+        self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer, for a checkpoint."""
@@ -73,6 +60,4 @@ class Companion:
 
     def remove(self) -> None:
         """Step no more."""
-        self._handle.remove()
-        for owner, zero_grad in self._watched:
-            owner.zero_grad = zero_grad
+        self._beside.remove()

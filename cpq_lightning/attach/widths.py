@@ -1,0 +1,99 @@
+"""Widths read from a file: ``CPQConfig(levels_from=...)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cpq_lightning.config import CPQConfig
+
+FORMAT = "cpq-levels"
+
+
+def read_levels(path: str | Path) -> dict[str, Any]:
+    """The content of a ``levels.json``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of ours.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): expected a levels.json as a fit writes it.") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no levels.json: expected 'format': '{FORMAT}' in it.")
+    return content
+
+
+def with_levels_read(config: CPQConfig) -> CPQConfig:
+    """The config with the widths themselves in place of the path in ``levels_from``: the file is not needed again.
+
+    Raises:
+        ValueError: there is no such file, or it is no ``levels.json``.
+    """
+    if not isinstance(config.levels_from, str):
+        return config
+    try:
+        content = read_levels(config.levels_from)
+    except OSError as error:
+        raise ValueError(f"levels_from: {config.levels_from} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise ValueError(f"levels_from: {error}") from None
+    widths = {
+        layer["name"]: {kind: layer[kind] and layer[kind]["bits"] for kind in ("weight", "activation")}
+        for layer in content["layers"]
+    }
+    return dataclasses.replace(config, levels_from=widths)
+
+
+def check_names(config: CPQConfig, names: Iterable[str]) -> None:
+    """Refuse widths of other layers than the model's.
+
+    Raises:
+        ValueError: naming what is missing, or too much.
+    """
+    if not isinstance(config.levels_from, dict):
+        return
+    known, names = set(config.levels_from), list(names)
+    missing = [name for name in names if name not in known]
+    unknown = sorted(known - set(names))
+    if not missing and not unknown:
+        return
+    example = (missing or unknown)[0]
+    near = difflib.get_close_matches(example, known if missing else names, n=1, cutoff=0.3)
+    hint = f" (near: {near[0]!r})" if near else ""
+    raise ValueError(
+        f"levels_from: its {len(known)} layers are not the {len(names)} that are quantized here: {len(missing)} "
+        f"of these "
+        f"are not in it, {len(unknown)} of it are not here, such as {example!r}{hint}. Read the levels of a run of the "
+        "same network with the same ignore."
+    )
+
+
+def at_read_widths(settings: CPQConfig, config: CPQConfig, name: str) -> CPQConfig:
+    """Settings of one layer with the widths that ``levels_from`` holds for it."""
+    if not isinstance(config.levels_from, dict) or name not in config.levels_from:
+        return settings
+    weight, activation = (config.levels_from[name].get(kind) for kind in ("weight", "activation"))
+    by_channel = isinstance(weight, list)
+    widths = weight if by_channel else [weight]
+    return dataclasses.replace(
+        settings,
+        weight_bits=max(widths),
+        min_bits=min(widths),
+        act_bits=activation,
+        gate_sharing="channel" if by_channel else settings.gate_sharing,
+    )
+
+
+def read_weight_widths(config: CPQConfig, name: str) -> list[int] | None:
+    """The widths of one layer's weight, one or one a channel, that ``levels_from`` holds; ``None`` without it."""
+    if not isinstance(config.levels_from, dict) or name not in config.levels_from:
+        return None
+    weight = config.levels_from[name]["weight"]
+    return list(weight) if isinstance(weight, list) else [weight]

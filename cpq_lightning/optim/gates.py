@@ -1,0 +1,217 @@
+"""Learned widths: the update of all gates of a model, under budgets that it keeps step by step.
+
+The logits move by the loss's gradient and by that of a penalty ``lambda · cost(expected bits)``, as the paper has it
+(arXiv 2109.02100). Here lambda is not chosen: each update solves for the one with which the expected cost arrives
+where the schedule wants it (ours), so that a run can neither overshoot its target nor stop short of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpq_lightning.functional import WidthCost, expected_bits, open_gates, open_probability
+from cpq_lightning.functional.dropbits import logit_of
+from cpq_lightning.nn import Quantizer
+
+# Adam's running means, with a shorter memory for the square: gates that are nearly decided have rare gradients.
+_MOMENTUM, _VARIANCE = 0.9, 0.99
+_TINY = 1e-12
+_ROUNDS = 50
+# While widths are learned a logit stays where its gate is open with a probability between these.
+_REACH = (0.02, 0.98)
+# Beyond its threshold by this a gate is 0 or 1 for certain, at the noise and temperature that learning ends with.
+_CERTAIN = 1.5
+
+
+@dataclass
+class Budget:
+    """One cost that is held to a target.
+
+    Attributes:
+        cost: Of the widths of all rows.
+        strength: The penalty's strength ``lambda`` in the last update: loss per unit of the cost.
+    """
+
+    cost: WidthCost
+    strength: float = field(default=0.0)
+
+
+class GateTrainer:
+    """Moves the logits of learned gates, all at once and at a rate of their own.
+
+    Rows are the quantizers' widths, one for each or one a channel, in order; ``theta`` holds a column of logits for
+    each. With ``m`` and ``v`` running means of the loss's gradient and of its square, and ``c`` the gradient of a cost
+    of the expected bits, an update is
+
+        theta <- theta - rate · clip((m + lambda c) / sqrt(v), -1, 1)
+
+    so a gate closes where what it saves, at the price lambda, outweighs what it is worth to the loss; neither the
+    share of a layer in the model nor the optimizer of the weights sets its pace. ``lambda`` is solved for.
+
+    Args:
+        quantizers: Those whose widths are learned.
+        budgets: Costs of the rows' widths; a row belongs to at most one of them.
+    """
+
+    def __init__(self, quantizers: Sequence[Quantizer], budgets: Sequence[Budget]) -> None:
+        self.quantizers = list(quantizers)
+        self.budgets = list(budgets)
+        self.counts = [q.bits - q.min_bits for q in self.quantizers]
+        self.rows = [q.gates.rows for q in self.quantizers]
+        self.min_bits = self._per_row([float(q.min_bits) for q in self.quantizers])
+        count = self._per_row([float(c) for c in self.counts])
+        self.max_bits = self.min_bits + count
+        self.exists = torch.arange(max(self.counts))[:, None] < count
+        self.mean = torch.zeros(self.exists.shape, dtype=torch.float64)
+        self.square = torch.zeros_like(self.mean)
+        self.updates = 0
+
+    def _per_row(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(self.rows))
+
+    def _collect(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of each quantizer's gates as one matrix on the host, a column a row of gates."""
+        matrix = torch.zeros(self.exists.shape, dtype=torch.float64)
+        # One copy from the device for all of them.
+        flat = torch.cat([v.detach().reshape(-1) for v in values]).double().cpu()
+        at, column = 0, 0
+        for value, count, rows in zip(values, self.counts, self.rows, strict=True):
+            own = flat[at : at + value.numel()].reshape(-1, rows)
+            matrix[:count, column : column + rows] = own[:count]
+            at, column = at + value.numel(), column + rows
+        return matrix
+
+    def theta(self) -> Tensor:
+        """The logits, shape (gates, rows), float64; 0 where a row has fewer gates."""
+        return self._collect([q.gates.logits(c) for q, c in zip(self.quantizers, self.counts, strict=True)])
+
+    @torch.no_grad()
+    def write(self, theta: Tensor) -> None:
+        """Set the logits."""
+        column = 0
+        for q, count, rows in zip(self.quantizers, self.counts, self.rows, strict=True):
+            logits = q.gates.logits(count)
+            logits.copy_(theta[:count, column : column + rows])
+            column += rows
+
+    def probabilities(self, theta: Tensor, noise: float, beta: float) -> Tensor:
+        """``P(z > 0)``, 0 where a row has no such gate."""
+        return torch.where(self.exists, open_probability(theta, noise, beta), 0.0)
+
+    def expected(self, noise: float, beta: float) -> Tensor:
+        """Expected widths, shape (rows,)."""
+        return self.min_bits + expected_bits(self.probabilities(self.theta(), noise, beta), 0)
+
+    def decided(self, noise: float, beta: float) -> Tensor:
+        """Widths as evaluation has them, shape (rows,)."""
+        return self.min_bits + open_gates(self.probabilities(self.theta(), noise, beta)).sum(0)
+
+    @torch.no_grad()
+    def step(
+        self, gradients: Sequence[Tensor], targets: Sequence[float], rate: float, noise: float, beta: float
+    ) -> None:
+        """Update all logits.
+
+        Args:
+            gradients: Of the loss, in each quantizer's logits.
+            targets: What each budget's expected cost shall be after the update.
+            rate: Largest move of a logit.
+            noise: How much of the gates' noise is left.
+            beta: Temperature of the gates.
+        """
+        self.updates += 1
+        gradient = self._collect(gradients)
+        self.mean.lerp_(gradient, 1 - _MOMENTUM)
+        self.square.lerp_(gradient.square(), 1 - _VARIANCE)
+        mean = self.mean / (1 - _MOMENTUM**self.updates)
+        scale = (self.square / (1 - _VARIANCE**self.updates)).sqrt() + _TINY
+        theta = self.theta()
+        # A gate that is all but decided stays where noise still reaches it: it can come back.
+        low, high = (logit_of(torch.tensor(p, dtype=torch.float64), noise, beta) for p in _REACH)
+        low, high = torch.minimum(theta, low), torch.maximum(theta, high)
+        open_now = self.probabilities(theta, noise, beta)
+        nested = open_now.cumprod(0)
+        slope = nested.flip(0).cumsum(0).flip(0) * (1 - open_now) / noise
+        widths = self.min_bits + nested.sum(0)
+
+        def moved(strength: float, price: Tensor) -> Tensor:
+            move = ((mean + strength * price) / scale).clamp(-1, 1)
+            return torch.minimum(torch.maximum(theta - rate * move, low), high)
+
+        new = moved(0.0, slope)
+        for budget, target in zip(self.budgets, targets, strict=True):
+            unit = budget.cost.gradient(widths)
+            price = slope * unit
+
+            def cost(strength: float, budget: Budget = budget, price: Tensor = price, mine: Tensor = unit > 0) -> float:
+                expected = self.min_bits + self.probabilities(moved(strength, price), noise, beta).cumprod(0).sum(0)
+                return budget.cost(torch.where(mine, expected, widths))
+
+            strength = _solve(cost, target, _reach(mean, scale, price))
+            budget.strength += (strength - budget.strength) * (1 - _MOMENTUM)
+            new = torch.where(unit > 0, moved(strength, price), new)
+        self.write(new)
+
+    @torch.no_grad()
+    def settle(self, widths: Tensor, rate: float, noise: float, beta: float) -> None:
+        """Move all logits to where gates are certainly open up to ``widths``, shape (rows,), and shut behind them."""
+        wanted = torch.arange(len(self.exists))[:, None] < widths - self.min_bits
+        threshold = logit_of(torch.tensor(0.5, dtype=torch.float64), noise, beta)
+        goal = torch.where(wanted, threshold + _CERTAIN, threshold - _CERTAIN)
+        theta = self.theta()
+        self.write(theta + (goal - theta).clamp(-rate, rate))
+
+    def prices(self, widths: Tensor, by: int, beta: float) -> Tensor:
+        """How far the logit of the gate that a change of each width by +1 or -1 needs is from its threshold."""
+        gate = (widths - self.min_bits).long() - (1 if by < 0 else 0)
+        theta = self.theta().gather(0, gate.clamp(0, len(self.exists) - 1)[None])[0]
+        return (theta - float(logit_of(torch.tensor(0.5, dtype=torch.float64), 1.0, beta))).abs()
+
+    @torch.no_grad()
+    def fix(self, widths: Tensor) -> None:
+        """Fix the quantizers' widths, shape (rows,)."""
+        for quantizer, own in zip(self.quantizers, widths.long().split(self.rows), strict=True):
+            quantizer.fix_widths(own.tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means and the strengths, for a checkpoint."""
+        return {
+            "mean": self.mean,
+            "square": self.square,
+            "updates": self.updates,
+            "strengths": [budget.strength for budget in self.budgets],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.mean, self.square, self.updates = state["mean"].clone(), state["square"].clone(), state["updates"]
+        for budget, strength in zip(self.budgets, state["strengths"], strict=True):
+            budget.strength = strength
+
+
+def _reach(mean: Tensor, scale: Tensor, price: Tensor) -> float:
+    """A strength at which every gate that matters to the cost moves as fast as it can."""
+    matters = price > 1e-9 * price.max()
+    return float(((mean.abs() + scale) / price)[matters].max()) if matters.any() else 0.0
+
+
+def _solve(cost: Callable[[float], float], target: float, reach: float) -> float:
+    """The strength from ``-reach`` to ``reach`` with ``cost(strength) = target``, by bisection: the cost falls with
+    it.
+    """
+    low, high = -reach, reach
+    # Of several that do, where all gates are decided, the one nearest to none.
+    if abs(cost(0.0) - target) < 1e-6 * abs(target):
+        return 0.0
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        if cost(middle) > target:
+            low = middle
+        else:
+            high = middle
+    return high

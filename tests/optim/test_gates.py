@@ -1,0 +1,107 @@
+"""The update of learned gates."""
+
+import pytest
+import torch
+
+from cpq_lightning import CPQConfig
+from cpq_lightning.functional import WidthCost
+from cpq_lightning.functional.dropbits import BETA
+from cpq_lightning.nn import Quantizer
+from cpq_lightning.optim import Budget, GateTrainer
+
+CONFIG = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True)
+
+
+def trainer(numels=(100, 100), config=CONFIG, channels=4):
+    quantizers = [Quantizer("weight", config, key=i, numel=n, channels=channels) for i, n in enumerate(numels)]
+    rows = [q.gates.rows for q in quantizers]
+    shares = torch.tensor([n / r for n, r in zip(numels, rows, strict=True) for _ in range(r)]).double()
+    n = len(shares)
+    budget = Budget(WidthCost(shares / shares.sum(), torch.arange(n), torch.full((n,), n), 0.0))
+    return GateTrainer(quantizers, [budget]), budget
+
+
+def silence(gates):
+    return [torch.zeros_like(q.gates.logit) for q in gates.quantizers]
+
+
+def test_every_step_arrives_at_its_target():
+    gates, budget = trainer((300, 100, 20))
+    cost = budget.cost(gates.expected(1.0, BETA))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        cost = max(3.0, cost - 0.03)
+        noise = [0.1 * torch.randn(q.gates.logit.shape, generator=generator) for q in gates.quantizers]
+        gates.step(noise, [cost], 0.3, 1.0, BETA)
+        assert budget.cost(gates.expected(1.0, BETA)) == pytest.approx(cost, abs=1e-3)
+    assert cost == 3.0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_logits_move_at_a_pace_that_no_share_and_no_scale_of_the_loss_sets(scale):
+    gates, _ = trainer((10, 100_000))
+    before = gates.theta()
+    for _ in range(5):
+        gates.step([g + scale for g in silence(gates)], [8.0], 0.1, 1.0, BETA)
+    gone = before - gates.theta()
+    assert gone.abs().max() > 0.1
+    # With nothing but the penalty, a layer of ten weights keeps pace with one of a hundred thousand.
+    gates, _ = trainer((10, 100_000))
+    before = gates.theta()
+    for _ in range(5):
+        gates.step(silence(gates), [2.0], 0.1, 1.0, BETA)
+    gone = before - gates.theta()
+    torch.testing.assert_close(gone, torch.full_like(gone, 0.5), rtol=1e-5, atol=0)
+
+
+def test_what_the_loss_needs_stays_open_and_the_rest_pays():
+    gates, budget = trainer((100, 100))
+    cost = budget.cost(gates.expected(1.0, BETA))
+    for _ in range(200):
+        cost = max(4.0, cost - 0.05)
+        needed, useless = silence(gates)
+        gates.step([needed - 1.0, useless + 0.01 * torch.randn_like(useless)], [cost], 0.2, 1.0, BETA)
+    first, second = gates.expected(1.0, BETA).tolist()
+    assert first > 5.5
+    assert second < 2.6
+
+
+def test_a_target_above_opens_gates_again():
+    gates, budget = trainer()
+    for target in (3.0, 6.0):
+        for _ in range(100):
+            gates.step(silence(gates), [target], 0.3, 1.0, BETA)
+        assert budget.cost(gates.expected(1.0, BETA)) == pytest.approx(target, abs=0.01)
+
+
+def test_settled_gates_are_certain():
+    gates, _ = trainer()
+    widths = torch.tensor([5.0, 2.0]).double()
+    for _ in range(100):
+        gates.settle(widths, 0.2, 0.05, 0.2)
+    torch.testing.assert_close(gates.expected(0.05, 0.2), widths, rtol=0, atol=1e-9)
+    assert torch.equal(gates.decided(0.05, 0.2), widths)
+
+
+def test_channels_have_rows_of_their_own():
+    config = CPQConfig(weight_bits=4, min_bits=2, learn_bits=True, gate_sharing="channel", per_channel=True)
+    gates, _budget = trainer((40, 80), config, channels=4)
+    assert gates.theta().shape == (2, 8)
+    gates.write(torch.arange(16).reshape(2, 8).double())
+    assert torch.equal(gates.theta(), torch.arange(16).reshape(2, 8).double())
+    gates.fix(torch.tensor([2, 3, 4, 2, 4, 4, 4, 4]).double())
+    assert gates.quantizers[0].decided_widths().tolist() == [2, 3, 4, 2]
+    assert gates.quantizers[1].decided_widths().tolist() == [4]
+
+
+def test_its_state_goes_on_where_it_was():
+    one, _ = trainer()
+    two, _ = trainer()
+    push = [torch.full_like(g, 0.3) for g in silence(one)]
+    for _ in range(3):
+        one.step(push, [5.0], 0.1, 1.0, BETA)
+    two.load_state_dict(one.state_dict())
+    two.write(one.theta())
+    for gates in (one, two):
+        gates.step(push, [4.9], 0.1, 1.0, BETA)
+    assert torch.equal(one.theta(), two.theta())
