@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+from rich.console import Console
 
+from cpq_lightning.attach import read_levels
+from cpq_lightning.export import levels_table, write_report
 from cpq_lightning.module import QuantizedModule
 from cpq_lightning.version import __version__
 
@@ -25,18 +29,41 @@ class CPQCLI(LightningCLI):
             self.parser.error(str(error))
 
 
+def report(run_dir: str, levels_file: str = "levels.json") -> None:
+    """Show a run's table again, and make its CSV and pictures again from its files.
+
+    Args:
+        run_dir: The run's folder, with its levels.json.
+        levels_file: Name of that file.
+    """
+    path = Path(run_dir) / levels_file
+    try:
+        Console().print(levels_table(read_levels(path)))
+        made = write_report(run_dir, levels_file)
+    except (OSError, ValueError, ImportError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"{path} is missing: expected the folder of a run that has finished its fit." if missing else error
+        raise SystemExit(f"cpq report: {reason}") from None
+    Console().print("\n".join(["", *(f"made {file}" for file in made)]), soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; ``arguments`` default to the command line's."""
     if arguments is None:
         # LightningCLI warns of arguments that are handed over while there are some on the command line.
         sys.argv[1:] = [_shipped(a) for a in sys.argv[1:]]
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["report"]:
+        auto_cli(report, args=given[1:], as_positional=True, prog="cpq report")
+        return
     CPQCLI(
         QuantizedModule,
         LightningDataModule,
         subclass_mode_data=True,
         parser_kwargs={
             "prog": "cpq",
-            "description": "Train a timm backbone with Cluster-Promoting Quantization.",
+            "description": "Train a timm backbone with Cluster-Promoting Quantization. Besides the subcommands below, "
+            "'cpq report RUN_DIR' shows a run's levels again and makes its pictures again.",
             "version": __version__,
         },
         args=None if arguments is None else [_shipped(a) for a in arguments],

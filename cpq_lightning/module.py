@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from cpq_lightning.attach import attach
+from cpq_lightning.attach import attach, with_levels_read
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.config import CPQConfig
 
@@ -70,6 +70,9 @@ class QuantizedModule(LightningModule):
         if isinstance(quantization, Mapping):
             # As a checkpoint holds it: plain values, so that it loads without unpickling classes.
             quantization = CPQConfig(**quantization)
+        if quantization is not None:
+            # A checkpoint holds the widths themselves, not the path of a file that may be gone.
+            quantization = with_levels_read(quantization)
         self.save_hyperparameters(
             {
                 "backbone": backbone if isinstance(backbone, str) else None,

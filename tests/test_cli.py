@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from cpq_lightning import QuantizedModule, __version__
+from cpq_lightning import QuantizedModule, __version__, levels
 from cpq_lightning.attach import quantizers
 from cpq_lightning.cli import _shipped, main
 
@@ -39,6 +39,38 @@ def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
         assert expected in result.stdout, expected
     restored = QuantizedModule.load_from_checkpoint(checkpoint, weights_only=True)
     assert {q.bits for _, q in quantizers(restored)} == {4, 8}
+
+
+@pytest.mark.slow
+def test_the_learned_recipe_ends_at_its_target_and_reports_again(tmp_path):
+    result = cpq("fit", "--config", ROOT / "recipes" / "digits_learned.yaml", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "lightning_logs" / "version_0"
+    content = json.loads((run / "levels.json").read_text())
+    assert abs(content["totals"]["weight_bits_avg"] - 3) <= 0.05
+    widths = {layer["weight"]["bits"] for layer in content["layers"] if not layer["weight"]["exempt"]}
+    assert len(widths) >= 3
+    (checkpoint,) = run.rglob("*.ckpt")
+    metrics = torch.load(checkpoint, weights_only=True)["cpq_lightning"]["metrics"]
+    assert metrics["quantized"]["val_acc"] >= 0.96
+    restored = QuantizedModule.load_from_checkpoint(checkpoint, weights_only=True)
+    assert [r.bits for r in levels(restored) if r.kind == "weight"] == [x["weight"]["bits"] for x in content["layers"]]
+    pictures = ["levels.csv", "levels.png", "clusters.png", "trajectory.png"]
+    for name in pictures:
+        (run / name).unlink()
+    again = cpq("report", run, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "model.layer4.0.conv1" in again.stdout
+    assert all((run / name).stat().st_size > 1000 and name in again.stdout for name in pictures)
+
+
+def test_a_report_of_no_run_is_refused_in_a_sentence(tmp_path):
+    result = cpq("report", tmp_path, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "levels.json is missing" in result.stderr
+    (tmp_path / "levels.json").write_text("{}")
+    assert "is no levels.json" in cpq("report", tmp_path, cwd=tmp_path).stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_help_and_print_config(tmp_path):

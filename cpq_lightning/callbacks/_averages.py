@@ -34,4 +34,4 @@ def share_with_averages(trainer: Trainer, pl_module: LightningModule, parameters
                 pairs = chain(pairs, zip(quantizer.parameters(), copy.parameters(), strict=True))
             for own, other in pairs:
                 other.copy_(own)
-            copy.configure(**quantizer._host)
+            copy.take_integers(quantizer)

@@ -1,4 +1,4 @@
-"""What CPQCallback cannot share a Trainer with."""
+"""What callbacks have to know of one another: what cannot share a Trainer, and who begins when."""
 
 from __future__ import annotations
 
@@ -34,3 +34,28 @@ def check_company(trainer: Trainer, own: Callback) -> None:
             "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use DDP. (FSDP2, "
             "ModelParallelStrategy, keeps parameters apart but shards them, which is not supported yet either.)"
         )
+
+
+def check_learners(trainer: Trainer, learners: int) -> None:
+    """Refuse widths that nobody trains.
+
+    Raises:
+        MisconfigurationException: with what to do.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if learners and not any(cls.__name__ == "BitBudget" for c in callbacks for cls in type(c).__mro__):
+        raise MisconfigurationException(
+            f"{learners} quantizers are to learn their width, but nothing tells them what bits may cost: add a "
+            f"BitBudget, "
+            "for example BitBudget(target=3.0), to the Trainer's callbacks, or leave learn_bits and learn_act_bits out."
+        )
+
+
+def quantization_start(trainer: Trainer) -> int:
+    """The step at which quantization begins, once a fit has begun."""
+    return max((getattr(c, "start_step", 0) for c in trainer.callbacks), default=0)  # type: ignore[attr-defined]
+
+
+def counts_operations(trainer: Trainer) -> bool:
+    """Whether a budget counts bit operations, which a forward has to show before training."""
+    return any(getattr(c, "unit", None) == "bops" for c in trainer.callbacks)  # type: ignore[attr-defined]

@@ -1,15 +1,16 @@
-"""The quantizers' parameters in a Trainer's optimizers."""
+"""The quantizers' parameters in a Trainer's optimizers, and the gates' beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
-from cpq_lightning.attach import quantized_layers
-from cpq_lightning.optim import Companion, adopt, release, takes_quantizers
+from cpq_lightning.attach import quantized_layers, quantizers
+from cpq_lightning.nn import Quantizer
+from cpq_lightning.optim import Beside, Companion, adopt, release, takes_quantizers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -38,10 +39,11 @@ def train_quantizers(
     takers = [takes_quantizers(optimizer) for optimizer in optimizers]
     wanted = _by_optimizer(pl_module, optimizers, default=takers.index(True) if True in takers else 0)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    # Gates too: their logits are trained beside all optimizers.
+    owned = [p for _, q in quantizers(pl_module) for p in q.parameters()]
     companions: list[Companion] = []
     for index, optimizer in enumerate(optimizers):
-        release(optimizer, [p for parameters in wanted for p in parameters])
+        release(optimizer, owned)
         if not wanted[index]:
             continue
         if takers[index]:
@@ -51,7 +53,7 @@ def train_quantizers(
             optimizer,
             wanted[index],
             lr=_COMPANION_LR * lr_factor,
-            grad_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
+            grad_scale=_grad_scale(trainer),
             wrappers=[trainer.strategy._lightning_optimizers[index]],
         )
         if len(states) > len(companions):
@@ -64,15 +66,60 @@ def train_quantizers(
     return companions
 
 
+def beside_optimizers(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    learners: list[Quantizer],
+    take: Callable[[Quantizer, Tensor | None], None],
+) -> list[Beside]:
+    """Hand over the gradients of the gates' logits whenever the optimizer that trains a layer's weight steps.
+
+    Args:
+        trainer: A trainer whose optimizers are made.
+        pl_module: The attached module.
+        learners: Quantizers that learn their width.
+        take: Called with each of them and its gradient.
+
+    Returns:
+        What has to be removed afterwards.
+    """
+    optimizers = list(trainer.optimizers)
+    holders = _holders(pl_module, optimizers, default=0)
+    found = []
+    for index, optimizer in enumerate(optimizers):
+        own = [q for q in learners if holders.get(q, 0) == index]
+        logits = [q.gates.logit for q in own if q.gates.logit is not None]
+
+        def stepped(grads: list[Tensor | None], own: list[Quantizer] = own) -> None:
+            for quantizer, grad in zip(own, grads, strict=True):
+                take(quantizer, grad)
+
+        if own:
+            wrappers = [trainer.strategy._lightning_optimizers[index]]
+            found.append(Beside(optimizer, logits, stepped, _grad_scale(trainer), wrappers))
+    return found
+
+
+def _grad_scale(trainer: Trainer) -> Callable[[], float]:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.get_scale if scaler is not None else lambda: 1.0
+
+
 def _by_optimizer(pl_module: LightningModule, optimizers: list[Any], default: int) -> list[list[nn.Parameter]]:
-    """For each optimizer the quantizer parameters of the layers that it trains; frozen layers' go to ``default``."""
-    holders = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    """For each optimizer the steps' and noises' parameters of the layers that it trains."""
     wanted: list[list[nn.Parameter]] = [[] for _ in optimizers]
-    placed: set[int] = set()
-    for _, layer in quantized_layers(pl_module):
-        index = holders.get(id(layer.full_precision_weight()), default)
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if quantizer is not None and id(quantizer) not in placed:
-                placed.add(id(quantizer))
-                wanted[index].extend(quantizer.parameters())
+    for quantizer, index in _holders(pl_module, optimizers, default).items():
+        wanted[index].extend(quantizer.range_parameters())
     return wanted
+
+
+def _holders(pl_module: LightningModule, optimizers: list[Any], default: int) -> dict[Quantizer, int]:
+    """For each quantizer the optimizer that trains its layer's weight; ``default`` for a frozen layer's."""
+    trained = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    holders: dict[Quantizer, int] = {}
+    for _, layer in quantized_layers(pl_module):
+        index = trained.get(id(layer.full_precision_weight()), default)
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None:
+                holders.setdefault(quantizer, index)
+    return holders

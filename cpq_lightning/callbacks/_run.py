@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,6 +37,11 @@ def run_length(trainer: Trainer) -> float:
     """Steps of the whole run as :func:`run_step` counts them, ``inf`` where unknown."""
     steps = trainer.estimated_stepping_batches
     return math.inf if steps < 0 else steps
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The run's folder; asked for on all ranks at once."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def overrides(module: object, method: str) -> bool:

@@ -10,16 +10,16 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
-from torch import nn
 
 from cpq_lightning.attach import (
     Audit,
     attach,
+    auditable,
     calibrate,
     correct_ends,
     forget_first_forward,
     is_attached,
+    note_forward,
     quantizable_layers,
     quantizers,
     refit,
@@ -29,19 +29,21 @@ from cpq_lightning.attach import (
 )
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._company import check_company
+from cpq_lightning.callbacks._company import check_company, check_learners, counts_operations
+from cpq_lightning.callbacks._finish import print_tables, write_files
 from cpq_lightning.callbacks._optimizers import train_quantizers
 from cpq_lightning.callbacks._run import (
     forward_training_step,
     late_progress,
     overrides,
+    run_folder,
     run_length,
     run_step,
     training_batches,
     without_effects,
 )
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import levels_table, manifest, metrics_table, write_levels
+from cpq_lightning.export import weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion
@@ -68,7 +70,8 @@ class CPQCallback(Callback):
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
             rate of 0.001 under Adam moves a step by 0.1 % an update.
         calibration_batches: Training batches for the activation ranges.
-        levels_file: Name of the file in the run's folder; ``None`` writes none.
+        levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
+            of the levels and of the weights' clusters. ``None`` writes none.
         table: Whether to print the tables at the end.
 
     Raises:
@@ -110,8 +113,14 @@ class CPQCallback(Callback):
         self._companions: list[Companion] = []
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
+        self._before: dict[str, Any] = {}
         self._restored: Mapping[str, Any] = {}
         self._folder: Path | None = None
+
+    @property
+    def start_step(self) -> int:
+        """The step at which quantization begins, once a fit has begun."""
+        return self._start
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
 
@@ -119,7 +128,7 @@ class CPQCallback(Callback):
         check_company(trainer, self)
         if stage == "fit":
             # An object may serve several fits.
-            self._metrics, self._restored, self._folder, self._audit = {}, {}, None, None
+            self._metrics, self._before, self._restored, self._folder, self._audit = {}, {}, {}, None, None
         if not is_attached(pl_module):
             if overrides(pl_module, "configure_model"):
                 # Layers that are born there must exist before they can be switched; Lightning asks that the hook may
@@ -140,6 +149,7 @@ class CPQCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get(_CHECKPOINT_KEY, {})
         self._metrics = dict(self._restored.get("metrics", {}))
+        self._before = dict(self._restored.get("before", {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         late = sorted(set(quantizable_layers(pl_module)) - self._layers)
@@ -155,10 +165,14 @@ class CPQCallback(Callback):
                 f"quantize_from={self.quantize_from} is step {self._start} of a run of {length} steps: the run ends in "
                 "full precision. Give an earlier step or fraction."
             )
-        self._audited = not _auditable(pl_module)
+        self._audited = not auditable(pl_module)
         self._companions = train_quantizers(trainer, pl_module, self.lr_factor, self._restored.get("companions", []))
         self._quantizers = [q for _, q in quantizers(pl_module)]
-        if any(q.active and not q.calibrated for q in self._quantizers):
+        check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
+        # What is learned has to know before training which layers are first and last, and what they multiply.
+        learned = counts_operations(trainer) or any(q.gates.learned for q in self._quantizers)
+        unmeasured = learned and not any(q.order for q in self._quantizers)
+        if unmeasured or any(q.active and not q.calibrated for q in self._quantizers):
             self._calibrate(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -167,6 +181,8 @@ class CPQCallback(Callback):
             set_noise_step(pl_module, trainer.fit_loop.epoch_loop.total_batch_idx << 16)
         if run_step(trainer) >= self._start and not all(q.active for q in self._quantizers):
             self._begin(trainer, pl_module)
+        if not self._before and all(q.active for q in self._quantizers):
+            self._before = weight_histograms(pl_module)
         if not self._audited and self._audit is None:
             forget_first_forward(pl_module)
             self._audit = Audit(pl_module)
@@ -212,6 +228,7 @@ class CPQCallback(Callback):
         share_with_averages(trainer, pl_module)
         checkpoint[_CHECKPOINT_KEY] = {
             "metrics": self._metrics,
+            "before": self._before,
             "companions": [companion.state_dict() for companion in self._companions],
         }
 
@@ -220,29 +237,16 @@ class CPQCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_with_averages(trainer, pl_module)
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = run_folder(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         if self.table:
-            console = Console()
-            content = manifest(pl_module)
-            console.print(levels_table(content))
-            if self._metrics:
-                console.print()
-                console.print(metrics_table(self._metrics))
+            print_tables(pl_module, self._metrics)
         if self.levels_file is not None and self._folder is not None and not getattr(trainer, "fast_dev_run", False):
-            path = self._folder / self.levels_file
-            try:
-                write_levels(pl_module, path)
-            except OSError as error:
-                saved = getattr(trainer.checkpoint_callback, "best_model_path", "") or "not saved by a ModelCheckpoint"
-                rank_zero_warn(
-                    f"{path} could not be written ({error}); nothing of the training is lost: checkpoint {saved}."
-                )
-            else:
-                rank_zero_info(f"Levels written to {path}")
+            saved = getattr(trainer.checkpoint_callback, "best_model_path", "")
+            write_files(pl_module, self._folder, self.levels_file, self._before, saved)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._audit is not None:
@@ -306,6 +310,7 @@ class CPQCallback(Callback):
         audit, self._audit, self._audited = self._audit, None, True
         audit.__exit__(None, None, None)
         correct_ends(pl_module, audit.report.order)
+        note_forward(pl_module, audit.report)
         if pl_module.trainer.is_global_zero:
             report_audit(audit.report)
 
@@ -313,8 +318,3 @@ class CPQCallback(Callback):
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
             self._recording = None
-
-
-def _auditable(module: nn.Module) -> bool:
-    """Compiled code runs no Python that an audit could watch."""
-    return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())

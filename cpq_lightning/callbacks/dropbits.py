@@ -13,8 +13,8 @@ class DropBitsSchedule(BufferSchedule):
     """Anneal the keep probability of the DropBits gates at fixed bits, from ``first`` to ``last``.
 
     Each training step every gate is open with this probability, ``P(z > 0) = keep``; a closed gate drops its bit and
-    all bits above it. Evaluation uses all bits. It drives weights with ``min_bits`` below ``weight_bits``; where there
-    are none it says so and does nothing.
+    all bits above it. Evaluation uses all bits. It drives weights with ``min_bits`` below ``weight_bits`` whose bits are
+    not learned; where there are none it says so and does nothing.
 
     Args:
         start: Where annealing begins, a step count (int) or a fraction of the run (float).
@@ -45,7 +45,7 @@ class DropBitsSchedule(BufferSchedule):
         super().__init__(start, end, first, last, shape)
 
     def drives(self, quantizer: Quantizer) -> bool:
-        return quantizer.has_gates
+        return quantizer.has_gates and not quantizer.gates.learned
 
     def nothing_to_drive(self) -> None:
         rank_zero_warn(

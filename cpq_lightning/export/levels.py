@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cpq_lightning.attach import QuantizedLayer, quantized_layers, quantizers
+from cpq_lightning.attach import (
+    QuantizedLayer,
+    bit_operations,
+    quantized_layers,
+    size_bytes,
+    unquantized_bytes,
+)
+from cpq_lightning.attach.costs import FULL_BITS
+from cpq_lightning.attach.widths import FORMAT
 from cpq_lightning.functional import average_bits, packed_bytes
 from cpq_lightning.nn import Quantizer
 
-FORMAT, VERSION = "cpq-levels", 1
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -26,22 +35,26 @@ class LevelsRecord:
     Attributes:
         name: Dotted name of the layer.
         kind: ``"weight"`` or ``"activation"`` (the layer's input).
-        bits: Width.
+        bits: Width; a list where each channel has its own.
         min_bits: Narrowest width that DropBits may drop to in training.
         signed: Whether there are negative levels.
         step: Distance between levels, in the unit of what is quantized; a list where each channel has its own.
-        low: Lowest level, in steps.
-        high: Highest level, in steps.
+        low: Lowest level, in steps; of the widest channel.
+        high: Highest level, likewise.
         numel: Elements of the weight, or of the activation in one sample; 0 before a range is known.
         used_levels: How many levels occur; ``None`` for an activation that was not measured.
         relative_error: ``sum (x - x_hat)^2 / sum x^2``; ``None`` likewise.
         exempt: Whether it is a first or last layer, at ``first_last_bits``.
         quantizing: ``False`` while values pass in full precision.
+        level_shares: Of a weight, the share of its elements at each level from ``low`` to ``high``.
+        bytes: Of a weight, its packed codes.
+        macs: Of a weight, multiply-accumulates in one sample; 0 before a forward.
+        bops: Of a weight, bit operations: ``macs`` times its bits times those of the activation (32 if there is none).
     """
 
     name: str
     kind: str
-    bits: int
+    bits: int | list[int]
     min_bits: int
     signed: bool
     step: float | list[float]
@@ -52,6 +65,15 @@ class LevelsRecord:
     relative_error: float | None
     exempt: bool
     quantizing: bool
+    level_shares: list[float] | None = None
+    bytes: int | None = None
+    macs: int | None = None
+    bops: float | None = None
+
+    @property
+    def mean_bits(self) -> float:
+        """Width, the mean over channels that have their own."""
+        return sum(self.bits) / len(self.bits) if isinstance(self.bits, list) else self.bits
 
 
 def levels(model: nn.Module) -> list[LevelsRecord]:
@@ -73,51 +95,68 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
     records = []
-    for name, layer in layers.items():
+    for name, layer in sorted(layers.items(), key=lambda item: item[1].weight_quantizer.order):
         layer.fit_if_needed()
-        records.append(_record(name, layer.weight_quantizer, *_weight_usage(layer)))
-        if layer.input_quantizer is not None:
-            records.append(_record(name, layer.input_quantizer, *(layer.input_quantizer.measured or (None, None))))
+        inputs = layer.input_quantizer
+        record = _weight_record(name, layer)
+        if inputs is None:
+            records.append(replace(record, bops=float((record.macs or 0) * record.mean_bits * FULL_BITS)))
+            continue
+        activation = _record(name, inputs, *(inputs.measured or (None, None)))
+        bops = float((record.macs or 0) * record.mean_bits * activation.mean_bits)
+        records += [replace(record, bops=bops), activation]
     return records
 
 
-def _record(name: str, quantizer: Quantizer, used: int | None, error: float | None) -> LevelsRecord:
-    step = quantizer.step().detach().tolist()
-    low, high = quantizer.level_bounds
+def _record(name: str, quantizer: Quantizer, used: int | None, error: float | None, **more: Any) -> LevelsRecord:
+    step, low, high = quantizer.grid()
+    widths, steps = quantizer.decided_widths().tolist(), step.detach().tolist()
     return LevelsRecord(
         name=name,
         kind=quantizer.kind,
-        bits=quantizer.bits,
+        bits=widths[0] if len(widths) == 1 else widths,
         min_bits=quantizer.min_bits,
         signed=quantizer.signed,
-        step=step[0] if len(step) == 1 else step,
-        low=low,
-        high=high,
+        step=steps[0] if len(steps) == 1 else steps,
+        low=int(low.min()),
+        high=int(high.max()),
         numel=quantizer.numel,
         used_levels=used,
         relative_error=error,
         exempt=quantizer.exempt,
         quantizing=quantizer.active,
+        **more,
     )
 
 
 @torch.no_grad()
-def _weight_usage(layer: QuantizedLayer) -> tuple[int, float]:
-    """Levels in use, and the relative squared error, of a weight as it evaluates."""
+def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
+    """Levels in use, their shares, and the relative squared error, of a weight as it evaluates."""
     quantizer, weight = layer.weight_quantizer, layer.full_precision_weight()
-    codes = weight_codes(layer).float()
-    step = quantizer.along_channels(quantizer.step(), weight)
+    codes = weight_codes(layer)
+    step, low, high = quantizer.grid()
     power = weight.double().square().sum()
-    error = (weight.double() - (codes * step).double()).square().sum()
-    return len(codes.unique()), float(error / power) if power > 0 else 0.0
+    error = (weight.double() - (codes.float() * quantizer.along_channels(step, weight)).double()).square().sum()
+    bottom = int(low.min())
+    counts = torch.bincount(codes.flatten().long() - bottom, minlength=int(high.max()) - bottom + 1)
+    widths = quantizer.decided_widths()
+    return _record(
+        name,
+        quantizer,
+        int((counts > 0).sum()),
+        float(error / power) if power > 0 else 0.0,
+        level_shares=[round(share, 6) for share in (counts / counts.sum()).tolist()],
+        bytes=packed_bytes(quantizer.numel // len(widths) * int(widths.sum()), 1),
+        macs=quantizer.macs,
+    )
 
 
 @torch.no_grad()
 def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
     """The levels of a layer's weights in evaluation, as integers (int16) of the weight's shape."""
-    quantizer, weight = layer.weight_quantizer, layer.full_precision_weight()
-    step = quantizer.along_channels(quantizer.step(), weight)
-    return (weight.float() / step).round().clamp(*quantizer.level_bounds).to(torch.int16)
+    weight = layer.full_precision_weight()
+    step, low, high = (layer.weight_quantizer.along_channels(t, weight) for t in layer.weight_quantizer.grid())
+    return torch.minimum(torch.maximum((weight.float() / step).round(), low), high).to(torch.int16)
 
 
 def manifest(model: nn.Module) -> dict[str, Any]:
@@ -127,7 +166,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     layer, ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all quantized weights; ``act_bits_avg`` over
     activations (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed
     codes, steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was
-    attached.
+    attached; ``bops`` bit operations of one sample, ``null`` before a forward.
     """
     records = levels(model)
     by_layer: dict[str, dict[str, Any]] = {}
@@ -141,21 +180,16 @@ def manifest(model: nn.Module) -> dict[str, Any]:
 def totals(model: nn.Module, records: list[LevelsRecord]) -> dict[str, Any]:
     """The totals of :func:`manifest`."""
     weights = [r for r in records if r.kind == "weight"]
-    own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
-    fp32 = 4 * sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    quantized = {
-        id(layer.full_precision_weight()): r for (_, layer), r in zip(quantized_layers(model), weights, strict=True)
-    }
-    packed = sum(packed_bytes(r.numel, r.bits) for r in quantized.values())
-    steps = 4 * sum(len(r.step) if isinstance(r.step, list) else 1 for r in records)
-    rest = fp32 - 4 * sum(r.numel for r in quantized.values())
+    full, _ = unquantized_bytes(model)
     return {
-        "weight_bits_avg": average_bits((r.numel, r.bits) for r in weights if not r.exempt),
-        "weight_bits_avg_all": average_bits((r.numel, r.bits) for r in weights),
-        "act_bits_avg": average_bits((r.numel, r.bits) for r in records if r.kind == "activation" and not r.exempt),
-        "size_bytes": packed + steps + rest,
-        "fp32_bytes": fp32,
+        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in weights if not r.exempt),
+        "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in weights),
+        "act_bits_avg": average_bits(
+            (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.exempt
+        ),
+        "size_bytes": size_bytes(model),
+        "fp32_bytes": full,
+        "bops": bit_operations(model),
     }
 
 
@@ -166,8 +200,10 @@ def write_levels(model: nn.Module, path: str | Path) -> Path:
         OSError: the folder cannot be made or written.
     """
     path = Path(path)
-    text = json.dumps(manifest(model), indent=2) + "\n"
-    write_atomically(path, text)
+    text = json.dumps(manifest(model), indent=2)
+    # Lists of numbers on one line each: a person reads this file too.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    write_atomically(path, text + "\n")
     return path
 
 

@@ -50,11 +50,15 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
     steps = f"~{sum(step) / len(step):#.2g}" if isinstance(step, list) else f"{step:#.3g}"
     sign = "" if quantizer["signed"] else "u"
     return [
-        f"{sign}{quantizer['bits']}",
+        f"{sign}{_bits(quantizer['bits'])}",
         steps,
         "" if used is None else f"{used}",
         "" if error is None else "<0.01%" if 0 < error < 5e-5 else f"{error:.2%}",
     ]
+
+
+def _bits(bits: int | list[int]) -> str:
+    return f"~{sum(bits) / len(bits):.1f}" if isinstance(bits, list) else f"{bits}"
 
 
 def summary(manifest: Mapping[str, Any]) -> str:

@@ -3,10 +3,12 @@ import pytest
 import torch
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import quantizers
-from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
+from cpq_lightning.attach import mean_width, quantizers
+from cpq_lightning.callbacks import BitBudget, DropBitsSchedule, TemperatureSchedule
 from tests.models import Classifier, data
 
+# Two runs that look for a free port at the same moment may find the same one.
+pytestmark = pytest.mark.xdist_group("ddp")
 # Batch norm's running statistics are each rank's own until they are broadcast in the next forward.
 OWN = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -19,6 +21,7 @@ class SameOnAllRanks(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         self.check(trainer, pl_module)
+        assert all(q.calibrated and q.active for _, q in quantizers(pl_module))
 
     def check(self, trainer, pl_module):
         assert trainer.world_size == 2
@@ -45,7 +48,6 @@ def test_two_processes_stay_equal(fit, quantize_from):
         devices=2,
         max_epochs=2,
     )
-    assert all(q.calibrated and q.active for _, q in quantizers(module))
 
 
 class StartingSteps(pl.Callback):
@@ -74,3 +76,18 @@ def test_starting_ranges_are_those_of_one_process_on_the_union(fit, tmp_path):
     one, two = (torch.load(tmp_path / f"steps-{n}.pt", weights_only=True) for n in (1, 2))
     for name, step in one.items():
         assert step.equal(two[name]), name
+
+
+class DecidedAtTheEnd(pl.Callback):
+    def on_train_end(self, trainer, pl_module):
+        assert not any(q.has_gates for _, q in quantizers(pl_module))
+        # Three layers of 216, 576 and 2048 weights permit no more.
+        assert abs(mean_width(pl_module, "weight") - 3.5) < 0.1
+
+
+@pytest.mark.slow
+def test_two_processes_decide_the_same_widths(fit):
+    module = Classifier()
+    config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, first_last_bits=None)
+    callbacks = [CPQCallback(config, table=False), BitBudget(3.5), DecidedAtTheEnd(), SameOnAllRanks()]
+    fit(module, callbacks, strategy="ddp_spawn", devices=2, max_epochs=12)

@@ -1,0 +1,53 @@
+"""What a fit leaves behind: tables in the terminal, files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
+from torch import nn
+
+from cpq_lightning.export import (
+    CLUSTERS_FILE,
+    levels_table,
+    manifest,
+    metrics_table,
+    weight_histograms,
+    write_clusters,
+    write_levels,
+    write_report,
+)
+
+
+def print_tables(model: nn.Module, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the layers' levels and, where a validation has run, its metrics in full precision and quantized."""
+    console = Console()
+    console.print(levels_table(manifest(model)))
+    if metrics:
+        console.print()
+        console.print(metrics_table(metrics))
+
+
+def write_files(model: nn.Module, folder: Path, levels_file: str, before: Mapping[str, Any], saved: str) -> None:
+    """Write the levels and what shows them; what cannot be written costs a warning, and no training."""
+    path = folder / levels_file
+    try:
+        write_levels(model, path)
+        write_clusters(before, weight_histograms(model), folder / CLUSTERS_FILE)
+    except OSError as error:
+        rank_zero_warn(
+            f"{path} could not be written ({error}); nothing of the training is lost: checkpoint "
+            f"{saved or 'not saved by a ModelCheckpoint'}."
+        )
+        return
+    rank_zero_info(f"Levels written to {path}")
+    try:
+        write_report(folder, levels_file)
+    except ImportError as error:
+        rank_zero_info(f"Pictures were not drawn: {error}")
+    except Exception as error:
+        # A picture is not worth a failing run.
+        rank_zero_warn(f"Pictures of {path} were not drawn ({type(error).__name__}: {error}).")

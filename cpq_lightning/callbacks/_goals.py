@@ -1,0 +1,127 @@
+"""What a BitBudget holds the widths to: costs with their targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from cpq_lightning.attach import CostUnit, is_attached, quantizers, width_cost
+from cpq_lightning.functional import WidthChange, anneal
+from cpq_lightning.nn import Quantizer
+from cpq_lightning.optim import Budget
+
+BudgetUnit = Literal["bits", "bytes", "bops"]
+
+# How near decided widths have to be: in bits, and in bytes or bit operations as a share of the target.
+_TOLERANCE_BITS, _TOLERANCE_SHARE = 0.04, 0.015
+_MOST_NAMED = 20
+_SPELLED_OUT = {"weight_bits": "average bits of the weights", "act_bits": "average bits of the activations"}
+
+
+@dataclass
+class Goal:
+    """A budget with its target and the expected cost that it started from."""
+
+    name: CostUnit
+    budget: Budget
+    target: float
+    first: float
+
+    @property
+    def tolerance(self) -> float:
+        """How far from the target decided widths may stay."""
+        return _TOLERANCE_BITS if self.name.endswith("bits") else _TOLERANCE_SHARE * self.target
+
+    def on_the_way(self, progress: float) -> float:
+        """The expected cost wanted at a part of the way down; geometric, so that most of it is left for low widths."""
+        return anneal(round(1e6 * progress), 0, 10**6, self.first, self.target, "exponential")
+
+    def describe(self, widths: Tensor, moved: list[dict[str, Any]]) -> str:
+        """A sentence on the decision, with the widths that were changed to meet the target."""
+        listed = [f"{change['name']} from {change['before']} to {change['after']} bits" for change in moved]
+        more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
+        how = f"after changing {', '.join(listed[:_MOST_NAMED])}{more}" if listed else "as learned"
+        return (
+            f"BitBudget: widths are decided, {how}: {self.budget.cost(widths):.6g} "
+            f"{_SPELLED_OUT.get(self.name, self.name)} for a target of {self.target:g}."
+        )
+
+    def check_reach(self, narrowest: Tensor, widest: Tensor) -> None:
+        """Refuse a target that no widths have.
+
+        Raises:
+            MisconfigurationException: naming the range within reach.
+        """
+        low, high = self.budget.cost(narrowest), self.budget.cost(widest)
+        if not low - self.tolerance <= self.target <= high + self.tolerance:
+            raise MisconfigurationException(
+                f"BitBudget: the target of {self.target:g} {_SPELLED_OUT.get(self.name, self.name)} is out of "
+                f"reach: the "
+                f"widths that are learned allow {low:.6g} to {high:.6g}. Change the target, or min_bits, "
+                f"weight_bits and "
+                "first_last_bits of CPQConfig."
+            )
+
+
+def net_changes(changes: list[WidthChange], names: list[str]) -> list[dict[str, Any]]:
+    """What several changes come to: name of the quantizer, width before and after, one entry a row that differs."""
+    first = {change.row: change.before for change in reversed(changes)}
+    last = {change.row: change.after for change in changes}
+    return [
+        {"name": names[row], "before": first[row], "after": last[row]}
+        for row in sorted(first)
+        if first[row] != last[row]
+    ]
+
+
+def make_goals(
+    model: nn.Module, learners: list[Quantizer], target: float, unit: BudgetUnit, act_target: float | None
+) -> list[Goal]:
+    """The goals that a budget sets for the learners' widths.
+
+    Raises:
+        MisconfigurationException: learned activations without a target, or bit operations that are not known.
+    """
+    kinds = {q.kind for q in learners}
+    wanted: list[tuple[CostUnit, float]] = []
+    if unit == "bits" and "weight" in kinds:
+        wanted.append(("weight_bits", target))
+    elif unit != "bits":
+        wanted.append((unit, target))
+    if "activation" in kinds and unit != "bops":
+        own = act_target or (target if unit == "bits" else None)
+        if own is None:
+            raise MisconfigurationException(
+                "BitBudget(unit='bytes') puts no price on activations, which learn_act_bits=True asks to learn: give "
+                "act_target, their average bits, or count unit='bops'."
+            )
+        wanted.append(("act_bits", own))
+    try:
+        return [Goal(name, Budget(width_cost(model, learners, name)), value, value) for name, value in wanted]
+    except ValueError as error:
+        raise MisconfigurationException(f"BitBudget(unit={unit!r}): {error}") from error
+
+
+def explain_nothing_to_learn(model: nn.Module) -> None:
+    """Say why no width is learned: all are fixed already, or, as an error, none ever was to be.
+
+    Raises:
+        MisconfigurationException: with what to do.
+    """
+    if not is_attached(model):
+        raise MisconfigurationException(
+            f"BitBudget found no quantizer in {type(model).__name__}: add CPQCallback to the Trainer, "
+            f"or train a "
+            "QuantizedModule."
+        )
+    if any(q.gates.learned for _, q in quantizers(model)):
+        rank_zero_info("BitBudget: all widths are fixed already; they stay as they are.")
+        return
+    raise MisconfigurationException(
+        "BitBudget has nothing to learn: no quantizer has widths to choose from. Set "
+        "CPQConfig(weight_bits=8, min_bits=2, learn_bits=True), or leave BitBudget out."
+    )

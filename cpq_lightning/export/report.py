@@ -1,0 +1,72 @@
+"""The files of a run: levels.json first, and what is made again from the files at any time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cpq_lightning.attach import read_levels
+from cpq_lightning.export.levels import write_atomically
+from cpq_lightning.export.plots import draw_clusters, draw_levels, draw_trajectory
+
+CLUSTERS_FILE = "clusters.json"
+_COLUMNS = (
+    "layer", "kind", "bits", "signed", "levels", "used_levels", "step", "relative_error", "numel", "bytes", "macs",
+    "bops", "exempt", "level_shares",
+)  # fmt: skip
+
+
+def write_csv(manifest: Mapping[str, Any], path: Path) -> None:
+    """A row a quantizer; levels' shares as numbers apart by spaces, from the lowest level to the highest."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for layer in manifest["layers"]:
+        for kind in ("weight", "activation"):
+            values = layer[kind]
+            if values is not None:
+                levels = values["high"] - values["low"] + 1
+                row = {**values, "layer": layer["name"], "kind": kind, "levels": levels}
+                writer.writerow({key: _cell(value) for key, value in row.items()})
+    write_atomically(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return " ".join(f"{v:g}" for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
+    """Make ``levels.csv``, ``levels.png``, ``clusters.png`` and ``trajectory.png`` from the files of a run.
+
+    Args:
+        folder: The run's folder, with ``levels.json`` and, where the run wrote them, ``clusters.json`` and
+            ``trajectory.csv``.
+        levels_file: Name of the first.
+
+    Returns:
+        The files that were made.
+
+    Raises:
+        FileNotFoundError: the folder has no ``levels.json``.
+        ImportError: matplotlib is not installed; the table is there by then.
+    """
+    folder = Path(folder)
+    source = folder / levels_file
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is missing: expected the folder of a run that has finished its fit.")
+    manifest = read_levels(source)
+    stem = source.stem
+    table = folder / f"{stem}.csv"
+    write_csv(manifest, table)
+    made = [table, draw_levels(manifest, folder / f"{stem}.png")]
+    if (folder / CLUSTERS_FILE).is_file():
+        clusters = json.loads((folder / CLUSTERS_FILE).read_text(encoding="utf-8"))
+        made.append(draw_clusters(clusters, manifest, folder / "clusters.png"))
+    drawn = draw_trajectory(folder)
+    return made if drawn is None else [*made, drawn]
