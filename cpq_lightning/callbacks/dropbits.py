@@ -13,8 +13,8 @@ class DropBitsSchedule(BufferSchedule):
     """Anneal the keep probability of the DropBits gates at fixed bits, from ``first`` to ``last``.
 
     Each training step every gate is open with this probability, ``P(z > 0) = keep``; a closed gate drops its bit and
-    all bits above it. Evaluation uses all bits. It drives weights with ``min_bits`` below ``weight_bits`` whose bits are
-    not learned; where there are none it says so and does nothing.
+    all bits above it. Evaluation uses all bits. It drives weights with ``min_bits`` below ``weight_bits`` whose bits
+    are not learned; where there are none it says so and does nothing.
 
     Args:
         start: Where annealing begins, a step count (int) or a fraction of the run (float).
