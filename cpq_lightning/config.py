@@ -118,8 +118,7 @@ class CPQConfig:
             if self.act_bits is not None and self.min_act_bits > self.act_bits:
                 raise ValueError(
                     f"min_act_bits must be at most act_bits={self.act_bits}, got {self.min_act_bits}: lower "
-                    f"min_act_bits "
-                    "or raise act_bits."
+                    "min_act_bits or raise act_bits."
                 )
         if self.learn_act_bits is True and self.act_bits is None:
             raise ValueError("learn_act_bits=True needs act_bits, the widest width that activations may have.")
@@ -127,9 +126,8 @@ class CPQConfig:
             raise TypeError(f"levels_from must be the path of a levels.json, got {self.levels_from!r}.")
         if self.levels_from is not None and (self.learn_bits or self.learn_act_bits):
             raise ValueError(
-                "levels_from fixes all widths, so nothing is left to learn: leave out learn_bits and "
-                "learn_act_bits, or "
-                "levels_from."
+                "levels_from fixes all widths, so nothing is left to learn: leave out learn_bits and learn_act_bits, "
+                "or levels_from."
             )
 
     def _freeze_patterns(self) -> None:

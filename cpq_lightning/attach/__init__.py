@@ -24,6 +24,7 @@ from cpq_lightning.attach.costs import mean_width as mean_width
 from cpq_lightning.attach.costs import model_costs as model_costs
 from cpq_lightning.attach.costs import size_bytes as size_bytes
 from cpq_lightning.attach.costs import unquantized_bytes as unquantized_bytes
+from cpq_lightning.attach.costs import weight_bytes as weight_bytes
 from cpq_lightning.attach.costs import width_cost as width_cost
 from cpq_lightning.attach.costs import widths_by_name as widths_by_name
 from cpq_lightning.attach.layers import QuantizedLayer as QuantizedLayer

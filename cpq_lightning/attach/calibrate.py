@@ -28,10 +28,9 @@ def calibrate(
 
     Activations pass in full precision while they are observed, weights are quantized. Each range is the step of
     least squared error on a histogram over all batches (and, under ``torch.distributed``, all ranks). The first
-    batch also shows which layers truly run first and last and what they multiply, and is audited as a first forward is;
-    where no activation is to be observed, it is the only one. The model runs in
-    the mode it is in, without gradients; its buffers (batch norm's statistics) and the random state are afterwards
-    what they were.
+    batch also shows which layers truly run first and last and what they multiply, and is audited as a first forward
+    is; where no activation is to be observed, it is the only one. The model runs in the mode it is in, without
+    gradients; its buffers (batch norm's statistics) and the random state are afterwards what they were.
 
     Args:
         model: An attached model.

@@ -38,9 +38,14 @@ def size_bytes(model: nn.Module) -> int:
     for _, q in quantizers(model):
         size += _overhead(q)
         if q.kind == "weight":
-            widths = q.decided_widths()
-            size += packed_bytes(q.numel // len(widths) * int(widths.sum()), 1)
+            size += weight_bytes(q)
     return size
+
+
+def weight_bytes(quantizer: Quantizer) -> int:
+    """Bytes of a weight's codes, packed without gaps at its width or those of its channels."""
+    widths = quantizer.decided_widths()
+    return packed_bytes(quantizer.numel // len(widths) * int(widths.sum()), 1)
 
 
 def mean_width(model: nn.Module, kind: str, expected: bool = False) -> float | None:

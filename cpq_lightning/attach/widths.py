@@ -68,26 +68,23 @@ def check_names(config: CPQConfig, names: Iterable[str]) -> None:
     near = difflib.get_close_matches(example, known if missing else names, n=1, cutoff=0.3)
     hint = f" (near: {near[0]!r})" if near else ""
     raise ValueError(
-        f"levels_from: its {len(known)} layers are not the {len(names)} that are quantized here: {len(missing)} "
-        f"of these "
-        f"are not in it, {len(unknown)} of it are not here, such as {example!r}{hint}. Read the levels of a run of the "
-        "same network with the same ignore."
+        f"levels_from: its {len(known)} layers are not the {len(names)} that are quantized here: {len(missing)} of "
+        f"these are not in it, {len(unknown)} of it are not here, such as {example!r}{hint}. Read the levels of a run "
+        "of the same network with the same ignore."
     )
 
 
 def at_read_widths(settings: CPQConfig, config: CPQConfig, name: str) -> CPQConfig:
     """Settings of one layer with the widths that ``levels_from`` holds for it."""
-    if not isinstance(config.levels_from, dict) or name not in config.levels_from:
+    widths = read_weight_widths(config, name)
+    if widths is None or not isinstance(config.levels_from, dict):
         return settings
-    weight, activation = (config.levels_from[name].get(kind) for kind in ("weight", "activation"))
-    by_channel = isinstance(weight, list)
-    widths = weight if by_channel else [weight]
     return dataclasses.replace(
         settings,
         weight_bits=max(widths),
         min_bits=min(widths),
-        act_bits=activation,
-        gate_sharing="channel" if by_channel else settings.gate_sharing,
+        act_bits=config.levels_from[name].get("activation"),
+        gate_sharing="channel" if len(widths) > 1 else settings.gate_sharing,
     )
 
 

@@ -46,8 +46,8 @@ def check_learners(trainer: Trainer, learners: int) -> None:
     if learners and not any(cls.__name__ == "BitBudget" for c in callbacks for cls in type(c).__mro__):
         raise MisconfigurationException(
             f"{learners} quantizers are to learn their width, but nothing tells them what bits may cost: add a "
-            f"BitBudget, "
-            "for example BitBudget(target=3.0), to the Trainer's callbacks, or leave learn_bits and learn_act_bits out."
+            "BitBudget, for example BitBudget(target=3.0), to the Trainer's callbacks, or leave learn_bits and "
+            "learn_act_bits out."
         )
 
 

@@ -13,29 +13,33 @@ from torch import nn
 from cpq_lightning.export import (
     CLUSTERS_FILE,
     levels_table,
-    manifest,
     metrics_table,
+    report_levels,
     weight_histograms,
     write_clusters,
-    write_levels,
-    write_report,
+    write_manifest,
 )
 
 
-def print_tables(model: nn.Module, metrics: Mapping[str, Mapping[str, float]]) -> None:
+def print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:
     """Print the layers' levels and, where a validation has run, its metrics in full precision and quantized."""
     console = Console()
-    console.print(levels_table(manifest(model)))
+    console.print(levels_table(content))
     if metrics:
         console.print()
         console.print(metrics_table(metrics))
 
 
-def write_files(model: nn.Module, folder: Path, levels_file: str, before: Mapping[str, Any], saved: str) -> None:
-    """Write the levels and what shows them; what cannot be written costs a warning, and no training."""
+def write_files(
+    model: nn.Module, content: dict[str, Any], folder: Path, levels_file: str, before: Mapping[str, Any], saved: str
+) -> None:
+    """Write the levels and what shows them; what cannot be written costs a warning, and no training.
+
+    The trajectory is the budget's that has recorded it.
+    """
     path = folder / levels_file
     try:
-        write_levels(model, path)
+        write_manifest(content, path)
         write_clusters(before, weight_histograms(model), folder / CLUSTERS_FILE)
     except OSError as error:
         rank_zero_warn(
@@ -45,7 +49,7 @@ def write_files(model: nn.Module, folder: Path, levels_file: str, before: Mappin
         return
     rank_zero_info(f"Levels written to {path}")
     try:
-        write_report(folder, levels_file)
+        report_levels(folder, levels_file)
     except ImportError as error:
         rank_zero_info(f"Pictures were not drawn: {error}")
     except Exception as error:

@@ -36,6 +36,10 @@ class Goal:
         """How far from the target decided widths may stay."""
         return _TOLERANCE_BITS if self.name.endswith("bits") else _TOLERANCE_SHARE * self.target
 
+    @property
+    def _spelled_out(self) -> str:
+        return _SPELLED_OUT.get(self.name, self.name)
+
     def on_the_way(self, progress: float) -> float:
         """The expected cost wanted at a part of the way down; geometric, so that most of it is left for low widths."""
         return anneal(round(1e6 * progress), 0, 10**6, self.first, self.target, "exponential")
@@ -47,7 +51,7 @@ class Goal:
         how = f"after changing {', '.join(listed[:_MOST_NAMED])}{more}" if listed else "as learned"
         return (
             f"BitBudget: widths are decided, {how}: {self.budget.cost(widths):.6g} "
-            f"{_SPELLED_OUT.get(self.name, self.name)} for a target of {self.target:g}."
+            f"{self._spelled_out} for a target of {self.target:g}."
         )
 
     def check_reach(self, narrowest: Tensor, widest: Tensor) -> None:
@@ -59,10 +63,8 @@ class Goal:
         low, high = self.budget.cost(narrowest), self.budget.cost(widest)
         if not low - self.tolerance <= self.target <= high + self.tolerance:
             raise MisconfigurationException(
-                f"BitBudget: the target of {self.target:g} {_SPELLED_OUT.get(self.name, self.name)} is out of "
-                f"reach: the "
-                f"widths that are learned allow {low:.6g} to {high:.6g}. Change the target, or min_bits, "
-                f"weight_bits and "
+                f"BitBudget: the target of {self.target:g} {self._spelled_out} is out of reach: the widths that are "
+                f"learned allow {low:.6g} to {high:.6g}. Change the target, or min_bits, weight_bits and "
                 "first_last_bits of CPQConfig."
             )
 
@@ -114,8 +116,7 @@ def explain_nothing_to_learn(model: nn.Module) -> None:
     """
     if not is_attached(model):
         raise MisconfigurationException(
-            f"BitBudget found no quantizer in {type(model).__name__}: add CPQCallback to the Trainer, "
-            f"or train a "
+            f"BitBudget found no quantizer in {type(model).__name__}: add CPQCallback to the Trainer, or train a "
             "QuantizedModule."
         )
     if any(q.gates.learned for _, q in quantizers(model)):

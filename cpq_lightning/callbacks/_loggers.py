@@ -1,4 +1,4 @@
-"""Each layer's bits for loggers that take a table or a picture."""
+"""Each layer's bits for loggers that take a table or text."""
 
 from __future__ import annotations
 

@@ -6,18 +6,12 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from cpq_lightning.attach import (
-    is_attached,
-    learning_quantizers,
-    model_costs,
-    widths_by_name,
-)
+from cpq_lightning.attach import learning_quantizers, model_costs, widths_by_name
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._company import quantization_start
 from cpq_lightning.callbacks._goals import BudgetUnit, Goal, explain_nothing_to_learn, make_goals, net_changes
@@ -55,8 +49,8 @@ class BitBudget(Callback):
     learning rate nor gradient clipping reaches them.
 
     Logged: ``cpq/weight_bits`` (as evaluation has them), ``cpq/expected_weight_bits``, the same of learned activations,
-    ``cpq/size_bytes``, ``cpq/penalty``, ``cpq/target``; after each validation every layer's bits, as a table or a
-    picture where the logger takes one. The folder of the run gets ``trajectory.csv`` and ``trajectory.png`` at the end.
+    ``cpq/size_bytes``, ``cpq/penalty``, ``cpq/target``; after each validation every layer's bits, as a table or as
+    text where the logger takes one. The folder of the run gets ``trajectory.csv`` and ``trajectory.png`` at the end.
 
     Args:
         target: What the model may cost: average bits of the weights (first and last layer aside), bytes of the whole
@@ -150,15 +144,13 @@ class BitBudget(Callback):
         start = quantization_start(trainer) if self._begin is None else self._begin
         if self._freeze <= start:
             raise MisconfigurationException(
-                f"BitBudget: freeze={self.freeze} is step {self._freeze}, but widths are learned from step "
-                f"{start} on: give "
-                "a later freeze, or an earlier quantize_from to CPQCallback."
+                f"BitBudget: freeze={self.freeze} is step {self._freeze}, but widths are learned from step {start} "
+                "on: give a later freeze, or an earlier quantize_from to CPQCallback."
             )
         if self._freeze - start < _FEW_STEPS:
             rank_zero_warn(
                 f"BitBudget has only {self._freeze - start} steps to learn widths in, from step {start} to the "
-                f"freeze at "
-                f"{self._freeze}: they will be rough. A few hundred are better."
+                f"freeze at {self._freeze}: they will be rough. A few hundred are better."
             )
         quantizers_ = [q for _, q in learners]
         self._goals = make_goals(pl_module, quantizers_, self.target, self.unit, self.act_target)
@@ -197,8 +189,8 @@ class BitBudget(Callback):
         if self._trainer is not None and self._begin is not None and self._stepped:
             self._update(run_step(trainer))
         self._stepped = False
-        values = self._values(pl_module) if is_attached(pl_module) and self._due(trainer) else None
-        if values is not None:
+        if self._due(trainer):
+            values = self._values(pl_module)
             pl_module.log_dict({f"cpq/{name}": float(value) for name, value in values.items()}, rank_zero_only=True)
             self._trajectory.note(run_step(trainer), values, widths_by_name(pl_module))
 
@@ -213,9 +205,8 @@ class BitBudget(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._trainer is not None and self._begin is not None:
             rank_zero_warn(
-                f"The run ended at step {run_step(trainer)}, before the freeze at step {self._freeze}: widths "
-                f"are fixed now, "
-                "with no training behind it."
+                f"The run ended at step {run_step(trainer)}, before the freeze at step {self._freeze}: widths are "
+                "fixed now, with no training behind it."
             )
             self._fix(trainer, pl_module)
         folder = run_folder(trainer)
@@ -288,11 +279,8 @@ class BitBudget(Callback):
         assert gates is not None
         if self._settled is None:
             self._settled = self._decide(*self._annealed(run_step(trainer)))
-        if dist.is_available() and dist.is_initialized():
-            # A decision is one rank's, whatever rounding may differ between machines.
-            shared = self._settled.to(gates.quantizers[0].log_step.device, torch.float32)
-            dist.broadcast(shared, 0)
-            self._settled = shared.cpu().double()
+        # A decision is one rank's, whatever rounding may differ between machines.
+        self._settled = trainer.strategy.broadcast(self._settled)
         gates.fix(self._settled)
         share_with_averages(trainer, pl_module)
         rank_zero_info(f"BitBudget: widths are fixed from step {run_step(trainer)} on.")

@@ -43,7 +43,7 @@ from cpq_lightning.callbacks._run import (
     without_effects,
 )
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import weight_histograms
+from cpq_lightning.export import manifest, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion
@@ -105,7 +105,8 @@ class CPQCallback(Callback):
         self.calibration_batches = calibration_batches
         self.levels_file = levels_file
         self.table = table
-        self._start = 0
+        # The step at which quantization begins, once a fit has begun.
+        self.start_step = 0
         self._quantizers: list[Quantizer] = []
         self._layers: set[str] = set()
         self._audit: Audit | None = None
@@ -116,11 +117,6 @@ class CPQCallback(Callback):
         self._before: dict[str, Any] = {}
         self._restored: Mapping[str, Any] = {}
         self._folder: Path | None = None
-
-    @property
-    def start_step(self) -> int:
-        """The step at which quantization begins, once a fit has begun."""
-        return self._start
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
 
@@ -159,11 +155,11 @@ class CPQCallback(Callback):
                 "its setup or later: make them in __init__ or configure_model."
             )
         length = run_length(trainer) if self.quantize_from else math.inf
-        self._start = resolve_point("quantize_from", self.quantize_from, length)
-        if self.quantize_from and self._start >= length:
+        self.start_step = resolve_point("quantize_from", self.quantize_from, length)
+        if self.quantize_from and self.start_step >= length:
             rank_zero_warn(
-                f"quantize_from={self.quantize_from} is step {self._start} of a run of {length} steps: the run ends in "
-                "full precision. Give an earlier step or fraction."
+                f"quantize_from={self.quantize_from} is step {self.start_step} of a run of {length} steps: the run "
+                "ends in full precision. Give an earlier step or fraction."
             )
         self._audited = not auditable(pl_module)
         self._companions = train_quantizers(trainer, pl_module, self.lr_factor, self._restored.get("companions", []))
@@ -179,7 +175,7 @@ class CPQCallback(Callback):
         if any(q.has_gates for q in self._quantizers):
             # Forwards within a batch count on from here, and a resumed run draws what this one drew.
             set_noise_step(pl_module, trainer.fit_loop.epoch_loop.total_batch_idx << 16)
-        if run_step(trainer) >= self._start and not all(q.active for q in self._quantizers):
+        if run_step(trainer) >= self.start_step and not all(q.active for q in self._quantizers):
             self._begin(trainer, pl_module)
         if not self._before and all(q.active for q in self._quantizers):
             self._before = weight_histograms(pl_module)
@@ -237,16 +233,18 @@ class CPQCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_with_averages(trainer, pl_module)
-        self._folder = run_folder(trainer)
+        quiet = self.levels_file is None or getattr(trainer, "fast_dev_run", False)
+        self._folder = None if quiet else run_folder(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not (self.table or self._folder):
             return
+        content = manifest(pl_module)
         if self.table:
-            print_tables(pl_module, self._metrics)
-        if self.levels_file is not None and self._folder is not None and not getattr(trainer, "fast_dev_run", False):
+            print_tables(content, self._metrics)
+        if self._folder is not None and self.levels_file is not None:
             saved = getattr(trainer.checkpoint_callback, "best_model_path", "")
-            write_files(pl_module, self._folder, self.levels_file, self._before, saved)
+            write_files(pl_module, content, self._folder, self.levels_file, self._before, saved)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._audit is not None:

@@ -19,10 +19,11 @@ from cpq_lightning.attach import (
     quantized_layers,
     size_bytes,
     unquantized_bytes,
+    weight_bytes,
 )
 from cpq_lightning.attach.costs import FULL_BITS
 from cpq_lightning.attach.widths import FORMAT
-from cpq_lightning.functional import average_bits, packed_bytes
+from cpq_lightning.functional import average_bits
 from cpq_lightning.nn import Quantizer
 
 VERSION = 1
@@ -139,14 +140,13 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     error = (weight.double() - (codes.float() * quantizer.along_channels(step, weight)).double()).square().sum()
     bottom = int(low.min())
     counts = torch.bincount(codes.flatten().long() - bottom, minlength=int(high.max()) - bottom + 1)
-    widths = quantizer.decided_widths()
     return _record(
         name,
         quantizer,
         int((counts > 0).sum()),
         float(error / power) if power > 0 else 0.0,
         level_shares=[round(share, 6) for share in (counts / counts.sum()).tolist()],
-        bytes=packed_bytes(quantizer.numel // len(widths) * int(widths.sum()), 1),
+        bytes=weight_bytes(quantizer),
         macs=quantizer.macs,
     )
 
@@ -199,21 +199,26 @@ def write_levels(model: nn.Module, path: str | Path) -> Path:
     Raises:
         OSError: the folder cannot be made or written.
     """
+    return write_manifest(manifest(model), path)
+
+
+def write_manifest(content: dict[str, Any], path: str | Path) -> Path:
+    """Write what :func:`manifest` has returned, likewise."""
     path = Path(path)
-    text = json.dumps(manifest(model), indent=2)
+    text = json.dumps(content, indent=2)
     # Lists of numbers on one line each: a person reads this file too.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
     write_atomically(path, text + "\n")
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one beside it, so that no reader ever finds half of it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, by way of a temporary one beside it, so that no reader ever finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from cpq_lightning.export.levels import write_atomically
 
 TRAJECTORY_FILE = "trajectory.csv"
 _WEIGHTS, _ACTIVATIONS, _PALE, _DARK = "#2f6db3", "#d98032", "#c9c9c9", "#333333"
@@ -29,9 +30,7 @@ def _figure(**settings: Any) -> Any:
 def _save(figure: Any, path: Path) -> Path:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.getvalue())
-    os.replace(temporary, path)
+    write_atomically(path, content.getvalue())
     return path
 
 

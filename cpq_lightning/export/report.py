@@ -42,11 +42,17 @@ def _cell(value: Any) -> Any:
 
 
 def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
-    """Make ``levels.csv``, ``levels.png``, ``clusters.png`` and ``trajectory.png`` from the files of a run.
+    """:func:`report_levels`, and ``trajectory.png`` where the run wrote a ``trajectory.csv``."""
+    made = report_levels(folder, levels_file)
+    drawn = draw_trajectory(Path(folder))
+    return made if drawn is None else [*made, drawn]
+
+
+def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
+    """Make ``levels.csv``, ``levels.png`` and ``clusters.png`` from the files of a run.
 
     Args:
-        folder: The run's folder, with ``levels.json`` and, where the run wrote them, ``clusters.json`` and
-            ``trajectory.csv``.
+        folder: The run's folder, with ``levels.json`` and, where the run wrote it, ``clusters.json``.
         levels_file: Name of the first.
 
     Returns:
@@ -68,5 +74,4 @@ def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[P
     if (folder / CLUSTERS_FILE).is_file():
         clusters = json.loads((folder / CLUSTERS_FILE).read_text(encoding="utf-8"))
         made.append(draw_clusters(clusters, manifest, folder / "clusters.png"))
-    drawn = draw_trajectory(folder)
-    return made if drawn is None else [*made, drawn]
+    return made

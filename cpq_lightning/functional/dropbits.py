@@ -50,12 +50,12 @@ def logit_of(probability: Tensor, noise: Tensor | float = 1.0, beta: Tensor | fl
     return noise * torch.logit(probability) + beta * _THRESHOLD
 
 
-def expected_bits(probability: Tensor, min_bits: int) -> Tensor:
+def expected_bits(probability: Tensor, min_bits: Tensor | int) -> Tensor:
     """``b_min + sum_k prod_(j<=k) P(z_j > 0)``: nested gates count as far as all before them are open.
 
     Args:
         probability: Of each gate above ``min_bits`` to be open, shape ``(gates, *shape)``, innermost first.
-        min_bits: Narrowest width.
+        min_bits: Narrowest width; broadcasts to ``shape``.
 
     Returns:
         Bits, shape ``shape``.
@@ -68,8 +68,7 @@ def expected_bits(probability: Tensor, min_bits: int) -> Tensor:
 
 
 def open_gates(probability: Tensor) -> Tensor:
-    """What evaluation makes of the gates: 1 for the leading ones with ``P(z > 0) >= 1/2``, 0 behind the first closed
-    one.
+    """What evaluation makes of the gates: 1 for the leading ones with ``P(z > 0) >= 1/2``, 0 for all others.
 
     Example:
         >>> open_gates(torch.tensor([0.9, 0.2, 0.9]))

@@ -60,14 +60,14 @@ def quantize_resolution(
     # The same sum ordered by quantizer, sum_k (m_k - m_(k+1)) q_k: with masks of 0 and 1 a single q_k is left, exactly.
     shares = torch.cat([masks[:-1] - masks[1:], masks[-1:]])
     widths = range(min_bits, bits + 1)
-    if torch.compiler.is_compiling():
-        terms = [share.to(x.dtype) * at(k) for k, share in zip(widths, shares, strict=True)]
-        return sum(terms[1:], start=terms[0])
-    present = shares.detach().reshape(len(shares), -1) != 0
-    channels = [d for d in range(x.dim()) if shares.dim() == x.dim() + 1 and shares.shape[d + 1] > 1]
-    if len(channels) == 1:
-        return _sum_of_rows(x, shares, present, widths, channels[0], at)
-    found = present.any(1).tolist()
+    found = [True] * len(shares)
+    # What is drawn is read back to the host, which compiled code cannot do: it computes all widths.
+    if not torch.compiler.is_compiling():
+        present = shares.detach().reshape(len(shares), -1) != 0
+        channels = [d for d in range(x.dim()) if shares.dim() == x.dim() + 1 and shares.shape[d + 1] > 1]
+        if len(channels) == 1:
+            return _sum_of_rows(x, shares, present, widths, channels[0], at)
+        found = present.any(1).tolist()
     terms = [share.to(x.dtype) * at(k) for k, share, some in zip(widths, shares, found, strict=True) if some]
     return sum(terms[1:], start=terms[0])
 

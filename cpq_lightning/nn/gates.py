@@ -21,8 +21,7 @@ _OPEN = 0.95
 
 
 class Gates(nn.Module):
-    """Gates ``z_k``, one for each bit above the narrowest width, and one such row a channel where channels have their
-    own.
+    """Gates ``z_k``, one for each bit above the narrowest width; a row of them for each channel that has its own.
 
     Fixed gates are open with the probability ``keep_prob``. Learned ones are open with
     ``P(z > 0) = S((logit - beta log(-gamma/zeta)) / noise)``; ``noise`` falls from 1 to nearly 0 while widths are

@@ -176,9 +176,10 @@ class Quantizer(Widths):
         Raises:
             RuntimeError: an activation in evaluation before its range is known.
         """
-        if not self.active or self.observer is not None:
-            if self.active and self.observer is not None:
-                self.observer.update(x)
+        if not self.active:
+            return Connect.apply(x, *self.parameters())
+        if self.observer is not None:
+            self.observer.update(x)
             return Connect.apply(x, *self.parameters())
         if not self.calibrated:
             self._fit_first(x)

@@ -8,7 +8,7 @@ where the schedule wants it (ours), so that a run can neither overshoot its targ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Budget:
     """
 
     cost: WidthCost
-    strength: float = field(default=0.0)
+    strength: float = 0.0
 
 
 class GateTrainer:
@@ -105,7 +105,7 @@ class GateTrainer:
 
     def expected(self, noise: float, beta: float) -> Tensor:
         """Expected widths, shape (rows,)."""
-        return self.min_bits + expected_bits(self.probabilities(self.theta(), noise, beta), 0)
+        return expected_bits(self.probabilities(self.theta(), noise, beta), self.min_bits)
 
     def decided(self, noise: float, beta: float) -> Tensor:
         """Widths as evaluation has them, shape (rows,)."""
@@ -132,12 +132,12 @@ class GateTrainer:
         scale = (self.square / (1 - _VARIANCE**self.updates)).sqrt() + _TINY
         theta = self.theta()
         # A gate that is all but decided stays where noise still reaches it: it can come back.
-        low, high = (logit_of(torch.tensor(p, dtype=torch.float64), noise, beta) for p in _REACH)
+        low, high = (_logit_at(p, noise, beta) for p in _REACH)
         low, high = torch.minimum(theta, low), torch.maximum(theta, high)
         open_now = self.probabilities(theta, noise, beta)
         nested = open_now.cumprod(0)
         slope = nested.flip(0).cumsum(0).flip(0) * (1 - open_now) / noise
-        widths = self.min_bits + nested.sum(0)
+        widths = expected_bits(open_now, self.min_bits)
 
         def moved(strength: float, price: Tensor) -> Tensor:
             move = ((mean + strength * price) / scale).clamp(-1, 1)
@@ -149,7 +149,7 @@ class GateTrainer:
             price = slope * unit
 
             def cost(strength: float, budget: Budget = budget, price: Tensor = price, mine: Tensor = unit > 0) -> float:
-                expected = self.min_bits + self.probabilities(moved(strength, price), noise, beta).cumprod(0).sum(0)
+                expected = expected_bits(self.probabilities(moved(strength, price), noise, beta), self.min_bits)
                 return budget.cost(torch.where(mine, expected, widths))
 
             strength = _solve(cost, target, _reach(mean, scale, price))
@@ -161,7 +161,7 @@ class GateTrainer:
     def settle(self, widths: Tensor, rate: float, noise: float, beta: float) -> None:
         """Move all logits to where gates are certainly open up to ``widths``, shape (rows,), and shut behind them."""
         wanted = torch.arange(len(self.exists))[:, None] < widths - self.min_bits
-        threshold = logit_of(torch.tensor(0.5, dtype=torch.float64), noise, beta)
+        threshold = _logit_at(0.5, noise, beta)
         goal = torch.where(wanted, threshold + _CERTAIN, threshold - _CERTAIN)
         theta = self.theta()
         self.write(theta + (goal - theta).clamp(-rate, rate))
@@ -170,7 +170,7 @@ class GateTrainer:
         """How far the logit of the gate that a change of each width by +1 or -1 needs is from its threshold."""
         gate = (widths - self.min_bits).long() - (1 if by < 0 else 0)
         theta = self.theta().gather(0, gate.clamp(0, len(self.exists) - 1)[None])[0]
-        return (theta - float(logit_of(torch.tensor(0.5, dtype=torch.float64), 1.0, beta))).abs()
+        return (theta - _logit_at(0.5, 1.0, beta)).abs()
 
     @torch.no_grad()
     def fix(self, widths: Tensor) -> None:
@@ -194,6 +194,10 @@ class GateTrainer:
             budget.strength = strength
 
 
+def _logit_at(probability: float, noise: float, beta: float) -> Tensor:
+    return logit_of(torch.tensor(probability, dtype=torch.float64), noise, beta)
+
+
 def _reach(mean: Tensor, scale: Tensor, price: Tensor) -> float:
     """A strength at which every gate that matters to the cost moves as fast as it can."""
     matters = price > 1e-9 * price.max()
@@ -201,9 +205,7 @@ def _reach(mean: Tensor, scale: Tensor, price: Tensor) -> float:
 
 
 def _solve(cost: Callable[[float], float], target: float, reach: float) -> float:
-    """The strength from ``-reach`` to ``reach`` with ``cost(strength) = target``, by bisection: the cost falls with
-    it.
-    """
+    """The strength up to ``reach``, of either sign, with ``cost(strength) = target``: the cost falls with it."""
     low, high = -reach, reach
     # Of several that do, where all gates are decided, the one nearest to none.
     if abs(cost(0.0) - target) < 1e-6 * abs(target):
