@@ -12,8 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
-from cpq_lightning.attach import read_levels
-from cpq_lightning.export import levels_table, write_report
+from cpq_lightning.export import levels_table, read_manifest, write_report
 from cpq_lightning.module import QuantizedModule
 from cpq_lightning.version import __version__
 
@@ -38,7 +37,7 @@ def report(run_dir: str, levels_file: str = "levels.json") -> None:
     """
     path = Path(run_dir) / levels_file
     try:
-        Console().print(levels_table(read_levels(path)))
+        Console().print(levels_table(read_manifest(path)))
         made = write_report(run_dir, levels_file)
     except (OSError, ValueError, ImportError) as error:
         missing = isinstance(error, FileNotFoundError)

@@ -70,6 +70,11 @@ def test_a_report_of_no_run_is_refused_in_a_sentence(tmp_path):
     assert "levels.json is missing" in result.stderr
     (tmp_path / "levels.json").write_text("{}")
     assert "is no levels.json" in cpq("report", tmp_path, cwd=tmp_path).stderr
+    layers = [{"name": "fc", "weight": {"bits": 4}, "activation": None}]
+    (tmp_path / "levels.json").write_text(json.dumps({"format": "cpq-levels", "layers": layers, "totals": {}}))
+    result = cpq("report", tmp_path, cwd=tmp_path)
+    assert "has no step, low" in result.stderr
+    assert "Traceback" not in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -11,6 +11,7 @@ from cpq_lightning.attach.attach import set_active as set_active
 from cpq_lightning.attach.attach import set_noise_step as set_noise_step
 from cpq_lightning.attach.audit import Audit as Audit
 from cpq_lightning.attach.audit import AuditReport as AuditReport
+from cpq_lightning.attach.audit import agreed as agreed
 from cpq_lightning.attach.audit import auditable as auditable
 from cpq_lightning.attach.audit import forget_first_forward as forget_first_forward
 from cpq_lightning.attach.audit import note_forward as note_forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from torch import nn
@@ -84,6 +84,12 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
         )
         widths = read_weight_widths(site.config, site.name)
         if widths is not None:
+            channels = len(shared[id(weight)].widths)
+            if len(widths) not in (1, channels):
+                raise ValueError(
+                    f"levels_from: layer {site.name!r} has {len(widths)} widths, one a channel, and {channels} "
+                    "channels: read the levels of a run of the same network."
+                )
             shared[id(weight)].fix_widths(widths)
         if not weight.is_meta:
             shared[id(weight)].fit_weight(weight)
@@ -167,6 +173,12 @@ def set_noise_step(model: nn.Module, step: int) -> None:
         quantizer.noise_step.fill_(step)
 
 
+def _decided(layers: Iterable[QuantizedLayer]) -> bool:
+    """Whether learned widths have been fixed: an earlier forward has settled then which layers are the ends."""
+    weights = (layer.weight_quantizer for layer in layers)
+    return any(q.gates.learned and not q.learns_bits and not q.exempt for q in weights)
+
+
 def correct_ends(model: nn.Module, order: list[str]) -> list[str]:
     """Move ``first_last_bits`` to the layers that truly run first and last, where timm did not name them.
 
@@ -181,7 +193,7 @@ def correct_ends(model: nn.Module, order: list[str]) -> list[str]:
     layers = dict(quantized_layers(model))
     called = [name for name in order if name in layers]
     config = attached_config(model)
-    if config is None or config.first_last_bits is None or not called:
+    if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
         return []
     ends = first_and_last(model, list(layers), called)
     changed = []

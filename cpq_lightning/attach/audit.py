@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -49,14 +50,17 @@ class AuditReport:
             both came in full precision, layers left out by the config aside.
         activation_products: ``(module, operation)`` of each product of two activations, such as attention's.
         order: Names of the quantized layers in the order in which they were first called.
-        macs: Multiply-accumulates in one sample, by weight quantizer; a layer that is called twice counts once.
+        macs: Multiply-accumulates in one sample, by name of the weight quantizer; a layer that is called twice counts
+            once.
+        numel: Elements in one sample, by name of the activation quantizer that they passed.
     """
 
     never_called: list[str] = field(default_factory=list)
     unquantized: list[tuple[str, str, str]] = field(default_factory=list)
     activation_products: list[tuple[str, str]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
-    macs: dict[Quantizer, int] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    numel: dict[str, int] = field(default_factory=dict)
 
     def messages(self) -> list[str]:
         """One sentence a finding."""
@@ -134,6 +138,8 @@ class Audit(TorchFunctionMode):
         if isinstance(module, Quantizer) and output is not None:
             self._called.add(module)
             self._quantized[output] = module
+            if module.kind == "activation":
+                self.report.numel[self._names[module]] = output.numel() // self._samples(output)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,8 +177,7 @@ class Audit(TorchFunctionMode):
         """Multiply-accumulates of a product with a quantized weight."""
         if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
             return
-        # Of the first product: further in, a batch may be folded with windows or tokens.
-        self._batch = self._batch or max(1, input.shape[0])
+        batch = self._samples(input)
         quantizer = self._quantized.get(weight)
         if quantizer is None and isinstance(layer, QuantizedLayer):
             quantizer = layer.weight_quantizer
@@ -180,8 +185,14 @@ class Audit(TorchFunctionMode):
             return
         self._counted.add((self._where(), quantizer))
         places = (input if "transpose" in func.__name__ else out).numel()
-        macs = places * (weight.numel() // weight.shape[0]) // self._batch
-        self.report.macs[quantizer] = self.report.macs.get(quantizer, 0) + macs
+        macs = places * (weight.numel() // weight.shape[0]) // batch
+        name = self._names[quantizer]
+        self.report.macs[name] = self.report.macs.get(name, 0) + macs
+
+    def _samples(self, x: Tensor) -> int:
+        """Samples in the batch, as what is met first has them: further in they may be folded with windows or tokens."""
+        self._batch = self._batch or (max(1, x.shape[0]) if x.dim() > 1 else 1)
+        return self._batch
 
     def _is_quantized(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value in self._quantized
@@ -217,15 +228,31 @@ def forget_first_forward(model: nn.Module) -> None:
 
 def note_forward(model: nn.Module, report: AuditReport) -> None:
     """Write into the quantizers what a forward showed: the order of the layers, and what their weights multiply."""
-    layers = dict(model.named_modules())
+    modules = dict(model.named_modules())
     for place, name in enumerate(report.order, start=1):
-        layer = layers.get(name)
+        layer = modules.get(name)
         if isinstance(layer, QuantizedLayer):
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
                 if quantizer is not None:
                     quantizer.configure(order=place)
-    for quantizer, macs in report.macs.items():
-        quantizer.configure(macs=macs)
+    for what, counts in (("macs", report.macs), ("numel", report.numel)):
+        for name, count in counts.items():
+            quantizer = modules.get(name)
+            if isinstance(quantizer, Quantizer):
+                quantizer.configure(**{what: count})
+
+
+def agreed(report: AuditReport) -> AuditReport:
+    """The report of the first process, where there are several: called by all of them at once.
+
+    Each has seen batches of its own. What is decided from what a forward showed, such as which layers are first and
+    last, or what a width costs, has to be the same on all.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return report
+    held = [report]
+    dist.broadcast_object_list(held)
+    return held[0]
 
 
 def report_audit(report: AuditReport) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import correct_ends, is_attached, quantizers
-from cpq_lightning.attach.audit import Audit, forget_first_forward, note_forward, report_audit
+from cpq_lightning.attach.audit import Audit, agreed, forget_first_forward, note_forward, report_audit
 from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,11 +69,12 @@ def calibrate(
         finally:
             for quantizer in observed:
                 quantizer.observer = None
-    correct_ends(model, audit.report.order)
-    note_forward(model, audit.report)
+    report = agreed(audit.report)
+    correct_ends(model, report.order)
+    note_forward(model, report)
     for quantizer, observer in zip(observed, observers, strict=True):
         quantizer.fit_activation(observer)
-    report_audit(audit.report)
+    report_audit(report)
     return model
 
 

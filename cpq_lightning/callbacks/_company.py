@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 # Lightning's callbacks that copy the model in their setup; by name, for either of its packages.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -42,8 +45,7 @@ def check_learners(trainer: Trainer, learners: int) -> None:
     Raises:
         MisconfigurationException: with what to do.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if learners and not any(cls.__name__ == "BitBudget" for c in callbacks for cls in type(c).__mro__):
+    if learners and not _of(trainer, "BitBudget"):
         raise MisconfigurationException(
             f"{learners} quantizers are to learn their width, but nothing tells them what bits may cost: add a "
             "BitBudget, for example BitBudget(target=3.0), to the Trainer's callbacks, or leave learn_bits and "
@@ -53,9 +55,41 @@ def check_learners(trainer: Trainer, learners: int) -> None:
 
 def quantization_start(trainer: Trainer) -> int:
     """The step at which quantization begins, once a fit has begun."""
-    return max((getattr(c, "start_step", 0) for c in trainer.callbacks), default=0)  # type: ignore[attr-defined]
+    return max((c.start_step for c in _of(trainer, "CPQCallback")), default=0)
 
 
 def counts_operations(trainer: Trainer) -> bool:
     """Whether a budget counts bit operations, which a forward has to show before training."""
-    return any(getattr(c, "unit", None) == "bops" for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(c.unit == "bops" for c in _of(trainer, "BitBudget"))
+
+
+def monitored_bests(trainer: Trainer) -> dict[str, str]:
+    """The best checkpoint so far of each callback that monitors a metric."""
+    return {c.state_key: c.best_model_path for c in _monitors(trainer) if c.best_model_path}
+
+
+def warn_of_old_bests(trainer: Trainer, then: dict[str, str], what: str) -> None:
+    """Warn of callbacks whose best checkpoint is still the one that it was at an earlier moment of the run.
+
+    Args:
+        trainer: At the end of its fit.
+        then: What :func:`monitored_bests` was at that moment.
+        what: What had not happened yet.
+    """
+    for callback in _monitors(trainer):
+        path = callback.best_model_path
+        if path and then.get(callback.state_key) == path:
+            rank_zero_warn(
+                f"The best checkpoint by {callback.monitor!r}, {path}, was saved before {what}. Use a later one, or "
+                "monitor from there on (a ModelCheckpoint keeps the last one with save_last=True)."
+            )
+
+
+def _monitors(trainer: Trainer) -> list[Any]:
+    return [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) and hasattr(c, "best_model_path")]
+
+
+def _of(trainer: Trainer, name: str) -> list[Any]:
+    """The Trainer's callbacks of a class of this package, by name: none of them imports another."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if any(cls.__name__ == name for cls in type(c).__mro__)]

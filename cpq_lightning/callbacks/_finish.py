@@ -32,10 +32,13 @@ def print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, 
 
 def write_files(
     model: nn.Module, content: dict[str, Any], folder: Path, levels_file: str, before: Mapping[str, Any], saved: str
-) -> None:
+) -> list[Path]:
     """Write the levels and what shows them; what cannot be written costs a warning, and no training.
 
     The trajectory is the budget's that has recorded it.
+
+    Returns:
+        The files that were made of the levels.
     """
     path = folder / levels_file
     try:
@@ -46,12 +49,13 @@ def write_files(
             f"{path} could not be written ({error}); nothing of the training is lost: checkpoint "
             f"{saved or 'not saved by a ModelCheckpoint'}."
         )
-        return
+        return []
     rank_zero_info(f"Levels written to {path}")
     try:
-        report_levels(folder, levels_file)
+        return report_levels(folder, levels_file)
     except ImportError as error:
         rank_zero_info(f"Pictures were not drawn: {error}")
     except Exception as error:
         # A picture is not worth a failing run.
         rank_zero_warn(f"Pictures of {path} were not drawn ({type(error).__name__}: {error}).")
+    return []

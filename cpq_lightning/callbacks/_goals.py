@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cpq_lightning.attach import CostUnit, is_attached, quantizers, width_cost
@@ -94,6 +95,11 @@ def make_goals(
         wanted.append(("weight_bits", target))
     elif unit != "bits":
         wanted.append((unit, target))
+    if act_target is not None and "activation" not in kinds:
+        raise MisconfigurationException(
+            f"BitBudget(act_target={act_target:g}) has no activation to learn: set learn_act_bits=True with act_bits "
+            "over min_act_bits in CPQConfig, or leave act_target out."
+        )
     if "activation" in kinds and unit != "bops":
         own = act_target or (target if unit == "bits" else None)
         if own is None:
@@ -108,8 +114,13 @@ def make_goals(
         raise MisconfigurationException(f"BitBudget(unit={unit!r}): {error}") from error
 
 
-def explain_nothing_to_learn(model: nn.Module) -> None:
+def explain_nothing_to_learn(model: nn.Module, target: float, done: Mapping[str, Any] | None) -> None:
     """Say why no width is learned: all are fixed already, or, as an error, none ever was to be.
+
+    Args:
+        model: The module that is trained.
+        target: What its budget asks for.
+        done: State of the search that a checkpoint holds, if any.
 
     Raises:
         MisconfigurationException: with what to do.
@@ -120,7 +131,14 @@ def explain_nothing_to_learn(model: nn.Module) -> None:
             "QuantizedModule."
         )
     if any(q.gates.learned for _, q in quantizers(model)):
-        rank_zero_info("BitBudget: all widths are fixed already; they stay as they are.")
+        then = None if done is None else done["goals"][0][1]
+        if then is not None and then != target:
+            rank_zero_warn(
+                f"BitBudget(target={target:g}) comes too late: the checkpoint's widths were fixed for a target of "
+                f"{then:g} and stay as they are. Resume from a checkpoint before its freeze, or begin anew."
+            )
+        else:
+            rank_zero_info("BitBudget: all widths are fixed already; they stay as they are.")
         return
     raise MisconfigurationException(
         "BitBudget has nothing to learn: no quantizer has widths to choose from. Set "

@@ -1,9 +1,14 @@
-"""Each layer's bits for loggers that take a table or text."""
+"""Each layer's bits for loggers that take a table, text or a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -27,3 +32,25 @@ def log_widths(trainer: Trainer, widths: Mapping[str, tuple[float, float]], step
         elif hasattr(experiment, "add_text"):
             lines = ["| " + " | ".join(map(str, row)) + " |" for row in (_COLUMNS, ["---"] * 3, *rows)]
             experiment.add_text("cpq/bits", "\n".join(lines), step)  # type: ignore[union-attr]
+
+
+def log_pictures(trainer: Trainer, files: Iterable[Path], step: int) -> None:
+    """Log the pictures among some files, under ``cpq/`` and their name, where a logger takes pictures.
+
+    Weights & Biases and others with ``log_image`` take the files, TensorBoard their pixels. What a logger cannot take
+    costs a warning, and no training.
+    """
+    for path in files:
+        if path.suffix != ".png":
+            continue
+        key = f"cpq/{path.stem}_picture"
+        for logger in trainer.loggers:
+            experiment = getattr(logger, "experiment", None)
+            try:
+                if hasattr(logger, "log_image"):
+                    logger.log_image(key=key, images=[str(path)], step=step)  # type: ignore[attr-defined]
+                elif hasattr(experiment, "add_image"):
+                    pixels = numpy.asarray(Image.open(path).convert("RGB"))
+                    experiment.add_image(key, pixels, step, dataformats="HWC")  # type: ignore[union-attr]
+            except Exception as error:
+                rank_zero_warn(f"{type(logger).__name__} did not take {path} ({type(error).__name__}: {error}).")

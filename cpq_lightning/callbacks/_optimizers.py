@@ -43,7 +43,8 @@ def train_quantizers(
     owned = [p for _, q in quantizers(pl_module) for p in q.parameters()]
     companions: list[Companion] = []
     for index, optimizer in enumerate(optimizers):
-        release(optimizer, owned)
+        taken = {id(p) for p in wanted[index]} if takers[index] else set()
+        release(optimizer, [p for p in owned if id(p) not in taken])
         if not wanted[index]:
             continue
         if takers[index]:

@@ -5,32 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from cpq_lightning.attach import learning_quantizers, model_costs, widths_by_name
+from cpq_lightning.attach import auditable, learning_quantizers, model_costs, quantizers, widths_by_name
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._company import quantization_start
-from cpq_lightning.callbacks._goals import BudgetUnit, Goal, explain_nothing_to_learn, make_goals, net_changes
+from cpq_lightning.callbacks._company import monitored_bests, quantization_start, warn_of_old_bests
+from cpq_lightning.callbacks._goals import BudgetUnit, explain_nothing_to_learn, make_goals
 from cpq_lightning.callbacks._loggers import log_widths
 from cpq_lightning.callbacks._optimizers import beside_optimizers
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step
+from cpq_lightning.callbacks._search import WidthSearch
 from cpq_lightning.callbacks._trajectory import Trajectory
-from cpq_lightning.functional import adjust_widths, resolve_point
-from cpq_lightning.functional.dropbits import BETA
-from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import Beside, GateTrainer
+from cpq_lightning.functional import resolve_point
+from cpq_lightning.optim import Beside
 
-# Parts of the way from the beginning of learning to the freeze: the target has come down by the first; by the second
-# the gates' noise has gone, whole widths are decided, and the gates are moved there.
-_DESCENT, _SETTLE = 0.7, 0.85
-_NOISE_END, _BETA_END = 0.05, 0.2
-# A logit could travel this far in all, several times the way from open to shut: gates shut one after the other.
-_TRAVEL = 60.0
-_FASTEST = 0.5
 _FEW_STEPS = 60
 
 
@@ -93,105 +83,77 @@ class BitBudget(Callback):
         resolve_point("freeze", freeze, 1)
         self.target, self.act_target, self.freeze = target, act_target, freeze
         self.unit: BudgetUnit = unit
-        self.changes: list[dict[str, Any]] = []
         self._reset()
 
     def _reset(self) -> None:
-        self._begin: int | None = None
-        self._freeze, self._at = 0, 0
-        self._goals: list[Goal] = []
-        self._trainer: GateTrainer | None = None
-        self._names: list[str] = []
-        self._settled: Tensor | None = None
+        self._search: WidthSearch | None = None
+        self._awaiting_forward = False
+        # Where the search has gone once its widths are fixed, for what is shown and saved.
+        self._done: dict[str, Any] | None = None
+        self._freeze = 0
         self._beside: list[Beside] = []
-        self._gradients: dict[Quantizer, Tensor] = {}
-        self._stepped = False
+        self._bests: dict[str, str] = {}
         self._trajectory = Trajectory()
         self._restored: dict[str, Any] = {}
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Widths that were changed to meet the target: name of the quantizer, bits before and after."""
+        state = self._done if self._search is None else self._search.state_dict()
+        return [] if state is None else state["changes"]
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._reset()
-            self.changes = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "begin": self._begin,
-            "settled": self._settled,
-            "changes": self.changes,
-            "firsts": [goal.first for goal in self._goals],
-            "gates": None if self._trainer is None else self._trainer.state_dict(),
+            "search": self._done if self._search is None else self._search.state_dict(),
+            "bests": self._bests,
             "trajectory": self._trajectory.state_dict(),
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        learners = learning_quantizers(pl_module)
-        self._names, restored = [name for name, _ in learners], self._restored
-        if restored:
-            self._begin, self.changes = restored["begin"], restored["changes"]
-            self._trajectory.load_state_dict(restored["trajectory"])
-        if not learners:
-            explain_nothing_to_learn(pl_module)
+        if self._restored:
+            self._done, self._bests = self._restored["search"], self._restored["bests"]
+            self._trajectory.load_state_dict(self._restored["trajectory"])
+        if not learning_quantizers(pl_module):
+            explain_nothing_to_learn(pl_module, self.target, self._done)
             return
         self._freeze = resolve_point(
             "freeze", self.freeze, run_length(trainer) if isinstance(self.freeze, float) else math.inf
         )
-        start = quantization_start(trainer) if self._begin is None else self._begin
-        if self._freeze <= start:
-            raise MisconfigurationException(
-                f"BitBudget: freeze={self.freeze} is step {self._freeze}, but widths are learned from step {start} "
-                "on: give a later freeze, or an earlier quantize_from to CPQCallback."
-            )
-        if self._freeze - start < _FEW_STEPS:
-            rank_zero_warn(
-                f"BitBudget has only {self._freeze - start} steps to learn widths in, from step {start} to the "
-                f"freeze at {self._freeze}: they will be rough. A few hundred are better."
-            )
-        quantizers_ = [q for _, q in learners]
-        self._goals = make_goals(pl_module, quantizers_, self.target, self.unit, self.act_target)
-        self._trainer = GateTrainer(quantizers_, [goal.budget for goal in self._goals])
-        expected = self._trainer.expected(1.0, BETA)
-        for goal in self._goals:
-            goal.check_reach(self._trainer.min_bits, self._trainer.max_bits)
-            goal.first = goal.budget.cost(expected)
-        if restored and restored["gates"] is not None:
-            self._trainer.load_state_dict(restored["gates"])
-            self._settled = restored["settled"]
-            for goal, first in zip(self._goals, restored["firsts"], strict=True):
-                goal.first = first
-        self._beside = beside_optimizers(trainer, pl_module, quantizers_, self._take_gradient)
+        # Only where calibration has failed: which layers are first and last shows in the first batch then.
+        unseen = not any(q.order for _, q in quantizers(pl_module))
+        self._awaiting_forward = unseen and auditable(pl_module)
+        if not self._awaiting_forward:
+            self._start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._trainer is None:
-            return
         step = run_step(trainer)
-        if self._begin is None:
-            if not all(q.active for q in self._trainer.quantizers):
-                return
-            self._begin = step
+        if self._search is None:
+            return
         if step >= self._freeze:
             self._fix(trainer, pl_module)
-            return
-        self._at = step
-        noise, beta = self._annealed(step)
-        for quantizer in self._trainer.quantizers:
-            quantizer.gates.noise.fill_(noise)
-            quantizer.gates.beta.fill_(beta)
+        else:
+            self._search.enter(step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._trainer is not None and self._begin is not None and self._stepped:
-            self._update(run_step(trainer))
-        self._stepped = False
+        if self._search is not None:
+            self._search.leave(run_step(trainer))
+        if self._awaiting_forward:
+            self._awaiting_forward = False
+            self._start(trainer, pl_module)
         if self._due(trainer):
             values = self._values(pl_module)
-            pl_module.log_dict({f"cpq/{name}": float(value) for name, value in values.items()}, rank_zero_only=True)
+            pl_module.log_dict({f"cpq/{name}": float(value) for name, value in values.items()})
             self._trajectory.note(run_step(trainer), values, widths_by_name(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,17 +165,24 @@ class BitBudget(Callback):
             log_widths(trainer, widths_by_name(pl_module), run_step(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._trainer is not None and self._begin is not None:
-            rank_zero_warn(
-                f"The run ended at step {run_step(trainer)}, before the freeze at step {self._freeze}: widths are "
-                "fixed now, with no training behind it."
-            )
+        quiet = bool(getattr(trainer, "fast_dev_run", False))
+        if self._search is not None and self._search.begin is None:
+            rank_zero_warn(f"BitBudget: the run ended at step {run_step(trainer)}, before any width was learned.")
+        elif self._search is not None:
+            if run_step(trainer) < self._freeze and not quiet:
+                rank_zero_warn(
+                    f"The run ended at step {run_step(trainer)}, before the freeze at step {self._freeze}: widths are "
+                    "fixed now, with no training behind it."
+                )
             self._fix(trainer, pl_module)
         folder = run_folder(trainer)
-        if self._begin is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if self._done is None or not trainer.is_global_zero or quiet:
             return
         self._trajectory.note(run_step(trainer), self._values(pl_module), widths_by_name(pl_module))
         self._trajectory.save(folder)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_of_old_bests(trainer, self._bests, "BitBudget had fixed the widths: it is not at the target")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for beside in self._beside:
@@ -222,83 +191,53 @@ class BitBudget(Callback):
 
     # Steps of the work ------------------------------------------------------------------------------------------------
 
-    def _progress(self, step: int) -> float:
-        begin = self._begin or 0
-        return min(1.0, max(0.0, (step - begin) / max(1, self._freeze - begin)))
-
-    def _annealed(self, step: int) -> tuple[float, float]:
-        """Noise and temperature of the gates."""
-        done = min(1.0, self._progress(step) / _SETTLE)
-        return 1 + (_NOISE_END - 1) * done, BETA + (_BETA_END - BETA) * done
-
-    def _take_gradient(self, quantizer: Quantizer, gradient: Tensor | None) -> None:
-        self._stepped = True
-        if gradient is not None:
-            self._gradients[quantizer] = gradient.detach().clone()
-
-    def _update(self, step: int) -> None:
-        trainer = self._trainer
-        assert trainer is not None
-        # The values that the forward of this step had.
-        noise, beta = self._annealed(self._at)
-        rate = min(_FASTEST, _TRAVEL / max(1, self._freeze - (self._begin or 0)))
-        progress = self._progress(step)
-        if progress < _SETTLE:
-            gradients = [self._gradients.get(q, torch.zeros_like(q.gates.logits())) for q in trainer.quantizers]
-            targets = [goal.on_the_way(progress / _DESCENT) for goal in self._goals]
-            trainer.step(gradients, targets, rate, noise, beta)
-        else:
-            if self._settled is None:
-                self._settled = self._decide(noise, beta)
-            trainer.settle(self._settled, rate, noise, beta)
-        self._gradients = {}
-
-    def _decide(self, noise: float, beta: float) -> Tensor:
-        """Whole widths at the target: those of the open gates, and the cheapest single changes."""
-        trainer = self._trainer
-        assert trainer is not None
-        widths = trainer.decided(noise, beta)
-        for goal in self._goals:
-            widths, changes = adjust_widths(
-                widths,
-                trainer.min_bits,
-                trainer.max_bits,
-                goal.budget.cost,
-                goal.target,
-                goal.tolerance,
-                lambda now, by: trainer.prices(now, by, beta),
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        learners = learning_quantizers(pl_module)
+        begun = None if self._done is None else self._done["begin"]
+        start = quantization_start(trainer) if begun is None else begun
+        if self._freeze <= start:
+            raise MisconfigurationException(
+                f"BitBudget: freeze={self.freeze} is step {self._freeze}, but widths are learned from step {start} "
+                "on: give a later freeze, or an earlier quantize_from to CPQCallback."
             )
-            names = [name for name, rows in zip(self._names, trainer.rows, strict=True) for _ in range(rows)]
-            moved = net_changes(changes, names)
-            self.changes += moved
-            rank_zero_info(goal.describe(widths, moved))
-        return widths
+        if self._freeze - start < _FEW_STEPS and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(
+                f"BitBudget has only {self._freeze - start} steps to learn widths in, from step {start} to the "
+                f"freeze at {self._freeze}: they will be rough. A few hundred are better."
+            )
+        goals = make_goals(pl_module, [q for _, q in learners], self.target, self.unit, self.act_target)
+        self._search = WidthSearch(learners, goals, start, self._freeze, trainer.strategy.broadcast)
+        if self._done is not None:
+            self._search.load_state_dict(self._done)
+            self._done = None
+        self._beside = beside_optimizers(trainer, pl_module, [q for _, q in learners], self._search.take_gradient)
 
     def _fix(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gates = self._trainer
-        assert gates is not None
-        if self._settled is None:
-            self._settled = self._decide(*self._annealed(run_step(trainer)))
-        # A decision is one rank's, whatever rounding may differ between machines.
-        self._settled = trainer.strategy.broadcast(self._settled)
-        gates.fix(self._settled)
+        search = self._search
+        assert search is not None
+        search.fix(run_step(trainer))
         share_with_averages(trainer, pl_module)
         rank_zero_info(f"BitBudget: widths are fixed from step {run_step(trainer)} on.")
         self.teardown(trainer, pl_module, "fit")
-        self._trainer = None
+        self._search, self._done = None, search.state_dict()
+        self._bests = monitored_bests(trainer)
 
     # What is shown ----------------------------------------------------------------------------------------------------
 
     def _due(self, trainer: Trainer) -> bool:
-        return self._begin is not None and (
+        begun = self._done is not None if self._search is None else self._search.begin is not None
+        return begun and (
             trainer._logger_connector.should_update_logs or self._trajectory.due(run_step(trainer), run_length(trainer))
         )
 
     def _values(self, pl_module: LightningModule) -> dict[str, float]:
         values = model_costs(pl_module)
-        for goal in self._goals:
-            suffix = f"_{goal.name}" if len(self._goals) > 1 else ""
-            values[f"penalty{suffix}"] = goal.budget.strength if self._trainer is not None else 0.0
-            done = 1.0 if self._trainer is None else self._progress(self._at) / _DESCENT
-            values[f"target{suffix}"] = goal.on_the_way(done)
+        if self._search is None:
+            reached = [] if self._done is None else [(name, 0.0, target) for name, target, _ in self._done["goals"]]
+        else:
+            search = self._search
+            reached = [(goal.name, goal.budget.strength, search.target(goal)) for goal in search.goals]
+        for name, strength, target in reached:
+            suffix = f"_{name}" if len(reached) > 1 else ""
+            values |= {f"penalty{suffix}": strength, f"target{suffix}": target}
         return values

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import (
     Audit,
+    agreed,
     attach,
     auditable,
     calibrate,
@@ -29,8 +30,15 @@ from cpq_lightning.attach import (
 )
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._company import check_company, check_learners, counts_operations
+from cpq_lightning.callbacks._company import (
+    check_company,
+    check_learners,
+    counts_operations,
+    monitored_bests,
+    warn_of_old_bests,
+)
 from cpq_lightning.callbacks._finish import print_tables, write_files
+from cpq_lightning.callbacks._loggers import log_pictures
 from cpq_lightning.callbacks._optimizers import train_quantizers
 from cpq_lightning.callbacks._run import (
     forward_training_step,
@@ -115,7 +123,9 @@ class CPQCallback(Callback):
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
         self._before: dict[str, Any] = {}
+        self._bests: dict[str, str] = {}
         self._restored: Mapping[str, Any] = {}
+        self._resumed = False
         self._folder: Path | None = None
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
@@ -124,7 +134,8 @@ class CPQCallback(Callback):
         check_company(trainer, self)
         if stage == "fit":
             # An object may serve several fits.
-            self._metrics, self._before, self._restored, self._folder, self._audit = {}, {}, {}, None, None
+            self._metrics, self._before, self._bests, self._restored = {}, {}, {}, {}
+            self._folder, self._audit, self._resumed = None, None, False
         if not is_attached(pl_module):
             if overrides(pl_module, "configure_model"):
                 # Layers that are born there must exist before they can be switched; Lightning asks that the hook may
@@ -144,8 +155,10 @@ class CPQCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get(_CHECKPOINT_KEY, {})
+        self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))
         self._before = dict(self._restored.get("before", {}))
+        self._bests = dict(self._restored.get("bests", {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         late = sorted(set(quantizable_layers(pl_module)) - self._layers)
@@ -168,7 +181,7 @@ class CPQCallback(Callback):
         # What is learned has to know before training which layers are first and last, and what they multiply.
         learned = counts_operations(trainer) or any(q.gates.learned for q in self._quantizers)
         unmeasured = learned and not any(q.order for q in self._quantizers)
-        if unmeasured or any(q.active and not q.calibrated for q in self._quantizers):
+        if unmeasured or self._lacks_ranges():
             self._calibrate(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -225,6 +238,7 @@ class CPQCallback(Callback):
         checkpoint[_CHECKPOINT_KEY] = {
             "metrics": self._metrics,
             "before": self._before,
+            "bests": self._bests,
             "companions": [companion.state_dict() for companion in self._companions],
         }
 
@@ -237,6 +251,7 @@ class CPQCallback(Callback):
         self._folder = None if quiet else run_folder(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_of_old_bests(trainer, self._bests, "quantization had begun: it is a full-precision one")
         if not trainer.is_global_zero or not (self.table or self._folder):
             return
         content = manifest(pl_module)
@@ -244,7 +259,8 @@ class CPQCallback(Callback):
             print_tables(content, self._metrics)
         if self._folder is not None and self.levels_file is not None:
             saved = getattr(trainer.checkpoint_callback, "best_model_path", "")
-            write_files(pl_module, content, self._folder, self.levels_file, self._before, saved)
+            made = write_files(pl_module, content, self._folder, self.levels_file, self._before, saved)
+            log_pictures(trainer, made, run_step(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._audit is not None:
@@ -258,6 +274,13 @@ class CPQCallback(Callback):
         self._companions = []
 
     # Steps of the work ------------------------------------------------------------------------------------------------
+
+    def _lacks_ranges(self) -> bool:
+        active = [q for q in self._quantizers if q.active]
+        # In a resumed run what still has no range belongs to a layer that is never called: to calibrate for its sake
+        # would fit all others anew.
+        seen = self._resumed and any(q.calibrated for q in active if q.kind == "activation")
+        return not seen and not all(q.calibrated for q in active)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = training_batches(trainer, self.calibration_batches)
@@ -294,6 +317,7 @@ class CPQCallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_active(pl_module, True)
         refit(pl_module)
+        self._bests = monitored_bests(trainer)
         share_with_averages(trainer, pl_module, parameters=True)
         owned = {id(p) for q in self._quantizers for p in q.parameters()}
         for optimizer in (*trainer.optimizers, *(companion.optimizer for companion in self._companions)):
@@ -307,10 +331,11 @@ class CPQCallback(Callback):
             return
         audit, self._audit, self._audited = self._audit, None, True
         audit.__exit__(None, None, None)
-        correct_ends(pl_module, audit.report.order)
-        note_forward(pl_module, audit.report)
+        report = agreed(audit.report)
+        correct_ends(pl_module, report.order)
+        note_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
-            report_audit(audit.report)
+            report_audit(report)
 
     def _stop_recording(self) -> None:
         if self._recording is not None:

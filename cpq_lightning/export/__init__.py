@@ -11,6 +11,7 @@ from cpq_lightning.export.levels import write_manifest as write_manifest
 from cpq_lightning.export.plots import TRAJECTORY_FILE as TRAJECTORY_FILE
 from cpq_lightning.export.plots import draw_trajectory as draw_trajectory
 from cpq_lightning.export.report import CLUSTERS_FILE as CLUSTERS_FILE
+from cpq_lightning.export.report import read_manifest as read_manifest
 from cpq_lightning.export.report import report_levels as report_levels
 from cpq_lightning.export.report import write_report as write_report
 from cpq_lightning.export.table import levels_table as levels_table

@@ -19,6 +19,10 @@ _COLUMNS = (
     "bops", "exempt", "level_shares",
 )  # fmt: skip
 
+_SHOWN = (
+    "bits", "step", "low", "high", "numel", "bytes", "exempt", "quantizing", "signed", "used_levels", "relative_error",
+)  # fmt: skip
+
 
 def write_csv(manifest: Mapping[str, Any], path: Path) -> None:
     """A row a quantizer; levels' shares as numbers apart by spaces, from the lowest level to the highest."""
@@ -39,6 +43,25 @@ def _cell(value: Any) -> Any:
     if isinstance(value, list):
         return " ".join(f"{v:g}" for v in value)
     return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The content of a ``levels.json`` that tables and pictures are made of.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of ours, or lacks what is to be shown.
+    """
+    content = read_levels(path)
+    for layer in content.get("layers", ()):
+        weight = layer.get("weight") or {}
+        missing = [name for name in _SHOWN if name not in weight]
+        if missing:
+            raise ValueError(
+                f"{path} has no {', '.join(missing)} of the weight of layer {layer.get('name')!r}: expected the file "
+                "as a fit of this version writes it, not edited."
+            )
+    return content
 
 
 def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
@@ -66,7 +89,7 @@ def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[
     source = folder / levels_file
     if not source.is_file():
         raise FileNotFoundError(f"{source} is missing: expected the folder of a run that has finished its fit.")
-    manifest = read_levels(source)
+    manifest = read_manifest(source)
     stem = source.stem
     table = folder / f"{stem}.csv"
     write_csv(manifest, table)

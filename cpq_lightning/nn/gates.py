@@ -61,15 +61,20 @@ class Gates(nn.Module):
         self.sharing: GateSharing = sharing
         self.channel_dim = channel_dim
         self.rows = channels if learned and sharing == "channel" else 1
-        self.register_buffer("keep_prob", torch.full((1,), float(config.keep_prob), device=device))
+
+        def value(number: float) -> Tensor:
+            # Whatever the default type of the run is: a logit in bfloat16 could not move by less than a percent.
+            return torch.full((1,), float(number), dtype=torch.float32, device=device)
+
+        self.register_buffer("keep_prob", value(config.keep_prob))
         self.register_buffer("noise_step", torch.zeros(1, dtype=torch.int64, device=device))
-        self.register_buffer("noise", torch.ones(1, device=device))
-        self.register_buffer("beta", torch.full((1,), BETA, device=device))
+        self.register_buffer("noise", value(1.0))
+        self.register_buffer("beta", value(BETA))
         self.logit: nn.Parameter | None = None
         if learned and count:
-            start = logit_of(torch.tensor(min(config.keep_prob, _OPEN)))
+            start = logit_of(value(min(config.keep_prob, _OPEN)))
             # One-dimensional: some recipes decay whatever has more dimensions.
-            self.logit = nn.Parameter(start.to(device).repeat(count * self.rows))
+            self.logit = nn.Parameter(start.repeat(count * self.rows))
 
     @property
     def learned(self) -> bool:
@@ -89,10 +94,11 @@ class Gates(nn.Module):
         """How many gates are open in evaluation, shape (rows,), int64."""
         return open_gates(self.probabilities(count).detach()).sum(0).long()
 
-    def masks(self, x: Tensor, count: int) -> Tensor | None:
+    def masks(self, x: Tensor, count: int, with_gradient: bool = True) -> Tensor | None:
         """Masks for ``x``: sampled in training, decided in evaluation; ``None`` where all are 1."""
         if self.training:
-            return masks_from_gates(self._sample(x, count))
+            gates = self._sample(x, count)
+            return masks_from_gates(gates if with_gradient else gates.detach())
         if self.logit is None:
             return None
         return masks_from_gates(self._shaped(open_gates(self.probabilities(count)), x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -184,11 +185,25 @@ class Quantizer(Widths):
         if not self.calibrated:
             self._fit_first(x)
         out = self._quantize(x, *self._step_and_sigma(), self._masks(x))
-        if self.gates.logit is not None and not self.has_gates:
+        if self.gates.logit is not None and not self._gates_learn:
             out = Connect.apply(out, self.gates.logit)
         if self.usage is not None:
             self.usage.update(x, out, self.grid()[0])
         return out
+
+    @property
+    def _gates_learn(self) -> bool:
+        """Whether a forward draws gates with a gradient: not those of a layer in evaluation, or of a frozen one."""
+        return self.learns_bits and self.training and self.log_step.requires_grad
+
+    def _masks(self, x: Tensor) -> Tensor | None:
+        count = self.bits - self.min_bits
+        if self.fixed:
+            return self.gates.fixed_masks(x, self.widths - self.min_bits, count)
+        if self.has_gates and (self.training or self.gates.learned):
+            # An optimizer that is toggled off, or a frozen layer, moves no step: then no gate either.
+            return self.gates.masks(x, count, with_gradient=self._gates_learn)
+        return None
 
     def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None) -> Tensor:
         step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)
@@ -202,6 +217,12 @@ class Quantizer(Widths):
             return quantize_unchecked(x, step, sigma, masks, **settings)
         scales = torch.stack([self.along_channels(s, x) for s in self.width_scale[self.min_bits - 1 : self.bits]])
         return quantize_resolution(x, step, sigma, masks, scales=scales, **settings)
+
+    @torch.no_grad()
+    def fix_widths(self, widths: Sequence[int]) -> None:
+        super().fix_widths(widths)
+        # What was measured belongs to the width that was.
+        self.measured = None
 
     # Ranges ---------------------------------------------------------------------------------------------------------
 
@@ -238,7 +259,8 @@ class Quantizer(Widths):
         if fitted is None:
             return
         steps, signed = fitted
-        self.configure(signed=signed, numel=observer.per_sample)
+        # An audit, which knows how many samples a batch has, counts better.
+        self.configure(signed=signed, numel=self.numel or observer.per_sample)
         self._start(steps)
 
     @torch.no_grad()

@@ -100,10 +100,3 @@ class Widths(HostIntegers):
             scale = self.width_scale.expand(-1, max(len(widths), len(step)))
             step = step * scale.gather(0, (widths - 1).expand(scale.shape[1])[None])[0]
         return step, bounds[:, 0], bounds[:, 1]
-
-    def _masks(self, x: Tensor) -> Tensor | None:
-        if self.fixed:
-            return self.gates.fixed_masks(x, self.widths - self.min_bits, self.bits - self.min_bits)
-        if self.has_gates and (self.training or self.gates.learned):
-            return self.gates.masks(x, self.bits - self.min_bits)
-        return None

@@ -17,7 +17,8 @@ class Beside:
 
     Their gradients are cleared whenever the optimizer's are, so that closures evaluated many times a step (LBFGS) and
     accumulated gradients come out right, and handed over, unscaled, whenever it steps: not where 16-bit precision skips
-    a step, nor where a gradient is not finite.
+    a step, nor where a gradient is not finite. A group that is added to the optimizer later, by a callback that
+    unfreezes layers, comes without them.
 
     Args:
         optimizer: The user's optimizer.
@@ -38,15 +39,31 @@ class Beside:
         self.parameters = list(parameters)
         self._stepped = stepped
         self._grad_scale = grad_scale
-        self._watched = [(owner, owner.zero_grad) for owner in (optimizer, *wrappers)]
-        for owner, zero_grad in self._watched:
-            owner.zero_grad = partial(self._zero, zero_grad)
-        self._handle = optimizer.register_step_post_hook(self._after)
+        self._removed = False
+        self._watched: list[tuple[Any, str, Callable[..., None], Callable[..., None]]] = []
+        for owner in (optimizer, *wrappers):
+            self._watch(owner, "zero_grad", self._zero)
+        self._watch(optimizer, "add_param_group", self._add)
+        self._handle = _stepping(optimizer).register_step_post_hook(self._after)
+
+    def _watch(self, owner: Any, name: str, instead: Callable[..., None]) -> None:
+        method = getattr(owner, name)
+        replaced = partial(instead, method)
+        setattr(owner, name, replaced)
+        self._watched.append((owner, name, method, replaced))
 
     def _zero(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         zero_grad(*args, **kwargs)
-        for parameter in self.parameters:
+        for parameter in () if self._removed else self.parameters:
             parameter.grad = None
+
+    def _add(self, add: Callable[..., None], group: dict[str, Any]) -> None:
+        own = set() if self._removed else {id(p) for p in self.parameters}
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        left = [p for p in params if id(p[1] if isinstance(p, tuple) else p) not in own]
+        if left or not params:
+            add({**group, "params": left})
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scale = self._grad_scale()
@@ -58,5 +75,18 @@ class Beside:
     def remove(self) -> None:
         """Leave the optimizer alone."""
         self._handle.remove()
-        for owner, zero_grad in self._watched:
-            owner.zero_grad = zero_grad
+        # Somebody may have wrapped the method again since: then what is inside passes everything on.
+        self._removed = True
+        for owner, name, method, replaced in self._watched:
+            if getattr(owner, name) is replaced:
+                setattr(owner, name, method)
+
+
+def _stepping(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose step hooks fire: itself, or the one inside a wrapper that skips torch's constructor (timm's
+    Lookahead).
+    """
+    if getattr(type(optimizer).step, "hooked", False):
+        return optimizer
+    inner = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
+    return optimizer if inner is None else _stepping(inner)

@@ -51,7 +51,9 @@ class GateTrainer:
         theta <- theta - rate · clip((m + lambda c) / sqrt(v), -1, 1)
 
     so a gate closes where what it saves, at the price lambda, outweighs what it is worth to the loss; neither the
-    share of a layer in the model nor the optimizer of the weights sets its pace. ``lambda`` is solved for.
+    share of a layer in the model nor the optimizer of the weights sets its pace. ``lambda`` is solved for. Where no
+    gradient came in a step (its optimizer did not step, its layer is frozen), running means stay as they were, and
+    gates that never had one stay too: nothing is known of their worth.
 
     Args:
         quantizers: Those whose widths are learned.
@@ -69,7 +71,12 @@ class GateTrainer:
         self.exists = torch.arange(max(self.counts))[:, None] < count
         self.mean = torch.zeros(self.exists.shape, dtype=torch.float64)
         self.square = torch.zeros_like(self.mean)
-        self.updates = 0
+        self.updates = torch.zeros(len(self.min_bits), dtype=torch.float64)
+
+    @property
+    def updated(self) -> bool:
+        """Whether any gate has ever had a gradient."""
+        return bool(self.updates.any())
 
     def _per_row(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(self.rows))
@@ -113,23 +120,26 @@ class GateTrainer:
 
     @torch.no_grad()
     def step(
-        self, gradients: Sequence[Tensor], targets: Sequence[float], rate: float, noise: float, beta: float
+        self, gradients: Sequence[Tensor | None], targets: Sequence[float], rate: float, noise: float, beta: float
     ) -> None:
         """Update all logits.
 
         Args:
-            gradients: Of the loss, in each quantizer's logits.
+            gradients: Of the loss, in each quantizer's logits; ``None`` where there is none.
             targets: What each budget's expected cost shall be after the update.
             rate: Largest move of a logit.
             noise: How much of the gates' noise is left.
             beta: Temperature of the gates.
         """
-        self.updates += 1
-        gradient = self._collect(gradients)
-        self.mean.lerp_(gradient, 1 - _MOMENTUM)
-        self.square.lerp_(gradient.square(), 1 - _VARIANCE)
-        mean = self.mean / (1 - _MOMENTUM**self.updates)
-        scale = (self.square / (1 - _VARIANCE**self.updates)).sqrt() + _TINY
+        came = self._per_row([0.0 if g is None else 1.0 for g in gradients])
+        zeros = (torch.zeros_like(q.gates.logits()) for q in self.quantizers)
+        gradient = self._collect([z if g is None else g for g, z in zip(gradients, zeros, strict=True)])
+        self.updates += came
+        self.mean.lerp_(gradient, came * (1 - _MOMENTUM))
+        self.square.lerp_(gradient.square(), came * (1 - _VARIANCE))
+        known, count = self.updates > 0, self.updates.clamp(min=1)
+        mean = self.mean / (1 - _MOMENTUM**count)
+        scale = (self.square / (1 - _VARIANCE**count)).sqrt() + _TINY
         theta = self.theta()
         # A gate that is all but decided stays where noise still reaches it: it can come back.
         low, high = (_logit_at(p, noise, beta) for p in _REACH)
@@ -141,7 +151,7 @@ class GateTrainer:
 
         def moved(strength: float, price: Tensor) -> Tensor:
             move = ((mean + strength * price) / scale).clamp(-1, 1)
-            return torch.minimum(torch.maximum(theta - rate * move, low), high)
+            return torch.minimum(torch.maximum(theta - rate * move * known, low), high)
 
         new = moved(0.0, slope)
         for budget, target in zip(self.budgets, targets, strict=True):
@@ -152,7 +162,7 @@ class GateTrainer:
                 expected = expected_bits(self.probabilities(moved(strength, price), noise, beta), self.min_bits)
                 return budget.cost(torch.where(mine, expected, widths))
 
-            strength = _solve(cost, target, _reach(mean, scale, price))
+            strength = _solve(cost, target, _reach(mean, scale, price * known))
             budget.strength += (strength - budget.strength) * (1 - _MOMENTUM)
             new = torch.where(unit > 0, moved(strength, price), new)
         self.write(new)
@@ -181,15 +191,15 @@ class GateTrainer:
     def state_dict(self) -> dict[str, Any]:
         """The running means and the strengths, for a checkpoint."""
         return {
-            "mean": self.mean,
-            "square": self.square,
-            "updates": self.updates,
+            "mean": self.mean.clone(),
+            "square": self.square.clone(),
+            "updates": self.updates.clone(),
             "strengths": [budget.strength for budget in self.budgets],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.mean, self.square, self.updates = state["mean"].clone(), state["square"].clone(), state["updates"]
+        self.mean, self.square, self.updates = (state[name].clone() for name in ("mean", "square", "updates"))
         for budget, strength in zip(self.budgets, state["strengths"], strict=True):
             budget.strength = strength
 

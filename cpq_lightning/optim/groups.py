@@ -43,7 +43,8 @@ def adopt(
 ) -> dict[str, Any]:
     """Give parameters one group of their own: no weight decay, ``lr_factor`` times the rate, all else as the largest.
 
-    Schedulers made before are extended by an entry, so that they go on and drive the new group in proportion.
+    Schedulers made before are extended by an entry, so that they go on and drive the new group in proportion. A group
+    that holds just these parameters already, as somebody has restored it, stays in its place.
 
     Args:
         optimizer: The optimizer; groups that hold some of the parameters lose them.
@@ -55,6 +56,10 @@ def adopt(
         The new group.
     """
     parameters = list(parameters)
+    ids = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        if group.get("name") == GROUP_NAME and {id(p) for p in group["params"]} == ids:
+            return group
     release(optimizer, parameters)
     model_group = max(optimizer.param_groups, key=lambda g: sum(p.numel() for p in g["params"]))
     group = {

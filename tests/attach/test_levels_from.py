@@ -1,6 +1,7 @@
 """Widths read from a file."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def test_widths_of_channels_are_read_too(file, tmp_path):
     assert mean_width(model, "weight") == mean_width(source, "weight") == 3.5
     model.train()(IMAGES)
     assert [r.bits for r in levels(model)] == [r.bits for r in levels(source)]
+
+
+def test_widths_of_channels_that_are_not_there_are_refused(file):
+    content = json.loads(file.read_text())
+    content["layers"][1]["weight"]["bits"] = [2, 3, 4]
+    file.write_text(json.dumps(content))
+    model = convnet()
+    with pytest.raises(ValueError, match=r"layer '3' has 3 widths, one a channel, and 8 channels"):
+        attach(model, CPQConfig(levels_from=str(file)))
+    assert not any("quantizer" in name for name, _ in model.named_modules())
 
 
 def test_a_module_s_checkpoint_needs_the_file_no_more(tmp_path):

@@ -65,6 +65,65 @@ def test_the_run_ends_at_the_target_and_the_freeze_changes_nothing(fit, target):
     assert len({q.bits for _, q in quantizers(module) if q.kind == "weight"}) > 2
 
 
+class Small(Deep):
+    """The same for digits of 8 x 8 pixels."""
+
+    def __init__(self):
+        super().__init__(make_optimizer=partial(torch.optim.AdamW, lr=3e-3))
+        self.net[0] = nn.Conv2d(1, 6, 3, padding=1)
+        self.net[-1] = nn.Linear(8, 10)
+
+
+class AroundTheFreeze(pl.Callback):
+    """Validation accuracy in the moment before widths are fixed, or after: by its place in the list of callbacks."""
+
+    def __init__(self, freeze):
+        self.freeze, self.accuracy = freeze, 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.freeze:
+            pl_module.eval()
+            images, labels = next(iter(trainer.datamodule.val_dataloader()))
+            with torch.no_grad():
+                self.accuracy = (pl_module.net(images).argmax(1) == labels).float().mean().item()
+            pl_module.train()
+
+
+@pytest.mark.slow
+def test_the_freeze_costs_less_than_a_point_of_accuracy(tmp_path):
+    from cpq_lightning.data import DigitsDataModule
+
+    module, before, after = Small(), AroundTheFreeze(160), AroundTheFreeze(160)
+    trainer = pl.Trainer(
+        max_steps=200, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[before, *callbacks(3.0, freeze=160), after], default_root_dir=tmp_path,
+        limit_val_batches=0,
+    )  # fmt: skip
+    data = DigitsDataModule(batch_size=64, image_size=8)
+    trainer.fit(module, datamodule=DigitsVal(data))
+    assert not learning_quantizers(module)
+    # Far over chance, so that there is accuracy to lose.
+    assert before.accuracy > 0.8
+    assert after.accuracy >= before.accuracy - 0.01
+
+
+class DigitsVal(pl.LightningDataModule):
+    """Digits with all validation images in one batch."""
+
+    def __init__(self, digits):
+        super().__init__()
+        self.digits = digits
+
+    def setup(self, stage):
+        self.digits.setup(stage)
+
+    def train_dataloader(self):
+        return self.digits.train_dataloader()
+
+    def val_dataloader(self):
+        return DataLoader(self.digits.val_data, 360)
+
+
 @pytest.mark.parametrize(("unit", "low", "high"), [("bytes", 0.3, 0.6), ("bops", 0.35, 0.7)])
 def test_bytes_and_bit_operations_end_within_two_percent(fit, unit, low, high):
     key = {"bytes": "size_bytes", "bops": "bops"}[unit]
@@ -307,17 +366,50 @@ def test_what_is_logged_and_left_behind(fit, tmp_path):
     assert mean_width(again, "weight") == mean_width(module, "weight")
 
 
-def test_a_logger_that_takes_tables_gets_each_layer_s_bits(fit, tmp_path):
+def test_a_logger_that_takes_tables_and_pictures_gets_each_layer_s_bits(fit, tmp_path):
     class Tables(CSVLogger):
-        tables = []  # noqa: RUF012
+        tables, pictures = [], []  # noqa: RUF012
 
         def log_table(self, key, columns, data, step):
             self.tables.append((key, columns, data))
 
-    fit(Deep(), callbacks(3.0), max_epochs=3, logger=Tables(tmp_path))
+        def log_image(self, key, images, step):
+            self.pictures.append((key, images, step))
+
+    cpq, budget = callbacks(3.0)
+    cpq.levels_file = "levels.json"
+    fit(Deep(), [cpq, budget], max_epochs=3, logger=Tables(tmp_path))
     key, columns, rows = Tables.tables[-1]
     assert (key, columns[:2]) == ("cpq/bits", ["quantizer", "bits"])
     assert len(rows) == 24
+    assert [(key, step) for key, _, step in Tables.pictures] == [
+        ("cpq/levels_picture", 12),
+        ("cpq/clusters_picture", 12),
+    ]
+    assert all(images[0].endswith(".png") for _, images, _ in Tables.pictures)
+
+
+def test_tensorboard_gets_pictures_as_pixels(fit, tmp_path):
+    class Experiment:
+        pictures = {}  # noqa: RUF012
+
+        def add_image(self, key, pixels, step, dataformats):
+            self.pictures[key] = (pixels.shape, dataformats)
+
+    class Board(CSVLogger):
+        experiment = Experiment()
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def save(self):
+            pass
+
+    cpq, budget = callbacks(3.0)
+    cpq.levels_file = "levels.json"
+    fit(Deep(), [cpq, budget], max_epochs=3, logger=Board(tmp_path))
+    assert set(Experiment.pictures) == {"cpq/levels_picture", "cpq/clusters_picture"}
+    assert all(shape[2] == 3 and formats == "HWC" for shape, formats in Experiment.pictures.values())
 
 
 def test_labels_are_learned_all_the_same(fit):
