@@ -16,7 +16,6 @@ from cpq_lightning.attach import (
     agreed,
     attach,
     auditable,
-    calibrate,
     correct_ends,
     forget_first_forward,
     is_attached,
@@ -30,6 +29,7 @@ from cpq_lightning.attach import (
 )
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.callbacks._averages import share_with_averages
+from cpq_lightning.callbacks._calibration import calibrate_for_training
 from cpq_lightning.callbacks._company import (
     check_company,
     check_learners,
@@ -40,16 +40,7 @@ from cpq_lightning.callbacks._company import (
 from cpq_lightning.callbacks._finish import print_tables, write_files
 from cpq_lightning.callbacks._loggers import log_pictures
 from cpq_lightning.callbacks._optimizers import train_quantizers
-from cpq_lightning.callbacks._run import (
-    forward_training_step,
-    late_progress,
-    overrides,
-    run_folder,
-    run_length,
-    run_step,
-    training_batches,
-    without_effects,
-)
+from cpq_lightning.callbacks._run import overrides, run_folder, run_length, run_step
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import manifest, weight_histograms
 from cpq_lightning.functional import resolve_point
@@ -182,7 +173,7 @@ class CPQCallback(Callback):
         learned = counts_operations(trainer) or any(q.gates.learned for q in self._quantizers)
         unmeasured = learned and not any(q.order for q in self._quantizers)
         if unmeasured or self._lacks_ranges():
-            self._calibrate(trainer, pl_module)
+            self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if any(q.has_gates for q in self._quantizers):
@@ -281,38 +272,6 @@ class CPQCallback(Callback):
         # would fit all others anew.
         seen = self._resumed and any(q.calibrated for q in active if q.kind == "activation")
         return not seen and not all(q.calibrated for q in active)
-
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = training_batches(trainer, self.calibration_batches)
-        if batches is None:
-            return
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        failed: list[Exception] = []
-        with late_progress("Calibrating activation ranges", 2 * len(batches), shown) as advance:
-
-            def forward(batch: Any) -> None:
-                try:
-                    forward_training_step(trainer, batch)
-                except Exception as error:
-                    failed.append(error)
-                    raise
-                advance()
-
-            try:
-                with without_effects(trainer):
-                    calibrate(pl_module, batches, forward=forward, most=len(batches))
-            except Exception as error:
-                if not failed:
-                    raise MisconfigurationException(f"CPQCallback cannot calibrate: {error}") from error
-                # Somebody's training_step may rely on what the training loop has not set up yet. If it is truly broken,
-                # it fails again in a moment, with nothing of ours around it.
-                rank_zero_warn(
-                    "Activation ranges could not be calibrated before training, because training_step failed there "
-                    f"with {type(error).__name__}: {error}. The sanity check runs in full precision, and the "
-                    "first training batch sets the ranges."
-                )
-                set_active(pl_module, False)
-        self._audited = not failed
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_active(pl_module, True)

@@ -368,7 +368,7 @@ def test_what_is_logged_and_left_behind(fit, tmp_path):
 
 def test_a_logger_that_takes_tables_and_pictures_gets_each_layer_s_bits(fit, tmp_path):
     class Tables(CSVLogger):
-        tables, pictures = [], []  # noqa: RUF012
+        tables, pictures = [], []
 
         def log_table(self, key, columns, data, step):
             self.tables.append((key, columns, data))

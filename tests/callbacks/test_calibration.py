@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpq_lightning import CPQCallback
-from cpq_lightning.callbacks._run import late_progress, overrides
+from cpq_lightning.callbacks._calibration import late_progress
+from cpq_lightning.callbacks._run import overrides
 from tests.models import IMAGES, LABELS, Classifier, data
 
 
