@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn import Quantizer, is_sharded
 
 
 class QuantizedLayer(nn.Module):
@@ -24,7 +24,9 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The quantized weight. The full-precision Parameter is :meth:`full_precision_weight`."""
-        return self.weight_quantizer(self._parameters["weight"])
+        weight = self._parameters["weight"]
+        # Outside of a forward FSDP2 reads, through this property, the Parameter that it has sharded.
+        return weight if is_sharded(weight) else self.weight_quantizer(weight)  # type: ignore[return-value]
 
     def full_precision_weight(self) -> nn.Parameter:
         """The Parameter that the optimizer updates."""

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torchmetrics import Metric
@@ -17,6 +16,7 @@ from torchmetrics import Metric
 from cpq_lightning.attach.layers import QuantizedLayer
 from cpq_lightning.attach.widths import at_read_widths, check_names
 from cpq_lightning.config import CPQConfig
+from cpq_lightning.nn import whole
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,9 @@ def _check_weight(name: str, layer: nn.Module) -> None:
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
     assert weight is not None
-    if isinstance(weight, DTensor):
-        raise ValueError(
-            f"The weight of layer {name!r} is sharded (FSDP2, a DTensor), which quantized layers do not support yet: "
-            "train with DDP, which keeps whole weights on each rank."
-        )
-    if not weight.is_meta and not weight.isfinite().all():
-        bad = int((~weight.isfinite()).sum())
+    finite = weight.new_ones(1) if weight.is_meta else whole(weight.detach()).isfinite()
+    if not weight.is_meta and not finite.all():
+        bad = int((~finite).sum())
         raise ValueError(
             f"The weight of layer {name!r} has {bad} NaN or infinite of {weight.numel()} values: there is no step to "
             "fit to it. Load sound weights, or leave the layer out with ignore."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+
+from cpq_lightning.nn import Quantizer, is_sharded
 
 # Lightning's callbacks that copy the model in their setup; by name, for either of its packages.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -34,9 +37,31 @@ def check_company(trainer: Trainer, own: Callback) -> None:
             )
     if any(cls.__name__ == "FSDPStrategy" for cls in type(trainer.strategy).__mro__):
         raise MisconfigurationException(
-            "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use DDP. (FSDP2, "
-            "ModelParallelStrategy, keeps parameters apart but shards them, which is not supported yet either.)"
+            "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use DDP, or FSDP2 "
+            "(ModelParallelStrategy, with fully_shard in configure_model)."
         )
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise MisconfigurationException(
+            f"ModelParallelStrategy(tensor_parallel_size={mesh['tensor_parallel'].size()}) splits products over "
+            "processes, and a quantized layer computes whole ones: set tensor_parallel_size=1."
+        )
+
+
+def check_whole(quantizers: Iterable[tuple[str, Quantizer]]) -> None:
+    """Refuse quantizers whose parameters are sharded.
+
+    Raises:
+        MisconfigurationException: with what to do.
+    """
+    for name, quantizer in quantizers:
+        if any(is_sharded(p) for p in quantizer.parameters()):
+            raise MisconfigurationException(
+                f"The parameters of quantizer {name!r} are sharded (FSDP2), and must be whole on each rank: leave them "
+                "out in configure_model, fully_shard(..., ignored_params={p for _, q in quantizers(self) for p in "
+                "q.parameters()}) with cpq_lightning.attach.quantizers, or let CPQCallback attach a module that is not "
+                "quantized before."
+            )
 
 
 def check_learners(trainer: Trainer, learners: int) -> None:
@@ -61,6 +86,15 @@ def quantization_start(trainer: Trainer) -> int:
 def counts_operations(trainer: Trainer) -> bool:
     """Whether a budget counts bit operations, which a forward has to show before training."""
     return any(c.unit == "bops" for c in _of(trainer, "BitBudget"))
+
+
+def last_saved(trainer: Trainer) -> str:
+    """The checkpoint to go on from: the best one, or the last, of the first callback that has saved one."""
+    for callback in trainer.checkpoint_callbacks:
+        for name in ("best_model_path", "last_model_path"):
+            if path := getattr(callback, name, ""):
+                return path
+    return ""
 
 
 def monitored_bests(trainer: Trainer) -> dict[str, str]:

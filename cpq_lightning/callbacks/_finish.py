@@ -8,14 +8,12 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
-from torch import nn
 
 from cpq_lightning.export import (
     CLUSTERS_FILE,
     levels_table,
     metrics_table,
     report_levels,
-    weight_histograms,
     write_clusters,
     write_manifest,
 )
@@ -31,7 +29,12 @@ def print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, 
 
 
 def write_files(
-    model: nn.Module, content: dict[str, Any], folder: Path, levels_file: str, before: Mapping[str, Any], saved: str
+    content: dict[str, Any],
+    folder: Path,
+    levels_file: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    saved: str,
 ) -> list[Path]:
     """Write the levels and what shows them; what cannot be written costs a warning, and no training.
 
@@ -43,7 +46,7 @@ def write_files(
     path = folder / levels_file
     try:
         write_manifest(content, path)
-        write_clusters(before, weight_histograms(model), folder / CLUSTERS_FILE)
+        write_clusters(before, after, folder / CLUSTERS_FILE)
     except OSError as error:
         rank_zero_warn(
             f"{path} could not be written ({error}); nothing of the training is lost: checkpoint "

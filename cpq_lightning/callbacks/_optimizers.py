@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -56,13 +57,14 @@ def train_quantizers(
             lr=_COMPANION_LR * lr_factor,
             grad_scale=_grad_scale(trainer),
             wrappers=[trainer.strategy._lightning_optimizers[index]],
+            average=_average(trainer),
         )
         if len(states) > len(companions):
             companion.load_state_dict(states[len(companions)])
         companions.append(companion)
         rank_zero_info(
-            f"{type(optimizer).__name__} cannot take the quantizers' parameters (one-dimensional, in a group of their "
-            f"own): {len(wanted[index])} of them train with Adam beside it."
+            f"{type(optimizer).__name__} cannot take the quantizers' parameters (one-dimensional, whole on each rank, "
+            f"in a group of their own): {len(wanted[index])} of them train with Adam beside it."
         )
     return companions
 
@@ -97,13 +99,27 @@ def beside_optimizers(
 
         if own:
             wrappers = [trainer.strategy._lightning_optimizers[index]]
-            found.append(Beside(optimizer, logits, stepped, _grad_scale(trainer), wrappers))
+            found.append(Beside(optimizer, logits, stepped, _grad_scale(trainer), wrappers, _average(trainer)))
     return found
 
 
 def _grad_scale(trainer: Trainer) -> Callable[[], float]:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler.get_scale if scaler is not None else lambda: 1.0
+
+
+def _average(trainer: Trainer) -> Callable[[Tensor], None] | None:
+    """What averages gradients under FSDP2, which knows only the parameters that it has sharded."""
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    if mesh is None:
+        return None
+    group = mesh["data_parallel"].get_group()
+
+    def average(gradient: Tensor) -> None:
+        dist.all_reduce(gradient, group=group)
+        gradient.div_(dist.get_world_size(group))
+
+    return average
 
 
 def _by_optimizer(pl_module: LightningModule, optimizers: list[Any], default: int) -> list[list[nn.Parameter]]:

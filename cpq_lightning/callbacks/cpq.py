@@ -33,7 +33,9 @@ from cpq_lightning.callbacks._calibration import calibrate_for_training
 from cpq_lightning.callbacks._company import (
     check_company,
     check_learners,
+    check_whole,
     counts_operations,
+    last_saved,
     monitored_bests,
     warn_of_old_bests,
 )
@@ -48,6 +50,10 @@ from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion
 
 _CHECKPOINT_KEY = "cpq_lightning"
+
+
+def _configured() -> None:
+    """Stands for a module's ``configure_model`` once it has run."""
 
 
 class CPQCallback(Callback):
@@ -129,10 +135,11 @@ class CPQCallback(Callback):
             self._folder, self._audit, self._resumed = None, None, False
         if not is_attached(pl_module):
             if overrides(pl_module, "configure_model"):
-                # Layers that are born there must exist before they can be switched; Lightning asks that the hook may
-                # be called again.
+                # Layers that are born or sharded there must be so before they can be switched.
                 with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():
                     pl_module.configure_model()
+                # Lightning calls the hook in a moment, and not everybody's may be called twice.
+                pl_module.__dict__["configure_model"] = _configured
             try:
                 attach(pl_module, self.config)
             except ValueError as error:
@@ -152,6 +159,7 @@ class CPQCallback(Callback):
         self._bests = dict(self._restored.get("bests", {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_whole(quantizers(pl_module))
         late = sorted(set(quantizable_layers(pl_module)) - self._layers)
         if late:
             raise MisconfigurationException(
@@ -243,14 +251,15 @@ class CPQCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "quantization had begun: it is a full-precision one")
-        if not trainer.is_global_zero or not (self.table or self._folder):
+        # On all ranks: where weights are sharded each holds a part.
+        content = manifest(pl_module) if self.table or self._folder else {}
+        after = weight_histograms(pl_module) if self._folder else {}
+        if not content or not trainer.is_global_zero:
             return
-        content = manifest(pl_module)
         if self.table:
             print_tables(content, self._metrics)
         if self._folder is not None and self.levels_file is not None:
-            saved = getattr(trainer.checkpoint_callback, "best_model_path", "")
-            made = write_files(pl_module, content, self._folder, self.levels_file, self._before, saved)
+            made = write_files(content, self._folder, self.levels_file, self._before, after, last_saved(trainer))
             log_pictures(trainer, made, run_step(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -260,6 +269,8 @@ class CPQCallback(Callback):
         self._stop_recording()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if pl_module.__dict__.get("configure_model") is _configured:
+            del pl_module.__dict__["configure_model"]
         for companion in self._companions:
             companion.remove()
         self._companions = []

@@ -24,7 +24,7 @@ from cpq_lightning.attach import (
 from cpq_lightning.attach.costs import FULL_BITS
 from cpq_lightning.attach.widths import FORMAT
 from cpq_lightning.functional import average_bits
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn import Quantizer, whole
 
 VERSION = 1
 
@@ -133,8 +133,8 @@ def _record(name: str, quantizer: Quantizer, used: int | None, error: float | No
 @torch.no_grad()
 def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     """Levels in use, their shares, and the relative squared error, of a weight as it evaluates."""
-    quantizer, weight = layer.weight_quantizer, layer.full_precision_weight()
-    codes = weight_codes(layer)
+    quantizer, weight = layer.weight_quantizer, whole(layer.full_precision_weight().detach())
+    codes = _codes(quantizer, weight)
     step, low, high = quantizer.grid()
     power = weight.double().square().sum()
     error = (weight.double() - (codes.float() * quantizer.along_channels(step, weight)).double()).square().sum()
@@ -154,8 +154,11 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
 @torch.no_grad()
 def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
     """The levels of a layer's weights in evaluation, as integers (int16) of the weight's shape."""
-    weight = layer.full_precision_weight()
-    step, low, high = (layer.weight_quantizer.along_channels(t, weight) for t in layer.weight_quantizer.grid())
+    return _codes(layer.weight_quantizer, whole(layer.full_precision_weight().detach()))
+
+
+def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
+    step, low, high = (quantizer.along_channels(t, weight) for t in quantizer.grid())
     return torch.minimum(torch.maximum((weight.float() / step).round(), low), high).to(torch.int16)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cpq_lightning.functional import fit_step, max_step
+from cpq_lightning.nn.sharding import whole
 
 # Enough values for a step within half a percent of the best one.
 _SAMPLE = 2**15
@@ -26,7 +27,7 @@ def weight_steps(weight: Tensor, channel_dim: int | None, widths: Sequence[int],
     Returns:
         For each width steps of shape (channels,) or (1,), float32.
     """
-    rows = weight.detach().float()
+    rows = whole(weight.detach()).float()
     rows = rows.reshape(1, -1) if channel_dim is None else rows.movedim(channel_dim, 0).flatten(1)
     if rule == "max":
         low, high = rows.amin(1), rows.amax(1)

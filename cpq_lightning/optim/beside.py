@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ class Beside:
         stepped: Called with their gradients (``None`` where there is none) after each step.
         grad_scale: Reads the factor that gradients are scaled by (16-bit mixed precision), if any.
         wrappers: Objects that stand for the optimizer and have a ``zero_grad`` of their own.
+        average: Averages a tensor over all processes in place, where nobody else does it for these parameters.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Beside:
         stepped: Callable[[list[Tensor | None]], None],
         grad_scale: Callable[[], float] = lambda: 1.0,
         wrappers: Iterable[Any] = (),
+        average: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self._stepped = stepped
         self._grad_scale = grad_scale
+        self._average = average
         self._removed = False
         self._watched: list[tuple[Any, str, Callable[..., None], Callable[..., None]]] = []
         for owner in (optimizer, *wrappers):
@@ -67,6 +70,8 @@ class Beside:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scale = self._grad_scale()
+        if self._average is not None:
+            average_gradients(self.parameters, self._average)
         grads = [p.grad for p in self.parameters]
         present = [g.div_(scale) for g in grads if g is not None]
         if present and math.isfinite(float(torch.stack([g.abs().sum() for g in present]).sum())):
@@ -80,6 +85,14 @@ class Beside:
         for owner, name, method, replaced in self._watched:
             if getattr(owner, name) is replaced:
                 setattr(owner, name, method)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], average: Callable[[Tensor], None]) -> None:
+    """Average gradients over all processes, in one go; one that is missing counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+    average(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p).clone()
 
 
 def _stepping(optimizer: Optimizer) -> Optimizer:

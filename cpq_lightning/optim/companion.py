@@ -23,6 +23,7 @@ class Companion:
         lr: Learning rate while the user's is at its starting value.
         grad_scale: Reads the factor that gradients are scaled by (16-bit mixed precision), if any.
         wrappers: Objects that stand for the optimizer and have a ``zero_grad`` of their own.
+        average: Averages a tensor over all processes in place, where nobody else does it for these parameters.
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class Companion:
         lr: float,
         grad_scale: Callable[[], float] = lambda: 1.0,
         wrappers: Iterable[Any] = (),
+        average: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.optimizer = Adam(list(parameters), lr=lr)
         self._lr = lr
         self._user = optimizer
         group = optimizer.param_groups[0]
         self._user_lr = float(group.get("initial_lr", group["lr"])) or 1.0
-        self._beside = Beside(optimizer, self.parameters, self._step, grad_scale, wrappers)
+        self._beside = Beside(optimizer, self.parameters, self._step, grad_scale, wrappers, average)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

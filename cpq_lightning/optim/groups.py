@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from cpq_lightning.nn import is_sharded
+
 GROUP_NAME = "cpq_quantizers"
 # Per-group settings that are learning rates, here and in torch's schedulers: they take the quantizers' factor.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -22,9 +24,12 @@ def takes_quantizers(optimizer: Optimizer) -> bool:
     """Whether an optimizer takes a second group and one-dimensional parameters.
 
     LBFGS takes one group only, Muon matrices only; both say so in their constructor, so another of the same class and
-    settings is made on two small parameters.
+    settings is made on two small parameters. Beside sharded parameters whole ones have no place: neither updates nor
+    norms of gradients may mix them.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
+        return False
+    if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
         return False
     accepted = inspect.signature(type(optimizer).__init__).parameters
     settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
