@@ -53,7 +53,7 @@ def calibrate(
     run = forward or (lambda batch: _call(model, batch))
     observed = [q for _, q in quantizers(model) if q.kind == "activation" and q.active]
     observers = [RangeObserver() for _ in observed]
-    with _untouched(model), torch.no_grad():
+    with _untouched(model), torch.no_grad(), _uncompiled():
         for quantizer, observer in zip(observed, observers, strict=True):
             quantizer.observer = observer
         try:
@@ -76,6 +76,11 @@ def calibrate(
         quantizer.fit_activation(observer)
     report_audit(report)
     return model
+
+
+def _uncompiled() -> Any:
+    """Compiled code runs as it was written meanwhile: observers and audits look at its values in Python."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -120,7 +125,8 @@ def recording(model: nn.Module) -> Iterator[None]:
         _, low, high = quantizer.grid()
         quantizer.usage = UsageRecorder(int(low), int(high))
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for quantizer in watched:
             if quantizer.usage is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cpq_lightning.callbacks._run import run_length
+from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer, is_sharded
 
 # Lightning's callbacks that copy the model in their setup; by name, for either of its packages.
@@ -79,8 +82,11 @@ def check_learners(trainer: Trainer, learners: int) -> None:
 
 
 def quantization_start(trainer: Trainer) -> int:
-    """The step at which quantization begins, once a fit has begun."""
-    return max((c.start_step for c in _of(trainer, "CPQCallback")), default=0)
+    """The step at which quantization begins, asked when training starts."""
+    points = [c.quantize_from for c in _of(trainer, "CPQCallback")]
+    # Where no fraction asks for it, a run may have no length.
+    length = run_length(trainer) if any(isinstance(point, float) and point for point in points) else math.inf
+    return max((resolve_point("quantize_from", point, length) for point in points), default=0)
 
 
 def counts_operations(trainer: Trainer) -> bool:

@@ -48,10 +48,7 @@ def write_files(
         write_manifest(content, path)
         write_clusters(before, after, folder / CLUSTERS_FILE)
     except OSError as error:
-        rank_zero_warn(
-            f"{path} could not be written ({error}); nothing of the training is lost: checkpoint "
-            f"{saved or 'not saved by a ModelCheckpoint'}."
-        )
+        rank_zero_warn(f"{path} could not be written ({error}). {nothing_is_lost(saved)}")
         return []
     rank_zero_info(f"Levels written to {path}")
     try:
@@ -60,5 +57,15 @@ def write_files(
         rank_zero_info(f"Pictures were not drawn: {error}")
     except Exception as error:
         # A picture is not worth a failing run.
-        rank_zero_warn(f"Pictures of {path} were not drawn ({type(error).__name__}: {error}).")
+        rank_zero_warn(
+            f"Pictures of {path} were not drawn ({type(error).__name__}: {error}). {nothing_is_lost(saved)} "
+            f"'cpq report {folder}' makes them again."
+        )
     return []
+
+
+def nothing_is_lost(saved: str) -> str:
+    """What is left of a training whose files could not be written."""
+    if saved:
+        return f"Nothing of the training is lost: its checkpoint is {saved}."
+    return "The trained module is in memory, and no ModelCheckpoint has saved it: trainer.save_checkpoint(path) does."

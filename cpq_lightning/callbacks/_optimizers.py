@@ -88,6 +88,8 @@ def beside_optimizers(
     """
     optimizers = list(trainer.optimizers)
     holders = _holders(pl_module, optimizers, default=0)
+    # Those of an exempt layer too, which learns nothing.
+    gates = [q.gates.logit for _, q in quantizers(pl_module) if q.gates.logit is not None]
     found = []
     for index, optimizer in enumerate(optimizers):
         own = [q for q in learners if holders.get(q, 0) == index]
@@ -99,7 +101,9 @@ def beside_optimizers(
 
         if own:
             wrappers = [trainer.strategy._lightning_optimizers[index]]
-            found.append(Beside(optimizer, logits, stepped, _grad_scale(trainer), wrappers, _average(trainer)))
+            found.append(
+                Beside(optimizer, logits, stepped, _grad_scale(trainer), wrappers, _average(trainer), kept_out=gates)
+            )
     return found
 
 

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -18,9 +20,33 @@ def run_step(trainer: Trainer) -> int:
 
 
 def run_length(trainer: Trainer) -> float:
-    """Steps of the whole run as :func:`run_step` counts them, ``inf`` where unknown."""
+    """Steps of the whole run as :func:`run_step` counts them, ``inf`` where unknown.
+
+    To be asked from ``on_train_start`` on: before, it would set up the data ahead of the state that a resumed run has
+    for its loaders, which would start over then.
+    """
     steps = trainer.estimated_stepping_batches
     return math.inf if steps < 0 else steps
+
+
+def warn_of_restarted_data(trainer: Trainer) -> None:
+    """Say what differs where a resumed run goes on in the middle of an epoch with a loader that cannot.
+
+    To be called when training starts.
+    """
+    loop = trainer.fit_loop
+    if not loop.restarted_mid_epoch or loop.epoch_loop.batch_progress.is_last_batch:
+        return
+    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    if all(hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") for loader in loaders):
+        return
+    rank_zero_warn(
+        f"The run goes on in the middle of epoch {trainer.current_epoch}, with a loader that starts over at its first "
+        "batch. Schedules, DropBits' noise and the path of a budget go on exactly: they follow the step. But the rest "
+        "of this epoch sees other batches than an uninterrupted run, so weights, steps and widths will differ from it. "
+        "Resume from the end of an epoch, or with a loader that has state_dict and load_state_dict (torchdata's "
+        "StatefulDataLoader), to end bit for bit the same."
+    )
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -49,7 +49,7 @@ class BufferSchedule(Callback):
         """The value at a step of the run, once a fit has begun."""
         return anneal(step, *self._span, self.first, self.last, self.shape)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = [q for _, q in quantizers(pl_module)]
         if not found:
             raise MisconfigurationException(

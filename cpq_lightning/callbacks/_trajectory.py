@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from cpq_lightning.callbacks._finish import nothing_is_lost
 from cpq_lightning.export import TRAJECTORY_FILE, draw_trajectory, write_atomically
 
 _MOST_ROWS = 250
@@ -53,7 +54,7 @@ class Trajectory:
             writer.writerow({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
         write_atomically(path, text.getvalue())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, saved: str) -> None:
         """Write and draw all rows into a run's folder; what cannot be costs a warning, and no training."""
         try:
             self.write(folder / TRAJECTORY_FILE)
@@ -61,7 +62,10 @@ class Trajectory:
         except ImportError as error:
             rank_zero_info(f"The trajectory of the widths was not drawn: {error}")
         except Exception as error:
-            rank_zero_warn(f"The trajectory of the widths was not drawn ({type(error).__name__}: {error}).")
+            rank_zero_warn(
+                f"The trajectory of the widths was not written ({type(error).__name__}: {error}). "
+                f"{nothing_is_lost(saved)}"
+            )
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The rows, for a checkpoint."""

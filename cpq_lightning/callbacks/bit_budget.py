@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import auditable, learning_quantizers, model_costs, quantizers, widths_by_name
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._company import monitored_bests, quantization_start, warn_of_old_bests
+from cpq_lightning.callbacks._company import last_saved, monitored_bests, quantization_start, warn_of_old_bests
 from cpq_lightning.callbacks._goals import BudgetUnit, explain_nothing_to_learn, make_goals
 from cpq_lightning.callbacks._loggers import log_widths
 from cpq_lightning.callbacks._optimizers import beside_optimizers
@@ -179,7 +179,7 @@ class BitBudget(Callback):
         if self._done is None or not trainer.is_global_zero or quiet:
             return
         self._trajectory.note(run_step(trainer), self._values(pl_module), widths_by_name(pl_module))
-        self._trajectory.save(folder)
+        self._trajectory.save(folder, last_saved(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "BitBudget had fixed the widths: it is not at the target")

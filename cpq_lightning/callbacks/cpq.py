@@ -37,12 +37,13 @@ from cpq_lightning.callbacks._company import (
     counts_operations,
     last_saved,
     monitored_bests,
+    quantization_start,
     warn_of_old_bests,
 )
 from cpq_lightning.callbacks._finish import print_tables, write_files
 from cpq_lightning.callbacks._loggers import log_pictures
 from cpq_lightning.callbacks._optimizers import train_quantizers
-from cpq_lightning.callbacks._run import overrides, run_folder, run_length, run_step
+from cpq_lightning.callbacks._run import overrides, run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import manifest, weight_histograms
 from cpq_lightning.functional import resolve_point
@@ -166,13 +167,6 @@ class CPQCallback(Callback):
                 f"{len(late)} layers, such as {late[0]!r}, were made after CPQCallback had quantized the module, in "
                 "its setup or later: make them in __init__ or configure_model."
             )
-        length = run_length(trainer) if self.quantize_from else math.inf
-        self.start_step = resolve_point("quantize_from", self.quantize_from, length)
-        if self.quantize_from and self.start_step >= length:
-            rank_zero_warn(
-                f"quantize_from={self.quantize_from} is step {self.start_step} of a run of {length} steps: the run "
-                "ends in full precision. Give an earlier step or fraction."
-            )
         self._audited = not auditable(pl_module)
         self._companions = train_quantizers(trainer, pl_module, self.lr_factor, self._restored.get("companions", []))
         self._quantizers = [q for _, q in quantizers(pl_module)]
@@ -182,6 +176,16 @@ class CPQCallback(Callback):
         unmeasured = learned and not any(q.order for q in self._quantizers)
         if unmeasured or self._lacks_ranges():
             self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start_step = quantization_start(trainer)
+        length = run_length(trainer) if self.quantize_from else math.inf
+        if self.quantize_from and self.start_step >= length:
+            rank_zero_warn(
+                f"quantize_from={self.quantize_from} is step {self.start_step} of a run of {length} steps: the run "
+                "ends in full precision. Give an earlier step or fraction."
+            )
+        warn_of_restarted_data(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if any(q.has_gates for q in self._quantizers):

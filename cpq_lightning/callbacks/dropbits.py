@@ -25,7 +25,7 @@ class DropBitsSchedule(BufferSchedule):
 
     Raises:
         ValueError: a value out of its range, or ``start`` after ``end``.
-        MisconfigurationException: at fit start, a model without quantizers.
+        MisconfigurationException: before training, a model without quantizers.
 
     Example:
         >>> DropBitsSchedule(first=0.8).last

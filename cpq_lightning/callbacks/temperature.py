@@ -21,7 +21,7 @@ class TemperatureSchedule(BufferSchedule):
 
     Raises:
         ValueError: a value out of its range, or ``start`` after ``end``.
-        MisconfigurationException: at fit start, a model without quantizers.
+        MisconfigurationException: before training, a model without quantizers.
 
     Example:
         >>> TemperatureSchedule(start=0.5, last=0.25).last

@@ -30,6 +30,11 @@ class Connect(torch.autograd.Function):
     """
 
     @staticmethod
+    def of(x: Tensor, *parameters: Tensor) -> Tensor:
+        """Apply it, where gradients are wanted."""
+        return Connect.apply(x, *parameters) if torch.is_grad_enabled() else x.view_as(x)
+
+    @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         return x.view_as(x)

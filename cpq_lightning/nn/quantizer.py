@@ -178,15 +178,15 @@ class Quantizer(Widths):
             RuntimeError: an activation in evaluation before its range is known.
         """
         if not self.active:
-            return Connect.apply(x, *self.parameters())
+            return Connect.of(x, *self.parameters())
         if self.observer is not None:
             self.observer.update(x)
-            return Connect.apply(x, *self.parameters())
+            return Connect.of(x, *self.parameters())
         if not self.calibrated:
-            self._fit_first(x)
+            self._fit_first(x)  # type: ignore[call-arg]
         out = self._quantize(x, *self._step_and_sigma(), self._masks(x))
         if self.gates.logit is not None and not self._gates_learn:
-            out = Connect.apply(out, self.gates.logit)
+            out = Connect.of(out, self.gates.logit)
         if self.usage is not None:
             self.usage.update(x, out, self.grid()[0])
         return out
@@ -226,6 +226,7 @@ class Quantizer(Widths):
 
     # Ranges ---------------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _fit_first(self, x: Tensor) -> None:
         if self.kind == "weight":
             self.fit_weight(x)

@@ -27,6 +27,7 @@ class Beside:
         grad_scale: Reads the factor that gradients are scaled by (16-bit mixed precision), if any.
         wrappers: Objects that stand for the optimizer and have a ``zero_grad`` of their own.
         average: Averages a tensor over all processes in place, where nobody else does it for these parameters.
+        kept_out: Parameters that may not be added to the optimizer; ``None`` means those beside it.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class Beside:
         grad_scale: Callable[[], float] = lambda: 1.0,
         wrappers: Iterable[Any] = (),
         average: Callable[[Tensor], None] | None = None,
+        kept_out: Iterable[nn.Parameter] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self._stepped = stepped
         self._grad_scale = grad_scale
         self._average = average
+        self._kept_out = {id(p) for p in (self.parameters if kept_out is None else kept_out)}
         self._removed = False
         self._watched: list[tuple[Any, str, Callable[..., None], Callable[..., None]]] = []
         for owner in (optimizer, *wrappers):
@@ -61,7 +64,7 @@ class Beside:
             parameter.grad = None
 
     def _add(self, add: Callable[..., None], group: dict[str, Any]) -> None:
-        own = set() if self._removed else {id(p) for p in self.parameters}
+        own = set() if self._removed else self._kept_out
         params = group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         left = [p for p in params if id(p[1] if isinstance(p, tuple) else p) not in own]

@@ -1,0 +1,242 @@
+"""What goes wrong in other people's runs must not go wrong in the quantizers."""
+
+import errno
+import os
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.lightning_matrix.common import Plain, check, data, fit, trainer_in
+from cpq_lightning import CPQCallback, CPQConfig, levels
+from cpq_lightning.attach import learning_quantizers, quantizers
+from cpq_lightning.callbacks import BitBudget
+from tests.models import IMAGES, LABELS, Classifier
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?!.*(could not be|never called)).*")
+        yield
+
+
+def state(module):
+    return {name: value.clone() for name, q in quantizers(module) for name, value in q.state_dict(prefix=name).items()}
+
+
+class Spoiled(Callback):
+    """Puts a value into some batches, on their way into the step, and holds what the quantizers were before."""
+
+    def __init__(self, value, batches, everywhere=False):
+        self.value, self.batches, self.everywhere, self.moved = value, batches, everywhere, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.now = trainer.fit_loop.total_batch_idx
+        if self.now in self.batches:
+            self.before = state(pl_module)
+            images = batch[0]
+            (images if self.everywhere else images[:1, :1, :2]).fill_(self.value)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.now in self.batches:
+            after = state(pl_module)
+            # The counter of the gates' noise counts forwards, whatever comes of them.
+            moved = [n for n, v in self.before.items() if not torch.equal(v, after[n]) and not n.endswith("noise_step")]
+            self.moved += moved
+
+
+def copied():
+    """A loader whose batches may be written on."""
+    return DataLoader([(image.clone(), label) for image, label in data().dataset], 16)
+
+
+def test_a_bad_batch_that_amp_skips_moves_no_quantizer(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    spoiled = Spoiled(float("nan"), {5, 20})
+    trainer, module = (
+        trainer_in(tmp_path, spoiled, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)]),
+        Plain(),
+    )
+    # Ours come first and have set schedules by then; batch norm is the user's, and keeps what it has seen.
+    module.net[1] = nn.Identity()
+    trainer.fit(module, copied(), data())
+    assert spoiled.moved == []
+    check(trainer, module)
+
+
+def test_infinity_in_a_batch_is_the_highest_level(tmp_path):
+    """What an input quantizer clips it has clipped: gradients stay finite, without AMP too."""
+    module = Plain()
+    fit(tmp_path, module, Spoiled(float("inf"), {5, 20}), loader=copied())
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_first_batch_of_nothing_but_nan_sets_no_range(tmp_path):
+    spoiled = Spoiled(float("nan"), {0}, everywhere=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    module = Plain()
+    module.net[1] = nn.Identity()
+    trainer = trainer_in(tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    trainer.callbacks = [spoiled, CPQCallback(quantize_from=0.0, table=False, calibration_batches=1)]
+    trainer.fit(module, copied(), data())
+    assert all(v.isfinite().all() for v in module.state_dict().values())
+    assert all(q.calibrated for _, q in quantizers(module))
+
+
+def test_a_gradient_that_is_not_finite_moves_no_gate_without_amp_either(tmp_path):
+    class Poison(Callback):
+        def __init__(self):
+            self.gates = None
+
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 7:
+                logits = [q.gates.logit for _, q in quantizers(pl_module) if q.learns_bits]
+                self.gates = [logit.detach().clone() for logit in logits]
+                logits[0].grad.fill_(torch.nan)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 8:
+                logits = [q.gates.logit for _, q in quantizers(pl_module) if q.learns_bits]
+                assert all(torch.equal(a, b) for a, b in zip(self.gates, logits, strict=True))
+
+    poison = Poison()
+    fit(tmp_path, Plain(), poison)
+    assert poison.gates is not None
+
+
+def test_batches_of_one(tmp_path):
+    module = Plain()
+    module.net[1] = nn.Identity()
+    few = DataLoader(torch.utils.data.Subset(data().dataset, range(8)), 1)
+    fit(tmp_path, module, loader=few, max_epochs=5)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("what", ["all-zero layer", "dead channel", "constant input"])
+def test_tensors_without_a_scale(fit, what, per_channel):
+    module = Classifier()
+    with torch.no_grad():
+        weight = module.net[3].weight
+        (weight if what == "all-zero layer" else weight[2:3]).zero_()
+        if what == "all-zero layer":
+            module.net[3].bias.zero_()
+    loader = data()
+    if what == "constant input":
+        loader = DataLoader(TensorDataset(torch.zeros_like(IMAGES), LABELS), 16)
+    config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, per_channel=per_channel, first_last_bits=None)
+    fit(module, [CPQCallback(config, table=False), BitBudget(4.0)], max_epochs=10, loaders=(loader, data()))
+    assert all(v.isfinite().all() for v in module.state_dict().values())
+    assert all(q.step().min() > 0 for _, q in quantizers(module))
+    assert not learning_quantizers(module)
+    assert all(r.relative_error is None or 0 <= r.relative_error <= 1 for r in levels(module))
+
+
+def test_a_backbone_that_is_frozen_from_the_start_learns_its_widths_all_the_same(tmp_path):
+    class Frozen(Plain):
+        def __init__(self):
+            super().__init__(lambda parameters: torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-3))
+            self.net[:-1].requires_grad_(False)
+
+    module = Frozen()
+    before = module.net[5].weight.clone()
+    fit(tmp_path, module)
+    assert torch.equal(module.net[5].full_precision_weight(), before)
+    assert len({r.bits for r in levels(module) if r.kind == "weight" and not r.exempt}) >= 1
+
+
+class Shared(Plain):
+    """Two layers with one weight, one of which is called twice a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3] = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.twin = nn.Conv2d(8, 8, 3, padding=1)
+        self.twin.weight = self.net[3].weight
+
+    def forward(self, images):
+        x = self.net[:5](images)
+        return self.net[5:](self.twin(self.twin(x).relu()).relu())
+
+
+def test_a_shared_weight_and_a_layer_that_is_called_twice(tmp_path):
+    module = Shared()
+    trainer = trainer_in(tmp_path)
+    trainer.fit(module, data(), data())
+    assert module.twin.weight_quantizer is module.net[3].weight_quantizer
+    assert module.twin.full_precision_weight() is module.net[3].full_precision_weight()
+    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert not learning_quantizers(module)
+    # It is counted once in the size, and in the average.
+    weights = {id(q): q.numel for _, q in quantizers(module) if q.kind == "weight" and not q.exempt}
+    assert sum(weights.values()) == 576 + 864 + 3072
+
+
+def test_a_layer_that_is_never_called_is_named_and_costs_nothing_else(tmp_path):
+    class Spare(Plain):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(4, 4)
+
+    module = Spare()
+    trainer = trainer_in(tmp_path)
+    with pytest.warns(UserWarning, match=r"never called.*spare.weight_quantizer"):
+        trainer.fit(module, data(), data())
+    assert not learning_quantizers(module)
+    assert (tmp_path / "levels.json").exists()
+
+
+def full_disk(monkeypatch, suffixes):
+    """Writing to files of some kinds fails as on a disk that is full, after the first bytes."""
+    replace = os.replace
+
+    def failing(source, target):
+        if str(target).endswith(suffixes):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+
+
+@pytest.mark.parametrize("suffixes", [(".json", ".csv"), (".csv",), (".png",)])
+def test_a_full_disk_at_export_loses_no_training_and_the_message_names_the_checkpoint(tmp_path, monkeypatch, suffixes):
+    full_disk(monkeypatch, suffixes)
+    saver = ModelCheckpoint(tmp_path / "saved", filename="last")
+    trainer, module = trainer_in(tmp_path, saver, enable_checkpointing=True), Plain()
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        trainer.fit(module, data(), data())
+    check(trainer, module)
+    messages = [str(w.message) for w in caught if "No space left" in str(w.message)]
+    assert messages
+    assert all(str(tmp_path / "saved" / "last.ckpt") in message for message in messages)
+    assert (tmp_path / "saved" / "last.ckpt").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_written_loses_no_training_and_the_message_names_the_checkpoint(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    saver = ModelCheckpoint(tmp_path / "saved", filename="last")
+    trainer, module = trainer_in(tmp_path, saver, enable_checkpointing=True), Plain()
+    next(c for c in trainer.callbacks if isinstance(c, CPQCallback)).levels_file = "file/levels.json"
+    with pytest.warns(UserWarning, match=r"levels\.json could not be written.*last\.ckpt"):
+        trainer.fit(module, data(), data())
+    check(trainer, module)
+
+
+def test_layers_that_only_some_steps_call(tmp_path):
+    class Sometimes(Plain):
+        def training_step(self, batch, batch_idx):
+            x = self.net[:7](batch[0])
+            if batch_idx % 2:
+                x = x + self.net[5](self.net[:5](batch[0]))
+            return cross_entropy(self.net[7:](x), batch[1])
+
+    fit(tmp_path, Sometimes())
