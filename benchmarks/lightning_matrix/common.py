@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,23 +116,30 @@ def data(batch_size: int = 16, shuffle: bool = False) -> DataLoader[Any]:
     return DataLoader(TensorDataset(_IMAGES, _LABELS), batch_size, shuffle=shuffle)
 
 
-def callbacks(quantize_from: int | float = 0, **settings: Any) -> list[Callback]:
+def callbacks(quantize_from: int | float = 0, narrowest: int = 2, target: float = TARGET) -> list[Callback]:
     """CPQ with learned widths, a layer whose bits are dropped by schedule, and both schedules."""
     config = CPQConfig(
         weight_bits=8,
-        min_bits=2,
+        min_bits=narrowest,
         learn_bits=True,
         overrides={"*net.3": {"learn_bits": False, "weight_bits": 4, "min_bits": 3}},
     )
     return [
-        CPQCallback(config, quantize_from=quantize_from, table=False, lr_factor=0.5, **settings),
-        BitBudget(TARGET),
+        CPQCallback(config, quantize_from=quantize_from, table=False, lr_factor=0.5),
+        BitBudget(target),
         TemperatureSchedule(last=0.5),
         DropBitsSchedule(first=0.7),
     ]
 
 
-def trainer_in(folder: Path, *more: Callback, quantize_from: int | float = 0, **settings: Any) -> Trainer:
+def trainer_in(
+    folder: Path,
+    *more: Callback,
+    quantize_from: int | float = 0,
+    narrowest: int = 2,
+    target: float = TARGET,
+    **settings: Any,
+) -> Trainer:
     """A quiet Trainer on the CPU with :func:`callbacks`, and more behind them."""
     defaults: dict[str, Any] = {
         "max_epochs": 10,
@@ -145,7 +152,7 @@ def trainer_in(folder: Path, *more: Callback, quantize_from: int | float = 0, **
         "default_root_dir": folder,
         "log_every_n_steps": 1,
     }
-    return Trainer(callbacks=[*callbacks(quantize_from), *more], **(defaults | settings))
+    return Trainer(callbacks=[*callbacks(quantize_from, narrowest, target), *more], **(defaults | settings))
 
 
 def fit(folder: Path, module: LightningModule, *more: Callback, loader: Any = None, **settings: Any) -> Trainer:
@@ -164,11 +171,11 @@ def fit(folder: Path, module: LightningModule, *more: Callback, loader: Any = No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, loader or data(), data(), ckpt_path=path)
-    check(trainer, module)
+    check(trainer, module, settings.get("target", TARGET))
     return trainer
 
 
-def check(trainer: Trainer, module: nn.Module, rows: Sequence[str] = ()) -> None:
+def check(trainer: Trainer, module: nn.Module, target: float = TARGET) -> None:
     """What must hold after any run to its end: widths at the target, schedules at theirs, all steps trained."""
     assert trainer.state.finished
     found = dict(quantizers(module))
@@ -183,7 +190,7 @@ def check(trainer: Trainer, module: nn.Module, rows: Sequence[str] = ()) -> None
     assert dropped.bits == 4
     assert float(dropped.keep_prob) > 0.95
     assert not learning_quantizers(module)
-    assert abs((mean_width(module, "weight") or 0) - TARGET) <= 0.2
+    assert abs((mean_width(module, "weight") or 0) - target) <= 0.2
 
 
 def rates(trainer: Trainer) -> tuple[float, float]:

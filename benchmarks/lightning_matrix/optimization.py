@@ -206,7 +206,7 @@ _SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-3, step_size_up=4, cycle_momentum=False),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1e-3, total_steps=50),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(
-        o, patience=4, threshold=10.0, threshold_mode="abs", factor=0.5
+        o, patience=2, threshold=10.0, threshold_mode="abs", factor=0.5
     ),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.5, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
@@ -228,7 +228,7 @@ class Ratios(Callback):
 
 def _scheduled(folder: Path, name: str, interval: str) -> str:
     ratios = Ratios()
-    fit(folder, Plain(make_scheduler=_SCHEDULERS[name], interval=interval), ratios)
+    fit(folder, Plain(make_scheduler=_SCHEDULERS[name], interval=interval), ratios, max_epochs=6)
     model = [round(rate, 9) for rate, _ in ratios.seen]
     assert len(set(model)) > 1, "the scheduler has not moved the rate"
     # SWALR moves every group to its own rate, whatever was before.

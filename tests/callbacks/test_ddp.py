@@ -1,11 +1,13 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import mean_width, quantizers
 from cpq_lightning.callbacks import BitBudget, DropBitsSchedule, TemperatureSchedule
-from tests.models import Classifier, data
+from tests.models import LABELS, Classifier, data
 
 # Two runs that look for a free port at the same moment may find the same one.
 pytestmark = pytest.mark.xdist_group("ddp")
@@ -91,3 +93,52 @@ def test_two_processes_decide_the_same_widths(fit):
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, first_last_bits=None)
     callbacks = [CPQCallback(config, table=False), BitBudget(3.5), DecidedAtTheEnd(), SameOnAllRanks()]
     fit(module, callbacks, strategy="ddp_spawn", devices=2, max_epochs=12)
+
+
+class Halted(Classifier):
+    """One of its learning layers is in evaluation mode while it trains."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[3].eval()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_widths_with_a_layer_in_evaluation_mode(fit):
+    config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, first_last_bits=None)
+    callbacks = [CPQCallback(config, table=False), BitBudget(3.5), DecidedAtTheEnd(), SameOnAllRanks()]
+    fit(Halted(), callbacks, strategy="ddp_spawn", devices=2, max_epochs=8)
+
+
+class Sizes(Classifier):
+    """Each process sees images of its own size."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(*self.net[:-2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    def train_dataloader(self):
+        size = 8 + 4 * self.trainer.global_rank
+        images = torch.randn(32, 3, size, size, generator=torch.Generator().manual_seed(1))
+        return DataLoader(TensorDataset(images, LABELS[:32]), 8)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+class SameCosts(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        noted = [(q.macs, q.numel, q.order) for _, q in quantizers(pl_module)]
+        everybody = [None, None]
+        torch.distributed.all_gather_object(everybody, noted)
+        assert everybody[0] == everybody[1]
+        assert all(any(counts) for counts in noted)
+
+
+@pytest.mark.slow
+def test_processes_with_inputs_of_several_sizes_count_the_same_costs(fit):
+    config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, act_bits=4, first_last_bits=None)
+    # 576 products a position of the layer in the middle; what two processes disagree on would be refused on one only.
+    budget = BitBudget(500_000, unit="bops")
+    trainer_settings = {"strategy": "ddp_spawn", "devices": 2, "max_epochs": 8, "use_distributed_sampler": False}
+    fit(Sizes(), [CPQCallback(config, table=False), budget, SameCosts(), SameOnAllRanks()], loaders=(None, None),
+        **trainer_settings)  # fmt: skip
