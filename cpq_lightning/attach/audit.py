@@ -163,7 +163,8 @@ class Audit(TorchFunctionMode):
         expected = ["input", "weight"]
         if isinstance(layer, QuantizedLayer):
             expected = ["weight"] if layer.input_quantizer is None else expected
-        elif layer in self._left_out:
+        elif layer in self._left_out or (layer is not None and next(layer.parameters(), None) is None):
+            # What has no parameter, such as a blur within an augmentation, has no weight to quantize.
             return
         missing = [
             name
@@ -177,7 +178,6 @@ class Audit(TorchFunctionMode):
         """Multiply-accumulates of a product with a quantized weight."""
         if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
             return
-        batch = self._samples(input)
         quantizer = self._quantized.get(weight)
         if quantizer is None and isinstance(layer, QuantizedLayer):
             quantizer = layer.weight_quantizer
@@ -185,7 +185,7 @@ class Audit(TorchFunctionMode):
             return
         self._counted.add((self._where(), quantizer))
         places = (input if "transpose" in func.__name__ else out).numel()
-        macs = places * (weight.numel() // weight.shape[0]) // batch
+        macs = places * (weight.numel() // weight.shape[0]) // self._samples(input)
         name = self._names[quantizer]
         self.report.macs[name] = self.report.macs.get(name, 0) + macs
 

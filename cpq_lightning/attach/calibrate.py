@@ -129,6 +129,6 @@ def recording(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for quantizer in watched:
-            if quantizer.usage is not None:
+            if quantizer.usage is not None and quantizer.usage.used_levels:
                 quantizer.measured = (quantizer.usage.used_levels, quantizer.usage.relative_error)
             quantizer.usage = None

@@ -111,15 +111,17 @@ def _check_weight(name: str, layer: nn.Module) -> None:
 def first_and_last(model: nn.Module, names: list[str], called: list[str] | None = None) -> set[str]:
     """Names of the first and last layer: as timm's ``default_cfg`` has them, else as called, else as registered.
 
-    With them those that share a weight with one of them.
+    With them the last one that trains, and those that share a weight with one of them.
     """
     timm_first, timm_last = timm_ends(model, names)
     order = called or names
-    ends = (timm_first or {order[0]}) | (timm_last or {order[-1]})
+    weights = {name: model.get_submodule(name)._parameters["weight"] for name in names}
+    # A teacher that runs behind the network that trains takes nothing from that one's last layer.
+    trained = [name for name in order if (weight := weights[name]) is not None and weight.requires_grad]
+    ends = (timm_first or {order[0]}) | (timm_last or {order[-1], *trained[-1:]})
     # Layers that share a weight share its width.
-    weights = {name: id(model.get_submodule(name)._parameters["weight"]) for name in names}
-    shared = {weights[name] for name in ends}
-    return {name for name in names if weights[name] in shared}
+    shared = {id(weights[name]) for name in ends}
+    return {name for name in names if id(weights[name]) in shared}
 
 
 def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:

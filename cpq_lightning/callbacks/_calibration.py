@@ -10,12 +10,13 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from rich.progress import Progress
-from torch import nn, no_grad
+from torch import nn
 from torchmetrics import Metric
 
 from cpq_lightning.attach import calibrate, quantizers, set_active
@@ -116,7 +117,7 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
     notes = [(m, _notes(m)) for m in module.modules() if not isinstance(m, Metric | Quantizer)]
     own = {id(p) for _, q in quantizers(module) for p in q.parameters()}
     # A teacher's weights may be moved by hand within a step.
-    weights = [(p, p._version, p.detach().clone()) for p in module.parameters() if id(p) not in own]
+    weights = [(p, p.detach().clone()) for p in module.parameters() if id(p) not in own]
     with ExitStack() as stack:
         for owner, names in silenced:
             held = cast(dict[str, Any], vars(owner))
@@ -133,9 +134,10 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
                     setattr(metric, name, value)
             for owner, note in notes:
                 _restore_notes(owner, note)
-            with no_grad():
-                for parameter, version, value in weights:
-                    if parameter._version != version:
+            with torch.no_grad():
+                for parameter, value in weights:
+                    # By value: what is written through ``.data`` leaves a tensor's version as it was.
+                    if not torch.equal(parameter, value):
                         parameter.copy_(value)
 
 

@@ -95,8 +95,8 @@ class WidthSearch:
             return False
         rank_zero_warn(
             f"BitBudget: {len(frozen)} of {len(self.names)} quantizers that learn their width, such as {frozen[0]!r}, "
-            f"are still frozen at step {step}, halfway to the freeze: the others learn alone, and these keep what they "
-            "have, until widths are decided. Unfreeze earlier, or give a later freeze."
+            f"are still frozen at step {step}, halfway to the freeze: the others learn alone, and these follow their "
+            "mean. Unfreeze earlier, or give a later freeze."
         )
         return True
 
@@ -149,6 +149,7 @@ class WidthSearch:
     def decide(self, step: int) -> None:
         """Decide whole widths at the target: those of the open gates, and the cheapest single changes."""
         noise, beta = self._annealed(step)
+        self._name_followers()
         widths = self.gates.decided(noise, beta)
         changed: list[dict[str, Any]] = []
         sentences = []
@@ -170,6 +171,17 @@ class WidthSearch:
         self.settled, self.changes = self._agree((widths, changed))
         for sentence in sentences:
             rank_zero_info(sentence)
+
+    def _name_followers(self) -> None:
+        updates = self.gates.updates.split(self.gates.rows)
+        unknown = [name for name, own in zip(self.names, updates, strict=True) if not own.any()]
+        if unknown and self.gates.updated:
+            rank_zero_warn(
+                f"BitBudget: {len(unknown)} of {len(self.names)} quantizers that learn their width, such as "
+                f"{unknown[0]!r}, never had a gradient (a teacher, a frozen layer, one that nothing calls): they take "
+                "the mean width of the others. To give them widths of their own, set learn_bits to False for them in "
+                "CPQConfig(overrides=...)."
+            )
 
     def fix(self, step: int) -> None:
         """Fix the widths in the quantizers."""

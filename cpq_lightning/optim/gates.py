@@ -24,6 +24,8 @@ _TINY = 1e-12
 _ROUNDS = 50
 # While widths are learned a logit stays where its gate is open with a probability between these.
 _REACH = (0.02, 0.98)
+# A gate that follows others is open with at least this probability, and shut with at least this one.
+_SHUT = 1e-3
 # Beyond its threshold by this a gate is 0 or 1 for certain, at the noise and temperature that learning ends with.
 _CERTAIN = 1.5
 
@@ -52,8 +54,9 @@ class GateTrainer:
 
     so a gate closes where what it saves, at the price lambda, outweighs what it is worth to the loss; neither the
     share of a layer in the model nor the optimizer of the weights sets its pace. ``lambda`` is solved for. Where no
-    gradient came in a step (its optimizer did not step, its layer is frozen), running means stay as they were, and
-    gates that never had one stay too: nothing is known of their worth.
+    gradient came in a step (its optimizer did not step, its layer is frozen), running means stay as they were. Of a row
+    that never had one (a teacher under ``no_grad``, a layer that nothing calls) nothing is known: it follows the mean
+    width of the others, by what it costs, and so neither takes bits from them nor leaves them any.
 
     Args:
         quantizers: Those whose widths are learned.
@@ -140,7 +143,7 @@ class GateTrainer:
         known, count = self.updates > 0, self.updates.clamp(min=1)
         mean = self.mean / (1 - _MOMENTUM**count)
         scale = (self.square / (1 - _VARIANCE**count)).sqrt() + _TINY
-        theta = self.theta()
+        theta = self._following(self.theta(), known, rate, noise, beta)
         # A gate that is all but decided stays where noise still reaches it: it can come back.
         low, high = (_logit_at(p, noise, beta) for p in _REACH)
         low, high = torch.minimum(theta, low), torch.maximum(theta, high)
@@ -166,6 +169,23 @@ class GateTrainer:
             budget.strength += (strength - budget.strength) * (1 - _MOMENTUM)
             new = torch.where(unit > 0, moved(strength, price), new)
         self.write(new)
+
+    def _following(self, theta: Tensor, known: Tensor, rate: float, noise: float, beta: float) -> Tensor:
+        """Logits with those of the unknown rows moved towards the mean width of the known ones."""
+        if known.all() or not known.any():
+            return theta
+        widths = expected_bits(self.probabilities(theta, noise, beta), self.min_bits)
+        for budget in self.budgets:
+            unit = budget.cost.gradient(widths)
+            share = unit * known
+            if not share.any():
+                continue
+            mean = (share * widths).sum() / share.sum()
+            gate = torch.arange(len(self.exists))[:, None]
+            wanted = (mean.clamp(self.min_bits, self.max_bits) - self.min_bits - gate).clamp(_SHUT, 1 - _SHUT)
+            moved = theta + (logit_of(wanted, noise, beta) - theta).clamp(-rate, rate)
+            theta = torch.where(~known & (unit > 0), moved, theta)
+        return theta
 
     @torch.no_grad()
     def settle(self, widths: Tensor, rate: float, noise: float, beta: float) -> None:

@@ -105,3 +105,27 @@ def test_its_state_goes_on_where_it_was():
     for gates in (one, two):
         gates.step(push, [4.9], 0.1, 1.0, BETA)
     assert torch.equal(one.theta(), two.theta())
+
+
+def test_rows_that_never_had_a_gradient_follow_the_mean_of_the_others():
+    """A teacher under ``no_grad`` takes no bits from the network that trains."""
+    gates, budget = trainer((300, 100, 400))
+    for step in range(300):
+        target = max(4.0, 7.5 - 0.02 * step)
+        # The first row needs its bits, the second does not, the third is never heard of.
+        gates.step([torch.full_like(gates.quantizers[0].gates.logit, -1.0), *silence(gates)[1:2], None],
+                   [target], 0.3, 1.0, BETA)  # fmt: skip
+    widths = gates.expected(1.0, BETA)
+    assert budget.cost(widths) == pytest.approx(4.0, abs=1e-3)
+    mean = (300 * widths[0] + 100 * widths[1]) / 400
+    assert widths[2] == pytest.approx(float(mean), abs=0.1)
+    assert widths[0] > widths[1] + 1
+    assert gates.updates.tolist() == [300, 300, 0]
+
+
+def test_nothing_moves_before_there_is_any_gradient():
+    gates, _ = trainer()
+    before = gates.theta()
+    gates.step([None, None], [3.0], 0.3, 1.0, BETA)
+    assert torch.equal(gates.theta(), before)
+    assert not gates.updated
