@@ -87,7 +87,7 @@ def _exchange(
     widths: Tensor, narrowest: Tensor, widest: Tensor, unit: Tensor, cost: WidthCost, gap: float
 ) -> list[tuple[int, int]] | None:
     """A bit less for one row and one more for another, so that the gap is least; ``None`` if none makes it smaller."""
-    if len(widths) > _MOST_ROWS:
+    if not 1 < len(widths) <= _MOST_ROWS:
         return None
     down = (unit > 0) & (widths - 1 >= narrowest)
     up = (unit > 0) & (widths + 1 <= widest)

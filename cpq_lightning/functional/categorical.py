@@ -245,8 +245,9 @@ def _argmax_level(u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple
     for (low, high), mask in zip(bounds[1:], masks[1:], strict=True):
         # Nearest in the whole grid G_k: if that lies in a ring further in, it has been seen there, with a larger mask.
         candidate = nearest.clamp(low, high)
-        score = mask.to(u.dtype).log() + _log_cell((candidate - u).abs(), s)
-        better = score > best
+        # The sum has the layout of its first term; at equal scores the outer candidate is what rounding chose.
+        score = _log_cell((candidate - u).abs(), s) + mask.to(u.dtype).log()
+        better = score >= best
         level = torch.where(better, candidate, level)
         best = torch.where(better, score, best)
     return level

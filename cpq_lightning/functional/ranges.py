@@ -34,17 +34,22 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
         tensor([1.])
     """
     low, high = level_bounds(bits, signed)
-    values = values.float()
+    # What lies on a side without levels has the same error at any step.
+    values = values.float().clamp(-torch.inf if low else 0.0, torch.inf if high else 0.0)
     full = _full_range(values.amin(1), values.amax(1), low, high)
     empty = full < _SMALLEST
     full = torch.where(empty, 1.0, full)
+    # Squares would leave float32 far from 1: a power of two brings the search there, and its result back.
+    exponent = full.frexp().exponent - 1
+    full, values = full.ldexp(-exponent), values.ldexp(-exponent[:, None])
     coarse = full[:, None] * torch.logspace(-8, 1, _COARSE, base=2).to(full)
     kept = coarse.gather(1, _errors(values, counts, coarse, low, high).topk(_KEPT, largest=False).indices)
     ratio = 2 ** (9 / (_COARSE - 1))
     around = torch.linspace(1 / ratio, ratio, _FINE).to(full)
     fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None]], 1)
     best = fine.gather(1, _errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
-    return torch.where(empty, 1.0, _alternate(values, counts, best, low, high))
+    step = _alternate(values, counts, best, low, high).ldexp(exponent).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(empty, 1.0, step)
 
 
 def max_step(lowest: Tensor, highest: Tensor, bits: int, signed: bool) -> Tensor:
@@ -55,7 +60,7 @@ def max_step(lowest: Tensor, highest: Tensor, bits: int, signed: bool) -> Tensor
         tensor(1.)
     """
     step = _full_range(lowest, highest, *level_bounds(bits, signed))
-    return torch.where(step > 0, step, 1.0)
+    return torch.where(step >= _SMALLEST, step, 1.0)
 
 
 def _full_range(lowest: Tensor, highest: Tensor, low: int, high: int) -> Tensor:
@@ -91,7 +96,7 @@ def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
         tensor([2, 1])
     """
     width = (high - low).clamp(min=_SMALLEST) / bins
-    index = ((values.flatten().float() - low) / width).long().clamp(0, bins - 1)
+    index = ((values.flatten().float() - low) / width).clamp(0, bins - 1).long()
     return torch.bincount(index, minlength=bins)
 
 

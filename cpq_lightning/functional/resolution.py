@@ -62,13 +62,16 @@ def quantize_resolution(
     widths = range(min_bits, bits + 1)
     found = [True] * len(shares)
     # What is drawn is read back to the host, which compiled code cannot do: it computes all widths.
-    if not torch.compiler.is_compiling():
+    # And of nothing, nothing is drawn.
+    if x.numel() and not torch.compiler.is_compiling():
         present = shares.detach().reshape(len(shares), -1) != 0
         channels = [d for d in range(x.dim()) if shares.dim() == x.dim() + 1 and shares.shape[d + 1] > 1]
         if len(channels) == 1:
-            return _sum_of_rows(x, shares, present, widths, channels[0], at)
+            # Counted from the right, as what broadcasts to x is aligned.
+            return _sum_of_rows(x, shares, present, widths, channels[0] - x.dim(), at)
         found = present.any(1).tolist()
-    terms = [share.to(x.dtype) * at(k) for k, share, some in zip(widths, shares, found, strict=True) if some]
+    # A product has the layout of its first factor.
+    terms = [at(k) * share.to(x.dtype) for k, share, some in zip(widths, shares, found, strict=True) if some]
     return sum(terms[1:], start=terms[0])
 
 
@@ -87,6 +90,6 @@ def _sum_of_rows(
 
 def _rows(value: Tensor, dim: int, rows: Tensor) -> Tensor:
     """Rows of something that broadcasts to x."""
-    if value.dim() <= dim or value.shape[dim] == 1:
+    if value.dim() < -dim or value.shape[dim] == 1:
         return value
     return value.index_select(dim, rows)

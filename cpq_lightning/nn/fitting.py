@@ -29,6 +29,8 @@ def weight_steps(weight: Tensor, channel_dim: int | None, widths: Sequence[int],
     """
     rows = whole(weight.detach()).float()
     rows = rows.reshape(1, -1) if channel_dim is None else rows.movedim(channel_dim, 0).flatten(1)
+    if not rows.numel():
+        return [rows.new_ones(len(rows)) for _ in widths]
     if rule == "max":
         low, high = rows.amin(1), rows.amax(1)
         return [max_step(low, high, bits, signed=True) for bits in widths]

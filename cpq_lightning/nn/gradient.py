@@ -32,12 +32,13 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def of(x: Tensor, *parameters: Tensor) -> Tensor:
         """Apply it, where gradients are wanted."""
-        return Connect.apply(x, *parameters) if torch.is_grad_enabled() else x.view_as(x)
+        return Connect.apply(x, *parameters) if torch.is_grad_enabled() else x[...]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return x.view_as(x)
+        # Not view_as, which forgets strides of dimensions of size 1: kernels are chosen by them.
+        return x[...]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

@@ -166,7 +166,7 @@ class Quantizer(Widths):
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """One value a channel, shaped to broadcast to the weight."""
         if len(value) == 1:
-            return value
+            return value.reshape([1] * x.dim())
         shape = [1] * x.dim()
         shape[self.channel_dim] = -1
         return value.reshape(shape)
