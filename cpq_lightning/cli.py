@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
 from cpq_lightning.export import levels_table, read_manifest, write_report
+from cpq_lightning.kernels import describe
 from cpq_lightning.module import QuantizedModule
 from cpq_lightning.version import __version__
 
@@ -46,15 +49,26 @@ def report(run_dir: str, levels_file: str = "levels.json") -> None:
     Console().print("\n".join(["", *(f"made {file}" for file in made)]), soft_wrap=True)
 
 
+def doctor() -> None:
+    """Show what runs here: versions, devices, and which computation quantizers use."""
+    lines = [f"{name} {version(name)}" for name in ("cpq-lightning", "torch", "lightning", "timm")]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines += [f"{torch.get_num_threads()} CPU threads", ", ".join(gpus) or "no GPU", describe()]
+    if gpus:
+        lines.append("GPU: functional, in PyTorch operations (kernels are not there yet)")
+    Console().print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; ``arguments`` default to the command line's."""
     if arguments is None:
         # LightningCLI warns of arguments that are handed over while there are some on the command line.
         sys.argv[1:] = [_shipped(a) for a in sys.argv[1:]]
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if given[:1] == ["report"]:
-        auto_cli(report, args=given[1:], as_positional=True, prog="cpq report")
-        return
+    for name, command in (("report", report), ("doctor", doctor)):
+        if given[:1] == [name]:
+            auto_cli(command, args=given[1:], as_positional=True, prog=f"cpq {name}")
+            return
     CPQCLI(
         QuantizedModule,
         LightningDataModule,
@@ -62,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser_kwargs={
             "prog": "cpq",
             "description": "Train a timm backbone with Cluster-Promoting Quantization. Besides the subcommands below, "
-            "'cpq report RUN_DIR' shows a run's levels again and makes its pictures again.",
+            "'cpq report RUN_DIR' shows a run's levels again and makes its pictures again, 'cpq doctor' tells what runs here.",
             "version": __version__,
         },
         args=None if arguments is None else [_shipped(a) for a in arguments],

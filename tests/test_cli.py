@@ -64,6 +64,12 @@ def test_the_learned_recipe_ends_at_its_target_and_reports_again(tmp_path):
     assert all((run / name).stat().st_size > 1000 and name in again.stdout for name in pictures)
 
 
+def test_doctor_tells_which_computation_runs(tmp_path):
+    lines = cpq("doctor", cwd=tmp_path).stdout.splitlines()
+    assert lines[0] == f"cpq-lightning {__version__}"
+    assert any(line.startswith("CPU: ") for line in lines)
+
+
 def test_a_report_of_no_run_is_refused_in_a_sentence(tmp_path):
     result = cpq("report", tmp_path, cwd=tmp_path)
     assert result.returncode != 0

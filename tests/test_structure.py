@@ -16,6 +16,7 @@ PACKAGE = ROOT / "cpq_lightning"
 # A module may import from its own floor's folder and from floors below it.
 FLOORS = [
     ["functional", "version"],
+    ["kernels"],
     ["config"],
     ["nn"],
     ["attach", "optim"],
@@ -25,7 +26,7 @@ FLOORS = [
     ["cli"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-WITHOUT_LIGHTNING = {name for names in FLOORS[:5] for name in names}
+WITHOUT_LIGHTNING = {name for names in FLOORS[:6] for name in names}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -24,6 +24,7 @@ def quantize_resolution(
     signed: bool,
     estimator: Estimator,
     scales: Tensor | None = None,
+    one_width: Callable[..., Tensor] = quantize_unchecked,
 ) -> Tensor:
     """``q_min(x) + sum_k m_k (q_k(x) - q_(k-1)(x))`` with ``q_k`` the k-bit CPQ quantizer of step ``step · scale_k``.
 
@@ -43,6 +44,8 @@ def quantize_resolution(
         estimator: ``"argmax"`` or ``"expectation"``.
         scales: ``scale_k`` of each width from ``min_bits`` to ``bits``, shape ``(rings, *shape)`` with ``shape``
             broadcasting to ``x``; ``None`` means ``2^(bits-k)``, which keeps the range exactly.
+        one_width: Computes ``q_k``, with the signature of
+            :func:`~cpq_lightning.functional.categorical.quantize_unchecked`.
 
     Returns:
         A tensor like ``x``.
@@ -53,7 +56,7 @@ def quantize_resolution(
         own, a, sigma_k = x, step * scale, sigma * scale
         if rows is not None:
             own, a, sigma_k = (_rows(value, *rows) for value in (own, a, sigma_k))
-        return quantize_unchecked(own, a, sigma_k, None, bits=k, min_bits=k, signed=signed, estimator=estimator)
+        return one_width(own, a, sigma_k, None, bits=k, min_bits=k, signed=signed, estimator=estimator)
 
     if masks is None:
         return at(bits)

@@ -14,8 +14,8 @@ from cpq_lightning.functional import (
     Estimator,
     level_bounds,
     quantize_resolution,
-    quantize_unchecked,
 )
+from cpq_lightning.kernels import quantize
 from cpq_lightning.nn.fitting import weight_steps
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.gradient import Connect, ScaleGradient
@@ -214,9 +214,9 @@ class Quantizer(Widths):
             "estimator": self.estimator,
         }
         if self.nesting == "range" or masks is None:
-            return quantize_unchecked(x, step, sigma, masks, **settings)
+            return quantize(x, step, sigma, masks, **settings)
         scales = torch.stack([self.along_channels(s, x) for s in self.width_scale[self.min_bits - 1 : self.bits]])
-        return quantize_resolution(x, step, sigma, masks, scales=scales, **settings)
+        return quantize_resolution(x, step, sigma, masks, scales=scales, one_width=quantize, **settings)
 
     @torch.no_grad()
     def fix_widths(self, widths: Sequence[int]) -> None:

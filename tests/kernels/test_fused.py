@@ -1,0 +1,188 @@
+"""The compiled kernels against functional, and what happens where there are none."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cpq_lightning.functional import quantize_unchecked
+from cpq_lightning.kernels import describe, quantize, use_kernels
+from cpq_lightning.kernels import library as library_module
+from cpq_lightning.kernels.library import _library, library
+
+pytestmark = pytest.mark.skipif(library() is None, reason=describe())
+
+# Largest error of a gradient relative to the largest one, against functional in float64: both computations in float32
+# start from a position and a width in steps that are rounded, which a narrow noise magnifies.
+TOLERANCE = {1.0: 3e-6, 1 / 3: 1e-5, 0.1: 4e-5, 0.02: 6e-4}
+
+
+def gradients(compute, x, step, sigma, grad, **settings):
+    x, step, sigma = (t.detach().clone().requires_grad_() for t in (x, step, sigma))
+    settings = {"bits": 4, "signed": True, "estimator": "expectation"} | settings
+    out = compute(x, step, sigma, None, min_bits=settings["bits"], **settings)
+    out.backward(grad.to(out.dtype))
+    return out.detach(), x.grad, step.grad, sigma.grad
+
+
+def draw(shape=(4099,), step=0.3, noise=1 / 3, spread=3.0):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    step = torch.full((1,), step)
+    return x * step * spread, step, step * noise, grad
+
+
+@pytest.mark.parametrize("estimator", ["argmax", "expectation"])
+@pytest.mark.parametrize("noise", TOLERANCE)
+@pytest.mark.parametrize(("bits", "signed"), itertools.product([1, 2, 4, 8], [True, False]))
+def test_values_to_the_bit_and_gradients_to_rounding(bits, signed, noise, estimator):
+    tensors = draw(noise=noise, spread=2.0**bits / 2)
+    settings = {"bits": bits, "signed": signed, "estimator": estimator}
+    fused = gradients(quantize, *tensors, **settings)
+    plain = gradients(quantize_unchecked, *tensors, **settings)
+    exact = gradients(quantize_unchecked, *(t.double() for t in tensors), **settings)
+    assert torch.equal(fused[0], plain[0])
+    for name, own, same, true in zip(("x", "step", "sigma"), fused[1:], plain[1:], exact[1:], strict=True):
+        # A sum may cancel to nearly nothing: what it is a sum of sets the scale.
+        scale = true.abs().max() if name == "x" else (tensors[3].abs().sum() * max(1.0, 2.0**bits / 8)).double()
+        error, other = (float((t - true).abs().max() / scale) for t in (own, same))
+        assert error < max(TOLERANCE[noise], 2 * other), name
+
+
+def test_channels_have_steps_of_their_own():
+    x, _, _, grad = draw((6, 5, 3, 3))
+    step = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 1e-3]).reshape(6, 1, 1, 1)
+    fused = gradients(quantize, x, step, step / 3, grad)
+    plain = gradients(quantize_unchecked, x, step, step / 3, grad)
+    assert torch.equal(fused[0], plain[0])
+    for own, same in zip(fused[1:], plain[1:], strict=True):
+        assert own.shape == same.shape
+        torch.testing.assert_close(own, same, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided", "expanded", "0-d"])
+def test_any_layout_in_memory(layout):
+    x = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(1))
+    x = {
+        "channels_last": lambda: x.to(memory_format=torch.channels_last),
+        "transposed": lambda: x.transpose(1, 3),
+        "strided": lambda: x[:, ::2],
+        "expanded": lambda: x[:1].expand(4, 6, 5, 7),
+        "0-d": lambda: x[0, 0, 0, 0],
+    }[layout]()
+    grad = torch.randn_like(x)
+    step = torch.full([1] * x.dim(), 0.3)
+    for g in (grad, grad.contiguous(), torch.ones(()).expand(x.shape)):
+        results = []
+        for compute in (quantize, quantize_unchecked):
+            own, a = x.detach().requires_grad_(), step.clone().requires_grad_()
+            out = compute(own, a, a / 3, None, bits=4, min_bits=4, signed=True, estimator="expectation")
+            results.append((out, *torch.autograd.grad(out, (own, a), g)))
+        for own, same in zip(*results, strict=True):
+            assert own.shape == same.shape
+            torch.testing.assert_close(own, same, rtol=2e-5, atol=2e-5)
+        assert torch.equal(results[0][0], results[1][0])
+    if layout != "expanded":
+        assert results[0][0].stride() == torch.empty_like(x).stride()
+
+
+def test_nan_stays_and_infinity_is_the_last_level():
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 0.0])
+    out, dx, *_ = gradients(quantize, x, torch.tensor([0.5]), torch.tensor([0.1]), torch.ones(6))
+    assert out[0].isnan()
+    assert out[1:].tolist() == [3.5, -4.0, 3.5, -4.0, 0.0]
+    assert dx[1:].isfinite().all()
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    tensors = draw((300_001,))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(gradients(quantize, *tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_what_kernels_do_not_compute_is_functional_s():
+    x, step, sigma, grad = draw((64,))
+    masks = torch.tensor([[1.0], [0.5]])
+    cases = [
+        (x.double(), step.double(), sigma.double(), None),
+        (x.bfloat16(), step, sigma, None),
+        (x, step, sigma, masks),
+        (x[:0], step, sigma, None),
+    ]
+    for *tensors, mask in cases:
+        settings = {"bits": 4, "min_bits": 4 if mask is None else 3, "signed": True, "estimator": "argmax"}
+        own, same = (compute(*tensors, mask, **settings) for compute in (quantize, quantize_unchecked))
+        assert torch.equal(own, same)
+    with use_kernels(False):
+        assert library() is None
+        off = gradients(quantize, x, step, sigma, grad)
+    assert all(torch.equal(a, b) for a, b in zip(off, gradients(quantize_unchecked, x, step, sigma, grad), strict=True))
+
+
+def test_open_masks_that_nobody_learns_are_none():
+    x, step, sigma, grad = draw()
+    x, step, sigma = (t.requires_grad_() for t in (x, step, sigma))
+    settings = {"bits": 4, "signed": True, "estimator": "expectation"}
+    results = []
+    for masks, narrowest in ((None, 4), (torch.ones(3, 1), 2)):
+        out = quantize(x, step, sigma, masks, min_bits=narrowest, **settings)
+        results.append((out, *torch.autograd.grad(out, (x, step, sigma), grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"CPQ_KERNELS": "off"}, "switched off"),
+        ({"CC": "/nowhere/cc", "PATH": "/nowhere"}, "no C compiler"),
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "functional"),
+    ],
+)
+def test_without_kernels_functional_computes_and_says_why(environment, words):
+    program = (
+        "import torch; from cpq_lightning.kernels import describe, quantize; print(describe());"
+        "print(quantize(torch.tensor([0.26]), torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3,"
+        " signed=True, estimator='argmax'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    assert words in done.stdout
+    assert "0.2500" in done.stdout
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit 0\necho 'no such thing' >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reason = library_module._library.__wrapped__()
+    assert isinstance(reason, str)
+    assert "no such thing" in reason
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    assert _library() is library()
+
+
+def test_two_processes_that_build_at_once_both_have_it(monkeypatch, tmp_path):
+    program = "from cpq_lightning.kernels import describe; print(describe())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert all("compiled kernels" in process.communicate()[0] for process in both)
+    assert [path.suffix for path in (tmp_path / "cpq_lightning").iterdir()] == [".so"]
