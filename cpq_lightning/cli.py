@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser_kwargs={
             "prog": "cpq",
             "description": "Train a timm backbone with Cluster-Promoting Quantization. Besides the subcommands below, "
-            "'cpq report RUN_DIR' shows a run's levels again and makes its pictures again, 'cpq doctor' tells what runs here.",
+            "'cpq report RUN_DIR' shows a run's levels again and makes its pictures again, and 'cpq doctor' tells what "
+            "runs here.",
             "version": __version__,
         },
         args=None if arguments is None else [_shipped(a) for a in arguments],

@@ -171,6 +171,7 @@ def test_the_wheel_runs_outside_of_the_checkout(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for shipped in ("recipes/digits.yaml", "callbacks/cpq.yaml"):
         assert f"cpq_lightning/shipped/{shipped}" in names
+    assert "cpq_lightning/kernels/quantize.c" in names
     assert not [n for n in names if n.split("/")[0] in ("tests", "recipes", "callbacks", "benchmarks")]
 
     site = tmp_path / "site"
