@@ -85,16 +85,19 @@ def spawned(folder: Path) -> str:
     return f"weights of {content['totals']['weight_bits_avg']:.2f} bits"
 
 
-@cell("processes", "FSDP2 by ModelParallelStrategy, 2 processes, clipped by norm", slow=True)
+@cell("processes", "FSDP2 by ModelParallelStrategy, 2 processes, clipped by norm, and resumed", slow=True)
 def fsdp2(folder: Path) -> str:
     run_job("fsdp2", folder)
+    run_job("resumed", folder, CPQ_EPOCHS=json.dumps([0, 5]), CPQ_SHARDED="1")
+    for epoch in (0, 5):
+        assert differing(_state(folder), _state(folder / f"from-{epoch}")) == []
     module = Plain()
     path = next(folder.glob("epoch=9-*.ckpt"))
     trainer_in(folder).validate(module, data(), ckpt_path=path, verbose=False)
     content = json.loads((folder / "levels.json").read_text())
     wanted = [(layer["name"], layer["weight"]["bits"]) for layer in content["layers"]]
     assert [(r.name, r.bits) for r in levels(module) if r.kind == "weight"] == wanted
-    return "quantizers whole and equal on both; its checkpoint evaluates in one process at the same widths"
+    return "quantizers whole and equal on both; resumed bit for bit; its checkpoint evaluates in one process"
 
 
 @cell("processes", "FSDP1")

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from benchmarks.lightning_matrix.common import Plain, check, data, trainer_in
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach import quantizers
+from cpq_lightning.nn import whole
 
 # Batch norm's running statistics are each process's own until the next forward hands the first one's on.
 _OWN = ("running_mean", "running_var", "num_batches_tracked")
@@ -46,8 +47,9 @@ class Same(pl.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(everybody, records)
             assert all(other == records for other in everybody)
+        state = {name: whole(value) for name, value in pl_module.state_dict().items()}
         if trainer.is_global_zero:
-            torch.save(pl_module.state_dict(), self.folder / "state.pt")
+            torch.save(state, self.folder / "state.pt")
 
     def compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, value in pl_module.state_dict().items():
@@ -119,12 +121,19 @@ def resumed(folder: Path) -> None:
     for epoch in json.loads(os.environ["CPQ_EPOCHS"]):
         into = folder / f"from-{epoch}"
         into.mkdir(exist_ok=True)
-        run(into, "ddp", Plain(), ckpt_path=next(folder.glob(f"epoch={epoch}-*.ckpt")))
+        path = next(folder.glob(f"epoch={epoch}-*.ckpt"))
+        if "CPQ_SHARDED" in os.environ:
+            run(into, _sharding(), Sharded(), gradient_clip_val=1.0, ckpt_path=path)
+        else:
+            run(into, "ddp", Plain(), ckpt_path=path)
+
+
+def _sharding() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
 def fsdp2(folder: Path) -> None:
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    run(folder, strategy, Sharded(), gradient_clip_val=1.0)
+    run(folder, _sharding(), Sharded(), gradient_clip_val=1.0)
 
 
 def follow(folder: Path, devices: int) -> None:

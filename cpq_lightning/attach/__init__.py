@@ -16,6 +16,7 @@ from cpq_lightning.attach.audit import auditable as auditable
 from cpq_lightning.attach.audit import forget_first_forward as forget_first_forward
 from cpq_lightning.attach.audit import note_forward as note_forward
 from cpq_lightning.attach.audit import report_audit as report_audit
+from cpq_lightning.attach.calibrate import FailedElsewhere as FailedElsewhere
 from cpq_lightning.attach.calibrate import calibrate as calibrate
 from cpq_lightning.attach.calibrate import recording as recording
 from cpq_lightning.attach.costs import CostUnit as CostUnit

@@ -164,7 +164,7 @@ def refit(model: nn.Module) -> None:
     for _, layer in quantized_layers(model):
         layer.weight_quantizer.fit_weight(layer.full_precision_weight())
         if layer.input_quantizer is not None:
-            layer.input_quantizer.configure(calibrated=False)
+            layer.input_quantizer.refit_next()
 
 
 def set_noise_step(model: nn.Module, step: int) -> None:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import correct_ends, is_attached, quantizers
 from cpq_lightning.attach.audit import Audit, agreed, forget_first_forward, note_forward, report_audit
-from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder
+from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder, pool
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,6 +45,7 @@ def calibrate(
 
     Raises:
         ValueError: the model is not attached, or there is no batch.
+        FailedElsewhere: a forward failed in another process.
     """
     if not is_attached(model):
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
@@ -58,14 +60,22 @@ def calibrate(
             quantizer.observer = observer
         try:
             forget_first_forward(model)
-            with Audit(model) as audit:
-                run(held[0])
-            for batch in held[1:] if observed else ():
-                run(batch)
+            audit = Audit(model)
+
+            def first_pass() -> None:
+                with audit:
+                    run(held[0])
+                for batch in held[1:] if observed else ():
+                    run(batch)
+
+            def second_pass() -> None:
+                for batch in held if observed else ():
+                    run(batch)
+
+            _on_all(first_pass, model)
             for quantizer, observer in zip(observed, observers, strict=True):
                 observer.close_range(quantizer.start_step.device)
-            for batch in held if observed else ():
-                run(batch)
+            _on_all(second_pass, model)
         finally:
             for quantizer in observed:
                 quantizer.observer = None
@@ -76,6 +86,25 @@ def calibrate(
         quantizer.fit_activation(observer)
     report_audit(report)
     return model
+
+
+class FailedElsewhere(RuntimeError):
+    """What was done by all processes at once has failed in another one."""
+
+
+def _on_all(run: Callable[[], None], model: nn.Module) -> None:
+    """Run something that may fail on one process only: then all of them fail, and none waits for it."""
+    error: Exception | None = None
+    try:
+        run()
+    except Exception as caught:
+        error = caught
+    device = next(model.parameters()).device
+    anywhere = pool(torch.tensor(float(error is not None), device=device), dist.ReduceOp.MAX)
+    if error is not None:
+        raise error
+    if anywhere:
+        raise FailedElsewhere("a training step failed in another process")
 
 
 def _uncompiled() -> Any:

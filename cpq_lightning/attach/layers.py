@@ -10,8 +10,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cpq_lightning.nn import Quantizer, is_sharded
+from cpq_lightning.nn import Quantizer, is_sharded, whole
 
 
 class QuantizedLayer(nn.Module):
@@ -92,7 +93,10 @@ def switch_back(layer: QuantizedLayer) -> None:
         training = layer.weight_quantizer.training
         layer.weight_quantizer.eval()
         try:
-            weight.copy_(layer.weight)
+            value = layer.weight_quantizer(whole(weight))
+            if isinstance(weight, DTensor):
+                value = distribute_tensor(value, weight.device_mesh, weight.placements)
+            weight.copy_(value)
         finally:
             layer.weight_quantizer.train(training)
     del layer.weight_quantizer, layer.input_quantizer

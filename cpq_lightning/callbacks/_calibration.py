@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from rich.progress import Progress
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
-from cpq_lightning.attach import calibrate, quantizers, set_active
+from cpq_lightning.attach import FailedElsewhere, calibrate, quantizers, set_active
 from cpq_lightning.nn import Quantizer
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
             with without_effects(trainer):
                 calibrate(pl_module, batches, forward=forward, most=len(batches))
         except Exception as error:
+            if isinstance(error, FailedElsewhere):
+                failed.append(error)
             if not failed:
                 raise MisconfigurationException(f"CPQCallback cannot calibrate: {error}") from error
             # Somebody's training_step may rely on what the training loop has not set up yet. If it is truly broken, it
@@ -70,6 +73,11 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
                 "first training batch sets the ranges."
             )
             set_active(pl_module, False)
+        finally:
+            for module in pl_module.modules():
+                # A forward leaves FSDP2's root whole until a backward; a checkpoint is restored into its shards.
+                if isinstance(module, FSDPModule):
+                    module.reshard()
     return not failed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -16,6 +16,9 @@ from cpq_lightning.nn import Quantizer, is_sharded
 
 # Lightning's callbacks that copy the model in their setup; by name, for either of its packages.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+Bests: TypeAlias = dict[str, list[Any]]
 
 
 def check_company(trainer: Trainer, own: Callback) -> None:
@@ -95,20 +98,25 @@ def counts_operations(trainer: Trainer) -> bool:
 
 
 def last_saved(trainer: Trainer) -> str:
-    """The checkpoint to go on from: the best one, or the last, of the first callback that has saved one."""
-    for callback in trainer.checkpoint_callbacks:
-        for name in ("best_model_path", "last_model_path"):
+    """A checkpoint to go on from: a last one, or else a best one."""
+    for name in ("last_model_path", "best_model_path"):
+        for callback in trainer.checkpoint_callbacks:
             if path := getattr(callback, name, ""):
                 return path
     return ""
 
 
-def monitored_bests(trainer: Trainer) -> dict[str, str]:
-    """The best checkpoint so far of each callback that monitors a metric."""
-    return {c.state_key: c.best_model_path for c in _monitors(trainer) if c.best_model_path}
+def monitored_bests(trainer: Trainer) -> Bests:
+    """Path and score of the best checkpoint so far of each callback that monitors a metric."""
+    return {c.state_key: _best(c) for c in _monitors(trainer) if c.best_model_path}
 
 
-def warn_of_old_bests(trainer: Trainer, then: dict[str, str], what: str) -> None:
+def _best(callback: Any) -> list[Any]:
+    score = callback.best_model_score
+    return [callback.best_model_path, None if score is None else float(score)]
+
+
+def warn_of_old_bests(trainer: Trainer, then: Bests, what: str) -> None:
     """Warn of callbacks whose best checkpoint is still the one that it was at an earlier moment of the run.
 
     Args:
@@ -118,7 +126,8 @@ def warn_of_old_bests(trainer: Trainer, then: dict[str, str], what: str) -> None
     """
     for callback in _monitors(trainer):
         path = callback.best_model_path
-        if path and then.get(callback.state_key) == path:
+        # A file of a fixed name may have been written again.
+        if path and then.get(callback.state_key) == _best(callback):
             rank_zero_warn(
                 f"The best checkpoint by {callback.monitor!r}, {path}, was saved before {what}. Use a later one, or "
                 "monitor from there on (a ModelCheckpoint keeps the last one with save_last=True)."

@@ -67,5 +67,5 @@ def write_files(
 def nothing_is_lost(saved: str) -> str:
     """What is left of a training whose files could not be written."""
     if saved:
-        return f"Nothing of the training is lost: its checkpoint is {saved}."
+        return f"Nothing of the training is lost: {saved} is a checkpoint of it."
     return "The trained module is in memory, and no ModelCheckpoint has saved it: trainer.save_checkpoint(path) does."

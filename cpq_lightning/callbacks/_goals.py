@@ -114,12 +114,12 @@ def make_goals(
         raise MisconfigurationException(f"BitBudget(unit={unit!r}): {error}") from error
 
 
-def explain_nothing_to_learn(model: nn.Module, target: float, done: Mapping[str, Any] | None) -> None:
+def explain_nothing_to_learn(model: nn.Module, targets: Mapping[str, float], done: Mapping[str, Any] | None) -> None:
     """Say why no width is learned: all are fixed already, or, as an error, none ever was to be.
 
     Args:
         model: The module that is trained.
-        target: What its budget asks for.
+        targets: What its budget asks for, by what it counts.
         done: State of the search that a checkpoint holds, if any.
 
     Raises:
@@ -131,11 +131,12 @@ def explain_nothing_to_learn(model: nn.Module, target: float, done: Mapping[str,
             "QuantizedModule."
         )
     if any(q.gates.learned for _, q in quantizers(model)):
-        then = None if done is None else done["goals"][0][1]
-        if then is not None and then != target:
+        then = {} if done is None else {name: target for name, target, _ in done["goals"]}
+        if any(targets.get(name) != target for name, target in then.items()):
+            named = ", ".join(f"{target:g} {_SPELLED_OUT.get(name, name)}" for name, target in then.items())
             rank_zero_warn(
-                f"BitBudget(target={target:g}) comes too late: the checkpoint's widths were fixed for a target of "
-                f"{then:g} and stay as they are. Resume from a checkpoint before its freeze, or begin anew."
+                f"BitBudget comes too late with its target: the checkpoint's widths were fixed for {named} and stay as "
+                "they are. Resume from a checkpoint before its freeze, or begin anew."
             )
         else:
             rank_zero_info("BitBudget: all widths are fixed already; they stay as they are.")

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def run_step(trainer: Trainer) -> int:
-    """The optimizer step that the run is at; under manual optimization the batch, however many optimizers step."""
+    """Optimizer steps that are done; under manual optimization batches, however many optimizers step in one."""
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
-    return trainer.fit_loop.epoch_loop.total_batch_idx
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
 
 def run_length(trainer: Trainer) -> float:

@@ -137,7 +137,8 @@ class WidthSearch:
 
     def _notice_idleness(self, step: int) -> None:
         """Warn, once, where the run's step counts on and gates have never been updated."""
-        if self.gates.updated or step - (self.begin or 0) < _PATIENCE or self._idle:
+        begin = self.begin or 0
+        if self.gates.updated or step - begin < max(_PATIENCE, (self.freeze - begin) // 4) or self._idle:
             return
         self._idle = 1
         rank_zero_warn(

@@ -63,7 +63,7 @@ class Trajectory:
             rank_zero_info(f"The trajectory of the widths was not drawn: {error}")
         except Exception as error:
             rank_zero_warn(
-                f"The trajectory of the widths was not written ({type(error).__name__}: {error}). "
+                f"The trajectory of the widths was not written, or not drawn ({type(error).__name__}: {error}). "
                 f"{nothing_is_lost(saved)}"
             )
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import auditable, learning_quantizers, model_costs, quantizers, widths_by_name
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._company import last_saved, monitored_bests, quantization_start, warn_of_old_bests
+from cpq_lightning.callbacks._company import Bests, last_saved, monitored_bests, quantization_start, warn_of_old_bests
 from cpq_lightning.callbacks._goals import BudgetUnit, explain_nothing_to_learn, make_goals
 from cpq_lightning.callbacks._loggers import log_widths
 from cpq_lightning.callbacks._optimizers import beside_optimizers
@@ -87,12 +87,13 @@ class BitBudget(Callback):
 
     def _reset(self) -> None:
         self._search: WidthSearch | None = None
-        self._awaiting_forward = False
+        # Batches that have begun while the search waits for what a first one shows; None where it does not.
+        self._awaited: int | None = None
         # Where the search has gone once its widths are fixed, for what is shown and saved.
         self._done: dict[str, Any] | None = None
         self._freeze = 0
         self._beside: list[Beside] = []
-        self._bests: dict[str, str] = {}
+        self._bests: Bests = {}
         self._trajectory = Trajectory()
         self._restored: dict[str, Any] = {}
 
@@ -106,6 +107,7 @@ class BitBudget(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.teardown(trainer, pl_module, stage)
             self._reset()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -123,19 +125,25 @@ class BitBudget(Callback):
             self._done, self._bests = self._restored["search"], self._restored["bests"]
             self._trajectory.load_state_dict(self._restored["trajectory"])
         if not learning_quantizers(pl_module):
-            explain_nothing_to_learn(pl_module, self.target, self._done)
+            explain_nothing_to_learn(pl_module, self._targets(), self._done)
             return
         self._freeze = resolve_point(
             "freeze", self.freeze, run_length(trainer) if isinstance(self.freeze, float) else math.inf
         )
         # Only where calibration has failed: which layers are first and last shows in the first batch then.
-        unseen = not any(q.order for _, q in quantizers(pl_module))
-        self._awaiting_forward = unseen and auditable(pl_module)
-        if not self._awaiting_forward:
+        if auditable(pl_module) and not any(q.order for _, q in quantizers(pl_module)):
+            self._awaited = 0
+        else:
             self._start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = run_step(trainer)
+        if self._awaited is not None:
+            # In the second batch all callbacks have seen the first one's end.
+            self._awaited += 1
+            if self._awaited > 1:
+                self._awaited = None
+                self._start(trainer, pl_module)
         if self._search is None:
             return
         if step >= self._freeze:
@@ -148,13 +156,13 @@ class BitBudget(Callback):
     ) -> None:
         if self._search is not None:
             self._search.leave(run_step(trainer))
-        if self._awaiting_forward:
-            self._awaiting_forward = False
-            self._start(trainer, pl_module)
-        if self._due(trainer):
+        begun = self._done is not None if self._search is None else self._search.begin is not None
+        row = begun and self._trajectory.due(run_step(trainer), run_length(trainer))
+        if row or (begun and trainer._logger_connector.should_update_logs):
             values = self._values(pl_module)
             pl_module.log_dict({f"cpq/{name}": float(value) for name, value in values.items()})
-            self._trajectory.note(run_step(trainer), values, widths_by_name(pl_module))
+            if row:
+                self._trajectory.note(run_step(trainer), values, widths_by_name(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -172,7 +180,8 @@ class BitBudget(Callback):
             if run_step(trainer) < self._freeze and not quiet:
                 rank_zero_warn(
                     f"The run ended at step {run_step(trainer)}, before the freeze at step {self._freeze}: widths are "
-                    "fixed now, with no training behind it."
+                    "fixed now, with no training behind it, and no checkpoint of this run has them: "
+                    "trainer.save_checkpoint(path) makes one."
                 )
             self._fix(trainer, pl_module)
         folder = run_folder(trainer)
@@ -184,10 +193,22 @@ class BitBudget(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "BitBudget had fixed the widths: it is not at the target")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning calls no teardown then.
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for beside in self._beside:
             beside.remove()
         self._beside = []
+
+    def _targets(self) -> dict[str, float]:
+        """Targets by the name of what they count, whichever of it turns out to be learned."""
+        if self.unit != "bits":
+            found = {self.unit: self.target}
+        else:
+            found = {"weight_bits": self.target, "act_bits": self.target}
+        return found if self.act_target is None else found | {"act_bits": self.act_target}
 
     # Steps of the work ------------------------------------------------------------------------------------------------
 
@@ -218,17 +239,12 @@ class BitBudget(Callback):
         search.fix(run_step(trainer))
         share_with_averages(trainer, pl_module)
         rank_zero_info(f"BitBudget: widths are fixed from step {run_step(trainer)} on.")
-        self.teardown(trainer, pl_module, "fit")
+        for beside in self._beside:
+            beside.rest()
         self._search, self._done = None, search.state_dict()
         self._bests = monitored_bests(trainer)
 
     # What is shown ----------------------------------------------------------------------------------------------------
-
-    def _due(self, trainer: Trainer) -> bool:
-        begun = self._done is not None if self._search is None else self._search.begin is not None
-        return begun and (
-            trainer._logger_connector.should_update_logs or self._trajectory.due(run_step(trainer), run_length(trainer))
-        )
 
     def _values(self, pl_module: LightningModule) -> dict[str, float]:
         values = model_costs(pl_module)

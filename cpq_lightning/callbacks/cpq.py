@@ -7,18 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import (
     Audit,
     agreed,
-    attach,
     auditable,
     correct_ends,
     forget_first_forward,
-    is_attached,
     note_forward,
     quantizable_layers,
     quantizers,
@@ -28,9 +25,11 @@ from cpq_lightning.attach import (
     set_noise_step,
 )
 from cpq_lightning.attach.calibrate import recording
+from cpq_lightning.callbacks._attachment import attach_module, check_layers, forget_configured
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._calibration import calibrate_for_training
 from cpq_lightning.callbacks._company import (
+    Bests,
     check_company,
     check_learners,
     check_whole,
@@ -40,10 +39,10 @@ from cpq_lightning.callbacks._company import (
     quantization_start,
     warn_of_old_bests,
 )
-from cpq_lightning.callbacks._finish import print_tables, write_files
+from cpq_lightning.callbacks._finish import nothing_is_lost, print_tables, write_files
 from cpq_lightning.callbacks._loggers import log_pictures
 from cpq_lightning.callbacks._optimizers import train_quantizers
-from cpq_lightning.callbacks._run import overrides, run_folder, run_length, run_step, warn_of_restarted_data
+from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import manifest, weight_histograms
 from cpq_lightning.functional import resolve_point
@@ -51,10 +50,6 @@ from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion
 
 _CHECKPOINT_KEY = "cpq_lightning"
-
-
-def _configured() -> None:
-    """Stands for a module's ``configure_model`` once it has run."""
 
 
 class CPQCallback(Callback):
@@ -121,7 +116,7 @@ class CPQCallback(Callback):
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
         self._before: dict[str, Any] = {}
-        self._bests: dict[str, str] = {}
+        self._bests: Bests = {}
         self._restored: Mapping[str, Any] = {}
         self._resumed = False
         self._folder: Path | None = None
@@ -131,24 +126,14 @@ class CPQCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_company(trainer, self)
         if stage == "fit":
-            # An object may serve several fits.
+            # An object may serve several fits, and the one before may have failed.
+            self.teardown(trainer, pl_module, stage)
+            self._companions = []
             self._metrics, self._before, self._bests, self._restored = {}, {}, {}, {}
             self._folder, self._audit, self._resumed = None, None, False
-        if not is_attached(pl_module):
-            if overrides(pl_module, "configure_model"):
-                # Layers that are born or sharded there must be so before they can be switched.
-                with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():
-                    pl_module.configure_model()
-                # Lightning calls the hook in a moment, and not everybody's may be called twice.
-                pl_module.__dict__["configure_model"] = _configured
-            try:
-                attach(pl_module, self.config)
-            except ValueError as error:
-                raise MisconfigurationException(
-                    f"CPQCallback cannot quantize {type(pl_module).__name__}: {error}"
-                ) from error
+        fresh = attach_module(trainer, pl_module, self.config)
         self._layers = set(quantizable_layers(pl_module))
-        if stage == "fit" and self.quantize_from > 0:
+        if self.quantize_from > 0 and (stage == "fit" or fresh):
             # A checkpoint that is restored after this knows better.
             set_active(pl_module, False)
 
@@ -158,15 +143,13 @@ class CPQCallback(Callback):
         self._metrics = dict(self._restored.get("metrics", {}))
         self._before = dict(self._restored.get("before", {}))
         self._bests = dict(self._restored.get("bests", {}))
+        # Some strategies restore behind on_fit_start.
+        for companion, state in zip(self._companions, self._restored.get("companions", []), strict=False):
+            companion.load_state_dict(state)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole(quantizers(pl_module))
-        late = sorted(set(quantizable_layers(pl_module)) - self._layers)
-        if late:
-            raise MisconfigurationException(
-                f"{len(late)} layers, such as {late[0]!r}, were made after CPQCallback had quantized the module, in "
-                "its setup or later: make them in __init__ or configure_model."
-            )
+        check_layers(pl_module, self._layers)
         self._audited = not auditable(pl_module)
         self._companions = train_quantizers(trainer, pl_module, self.lr_factor, self._restored.get("companions", []))
         self._quantizers = [q for _, q in quantizers(pl_module)]
@@ -178,6 +161,8 @@ class CPQCallback(Callback):
             self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What a forward shows has been noted in the run that is resumed, of its first batch.
+        self._audited = self._audited or (self._resumed and any(q.order for q in self._quantizers))
         self.start_step = quantization_start(trainer)
         length = run_length(trainer) if self.quantize_from else math.inf
         if self.quantize_from and self.start_step >= length:
@@ -255,10 +240,19 @@ class CPQCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "quantization had begun: it is a full-precision one")
-        # On all ranks: where weights are sharded each holds a part.
-        content = manifest(pl_module) if self.table or self._folder else {}
-        after = weight_histograms(pl_module) if self._folder else {}
-        if not content or not trainer.is_global_zero:
+        if not (self.table or self._folder):
+            return
+        try:
+            # On all ranks: where weights are sharded each holds a part.
+            content = manifest(pl_module)
+            after = weight_histograms(pl_module) if self._folder else {}
+        except Exception as error:
+            rank_zero_warn(
+                f"Levels could not be collected ({type(error).__name__}: {error}). "
+                f"{nothing_is_lost(last_saved(trainer))}"
+            )
+            return
+        if not trainer.is_global_zero:
             return
         if self.table:
             print_tables(content, self._metrics)
@@ -271,13 +265,14 @@ class CPQCallback(Callback):
             self._audit.__exit__(None, None, None)
             self._audit = None
         self._stop_recording()
+        # Lightning calls no teardown then.
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if pl_module.__dict__.get("configure_model") is _configured:
-            del pl_module.__dict__["configure_model"]
+        forget_configured(pl_module)
+        # They stay: a checkpoint may be saved after the fit.
         for companion in self._companions:
             companion.remove()
-        self._companions = []
 
     # Steps of the work ------------------------------------------------------------------------------------------------
 

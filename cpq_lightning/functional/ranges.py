@@ -96,7 +96,7 @@ def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
         tensor([2, 1])
     """
     width = (high - low).clamp(min=_SMALLEST) / bins
-    index = ((values.flatten().float() - low) / width).clamp(0, bins - 1).long()
+    index = ((values.flatten().float() - low) / width).nan_to_num(0.0).clamp(0, bins - 1).long()
     return torch.bincount(index, minlength=bins)
 
 

@@ -2,6 +2,7 @@
 
 from cpq_lightning.nn.observer import RangeObserver as RangeObserver
 from cpq_lightning.nn.observer import UsageRecorder as UsageRecorder
+from cpq_lightning.nn.observer import pool as pool
 from cpq_lightning.nn.quantizer import Quantizer as Quantizer
 from cpq_lightning.nn.sharding import is_sharded as is_sharded
 from cpq_lightning.nn.sharding import whole as whole

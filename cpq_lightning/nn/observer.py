@@ -15,7 +15,7 @@ BINS = 2**14
 _NEGLIGIBLE = 1e-6
 
 
-def _pool(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+def pool(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     """The value over all ranks, where there are several: what is decided from it is then the same on each."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value, op=op)
@@ -52,8 +52,8 @@ class RangeObserver:
     def close_range(self, device: torch.device) -> None:
         """End the first pass: pool the range over all ranks and make room for the counts."""
         infinity = torch.tensor(float("inf"), device=device)
-        low = _pool((infinity if self.low is None else self.low).clone(), dist.ReduceOp.MIN)
-        high = _pool((-infinity if self.high is None else self.high).clone(), dist.ReduceOp.MAX)
+        low = pool((infinity if self.low is None else self.low).clone(), dist.ReduceOp.MIN)
+        high = pool((-infinity if self.high is None else self.high).clone(), dist.ReduceOp.MAX)
         if not torch.isfinite(low) or not torch.isfinite(high):
             self.low = self.high = None
         else:
@@ -66,7 +66,7 @@ class RangeObserver:
         """
         if self.counts is None or self.low is None or self.high is None:
             return None
-        counts = _pool(self.counts, dist.ReduceOp.SUM)
+        counts = pool(self.counts, dist.ReduceOp.SUM)
         low, high = self.low, self.high
         signed = bool(low < -_NEGLIGIBLE * high.abs())
         if rule == "max":

@@ -117,6 +117,7 @@ class Quantizer(Widths):
         self.configure(bits=bits, min_bits=min_bits, signed=weight, active=True, numel=numel, exempt=exempt)
         self.observer: RangeObserver | None = None
         self.usage: UsageRecorder | None = None
+        self.fits_next = False
         self.measured: tuple[int, float] | None = None
 
     def range_parameters(self) -> list[nn.Parameter]:
@@ -231,7 +232,7 @@ class Quantizer(Widths):
         if self.kind == "weight":
             self.fit_weight(x)
             return
-        if not self.training:
+        if not self.training and not self.fits_next:
             raise RuntimeError(
                 "An activation quantizer was evaluated before its range is known: call calibrate(model, batches) with "
                 "a few training batches first, load a checkpoint of a quantized model, or train for one step."
@@ -272,6 +273,12 @@ class Quantizer(Widths):
         self.log_step.zero_()
         self.noise_logit.fill_(_noise_logit(_NOISE_START))
         self.configure(calibrated=True)
+        self.fits_next = False
+
+    def refit_next(self) -> None:
+        """Fit the range anew to the next values that come, in evaluation mode too: frozen layers train so."""
+        self.configure(calibrated=False)
+        self.fits_next = True
 
     def extra_repr(self) -> str:
         state = "" if self.active else ", inactive"

@@ -63,13 +63,13 @@ class Beside:
         for parameter in () if self._removed else self.parameters:
             parameter.grad = None
 
-    def _add(self, add: Callable[..., None], group: dict[str, Any]) -> None:
+    def _add(self, add: Callable[..., None], param_group: dict[str, Any]) -> None:
         own = set() if self._removed else self._kept_out
-        params = group["params"]
+        params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         left = [p for p in params if id(p[1] if isinstance(p, tuple) else p) not in own]
         if left or not params:
-            add({**group, "params": left})
+            add({**param_group, "params": left})
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scale = self._grad_scale()
@@ -79,6 +79,10 @@ class Beside:
         present = [g.div_(scale) for g in grads if g is not None]
         if present and math.isfinite(float(torch.stack([g.abs().sum() for g in present]).sum())):
             self._stepped(grads)
+
+    def rest(self) -> None:
+        """Hand over no more gradients; the parameters stay out of the optimizer."""
+        self._handle.remove()
 
     def remove(self) -> None:
         """Leave the optimizer alone."""

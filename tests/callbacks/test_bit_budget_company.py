@@ -166,7 +166,7 @@ def test_a_run_resumed_with_another_budget_decides_anew(fit, tmp_path, target, f
 def test_another_budget_for_widths_that_are_fixed_is_named(fit, tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     fit(Classifier(), [*callbacks(4.0), saver], max_epochs=20, enable_checkpointing=True)
-    with pytest.warns(UserWarning, match=r"BitBudget\(target=5\) comes too late.*a target of 4"):
+    with pytest.warns(UserWarning, match=r"BitBudget comes too late.*fixed for 4 average bits"):
         fit(Classifier(), callbacks(5.0), max_epochs=20, ckpt_path=next(tmp_path.glob("epoch=18*.ckpt")))
 
 
@@ -307,3 +307,32 @@ def test_measurements_of_an_activation_go_with_its_width(fit):
     quantizer.measured = (200, 0.1)
     quantizer.fix_widths([2])
     assert quantizer.measured is None
+
+
+def test_a_best_checkpoint_that_was_written_again_behind_the_freeze_is_not_named(fit, tmp_path):
+    class Rising(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_acc", float(self.global_step))
+
+    saver = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", filename="best", enable_version_counter=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Rising(), [*callbacks(4.0), saver], max_epochs=10, enable_checkpointing=True)
+    assert not [w for w in caught if "was saved before" in str(w.message)]
+
+
+def test_a_group_by_its_name_is_taken_too(fit):
+    class Adds(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                spare = nn.Parameter(torch.zeros(3))
+                trainer.optimizers[0].add_param_group(param_group={"params": [spare, *logits(pl_module)]})
+                assert [len(g["params"]) for g in trainer.optimizers[0].param_groups][-1] == 1
+
+    fit(Classifier(), [*callbacks(4.0), Adds()], max_epochs=8)
+
+
+def test_the_trajectory_stays_short_however_often_is_logged(fit):
+    both = callbacks(4.0)
+    fit(Classifier(), both, max_epochs=150, log_every_n_steps=1)
+    assert len(both[1].state_dict()["trajectory"]) <= 320

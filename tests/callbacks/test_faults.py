@@ -240,3 +240,102 @@ def test_layers_that_only_some_steps_call(tmp_path):
             return cross_entropy(self.net[7:](x), batch[1])
 
     fit(tmp_path, Sometimes())
+
+
+class Failing(Plain):
+    """Its training step fails in the middle of a run, once."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.fails = True
+        self.held = None
+
+    def training_step(self, batch, batch_idx):
+        if self.fails and self.global_step == 6:
+            raise RuntimeError("in the middle")
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        self.held = self.held or super().configure_optimizers()
+        return self.held
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "LBFGS"])
+def test_a_run_that_failed_leaves_no_hook_behind_and_the_next_one_is_whole(tmp_path, kind):
+    make = getattr(torch.optim, kind)
+    module = Failing(lambda parameters: make(parameters, lr=1e-2))
+    trainer = trainer_in(tmp_path)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.fit(module, data(), data())
+    assert not module.held._optimizer_step_post_hooks
+    module.fails = False
+    trainer = trainer_in(tmp_path)
+    trainer.fit(module, data(), data())
+    assert not module.held._optimizer_step_post_hooks
+    assert not learning_quantizers(module)
+
+
+def test_a_loss_that_turns_into_nan_ends_in_lightning_s_way_and_writes_what_there_is(tmp_path):
+    class Lost(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.global_step >= 5 else loss
+
+    trainer = trainer_in(tmp_path)
+    trainer.fit(Lost(), data(), data())
+    assert trainer.state.finished
+    assert (tmp_path / "levels.json").exists()
+
+
+def test_levels_that_cannot_be_collected_lose_no_training(tmp_path, monkeypatch):
+    def broken(model):
+        raise RuntimeError("no levels today")
+
+    monkeypatch.setattr("cpq_lightning.callbacks.cpq.manifest", broken)
+    saver = ModelCheckpoint(tmp_path, filename="last")
+    trainer = trainer_in(tmp_path, saver, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"Levels could not be collected.*no levels today.*last\.ckpt"):
+        trainer.fit(Plain(), data(), data())
+    assert trainer.state.finished
+
+
+@pytest.mark.parametrize("quantize_from", [0, 0.3])
+def test_a_frozen_backbone_in_evaluation_mode_gets_its_ranges(tmp_path, quantize_from):
+    class Halted(Plain):
+        def on_train_start(self):
+            self.net[:7].eval().requires_grad_(False)
+
+    trainer, module = trainer_in(tmp_path, quantize_from=quantize_from), Halted()
+    trainer.fit(module, data(), data())
+    assert all(q.calibrated for _, q in quantizers(module))
+
+
+def test_layers_that_are_built_anew_behind_the_quantization_are_refused(fit):
+    class Again(Plain):
+        def configure_model(self):
+            self.net = Plain().net
+
+    module = Again()
+    fit(module, [CPQCallback(table=False)], max_epochs=1)
+    with pytest.raises(Exception, match="configure_model has built the layers anew"):
+        fit(module, [CPQCallback(table=False)], max_epochs=1)
+
+
+def test_a_checkpoint_saved_behind_the_fit_has_the_companion_too(fit, tmp_path):
+    module = Classifier(lambda parameters: torch.optim.LBFGS(parameters, lr=0.05))
+    trainer = fit(module, [CPQCallback(table=False)], max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert len(saved["cpq_lightning"]["companions"][0]["state"]) == 12
+
+
+def test_validation_before_a_full_precision_start_is_in_full_precision(fit, tmp_path):
+    module = Plain()
+    plain = trainer_in(tmp_path)
+    plain.callbacks = []
+    wanted = plain.validate(module, data(), verbose=False)[0]["val_loss"]
+    trainer = trainer_in(tmp_path, quantize_from=0.5)
+    assert trainer.validate(module, data(), verbose=False)[0]["val_loss"] == wanted
+    module.train()
+    trainer.fit(module, data(), data())
+    check(trainer, module)

@@ -149,3 +149,25 @@ def test_from_a_checkpoint_while_a_layer_is_never_called(tmp_path):
         trainer.fit(module, data(), data(), ckpt_path=path)
         states.append(module.state_dict())
     assert_equal(*states)
+
+
+def test_a_resumed_run_counts_costs_as_the_whole_one_where_inputs_have_several_sizes(tmp_path):
+    class Sizes(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net[7] = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+
+        def training_step(self, batch, batch_idx):
+            size = 8 + 2 * (self.global_step % 3)
+            images = torch.nn.functional.interpolate(batch[0], size=size)
+            return super().training_step((images, batch[1]), batch_idx)
+
+    states = []
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, filename="{epoch}")
+    for path in (None, tmp_path / "epoch=3.ckpt"):
+        torch.manual_seed(0)
+        module = Sizes()
+        trainer = trainer_in(tmp_path, *([] if path else [saver]), enable_checkpointing=path is None)
+        trainer.fit(module, data(), data(), ckpt_path=path)
+        states.append(module.state_dict())
+    assert_equal(*states)

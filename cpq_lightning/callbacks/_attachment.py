@@ -1,0 +1,69 @@
+"""A LightningModule's layers, quantized before Lightning builds anything on them."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+
+from cpq_lightning.attach import attach, is_attached, quantizable_layers
+from cpq_lightning.callbacks._run import overrides
+from cpq_lightning.config import CPQConfig
+
+
+def attach_module(trainer: Trainer, pl_module: LightningModule, config: CPQConfig) -> bool:
+    """Quantize a module that is not quantized yet, in a callback's ``setup``.
+
+    Returns:
+        Whether it has been done now.
+
+    Raises:
+        MisconfigurationException: nothing in it can be quantized so, or ``configure_model`` failed here.
+    """
+    if is_attached(pl_module):
+        return False
+    if overrides(pl_module, "configure_model"):
+        # Layers that are born or sharded there must be so before they can be switched.
+        try:
+            with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():
+                pl_module.configure_model()
+        except (AttributeError, TypeError) as error:
+            raise MisconfigurationException(
+                f"configure_model failed ({error}). CPQCallback calls it before the module's setup, since the layers "
+                "that it makes must exist to be quantized: let it need nothing that setup makes."
+            ) from error
+        # Lightning calls the hook in a moment, and not everybody's may be called twice.
+        pl_module.__dict__["configure_model"] = _configured
+    try:
+        attach(pl_module, config)
+    except ValueError as error:
+        raise MisconfigurationException(f"CPQCallback cannot quantize {type(pl_module).__name__}: {error}") from error
+    return True
+
+
+def check_layers(pl_module: LightningModule, known: set[str]) -> None:
+    """Refuse layers that were made after the module was quantized.
+
+    Raises:
+        MisconfigurationException: with what to do.
+    """
+    if not is_attached(pl_module):
+        raise MisconfigurationException(
+            "configure_model has built the layers anew after CPQCallback had quantized them: let it return at once "
+            "where they exist, as Lightning asks of it."
+        )
+    late = sorted(set(quantizable_layers(pl_module)) - known)
+    if late:
+        raise MisconfigurationException(
+            f"{len(late)} layers, such as {late[0]!r}, were made after CPQCallback had quantized the module, in its "
+            "setup or later: make them in __init__ or configure_model."
+        )
+
+
+def forget_configured(pl_module: LightningModule) -> None:
+    """Give the module its own ``configure_model`` back."""
+    if pl_module.__dict__.get("configure_model") is _configured:
+        del pl_module.__dict__["configure_model"]
+
+
+def _configured() -> None:
+    """Stands for a module's ``configure_model`` once it has run."""
