@@ -9,6 +9,7 @@ the peak of resident memory of a process that takes a few steps of one variant a
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
@@ -178,7 +180,7 @@ class Step:
 
 
 def peak_memory(name: str, options: argparse.Namespace) -> float:
-    """Peak of resident memory in MB of a process that takes three steps, less what it had before the first."""
+    """Peak of resident memory in MB of a process that takes three steps, less what it had before there was a model."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--alone", name, *_as_arguments(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
@@ -191,9 +193,11 @@ def _as_arguments(options: argparse.Namespace) -> list[str]:
 
 def alone(name: str, options: argparse.Namespace) -> None:
     """Print the peak that :func:`peak_memory` asks for."""
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step = Step(name, (VARIANTS | {k: b for k, (_, b) in PEERS.items()})[name], options)
     gc.collect()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    # What building and calibrating have freed goes back first: it would hide what the steps need.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(3):
         step()
@@ -256,12 +260,16 @@ def main() -> None:
     parser.add_argument("--no-peaks", action="store_true")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # Of looking at every object for tensors.
+    warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(options.threads)
     if options.alone:
         alone(options.alone, options)
         return
     figures = measure(options)
-    show(figures, f"{options.model}, {options.size} px, batch {options.batch}, {options.threads} threads. {describe()}")
+    console = Console()
+    console.print(describe(), soft_wrap=True)
+    show(figures, f"{options.model}, {options.size} px, batch {options.batch}, {options.threads} threads")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     RESULT.parent.mkdir(exist_ok=True)
     known = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
