@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import torch
@@ -84,12 +81,7 @@ class _Fused(torch.autograd.Function):
         out = torch.empty_like(dense)
         steps = step.detach().contiguous()
         length = x.numel() // step.numel()
-        low, high = bounds
-
-        def part(begin: int, end: int) -> None:
-            kernels.cpq_forward(dense.data_ptr(), steps.data_ptr(), out.data_ptr(), begin, end, length, low, high)
-
-        _in_chunks(part, x.numel())
+        kernels.cpq_forward(dense.data_ptr(), steps.data_ptr(), out.data_ptr(), x.numel(), length, _CHUNK, *bounds)
         return out
 
     @staticmethod
@@ -105,13 +97,10 @@ class _Fused(torch.autograd.Function):
         rows, n = step.numel(), x.numel()
         sums = torch.zeros(math.ceil(n / _CHUNK), rows, 2, dtype=torch.float64)
 
-        def part(begin: int, end: int) -> None:
-            kernels.cpq_backward(
-                dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(),
-                sums[begin // _CHUNK].data_ptr(), begin, end, n // rows, low, high, estimator == "expectation",
-            )  # fmt: skip
-
-        _in_chunks(part, n)
+        kernels.cpq_backward(
+            dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), sums.data_ptr(),
+            n, n // rows, _CHUNK, low, high, estimator == "expectation",
+        )  # fmt: skip
         d_step, d_sigma = (total.to(step.dtype).view_as(step) for total in sums.sum(0).unbind(-1))
         return dx, d_step, d_sigma, None, None, None
 
@@ -122,33 +111,3 @@ def _dense(x: Tensor) -> Tensor:
         return x
     same = torch.empty_like(x)
     return x if same.stride() == x.stride() else same.copy_(x)
-
-
-def _in_chunks(part: Any, n: int) -> None:
-    """Call ``part(begin, end)`` for each chunk, on as many threads as torch uses."""
-    chunks = [(begin, min(n, begin + _CHUNK)) for begin in range(0, n, _CHUNK)]
-    threads = min(torch.get_num_threads(), len(chunks))
-    if threads == 1:
-        for begin, end in chunks:
-            part(begin, end)
-        return
-    # The calling thread takes its share: waking one less costs less.
-    pool = _pool(threads - 1)
-    others = [pool.submit(_several, part, chunks[i::threads]) for i in range(1, threads)]
-    _several(part, chunks[::threads])
-    for other in others:
-        other.result()
-
-
-def _several(part: Any, chunks: list[tuple[int, int]]) -> None:
-    for begin, end in chunks:
-        part(begin, end)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="cpq")
-
-
-# A forked process has none of its parent's threads.
-os.register_at_fork(after_in_child=_pool.cache_clear)

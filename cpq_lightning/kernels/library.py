@@ -23,7 +23,7 @@ from pathlib import Path
 log = logging.getLogger("cpq_lightning")
 
 # Values are held to those of functional: no reordering, nothing assumed of NaN or infinity.
-_FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _OFF = ("0", "off", "false", "no")
 _pointer, _count, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _enabled = True
@@ -72,7 +72,7 @@ def use_kernels(wanted: bool) -> Iterator[None]:
 def _library() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
     try:
-        loaded = _declared(ctypes.CDLL(str(_built())))
+        loaded = _declared(_loaded())
     except (Unavailable, OSError, subprocess.SubprocessError) as error:
         log.info("CPQ kernels are not available (%s): quantizers compute in PyTorch operations.", error)
         return str(error)
@@ -88,30 +88,41 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _built() -> Path:
+def _loaded() -> ctypes.CDLL:
+    """The library, with threads where torch brings an OpenMP that it can use."""
+    try:
+        return ctypes.CDLL(str(_built("-fopenmp")))
+    except (Unavailable, OSError) as error:
+        log.info("CPQ kernels run on one thread: %s", error)
+        return ctypes.CDLL(str(_built()))
+
+
+def _built(*threads: str) -> Path:
     """Path of the library, built if it is not there yet: one for each source, compiler and kind of processor."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise Unavailable("there is no C compiler: cc, gcc and clang are not found, and CC names none")
     source = files("cpq_lightning.kernels").joinpath("quantize.c").read_text(encoding="utf-8")
     version = _run([compiler, "--version"])
-    key = hashlib.sha256("\n".join([source, version, *_FLAGS, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([source, version, *_FLAGS, *threads, _processor()]).encode()).hexdigest()[:16]
     folder = _cache_folder()
     target = folder / f"quantize-{key}.so"
     if target.is_file():
         return target
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        written, made = Path(work) / "quantize.c", Path(work) / "quantize.so"
+        written, compiled, made = (Path(work) / f"quantize.{kind}" for kind in ("c", "o", "so"))
         written.write_text(source, encoding="utf-8")
         # What a processor of its own kind allows; a compiler that does not know the word builds for any of them.
         for machine in (["-march=native"], ["-mcpu=native"], []):
             try:
-                _run([compiler, *_FLAGS, *machine, "-o", str(made), str(written), "-lm"])
+                _run([compiler, *_FLAGS, *threads, *machine, "-c", "-o", str(compiled), str(written)])
                 break
             except Unavailable:
                 if not machine:
                     raise
+        # Linked without an OpenMP of its own: that of torch, which is loaded, is found then.
+        _run([compiler, "-shared", "-o", str(made), str(compiled), "-lm"])
         # Several processes may build at once: each puts a whole file in place.
         os.replace(made, target)
     return target

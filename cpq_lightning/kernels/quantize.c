@@ -5,7 +5,8 @@
    row). Vectors are the compiler's own (gcc, clang): no intrinsics, whatever the machine has.
 
    Elements are worked on in chunks of fixed length, whose sums are added up in order by the caller: results do not depend
-   on the number of threads. */
+   on the number of threads. Those are torch's own, by OpenMP: a pool beside it would fight for the cores with threads of
+   torch's that wait for their next loop. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -49,6 +50,13 @@ static inline vf exponential(vf x) {
     return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
+static inline int any(vi m) {
+    int64_t parts[W / 2], found = 0;
+    memcpy(parts, &m, sizeof m);
+    for (int k = 0; k < W / 2; k++) found |= parts[k];
+    return found != 0;
+}
+
 static inline vf level(vf x, float step, float low, float high) {
     return at_least(at_most(nearest(x / step), splat(high)), splat(low));
 }
@@ -69,7 +77,11 @@ static inline grads derive(vf x, float a, float s, float low, float high, int re
     vi neg = v < 0;
     vf side = pick(neg, splat(-1.0f), splat(1.0f));
     vf d = magnitude(v), d0 = at_most(d, splat(0.5f));
-    vf y = exponential((d0 - d) * is);
+    /* 1 wherever x is within half a step of the grid. */
+    vf y = any(d > 0.5f) ? exponential((d0 - d) * is) : splat(1.0f);
+    /* Odds of the cell's two boundaries; their product is that of any two that are a step apart. */
+    float decay = expf(-is);
+    vf right = exponential((d0 - 0.5f) * is), left = decay / right;
     vf lo = pick(neg, n - high, low - n), hi = pick(neg, n - low, high - n);
     vf e = exponential((lo - 0.5f - d0) * is), g = exponential((d0 - hi - 0.5f) * is);
     vf te = 1.0f / (1.0f + y * e), tg = 1.0f / (y + g);
@@ -79,16 +91,13 @@ static inline grads derive(vf x, float a, float s, float low, float high, int re
     vf k0, k1;
     vi near = y > EPSILON;
     if (!expectation) {
-        vf ec = exponential((-0.5f - d0) * is), gc = exponential((d0 - 0.5f) * is);
-        vf tec = 1.0f / (1.0f + y * ec), tgc = 1.0f / (y + gc);
-        vf mc = tgc - ec * tec, imc = 1.0f / mc;
-        vf cl = ec * tec * tec * imc, ch = gc * tgc * tgc * imc;
+        vf tl = 1.0f / (1.0f + y * left), tr = 1.0f / (y + right);
+        vf mc = tr - left * tl, imc = 1.0f / mc;
+        vf cl = left * tl * tl * imc, ch = right * tr * tr * imc;
         vf scale = n * mc * im;
         k0 = pick(near, scale * side * ((ch - cl) - (edge_high - edge_low)), splat(0.0f));
         k1 = scale * (0.5f * (ch + cl) - (edge_high * (hi + 0.5f) - edge_low * (lo - 0.5f)));
     } else {
-        float decay = expf(-is);
-        vf left = exponential((-0.5f - d0) * is), right = exponential((d0 - 0.5f) * is);
         vf mean = s_low * at_most(-lo, splat((float)reach)) - r_high * at_most(hi, splat((float)reach));
         vf slope = {0}, slope_t = {0};
         for (int j = 0; j < reach; j++) {
@@ -117,8 +126,8 @@ static inline grads derive(vf x, float a, float s, float low, float high, int re
     return out;
 }
 
-void cpq_forward(const float *x, const float *steps, float *out, int64_t begin, int64_t end, int64_t length, float low,
-                 float high) {
+static void forward_part(const float *x, const float *steps, float *out, int64_t begin, int64_t end, int64_t length,
+                         float low, float high) {
     while (begin < end) {
         int64_t row = begin / length, stop = (row + 1) * length < end ? (row + 1) * length : end;
         float a = steps[row];
@@ -134,8 +143,9 @@ void cpq_forward(const float *x, const float *steps, float *out, int64_t begin, 
 }
 
 /* Adds to sums, two a row, the gradients of its step and its noise: of the elements from begin to end. */
-void cpq_backward(const float *x, const float *grad, const float *steps, const float *sigmas, float *dx, double *sums,
-                  int64_t begin, int64_t end, int64_t length, float low, float high, int expectation) {
+static void backward_part(const float *x, const float *grad, const float *steps, const float *sigmas, float *dx,
+                          double *sums, int64_t begin, int64_t end, int64_t length, float low, float high,
+                          int expectation) {
     while (begin < end) {
         int64_t row = begin / length, stop = (row + 1) * length < end ? (row + 1) * length : end;
         float a = steps[row], s = sigmas[row] / a;
@@ -169,4 +179,21 @@ void cpq_backward(const float *x, const float *grad, const float *steps, const f
             }
         }
     }
+}
+
+void cpq_forward(const float *x, const float *steps, float *out, int64_t n, int64_t length, int64_t chunk, float low,
+                 float high) {
+#pragma omp parallel for schedule(static) if (n > chunk)
+    for (int64_t begin = 0; begin < n; begin += chunk)
+        forward_part(x, steps, out, begin, begin + chunk < n ? begin + chunk : n, length, low, high);
+}
+
+/* sums: for each chunk two a row, all zero before. */
+void cpq_backward(const float *x, const float *grad, const float *steps, const float *sigmas, float *dx, double *sums,
+                  int64_t n, int64_t length, int64_t chunk, float low, float high, int expectation) {
+    int64_t each = 2 * (n / length);
+#pragma omp parallel for schedule(static) if (n > chunk)
+    for (int64_t begin = 0; begin < n; begin += chunk)
+        backward_part(x, grad, steps, sigmas, dx, sums + begin / chunk * each, begin,
+                      begin + chunk < n ? begin + chunk : n, length, low, high, expectation);
 }

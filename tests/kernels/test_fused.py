@@ -186,3 +186,20 @@ def test_two_processes_that_build_at_once_both_have_it(monkeypatch, tmp_path):
     ]
     assert all("compiled kernels" in process.communicate()[0] for process in both)
     assert [path.suffix for path in (tmp_path / "cpq_lightning").iterdir()] == [".so"]
+
+
+def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path):
+    compiler = tmp_path / "cc"
+    script = ["#!/bin/sh", 'case " $* " in *" -fopenmp "*) echo no openmp >&2; exit 1;; esac', 'exec gcc "$@"']
+    compiler.write_text("\n".join(script))
+    compiler.chmod(0o755)
+    program = (
+        "import torch; from cpq_lightning.kernels import describe, quantize; print(describe());"
+        "x = torch.randn(200_000);"
+        "out = quantize(x, torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3, signed=True,"
+        " estimator='argmax'); print(torch.equal(out, (x / 0.25).round().clamp(-4, 3) * 0.25))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CC": str(compiler)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "compiled kernels" in done.stdout
+    assert "True" in done.stdout
