@@ -86,10 +86,6 @@ class Norms(Callback):
     def __init__(self) -> None:
         self.norms: list[float] = []
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        # Right before clipping.
-        pass
-
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if held:

@@ -57,7 +57,7 @@ class WidthSearch:
         self._start, self._at = start, start
         self._agree = agree
         self._gradients: dict[Quantizer, Tensor] = {}
-        self._stepped, self._idle = False, 0
+        self._stepped, self._warned = False, False
         expected = self.gates.expected(1.0, BETA)
         for goal in goals:
             goal.check_reach(self.gates.min_bits, self.gates.max_bits)
@@ -138,9 +138,9 @@ class WidthSearch:
     def _notice_idleness(self, step: int) -> None:
         """Warn, once, where the run's step counts on and gates have never been updated."""
         begin = self.begin or 0
-        if self.gates.updated or step - begin < max(_PATIENCE, (self.freeze - begin) // 4) or self._idle:
+        if self.gates.updated or step - begin < max(_PATIENCE, (self.freeze - begin) // 4) or self._warned:
             return
-        self._idle = 1
+        self._warned = True
         rank_zero_warn(
             f"BitBudget: no gate has been updated in the {step - (self.begin or 0)} steps since widths began to be "
             "learned: either the optimizer never runs its step hooks (a wrapper that calls no Optimizer.step of "

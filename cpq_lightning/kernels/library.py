@@ -33,9 +33,13 @@ class Unavailable(Exception):
     """Why there is no compiled kernel; the reason is its message."""
 
 
+def _switched_off() -> bool:
+    return not _enabled or os.environ.get("CPQ_KERNELS", "").lower() in _OFF
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; ``None`` where functional computes."""
-    if not _enabled or os.environ.get("CPQ_KERNELS", "").lower() in _OFF:
+    if _switched_off():
         return None
     found = _library()
     return None if isinstance(found, str) else found
@@ -43,7 +47,7 @@ def library() -> ctypes.CDLL | None:
 
 def describe() -> str:
     """Which computation runs on the CPU, and why, in a sentence."""
-    if not _enabled or os.environ.get("CPQ_KERNELS", "").lower() in _OFF:
+    if _switched_off():
         return "CPU: functional, in PyTorch operations (kernels are switched off)"
     found = _library()
     if isinstance(found, str):
