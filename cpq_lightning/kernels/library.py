@@ -25,7 +25,8 @@ log = logging.getLogger("cpq_lightning")
 # Values are held to those of functional: no reordering, nothing assumed of NaN or infinity.
 _FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _OFF = ("0", "off", "false", "no")
-_pointer, _count, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_pointer, _count, _number, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SOURCES = ("quantize.c", "moments.h", "vectors.h")
 _enabled = True
 
 
@@ -85,8 +86,8 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.cpq_forward.argtypes = [_pointer] * 3 + [_count] * 3 + [_number] * 2
-    library.cpq_backward.argtypes = [_pointer] * 6 + [_count] * 3 + [_number] * 2 + [ctypes.c_int]
+    library.cpq_forward.argtypes = [_pointer] * 3 + [_count] * 3 + [_number] * 2 + [_flag]
+    library.cpq_backward.argtypes = [_pointer] * 6 + [_count] * 3 + [_number] * 2 + [_flag] * 2
     for function in (library.cpq_forward, library.cpq_backward):
         function.restype = None
     return library
@@ -106,9 +107,12 @@ def _built(*threads: str) -> Path:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise Unavailable("there is no C compiler: cc, gcc and clang are not found, and CC names none")
-    source = files("cpq_lightning.kernels").joinpath("quantize.c").read_text(encoding="utf-8")
+    here = files("cpq_lightning.kernels")
+    sources = {name: here.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES}
     version = _run([compiler, "--version"])
-    key = hashlib.sha256("\n".join([source, version, *_FLAGS, *threads, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*sources.values(), version, *_FLAGS, *threads, _processor()]).encode()).hexdigest()[
+        :16
+    ]
     folder = _cache_folder()
     target = folder / f"quantize-{key}.so"
     if target.is_file():
@@ -116,7 +120,8 @@ def _built(*threads: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         written, compiled, made = (Path(work) / f"quantize.{kind}" for kind in ("c", "o", "so"))
-        written.write_text(source, encoding="utf-8")
+        for name, source in sources.items():
+            (Path(work) / name).write_text(source, encoding="utf-8")
         # What a processor of its own kind allows; a compiler that does not know the word builds for any of them.
         for machine in (["-march=native"], ["-mcpu=native"], []):
             try:

@@ -52,15 +52,43 @@ def test_values_to_the_bit_and_gradients_to_rounding(bits, signed, noise, estima
         assert error < max(TOLERANCE[noise], 2 * other), name
 
 
-def test_channels_have_steps_of_their_own():
-    x, _, _, grad = draw((6, 5, 3, 3))
-    step = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 1e-3]).reshape(6, 1, 1, 1)
-    fused = gradients(quantize, x, step, step / 3, grad)
-    plain = gradients(quantize_unchecked, x, step, step / 3, grad)
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (6, 1100), (6, 2**14)])
+def test_channels_have_steps_of_their_own(shape):
+    x, _, _, grad = draw(shape)
+    step = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 1e-3]).reshape(6, *[1] * (len(shape) - 1))
+    # From where the noise is read off a table of one, of two vectors, or of none.
+    sigma = step * torch.tensor([0.5, 1 / 3, 0.1, 0.05, 0.02, 1.0]).reshape(step.shape)
+    fused = gradients(quantize, x, step, sigma, grad)
+    plain = gradients(quantize_unchecked, x, step, sigma, grad)
+    exact = gradients(quantize_unchecked, *(t.double() for t in (x, step, sigma, grad)))
     assert torch.equal(fused[0], plain[0])
-    for own, same in zip(fused[1:], plain[1:], strict=True):
+    for own, same, true in zip(fused[1:], plain[1:], exact[1:], strict=True):
         assert own.shape == same.shape
-        torch.testing.assert_close(own, same, rtol=2e-5, atol=1e-5)
+        error, other = (float((t - true).abs().max()) for t in (own, same))
+        assert error <= 2 * other + 2e-5 * float(true.abs().max())
+
+
+@pytest.mark.parametrize("estimator", ["argmax", "expectation"])
+@pytest.mark.parametrize("shape", [(3001,), (6, 1100), (6, 5, 3, 3)])
+def test_bfloat16_is_rounded_once(shape, estimator):
+    x, _, _, grad = draw(shape)
+    x, grad = x.bfloat16(), grad.bfloat16()
+    step = torch.full((6 if len(shape) > 1 else 1, *[1] * (len(shape) - 1)), 0.3)
+    fused = gradients(quantize, x, step, step / 3, grad, estimator=estimator)
+    plain = gradients(quantize_unchecked, x, step, step / 3, grad, estimator=estimator)
+    assert fused[0].dtype == fused[1].dtype == torch.bfloat16
+    assert torch.equal(fused[0], plain[0])
+    # One unit in the last place of a half, where rounding to the other side begins.
+    torch.testing.assert_close(fused[1], plain[1], rtol=2**-7, atol=1e-5)
+    for own, same in zip(fused[2:], plain[2:], strict=True):
+        torch.testing.assert_close(own, same, rtol=1e-4, atol=1e-3)
+
+
+def test_nan_in_a_long_row_stays_where_it_is():
+    x, step, sigma, grad = draw((4096,))
+    x[7] = float("nan")
+    _, dx, *_ = gradients(quantize, x, step, sigma, grad)
+    assert dx.isnan().nonzero().tolist() == [[7]]
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided", "expanded", "0-d"])
@@ -116,7 +144,7 @@ def test_what_kernels_do_not_compute_is_functional_s():
     masks = torch.tensor([[1.0], [0.5]])
     cases = [
         (x.double(), step.double(), sigma.double(), None),
-        (x.bfloat16(), step, sigma, None),
+        (x.half(), step, sigma, None),
         (x, step, sigma, masks),
         (x[:0], step, sigma, None),
     ]

@@ -1,0 +1,87 @@
+"""One ring of levels: what quantizes a tensor where no bit is dropped, and which kernel computes it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpq_lightning.functional import Estimator, level_bounds
+from cpq_lightning.kernels import cpu
+
+
+class Ring(NamedTuple):
+    """A grid that is whole: all its levels are within reach.
+
+    Attributes:
+        low: Lowest level, in steps.
+        high: Highest level, in steps.
+        expectation: Whether gradients are those of ``expectation``, else of ``argmax``.
+    """
+
+    low: int
+    high: int
+    expectation: bool
+
+    @classmethod
+    def of(cls, bits: int, signed: bool, estimator: Estimator) -> Ring:
+        """The ring of all levels of a width."""
+        return cls(*level_bounds(bits, signed), estimator == "expectation")
+
+
+def has_kernel(x: Tensor, step: Tensor, sigma: Tensor) -> bool:
+    """Whether a kernel computes these tensors: one step, or one for each row of a tensor that is dense in memory."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
+        return False
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        # What others run holds no operator that they do not have.
+        return False
+    if step.dtype != torch.float32 or sigma.dtype != torch.float32 or step.shape != sigma.shape:
+        return False
+    rows = step.numel()
+    if rows > 1 and (step.dim() != x.dim() or step.shape[0] != rows or rows != x.shape[0] or not x.is_contiguous()):
+        return False
+    return x.device.type == "cpu" and cpu.computes(x.dtype)
+
+
+def forward(x: Tensor, step: Tensor, ring: Ring) -> Tensor:
+    """``step * clamp(round(x / step))``, in one pass."""
+    if torch.compiler.is_compiling():
+        return _forward_op(x, step, ring.low, ring.high)
+    return _forward(x, step, ring.low, ring.high)
+
+
+def backward(
+    x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: Ring, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in x, step and sigma, from that in the result, in one pass; the first may take the place of grad."""
+    if torch.compiler.is_compiling():
+        return _backward_op(x, grad, step, sigma, *ring)
+    return _backward(x, grad, step, sigma, *ring, overwrite)
+
+
+_forward = cpu.forward
+_backward = cpu.backward
+
+
+@torch.library.custom_op("cpq_lightning::quantize", mutates_args=())
+def _forward_op(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    return _forward(x, step, low, high)
+
+
+@_forward_op.register_fake
+def _(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("cpq_lightning::quantize_backward", mutates_args=())
+def _backward_op(
+    x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, low: int, high: int, expectation: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(x, grad, step, sigma, low, high, expectation)
+
+
+@_backward_op.register_fake
+def _(x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, *ring: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), step.new_empty(step.shape), sigma.new_empty(sigma.shape)
