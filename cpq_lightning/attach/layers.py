@@ -11,7 +11,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.conv import _ConvNd
 
+from cpq_lightning.kernels import Convolution, Operand, product
 from cpq_lightning.nn import Quantizer, is_sharded, whole
 
 
@@ -41,9 +43,31 @@ class QuantizedLayer(nn.Module):
             self.weight_quantizer.fit_weight(self.full_precision_weight())
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs and self._can_be_taken_over(input):
+            return self._taken_over(input)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         return super().forward(input, *args, **kwargs)
+
+    def _can_be_taken_over(self, input: Tensor) -> bool:
+        """Whether the product is torch's own, and at least one side can be quantized within it."""
+        weight = self._parameters["weight"]
+        if weight is None or not is_stock(self) or type(input) is not Tensor or not input.numel():
+            return False
+        if input.dim() < 2 if isinstance(self, nn.Linear) else input.dim() != weight.dim():
+            return False
+        if self.input_quantizer is not None and self.input_quantizer.takes_part(input):
+            return True
+        return self.weight_quantizer.takes_part(weight)
+
+    def _taken_over(self, input: Tensor) -> Tensor:
+        """The layer's output without the quantized tensors kept for backward; the same to the bit."""
+        x = Operand(input) if self.input_quantizer is None else self.input_quantizer.operand(input)
+        weight = self.weight_quantizer.operand(self.full_precision_weight())
+        convolution = None
+        if isinstance(self, _ConvNd):
+            convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return product(x, weight, self._parameters["bias"], convolution)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -63,6 +87,21 @@ class QuantizedLayer(nn.Module):
         return _rebuild, (self.base_class,), getstate() if getstate else self.__dict__
 
 
+_STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_stock(layer: QuantizedLayer) -> bool:
+    """Whether a layer computes nothing but the product that torch's own class of its kind computes."""
+    if isinstance(layer, _ConvNd) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return False
+    for stock in _STOCK:
+        if isinstance(layer, stock):
+            same = (getattr(layer.base_class, name, None) is getattr(stock, name, None) for name in _COMPUTING)
+            return all(same)
+    return False
+
+
+_COMPUTING = ("forward", "_conv_forward")
 _classes: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 

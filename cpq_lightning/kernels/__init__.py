@@ -3,3 +3,8 @@
 from cpq_lightning.kernels.fused import quantize as quantize
 from cpq_lightning.kernels.library import describe as describe
 from cpq_lightning.kernels.library import use_kernels as use_kernels
+from cpq_lightning.kernels.product import Convolution as Convolution
+from cpq_lightning.kernels.product import Operand as Operand
+from cpq_lightning.kernels.product import product as product
+from cpq_lightning.kernels.ring import Ring as Ring
+from cpq_lightning.kernels.ring import has_kernel as has_kernel

@@ -1,25 +1,46 @@
-"""Identities with a gradient of their own."""
+"""Operations whose gradient autograd would not find, or not as cheaply."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# A step can move by a factor of 1000 from where it was fitted: far more than training ever asks for, and no learning
+# rate can take it to zero, below zero, or out of float32.
+STEP_REACH = math.log(1000.0)
+NOISE_MIN = 0.02
 
-class ScaleGradient(torch.autograd.Function):
-    """``t`` itself; its gradient is multiplied by ``scale``."""
+
+class StepAndSigma(torch.autograd.Function):
+    """A quantizer's step and noise from its two parameters, as one node of the graph.
+
+    ``step = start exp(R tanh(log_step / R))`` and ``sigma = step s T``, ``s`` from NOISE_MIN to 1 by a sigmoid.
+    Gradients are multiplied by ``1 / (start root)``, ``root`` the square root in LSQ's scale: see
+    :class:`~cpq_lightning.nn.Quantizer`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return t.view_as(t)
+    def forward(
+        ctx: Any, log_step: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
+    ) -> tuple[Tensor, Tensor]:
+        bend = torch.tanh(log_step / STEP_REACH)
+        step = start * torch.exp(STEP_REACH * bend)
+        p = torch.sigmoid(noise_logit)
+        sigma = step * (NOISE_MIN + (1 - NOISE_MIN) * p) * temperature
+        ctx.save_for_backward(start, temperature, bend, step, p, sigma)
+        ctx.root = root
+        return step, sigma
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return grad * scale, None
+    def backward(ctx: Any, d_step: Tensor, d_sigma: Tensor) -> tuple[Tensor | None, ...]:
+        start, temperature, bend, step, p, sigma = ctx.saved_tensors
+        scale = 1 / (start * ctx.root)
+        d_log_step = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
+        d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - NOISE_MIN) * scale)
+        return d_log_step, d_logit, None, None, None
 
 
 class Connect(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.functional import (
@@ -15,10 +16,10 @@ from cpq_lightning.functional import (
     level_bounds,
     quantize_resolution,
 )
-from cpq_lightning.kernels import quantize
+from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize
 from cpq_lightning.nn.fitting import weight_steps
 from cpq_lightning.nn.gates import Gates
-from cpq_lightning.nn.gradient import Connect, ScaleGradient
+from cpq_lightning.nn.gradient import NOISE_MIN, STEP_REACH, Connect, StepAndSigma
 from cpq_lightning.nn.observer import RangeObserver, UsageRecorder
 from cpq_lightning.nn.widths import Widths
 
@@ -26,10 +27,6 @@ Kind = Literal["weight", "activation"]
 
 # sigma/step starts at 1/3 (RQ, arXiv 1810.01875): a cell then holds 0.64 of the mass at its centre.
 _NOISE_START = 1 / 3
-_NOISE_MIN = 0.02
-# The step can move by this factor from where it was fitted: far more than training ever asks for, and no learning
-# rate can take it to zero, below zero, or out of float32.
-_STEP_SPAN = 1000.0
 
 
 class Quantizer(Widths):
@@ -142,27 +139,18 @@ class Quantizer(Widths):
 
     def step(self) -> Tensor:
         """Step of the widest grid, shape (1,) or (channels,), in the unit of what is quantized."""
-        return self._step(self.log_step)
-
-    def _step(self, log_step: Tensor) -> Tensor:
-        reach = math.log(_STEP_SPAN)
-        return self.start_step * torch.exp(reach * torch.tanh(log_step / reach))
+        return self.start_step * torch.exp(STEP_REACH * torch.tanh(self.log_step / STEP_REACH))
 
     def _step_and_sigma(self) -> tuple[Tensor, Tensor]:
-        scale = self._gradient_scale()
-        step = self._step(ScaleGradient.apply(self.log_step, scale))
-        s = _NOISE_MIN + (1 - _NOISE_MIN) * torch.sigmoid(ScaleGradient.apply(self.noise_logit, scale))
-        return step, step * s * self.temperature
-
-    def _gradient_scale(self) -> Tensor:
-        """LSQ's 1/sqrt(numel · highest level) (Esser et al., ICLR 2020, section 2.2), over the step.
+        """Both, with gradients scaled by LSQ's 1/sqrt(numel · highest level) (Esser et al., ICLR 2020, section 2.2),
+        over the starting step.
 
         The gradient in log(step) is step times that in the step. With this scale it is as large as LSQ's, and so of the
         order of the weights': a clipped global norm is not spent on steps, however small they are. Adam's update does
         not depend on it.
         """
-        per_step = max(1, self.numel // len(self.log_step))
-        return self.start_step.mul(math.sqrt(per_step * max(1, self.level_bounds[1]))).reciprocal()
+        root = math.sqrt(max(1, self.numel // len(self.log_step)) * max(1, self.level_bounds[1]))
+        return StepAndSigma.apply(self.log_step, self.noise_logit, self.start_step, self.temperature, root)  # type: ignore[no-any-return]
 
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """One value a channel, shaped to broadcast to the weight."""
@@ -191,6 +179,26 @@ class Quantizer(Widths):
         if self.usage is not None:
             self.usage.update(x, out, self.grid()[0])
         return out
+
+    def takes_part(self, x: Tensor) -> bool:
+        """Whether a product can quantize ``x`` itself: all that :meth:`forward` would do is what a kernel does."""
+        watched = self._forward_hooks or self._forward_pre_hooks or _has_any_global_hook()
+        if watched or not self.active or not self.calibrated or self.observer is not None or self.usage is not None:
+            return False
+        if self.fixed or (self.has_gates and (self.training or self.gates.learned)):
+            return False
+        step = self.along_channels(self.start_step, x)
+        return has_kernel(x, step, step)
+
+    def operand(self, x: Tensor) -> Operand:
+        """``x`` and what quantizes it where :meth:`takes_part` says so, else ``x`` quantized."""
+        if not self.takes_part(x):
+            return Operand(self(x))
+        step, sigma = self._step_and_sigma()
+        if self.gates.logit is not None:
+            step = Connect.of(step, self.gates.logit)
+        ring = Ring.of(self.bits, self.signed, self.estimator)
+        return Operand(x, self.along_channels(step, x), self.along_channels(sigma, x), ring)
 
     @property
     def _gates_learn(self) -> bool:
@@ -294,5 +302,5 @@ def _span(kind: Kind, config: CPQConfig) -> tuple[int | None, int | None]:
 
 
 def _noise_logit(s: float) -> float:
-    p = (s - _NOISE_MIN) / (1 - _NOISE_MIN)
+    p = (s - NOISE_MIN) / (1 - NOISE_MIN)
     return math.log(p / (1 - p))

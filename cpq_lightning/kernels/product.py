@@ -1,0 +1,237 @@
+"""A convolution or linear product of quantized tensors as one operation, which keeps neither of them for backward.
+
+A convolution that is handed a quantized weight and a quantized activation keeps both: 1.7 times what full precision
+keeps. This one keeps the unquantized input, which what made it keeps anyway, and the Parameter, and quantizes both
+again in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cpq_lightning.kernels import ring as kernel
+from cpq_lightning.kernels.ring import Ring
+
+
+class Operand(NamedTuple):
+    """One side of a product.
+
+    Attributes:
+        value: The tensor as it is.
+        step: What quantizes it, as a kernel takes it; ``None`` where the product takes the tensor as it is.
+        sigma: Scale of the noise.
+        ring: The levels.
+    """
+
+    value: Tensor
+    step: Tensor | None = None
+    sigma: Tensor | None = None
+    ring: Ring | None = None
+
+
+class Convolution(NamedTuple):
+    """Geometry of a convolution, as :func:`torch.nn.functional.conv2d` takes it."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def product(x: Operand, weight: Operand, bias: Tensor | None, convolution: Convolution | None) -> Tensor:
+    """The linear product, or convolution, of what the two operands are quantized to.
+
+    Args:
+        x: Of shape (..., in), or (batch, channels, *places) for a convolution.
+        weight: Of shape (out, in), or that of the convolution's weight.
+        bias: One value a channel.
+        convolution: Its geometry; ``None`` for a linear product.
+
+    Returns:
+        What :func:`torch.nn.functional.linear`, or the convolution of as many places, gives for the quantized tensors,
+        under autocast too, to the bit; so are its gradients.
+    """
+    device = x.value.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return _Product.apply(  # type: ignore[no-any-return]
+        x.value, weight.value, bias, x.step, x.sigma, weight.step, weight.sigma, x.ring, weight.ring, convolution, dtype
+    )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_step: Tensor | None,
+        x_sigma: Tensor | None,
+        weight_step: Tensor | None,
+        weight_sigma: Tensor | None,
+        x_ring: Ring | None,
+        weight_ring: Ring | None,
+        convolution: Convolution | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, x_step, x_sigma, weight_step, weight_sigma)
+        ctx.bias = None if bias is None else bias.dtype
+        ctx.settings = x_ring, weight_ring, convolution, dtype
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        return run(
+            x, weight, bias, x_step, weight_step, _plain(x_ring), _plain(weight_ring), _plain(convolution), dtype
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, x_step, x_sigma, weight_step, weight_sigma = ctx.saved_tensors
+        x_ring, weight_ring, convolution, dtype = ctx.settings
+        needs = list(ctx.needs_input_grad[:3])
+        run = _backward_op if torch.compiler.is_compiling() else _backward
+        found = iter(
+            run(
+                grad, x, weight, x_step, x_sigma, weight_step, weight_sigma, _plain(x_ring), _plain(weight_ring),
+                _plain(convolution), dtype, needs,
+            )
+        )  # fmt: skip
+        d_x, d_x_step, d_x_sigma = _of_side(found, needs[0], x_ring)
+        d_weight, d_weight_step, d_weight_sigma = _of_side(found, needs[1], weight_ring)
+        d_bias = next(found).to(ctx.bias) if needs[2] else None
+        return d_x, d_weight, d_bias, d_x_step, d_x_sigma, d_weight_step, d_weight_sigma, None, None, None, None
+
+
+def _of_side(found: Any, needed: bool, ring: Ring | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if ring is not None:
+        return next(found), next(found), next(found)
+    return (next(found) if needed else None), None, None
+
+
+def _plain(settings: Ring | Convolution | None) -> list[int]:
+    """As an operator of torch takes them: ``[]`` for none, and a convolution's lists one after the other."""
+    if isinstance(settings, Convolution):
+        return [*settings.stride, *settings.padding, *settings.dilation, settings.groups]
+    return [] if settings is None else [int(value) for value in settings]
+
+
+def _geometry(convolution: list[int]) -> tuple[list[int], list[int], list[int], int]:
+    places = len(convolution) // 3
+    stride, padding, dilation = (convolution[i * places : (i + 1) * places] for i in range(3))
+    return stride, padding, dilation, convolution[-1]
+
+
+def _quantized(x: Tensor, step: Tensor | None, ring: list[int], dtype: torch.dtype | None) -> Tensor:
+    out = x if step is None else kernel.forward(x, step, _ring(ring))
+    return out if dtype is None else out.to(dtype)
+
+
+def _ring(values: list[int]) -> Ring:
+    return Ring(values[0], values[1], bool(values[2]))
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_step: Tensor | None,
+    weight_step: Tensor | None,
+    x_ring: list[int],
+    weight_ring: list[int],
+    convolution: list[int],
+    dtype: torch.dtype | None,
+) -> Tensor:
+    x = _quantized(x, x_step, x_ring, dtype)
+    weight = _quantized(weight, weight_step, weight_ring, dtype)
+    bias = bias if bias is None or dtype is None else bias.to(dtype)
+    return _multiplied(x, weight, bias, convolution)
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: list[int]) -> Tensor:
+    if not convolution:
+        return F.linear(x, weight, bias)
+    stride, padding, dilation, groups = _geometry(convolution)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_step: Tensor | None,
+    x_sigma: Tensor | None,
+    weight_step: Tensor | None,
+    weight_sigma: Tensor | None,
+    x_ring: list[int],
+    weight_ring: list[int],
+    convolution: list[int],
+    dtype: torch.dtype | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients in x (its step, its sigma), in the weight (likewise) and in the bias, as far as they are needed."""
+    needs = [needs[0] or bool(x_ring), needs[1] or bool(weight_ring), needs[2]]
+    d_x, d_weight, d_bias = _product_backward(
+        grad,
+        _quantized(x, x_step, x_ring, dtype),
+        _quantized(weight, weight_step, weight_ring, dtype),
+        convolution,
+        needs,
+    )
+    found = _through(d_x, x, x_step, x_sigma, x_ring)
+    found += _through(d_weight, weight, weight_step, weight_sigma, weight_ring)
+    return found if d_bias is None else [*found, d_bias]
+
+
+def _product_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, convolution: list[int], needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if convolution:
+        stride, padding, dilation, groups = _geometry(convolution)
+        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+            grad, x, weight, [len(weight)], stride, padding, dilation, False, [0] * len(stride), groups, needs
+        )
+    rows = grad.flatten(0, -2)
+    return (
+        (rows @ weight).view_as(x) if needs[0] else None,
+        rows.t() @ x.flatten(0, -2) if needs[1] else None,
+        rows.sum(0) if needs[2] else None,
+    )
+
+
+def _through(
+    grad: Tensor | None, x: Tensor, step: Tensor | None, sigma: Tensor | None, ring: list[int]
+) -> list[Tensor]:
+    """Back through one operand's quantizer."""
+    if grad is None:
+        return []
+    grad = grad.to(x.dtype)
+    if step is None or sigma is None:
+        return [grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)]
+    # Nobody else has this gradient: its place is taken.
+    return list(kernel.backward(x, grad, step, sigma, _ring(ring), overwrite=True))
+
+
+_forward_op = torch.library.custom_op("cpq_lightning::product", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("cpq_lightning::product_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    *_, convolution, dtype = settings
+    return _forward(x, weight, bias, None, None, [], [], convolution, dtype)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> list[Tensor]:
+    x_step, x_sigma, weight_step, weight_sigma, *_, needs = settings
+    found = []
+    for value, needed, step, sigma in ((x, needs[0], x_step, x_sigma), (weight, needs[1], weight_step, weight_sigma)):
+        if step is not None:
+            found += [torch.empty_like(value), torch.empty_like(step), torch.empty_like(sigma)]
+        elif needed:
+            found.append(torch.empty_like(value))
+    return [*found, grad.new_empty(len(weight))] if needs[2] else found

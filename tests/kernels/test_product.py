@@ -1,0 +1,294 @@
+"""A quantized layer's product as one operation: the same numbers as the ordinary path, and nothing more kept."""
+
+import copy
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from cpq_lightning import CPQConfig, attach, calibrate
+from cpq_lightning.attach import QuantizedLayer, set_noise_step
+from cpq_lightning.functional import level_bounds
+from cpq_lightning.kernels import Convolution, Operand, Ring, describe, product, use_kernels
+from cpq_lightning.kernels.library import library
+
+pytestmark = pytest.mark.skipif(library() is None, reason=describe())
+
+LAYERS = {
+    "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (4, 6, 9, 7)),
+    "strided, dilated, grouped": (
+        lambda: nn.Conv2d(6, 8, 3, stride=2, padding=2, dilation=2, groups=2, bias=False),
+        (4, 6, 9, 7),
+    ),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), (4, 6, 9, 7)),
+    "conv1d": (lambda: nn.Conv1d(6, 8, 3), (4, 6, 9)),
+    "conv3d": (lambda: nn.Conv3d(3, 8, 2), (2, 3, 4, 5, 3)),
+    "linear": (lambda: nn.Linear(6, 8), (10, 6)),
+    "linear on tokens": (lambda: nn.Linear(6, 8), (4, 5, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 8, bias=False), (4, 5, 6)),
+}
+CONFIGS = {
+    "default": CPQConfig(first_last_bits=None),
+    "argmax": CPQConfig(first_last_bits=None, weight_estimator="argmax", act_estimator="argmax"),
+    "weights only": CPQConfig(first_last_bits=None, act_bits=None),
+    "one step a weight": CPQConfig(first_last_bits=None, per_channel=False, weight_bits=2),
+    "learned": CPQConfig(first_last_bits=None, weight_bits=8, min_bits=2, learn_bits=True),
+}
+
+
+@contextmanager
+def ordinary_path(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedLayer, "_can_be_taken_over", lambda self, input: False)
+        yield
+
+
+def quantized(make, shape, config=CONFIGS["default"], **to):
+    torch.manual_seed(0)
+    x = torch.randn(shape).relu().to(**to)
+    model = calibrate(attach(nn.Sequential(make()), config), [x.float()]).train().to(**to)
+    with torch.no_grad():
+        model(x)
+    return model, x
+
+
+def step(model, x, context=nullcontext):
+    """Output, input's gradient and all parameters' gradients."""
+    x = x.clone().requires_grad_()
+    for parameter in model.parameters():
+        parameter.grad = None
+    set_noise_step(model, 0)
+    with context():
+        out = model(x)
+    torch.manual_seed(1)
+    (out * torch.randn_like(out)).sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def assert_same(own, same):
+    for a, b in zip(own, same, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_same_to_the_bit(layer, config, monkeypatch):
+    model, x = quantized(*LAYERS[layer], CONFIGS[config])
+    assert model[0]._can_be_taken_over(x)
+    own = step(model, x)
+    with ordinary_path(monkeypatch):
+        assert_same(own, step(model, x))
+
+
+@pytest.mark.parametrize("layer", ["conv2d", "linear on tokens"])
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+def test_halves(layer, kind, monkeypatch):
+    autocast = kind == "autocast"
+    model, x = quantized(*LAYERS[layer], dtype=torch.float32 if autocast else torch.bfloat16)
+    assert model[0]._can_be_taken_over(x)
+    context = (lambda: torch.autocast("cpu", torch.bfloat16)) if autocast else nullcontext
+    own = step(model, x, context)
+    assert own[0].dtype == torch.bfloat16
+    with ordinary_path(monkeypatch):
+        assert_same(own, step(model, x, context))
+
+
+def test_channels_last(monkeypatch):
+    model, x = quantized(*LAYERS["conv2d"])
+    model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    own = step(model, x)
+    assert own[0].is_contiguous(memory_format=torch.channels_last)
+    with ordinary_path(monkeypatch):
+        assert_same(own, step(model, x))
+
+
+def test_an_input_without_a_gradient_and_a_frozen_weight():
+    model, x = quantized(*LAYERS["conv2d"])
+    model[0].full_precision_weight().requires_grad_(False)
+    model(x).sum().backward()
+    assert model[0].full_precision_weight().grad is None
+    assert all(
+        p.grad is not None for q in (model[0].weight_quantizer, model[0].input_quantizer) for p in q.parameters()
+    )
+
+
+def test_checkpointed_and_copied(monkeypatch):
+    model, x = quantized(*LAYERS["conv2d"])
+    own = step(model, x)
+    again = copy.deepcopy(model)
+    assert_same(own, step(again, x))
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = again
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    assert_same(own, step(Checkpointed(), x))
+
+
+class Same(nn.Conv2d):
+    """A layer with a forward of its own."""
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Same(6, 8, 3),
+        lambda: nn.Conv2d(6, 8, 3, padding="same"),
+        lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"),
+        lambda: nn.ConvTranspose2d(6, 8, 3),
+    ],
+)
+def test_layers_that_do_more_take_the_ordinary_path(make):
+    model, x = quantized(make, (4, 6, 9, 7))
+    assert not model[0]._can_be_taken_over(x)
+    assert all(g is not None for g in step(model, x))
+
+
+def test_what_watches_a_quantizer_or_changes_what_it_does_is_obeyed():
+    model, x = quantized(*LAYERS["conv2d"])
+    layer = model[0]
+    seen = []
+    handles = [
+        q.register_forward_hook(lambda *_: seen.append(1)) for q in (layer.weight_quantizer, layer.input_quantizer)
+    ]
+    assert not layer._can_be_taken_over(x)
+    model(x)
+    assert len(seen) == 2
+    handles[0].remove()
+    assert layer._can_be_taken_over(x)
+    model(x)
+    assert len(seen) == 3
+    handles[1].remove()
+    for change in ({"active": False}, {"calibrated": False}):
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            quantizer.configure(**change)
+        assert not layer._can_be_taken_over(x)
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            quantizer.configure(active=True, calibrated=True)
+    assert layer._can_be_taken_over(x)
+    with use_kernels(False):
+        assert not layer._can_be_taken_over(x)
+    assert not layer._can_be_taken_over(x[:0])
+    assert model(x[:0]).shape[0] == 0
+
+
+# Guards that ask no clock ---------------------------------------------------------------------------------------------
+
+
+def kept_bytes(model, x, labels):
+    """Bytes of unique storages that autograd keeps, parameters, buffers and the batch left out."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x, labels)}
+    kept = {}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        cross_entropy(model(x), labels).backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_no_more_is_kept_for_backward_than_in_full_precision(name):
+    torch.manual_seed(0)
+    x, labels = torch.randn(8, 3, 64, 64), torch.randint(0, 10, (8,))
+    size = {"img_size": 64} if "vit" in name else {}
+    plain = timm.create_model(name, num_classes=10, **size).train()
+    model = calibrate(attach(copy.deepcopy(plain), CPQConfig()), [x]).train()
+    model(x)
+    assert kept_bytes(model, x, labels) <= 1.05 * kept_bytes(plain, x, labels)
+
+
+class Calls(TorchDispatchMode):
+    """Counts what the dispatcher is asked for, and what of it is as large as the input."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.count = self.large = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        made = out if isinstance(out, tuple | list) else (out,)
+        self.count += 1
+        self.large += sum(isinstance(t, torch.Tensor) and t.numel() >= self.size for t in made)
+        return out
+
+
+def test_a_quantizer_costs_few_calls_and_one_of_the_tensor_s_size_each_way():
+    model, x = quantized(*LAYERS["conv2d"])
+    plain = nn.Sequential(LAYERS["conv2d"][0]())
+    counts, large = [], []
+    for m in (model, plain):
+        own = x.clone().requires_grad_()
+        with Calls(x.numel()) as forward:
+            out = m(own)
+        with Calls(x.numel()) as backward:
+            out.sum().backward()
+        counts.append((forward.count, backward.count))
+        large.append((forward.large, backward.large))
+    (forward, backward), (plain_forward, plain_backward) = counts
+    # The quantized input, once for the product and once for its backward; gradients take each other's places.
+    assert [a - b for a, b in zip(*large, strict=True)] == [1, 1]
+    # Steps and noises of two quantizers are a few numbers each, but each number takes a call.
+    assert forward - plain_forward <= 2 * 17
+    assert backward - plain_backward <= 2 * 32
+
+
+def test_compiled_it_is_one_graph_that_is_compiled_once_and_gives_the_same():
+    make = lambda: nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 35, 4))  # noqa: E731
+    model, x = quantized(make, (4, 6, 9, 7))
+    own = step(model, x)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        assert_same(own, step(compiled, x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("convolution", [True, False])
+def test_operators_are_well_defined(convolution):
+    ops = torch.ops.cpq_lightning
+    x, weight = (
+        (torch.randn(3, 4, 5, 5), torch.randn(6, 4, 3, 3)) if convolution else (torch.randn(3, 4), torch.randn(6, 4))
+    )
+    step = torch.tensor([0.3])
+    steps = torch.full((6, *[1] * (weight.dim() - 1)), 0.3)
+    ring = [*level_bounds(4, True), 1]
+    geometry = [1, 1, 0, 0, 1, 1, 1] if convolution else []
+    args = (x, weight, torch.randn(6), step, steps, ring, ring, geometry, None)
+    # None of them has an autograd formula: they are called within one.
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.product, args, test_utils=checks)
+    out = ops.product(*args)
+    sides = (x, weight, step, step / 3, steps, steps / 3, ring, ring, geometry, None)
+    torch.library.opcheck(ops.product_backward, (torch.randn_like(out), *sides, [True] * 3), test_utils=checks)
+    torch.library.opcheck(ops.quantize, (x, step, *ring[:2]), test_utils=checks)
+    torch.library.opcheck(ops.quantize_backward, (x, x.clone(), step, step / 3, *ring[:2], True), test_utils=checks)
+
+
+def test_operands_may_come_quantized():
+    x, weight, step = torch.randn(3, 4), torch.randn(6, 4), torch.tensor([[0.3]])
+    ring = Ring.of(4, True, "expectation")
+    both = product(Operand(x, step, step / 3, ring), Operand(weight, step, step / 3, ring), None, None)
+    mixed = product(Operand((x / step).round().clamp(-8, 7) * step), Operand(weight, step, step / 3, ring), None, None)
+    assert torch.equal(both, mixed)
+    plain = product(Operand(x[..., None]), Operand(weight[..., None]), None, Convolution((1,), (0,), (1,), 1))
+    assert torch.equal(plain, torch.nn.functional.conv1d(x[..., None], weight[..., None]))
