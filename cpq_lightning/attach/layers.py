@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
@@ -43,31 +44,26 @@ class QuantizedLayer(nn.Module):
             self.weight_quantizer.fit_weight(self.full_precision_weight())
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs and self._can_be_taken_over(input):
-            return self._taken_over(input)
+        if not args and not kwargs and type(input) is Tensor and _is_plain_product(self, input):
+            return self._product(input)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         return super().forward(input, *args, **kwargs)
 
-    def _can_be_taken_over(self, input: Tensor) -> bool:
-        """Whether the product is torch's own, and at least one side can be quantized within it."""
-        weight = self._parameters["weight"]
-        if weight is None or not is_stock(self) or type(input) is not Tensor or not input.numel():
-            return False
-        if input.dim() < 2 if isinstance(self, nn.Linear) else input.dim() != weight.dim():
-            return False
-        if self.input_quantizer is not None and self.input_quantizer.takes_part(input):
-            return True
-        return self.weight_quantizer.takes_part(weight)
-
-    def _taken_over(self, input: Tensor) -> Tensor:
-        """The layer's output without the quantized tensors kept for backward; the same to the bit."""
+    def _product(self, input: Tensor) -> Tensor:
+        """What torch's own forward computes; where kernels quantize, without keeping quantized tensors for backward."""
         x = Operand(input) if self.input_quantizer is None else self.input_quantizer.operand(input)
-        weight = self.weight_quantizer.operand(self.full_precision_weight())
+        parameter = self.full_precision_weight()
+        weight = Operand(parameter) if is_sharded(parameter) else self.weight_quantizer.operand(parameter)
+        bias = self._parameters["bias"]
         convolution = None
         if isinstance(self, _ConvNd):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-        return product(x, weight, self._parameters["bias"], convolution)
+        if x.ring is not None or weight.ring is not None:
+            return product(x, weight, bias, convolution)
+        if convolution is None:
+            return F.linear(x.value, weight.value, bias)
+        return self._conv_forward(x.value, weight.value, bias)  # type: ignore[operator]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -88,20 +84,26 @@ class QuantizedLayer(nn.Module):
 
 
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_plain_classes: dict[type[nn.Module], bool] = {}
 
 
-def is_stock(layer: QuantizedLayer) -> bool:
-    """Whether a layer computes nothing but the product that torch's own class of its kind computes."""
-    if isinstance(layer, _ConvNd) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+def _is_plain_product(layer: QuantizedLayer, input: Tensor) -> bool:
+    """Whether a layer computes the product that torch's own class of its kind computes, and nothing more."""
+    base = layer.base_class
+    if base not in _plain_classes:
+        _plain_classes[base] = any(
+            issubclass(base, stock)
+            and all(getattr(base, name, None) is getattr(stock, name, None) for name in ("forward", "_conv_forward"))
+            for stock in _STOCK
+        )
+    if not _plain_classes[base] or not input.numel():
         return False
-    for stock in _STOCK:
-        if isinstance(layer, stock):
-            same = (getattr(layer.base_class, name, None) is getattr(stock, name, None) for name in _COMPUTING)
-            return all(same)
-    return False
+    if isinstance(layer, _ConvNd):
+        unpadded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return unpadded and input.dim() == len(layer.kernel_size) + 2
+    return input.dim() > 1
 
 
-_COMPUTING = ("forward", "_conv_forward")
 _classes: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 

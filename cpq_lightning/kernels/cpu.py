@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,10 +12,8 @@ from cpq_lightning.kernels.library import library
 _CHUNK = 2**16
 
 
-@torch.compiler.assume_constant_result
-def computes(dtype: torch.dtype) -> bool:
-    """Whether the library is there and knows the type; compiled code keeps the answer that it was compiled with."""
-    return dtype in (torch.float32, torch.bfloat16) and library() is not None
+# What tensors may hold; everything is computed in float32.
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
@@ -68,18 +64,38 @@ def backward(
     g = grad if fits else torch.empty_like(dense).copy_(grad)
     dx = g if overwrite or not fits else torch.empty_like(dense)
     steps, sigmas = step.contiguous(), sigma.contiguous()
-    rows, n = step.numel(), x.numel()
-    sums = torch.zeros(math.ceil(n / _CHUNK), rows, 2, dtype=torch.float64)
+    d_step, d_sigma = torch.empty_like(steps), torch.empty_like(steps)
     kernels = library()
     assert kernels is not None
-    kernels.cpq_backward(
-        dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), sums.data_ptr(),
-        n, n // rows, _CHUNK, low, high, expectation, x.dtype == torch.bfloat16,
+    done = kernels.cpq_backward(
+        dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), d_step.data_ptr(),
+        d_sigma.data_ptr(), x.numel(), x.numel() // step.numel(), _CHUNK, low, high, expectation,
+        x.dtype == torch.bfloat16,
     )  # fmt: skip
-    total = sums.sum(0) if len(sums) > 1 else sums[0]
-    # Each in memory of its own, as operators of torch return it.
-    d_step, d_sigma = (total[:, k].to(step.dtype).reshape(step.shape) for k in range(2))
+    if not done:
+        raise MemoryError(f"There is no memory for the sums over {step.numel()} rows of the gradient in the steps.")
     return dx, d_step, d_sigma
+
+
+def chain(
+    d_step: Tensor, d_sigma: Tensor, saved: tuple[Tensor, ...], root: float, noise_min: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients in ``log_step`` and ``noise_logit`` from those in step and sigma.
+
+    Args:
+        d_step: Gradient in the step, float32, one-dimensional.
+        d_sigma: That in sigma.
+        saved: Start, bend, step, p, sigma, each like d_step, and temperature, one value.
+        root: The square root in LSQ's scale.
+        noise_min: The smallest noise, in steps.
+    """
+    d_log_step, d_logit = torch.empty_like(saved[0]), torch.empty_like(saved[0])
+    kernels = library()
+    assert kernels is not None
+    tensors = [t.contiguous() for t in (d_step, d_sigma, *saved)]
+    pointers = [t.data_ptr() for t in (*tensors, d_log_step, d_logit)]
+    kernels.cpq_chain(*pointers, len(d_log_step), root, noise_min)
+    return d_log_step, d_logit
 
 
 def dense_in_memory(x: Tensor) -> Tensor:

@@ -31,10 +31,17 @@ def quantize(
     """
     if masks is not None and _all_open(masks):
         masks = None
-    if masks is None and kernel.has_kernel(x, step, sigma):
+    if masks is None and _by_rows(x, step, sigma) and kernel.has_kernel(x, step.numel()):
         return _Fused.apply(x, step, sigma, Ring.of(bits, signed, estimator))  # type: ignore[no-any-return]
     settings = {"bits": bits, "min_bits": min_bits if masks is not None else bits, "signed": signed}
     return quantize_unchecked(x, step, sigma, masks, estimator=estimator, **settings)
+
+
+def _by_rows(x: Tensor, step: Tensor, sigma: Tensor) -> bool:
+    """Whether there is one step, or one for each row."""
+    if step.dtype != torch.float32 or sigma.dtype != torch.float32 or step.shape != sigma.shape:
+        return False
+    return step.numel() == 1 or (step.dim() == x.dim() and step.shape[0] == step.numel())
 
 
 def _all_open(masks: Tensor) -> bool:

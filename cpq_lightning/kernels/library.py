@@ -24,23 +24,23 @@ log = logging.getLogger("cpq_lightning")
 
 # Values are held to those of functional: no reordering, nothing assumed of NaN or infinity.
 _FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-_OFF = ("0", "off", "false", "no")
 _pointer, _count, _number, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SOURCES = ("quantize.c", "moments.h", "vectors.h")
-_enabled = True
+_enabled = os.environ.get("CPQ_KERNELS", "").lower() not in ("0", "off", "false", "no")
 
 
 class Unavailable(Exception):
     """Why there is no compiled kernel; the reason is its message."""
 
 
-def _switched_off() -> bool:
-    return not _enabled or os.environ.get("CPQ_KERNELS", "").lower() in _OFF
+def is_enabled() -> bool:
+    """Whether kernels are wanted."""
+    return _enabled
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; ``None`` where functional computes."""
-    if _switched_off():
+    if not _enabled:
         return None
     found = _library()
     return None if isinstance(found, str) else found
@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL | None:
 
 def describe() -> str:
     """Which computation runs on the CPU, and why, in a sentence."""
-    if _switched_off():
+    if not _enabled:
         return "CPU: functional, in PyTorch operations (kernels are switched off)"
     found = _library()
     if isinstance(found, str):
@@ -87,9 +87,9 @@ def _library() -> ctypes.CDLL | str:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.cpq_forward.argtypes = [_pointer] * 3 + [_count] * 3 + [_number] * 2 + [_flag]
-    library.cpq_backward.argtypes = [_pointer] * 6 + [_count] * 3 + [_number] * 2 + [_flag] * 2
-    for function in (library.cpq_forward, library.cpq_backward):
-        function.restype = None
+    library.cpq_backward.argtypes = [_pointer] * 7 + [_count] * 3 + [_number] * 2 + [_flag] * 2
+    library.cpq_chain.argtypes = [_pointer] * 10 + [_count] + [_number] * 2
+    library.cpq_forward.restype = library.cpq_chain.restype = None
     return library
 
 

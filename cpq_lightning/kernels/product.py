@@ -23,8 +23,9 @@ class Operand(NamedTuple):
 
     Attributes:
         value: The tensor as it is.
-        step: What quantizes it, as a kernel takes it; ``None`` where the product takes the tensor as it is.
-        sigma: Scale of the noise.
+        step: What quantizes it, one value or one for each row (dimension 0); ``None`` where the product takes the
+            tensor as it is.
+        sigma: Scale of the noise, like step.
         ring: The levels.
     """
 

@@ -3,9 +3,11 @@
    A tensor is rows of equal length, each with a step and a noise of its own (a tensor with one step is one row), in float
    or in bfloat16, which is computed in float.
 
-   Elements are worked on in chunks of fixed length, whose sums are added up in order by the caller: results do not depend
-   on the number of threads. Those are torch's own, by OpenMP: a pool beside it would fight for the cores with threads of
+   Elements are worked on in chunks of fixed length, whose sums are added up in order: results do not depend on the number
+   of threads. Those are torch's own, by OpenMP: a pool beside it would fight for the cores with threads of
    torch's that wait for their next loop. */
+#include <stdlib.h>
+
 #include "moments.h"
 
 INLINE vf level(vf x, float step, float low, float high) { return clamped(nearest(x / step), low, high); }
@@ -96,10 +98,14 @@ void cpq_forward(const void *x, const float *steps, void *out, int64_t n, int64_
         forward_of(x, steps, out, begin, begin + chunk < n ? begin + chunk : n, length, low, high, half);
 }
 
-/* sums: for each chunk two a row, all zero before. dx may be grad. */
-void cpq_backward(const void *x, const void *grad, const float *steps, const float *sigmas, void *dx, double *sums,
-                  int64_t n, int64_t length, int64_t chunk, float low, float high, int expectation, int half) {
-    int64_t each = 2 * (n / length);
+/* dx may be grad. Whether there was memory for the sums. */
+int cpq_backward(const void *x, const void *grad, const float *steps, const float *sigmas, void *dx, float *dsteps,
+                 float *dsigmas, int64_t n, int64_t length, int64_t chunk, float low, float high, int expectation,
+                 int half) {
+    int64_t rows = n / length, each = 2 * rows, chunks = (n + chunk - 1) / chunk;
+    /* For each chunk two a row. */
+    double *sums = calloc(chunks * each, sizeof(double));
+    if (!sums) return 0;
     table one, *shared = 0;
     /* All chunks of a single row share its table. */
     if (n == length && fits(&one, sigmas[0] / steps[0], high - low, length)) {
@@ -110,4 +116,27 @@ void cpq_backward(const void *x, const void *grad, const float *steps, const flo
     for (int64_t begin = 0; begin < n; begin += chunk)
         backward_of(x, grad, steps, sigmas, dx, sums + begin / chunk * each, begin,
                     begin + chunk < n ? begin + chunk : n, length, low, high, expectation, shared, half);
+    for (int64_t row = 0; row < rows; row++) {
+        double step = 0, sigma = 0;
+        /* Those chunks that hold some of the row. */
+        for (int64_t k = row * length / chunk; k <= ((row + 1) * length - 1) / chunk; k++) {
+            step += sums[k * each + 2 * row];
+            sigma += sums[k * each + 2 * row + 1];
+        }
+        dsteps[row] = (float)step;
+        dsigmas[row] = (float)sigma;
+    }
+    free(sums);
+    return 1;
+}
+
+/* nn/gradient.py's StepAndSigma, backward: a few numbers, which would take fifteen calls of torch. */
+void cpq_chain(const float *d_step, const float *d_sigma, const float *start, const float *bend, const float *step,
+               const float *p, const float *sigma, const float *temperature, float *d_log_step, float *d_logit, int64_t n,
+               float root, float noise_min) {
+    for (int64_t i = 0; i < n; i++) {
+        float scale = 1.0f / (start[i] * root);
+        d_log_step[i] = (d_step[i] * step[i] + d_sigma[i] * sigma[i]) * (1 - bend[i] * bend[i]) * scale;
+        d_logit[i] = d_sigma[i] * step[i] * temperature[0] * (p[i] * (1 - p[i])) * ((1 - noise_min) * scale);
+    }
 }

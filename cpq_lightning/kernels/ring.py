@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpq_lightning.functional import Estimator, level_bounds
-from cpq_lightning.kernels import cpu
+from cpq_lightning.kernels import cpu, gpu, library
 
 
 class Ring(NamedTuple):
@@ -30,19 +30,33 @@ class Ring(NamedTuple):
         return cls(*level_bounds(bits, signed), estimator == "expectation")
 
 
-def has_kernel(x: Tensor, step: Tensor, sigma: Tensor) -> bool:
-    """Whether a kernel computes these tensors: one step, or one for each row of a tensor that is dense in memory."""
+def has_kernel(x: Tensor, rows: int) -> bool:
+    """Whether a kernel quantizes x with float32 steps: one, or one for each row of a tensor that is dense in memory."""
     if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
         return False
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         # What others run holds no operator that they do not have.
         return False
-    if step.dtype != torch.float32 or sigma.dtype != torch.float32 or step.shape != sigma.shape:
+    if rows > 1 and (x.dim() == 0 or rows != x.shape[0] or not x.is_contiguous()):
         return False
-    rows = step.numel()
-    if rows > 1 and (step.dim() != x.dim() or step.shape[0] != rows or rows != x.shape[0] or not x.is_contiguous()):
-        return False
-    return x.device.type == "cpu" and cpu.computes(x.dtype)
+    return _computes(x.device.type, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _computes(device: str, dtype: torch.dtype) -> bool:
+    """Whether there are kernels; code that torch has compiled keeps the answer that it was compiled with."""
+    if device == "cpu":
+        return dtype in cpu.DTYPES and library.library() is not None
+    return device == "cuda" and dtype in gpu.DTYPES and library.is_enabled() and gpu.unavailable() is None
+
+
+def describe() -> str:
+    """Which computation runs on which device, and why: a line for each."""
+    lines = [library.describe()]
+    if torch.cuda.is_available():
+        reason = gpu.unavailable() if library.is_enabled() else "kernels are switched off"
+        lines.append(f"GPU: functional, in PyTorch operations ({reason})" if reason else "GPU: kernels in Triton")
+    return "\n".join(lines)
 
 
 def forward(x: Tensor, step: Tensor, ring: Ring) -> Tensor:
@@ -61,8 +75,23 @@ def backward(
     return _backward(x, grad, step, sigma, *ring, overwrite)
 
 
-_forward = cpu.forward
-_backward = cpu.backward
+def _forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    return (cpu if x.is_cpu else gpu).forward(x, step, low, high)
+
+
+def _backward(
+    x: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    sigma: Tensor,
+    low: int,
+    high: int,
+    expectation: bool,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.is_cpu:
+        return cpu.backward(x, grad, step, sigma, low, high, expectation, overwrite)
+    return gpu.backward(x, grad, step, sigma, low, high, expectation)
 
 
 @torch.library.custom_op("cpq_lightning::quantize", mutates_args=())

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpq_lightning.kernels import chain, has_kernel
+
 # A step can move by a factor of 1000 from where it was fitted: far more than training ever asks for, and no learning
 # rate can take it to zero, below zero, or out of float32.
 STEP_REACH = math.log(1000.0)
@@ -30,13 +32,16 @@ class StepAndSigma(torch.autograd.Function):
         step = start * torch.exp(STEP_REACH * bend)
         p = torch.sigmoid(noise_logit)
         sigma = step * (NOISE_MIN + (1 - NOISE_MIN) * p) * temperature
-        ctx.save_for_backward(start, temperature, bend, step, p, sigma)
+        ctx.save_for_backward(start, bend, step, p, sigma, temperature)
         ctx.root = root
         return step, sigma
 
     @staticmethod
     def backward(ctx: Any, d_step: Tensor, d_sigma: Tensor) -> tuple[Tensor | None, ...]:
-        start, temperature, bend, step, p, sigma = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        if saved[0].is_cpu and not torch.compiler.is_compiling() and has_kernel(saved[0], 1):
+            return *chain(d_step, d_sigma, saved, ctx.root, NOISE_MIN), None, None, None
+        start, bend, step, p, sigma, temperature = saved
         scale = 1 / (start * ctx.root)
         d_log_step = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
         d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - NOISE_MIN) * scale)

@@ -180,25 +180,24 @@ class Quantizer(Widths):
             self.usage.update(x, out, self.grid()[0])
         return out
 
-    def takes_part(self, x: Tensor) -> bool:
-        """Whether a product can quantize ``x`` itself: all that :meth:`forward` would do is what a kernel does."""
+    def _takes_part(self, x: Tensor) -> bool:
+        """Whether all that :meth:`forward` would do is what a kernel does, and nothing watches it."""
         watched = self._forward_hooks or self._forward_pre_hooks or _has_any_global_hook()
         if watched or not self.active or not self.calibrated or self.observer is not None or self.usage is not None:
             return False
         if self.fixed or (self.has_gates and (self.training or self.gates.learned)):
             return False
-        step = self.along_channels(self.start_step, x)
-        return has_kernel(x, step, step)
+        rows = len(self.start_step)
+        return (rows == 1 or self.channel_dim == 0) and has_kernel(x, rows)
 
     def operand(self, x: Tensor) -> Operand:
-        """``x`` and what quantizes it where :meth:`takes_part` says so, else ``x`` quantized."""
-        if not self.takes_part(x):
+        """``x`` and what quantizes it where a product can do it itself, else ``x`` quantized."""
+        if not self._takes_part(x):
             return Operand(self(x))
         step, sigma = self._step_and_sigma()
         if self.gates.logit is not None:
             step = Connect.of(step, self.gates.logit)
-        ring = Ring.of(self.bits, self.signed, self.estimator)
-        return Operand(x, self.along_channels(step, x), self.along_channels(sigma, x), ring)
+        return Operand(x, step, sigma, Ring.of(self.bits, self.signed, self.estimator))
 
     @property
     def _gates_learn(self) -> bool:
