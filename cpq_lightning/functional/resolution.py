@@ -30,7 +30,7 @@ def quantize_resolution(
 
     With masks that are all 0 or 1 the result lies on the grid of the widest open bit, whatever else is closed, and
     a mask's gradient is the residual that its bit adds. A ``q_k`` that has no share in the result is not computed, so
-    that with gates at 0 and 1 it costs as much as one quantizer. Its term in the masks' gradient is left out with it:
+    that with gates at 0 and 1 it costs, on a CPU, as much as one quantizer. Its term in the masks' gradient is left out with it:
     nothing to hard-concrete gates, which have no gradient at 0 and 1.
 
     Args:
@@ -64,9 +64,9 @@ def quantize_resolution(
     shares = torch.cat([masks[:-1] - masks[1:], masks[-1:]])
     widths = range(min_bits, bits + 1)
     found = [True] * len(shares)
-    # What is drawn is read back to the host, which compiled code cannot do: it computes all widths.
-    # And of nothing, nothing is drawn.
-    if x.numel() and not torch.compiler.is_compiling():
+    # What is drawn is read where that costs nothing; compiled code, and a GPU, which would have to wait, compute all
+    # widths. And of nothing, nothing is drawn.
+    if x.numel() and x.device.type == "cpu" and not torch.compiler.is_compiling():
         present = shares.detach().reshape(len(shares), -1) != 0
         channels = [d for d in range(x.dim()) if shares.dim() == x.dim() + 1 and shares.shape[d + 1] > 1]
         if len(channels) == 1:
