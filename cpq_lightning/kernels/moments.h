@@ -107,6 +107,9 @@ static int fits(table *t, float s, float span, int64_t length) {
     t->pieces = ceilf(1.0f / (STRETCH * s));
     float entries = (t->outside + t->inside + 1) * t->pieces;
     t->entries = entries <= ENTRIES ? (int)entries : 0;
+#ifndef __AVX2__
+    return 0; /* Without a permutation by a register of indices a table costs more than it saves. */
+#endif
     return t->entries && length >= WORTH * (t->entries > ENTRIES / 2 ? 2 : 1);
 }
 
@@ -172,7 +175,7 @@ INLINE grads chained(vf u, vf n, vf k0, vf off, float s) {
 
 INLINE grads derive(vf x, float a, float s, float low, float high, int reach, int expectation) {
     vf u = clamped(x / a, low - FAR, high + FAR);
-    vf n = clamped(nearest(u), low, high);
+    vf n = nearest(clamped(u, low, high));
     vf v = u - n;
     moments found = direct(v, n - low, high - n, s, reach, expectation);
     vf factor = expectation ? splat(1.0f) : n;
@@ -182,22 +185,28 @@ INLINE grads derive(vf x, float a, float s, float low, float high, int reach, in
 /* Some vectors, whose chains of multiplications run side by side. */
 #define SIDE 2
 INLINE void look_up(const vf *x, float a, float s, float low, float high, int expectation, const table *t,
-                           int all, grads *out) {
-    vf u[SIDE], n[SIDE], side[SIDE], z[SIDE], k0[SIDE], off[SIDE];
-    vi index[SIDE];
+                    int all, int whole, grads *out) {
+    vf u[SIDE], n[SIDE], z[SIDE], k0[SIDE], off[SIDE];
+    vi index[SIDE], mirror[SIDE];
+    /* Grids have an even number of levels: no cell is in the middle. */
+    float middle = (low + high) / 2, furthest = (high - low) / 2 + t->outside;
     for (int h = 0; h < SIDE; h++) {
-        vf w = x[h] / a;
-        vf c = clamped(nearest(w), low - t->outside, high + t->outside);
-        vf v = clamped(w - c, -0.5f, 0.5f);
-        vf from_low = c - low, from_high = high - c;
-        u[h] = c + v;
+        u[h] = clamped(x[h] / a, low - t->outside - 0.49f, high + t->outside + 0.49f);
+        vf c = nearest(u[h]), v = u[h] - c, from_middle = c - middle;
         n[h] = clamped(c, low, high);
-        side[h] = pick(from_high < from_low, splat(-1.0f), splat(1.0f));
-        vf cell = at_most(at_most(from_low, from_high), splat(t->inside)) + t->outside;
-        vf place = (v * side[h] + 0.5f) * t->pieces;
-        vf piece = at_most(__builtin_convertvector(__builtin_convertvector(place, vi), vf), splat(t->pieces - 1.0f));
-        index[h] = __builtin_convertvector(cell * t->pieces + piece, vi);
-        z[h] = 2 * (place - piece) - 1;
+        /* Mirrored where the lowest level is further than the highest. */
+        mirror[h] = ~(vi)from_middle & INT32_MIN;
+        v = (vf)((vi)v ^ mirror[h]);
+        vf cell = at_most(furthest - magnitude(from_middle), splat(t->inside + t->outside));
+        if (whole) {
+            index[h] = __builtin_convertvector(cell, vi);
+            z[h] = 2 * v;
+        } else {
+            vf place = (v + 0.5f) * t->pieces;
+            vf piece = at_most(__builtin_convertvector(__builtin_convertvector(place, vi), vf), splat(t->pieces - 1));
+            index[h] = __builtin_convertvector(cell * t->pieces + piece, vi);
+            z[h] = 2 * (place - piece) - 1;
+        }
         k0[h] = look(t->k0[DEGREE], index[h], all);
         off[h] = look(t->off[DEGREE], index[h], all);
     }
@@ -208,6 +217,6 @@ INLINE void look_up(const vf *x, float a, float s, float low, float high, int ex
             off[h] = off[h] * z[h] + look(t->off[j], index[h], all);
         }
     for (int h = 0; h < SIDE; h++)
-        out[h] = expectation ? chained(u[h], n[h], k0[h], side[h] * off[h], s)
-                             : chained(u[h], n[h], side[h] * n[h] * k0[h], n[h] * off[h], s);
+        out[h] = expectation ? chained(u[h], n[h], k0[h], (vf)((vi)off[h] ^ mirror[h]), s)
+                             : chained(u[h], n[h], n[h] * (vf)((vi)k0[h] ^ mirror[h]), n[h] * off[h], s);
 }

@@ -10,7 +10,7 @@
 
 #include "moments.h"
 
-INLINE vf level(vf x, float step, float low, float high) { return clamped(nearest(x / step), low, high); }
+INLINE vf level(vf x, float step, float low, float high) { return nearest(clamped(x / step, low, high)); }
 
 INLINE void forward_part(const void *x, const float *steps, void *out, int64_t begin, int64_t end, int64_t length,
                          float low, float high, int half) {
@@ -46,8 +46,11 @@ INLINE void backward_part(const void *x, const void *grad, const float *steps, c
                 grads d[SIDE];
                 vf own_x[SIDE];
                 for (int h = 0; h < SIDE; h++) own_x[h] = get(x, begin + h * W, half);
-                if (t->entries <= ENTRIES / 2) look_up(own_x, a, s, low, high, expectation, t, 0, d);
-                else look_up(own_x, a, s, low, high, expectation, t, 1, d);
+                int all = t->entries > ENTRIES / 2, whole = t->pieces == 1;
+                if (whole && !all) look_up(own_x, a, s, low, high, expectation, t, 0, 1, d);
+                else if (whole) look_up(own_x, a, s, low, high, expectation, t, 1, 1, d);
+                else if (!all) look_up(own_x, a, s, low, high, expectation, t, 0, 0, d);
+                else look_up(own_x, a, s, low, high, expectation, t, 1, 0, d);
                 for (int h = 0; h < SIDE; h++) {
                     vf g = get(grad, begin + h * W, half);
                     put(dx, begin + h * W, g * d[h].dx, half);
