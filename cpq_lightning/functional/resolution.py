@@ -29,9 +29,9 @@ def quantize_resolution(
     """``q_min(x) + sum_k m_k (q_k(x) - q_(k-1)(x))`` with ``q_k`` the k-bit CPQ quantizer of step ``step · scale_k``.
 
     With masks that are all 0 or 1 the result lies on the grid of the widest open bit, whatever else is closed, and
-    a mask's gradient is the residual that its bit adds. A ``q_k`` that has no share in the result is not computed, so
-    that with gates at 0 and 1 it costs, on a CPU, as much as one quantizer. Its term in the masks' gradient is left out with it:
-    nothing to hard-concrete gates, which have no gradient at 0 and 1.
+    a mask's gradient is the residual that its bit adds. On a CPU a ``q_k`` that has no share in the result is not
+    computed, so that with gates at 0 and 1 it costs as much as one quantizer. Its term in the masks' gradient is left
+    out with it: nothing to hard-concrete gates, which have no gradient at 0 and 1.
 
     Args:
         x: Full-precision values.

@@ -9,3 +9,4 @@ from cpq_lightning.kernels.product import product as product
 from cpq_lightning.kernels.ring import Ring as Ring
 from cpq_lightning.kernels.ring import describe as describe
 from cpq_lightning.kernels.ring import has_kernel as has_kernel
+from cpq_lightning.kernels.widths import quantize_widths as quantize_widths

@@ -16,7 +16,7 @@ from cpq_lightning.functional import (
     level_bounds,
     quantize_resolution,
 )
-from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize
+from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize, quantize_widths
 from cpq_lightning.nn.fitting import weight_steps
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.gradient import NOISE_MIN, STEP_REACH, Connect, StepAndSigma
@@ -187,8 +187,15 @@ class Quantizer(Widths):
             return False
         if self.fixed or (self.has_gates and (self.training or self.gates.learned)):
             return False
+        return self._has_kernel(x)
+
+    def _has_kernel(self, x: Tensor) -> bool:
         rows = len(self.start_step)
         return (rows == 1 or self.channel_dim == 0) and has_kernel(x, rows)
+
+    def _is_read_here(self, x: Tensor) -> bool:
+        """Whether a kernel may ask which bits are drawn: on a CPU, outside of compiled code."""
+        return x.is_cpu and not torch.compiler.is_compiling() and self._has_kernel(x)
 
     def operand(self, x: Tensor) -> Operand:
         """``x`` and what quantizes it where a product can do it itself, else ``x`` quantized."""
@@ -214,6 +221,9 @@ class Quantizer(Widths):
         return None
 
     def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None) -> Tensor:
+        if masks is not None and self.nesting == "resolution" and masks.numel() == len(masks) and self._is_read_here(x):
+            rings = [Ring.of(k, self.signed, self.estimator) for k in range(self.min_bits, self.bits + 1)]
+            return quantize_widths(x, step, sigma, masks, self.width_scale[self.min_bits - 1 : self.bits], rings)
         step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)
         settings: dict[str, Any] = {
             "bits": self.bits,

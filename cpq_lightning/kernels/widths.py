@@ -1,0 +1,75 @@
+"""Nesting by resolution where kernels compute each width: nothing but the unquantized tensor is kept for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cpq_lightning.kernels import ring as kernel
+from cpq_lightning.kernels.ring import Ring
+
+
+def quantize_widths(
+    x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor, scales: Tensor, rings: Sequence[Ring]
+) -> Tensor:
+    """:func:`cpq_lightning.functional.quantize_resolution` for masks that the whole tensor shares, on a CPU.
+
+    ``sum_k share_k q_k(x)``, ``share_k = m_k - m_(k+1)``: functional's values to the bit, its gradients to rounding.
+
+    Args:
+        x: What :func:`~cpq_lightning.kernels.has_kernel` says yes to.
+        step: Step of the widest grid, one value or one for each row.
+        sigma: Scale of its noise, likewise.
+        masks: One value for each width, the narrowest first.
+        scales: Step of each width over that of the widest, shape (widths, 1 or rows).
+        rings: The levels of each width.
+    """
+    masks = masks.reshape(-1)
+    shares = torch.cat([masks[:-1] - masks[1:], masks[-1:]])
+    return _Widths.apply(x, step, sigma, shares, scales, tuple(rings))  # type: ignore[no-any-return]
+
+
+class _Widths(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, shares: Tensor, scales: Tensor, rings: tuple[Ring, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, step, sigma, scales)
+        drawn = [(k, share) for k, share in enumerate(shares.to(x.dtype).tolist()) if share]
+        ctx.settings = rings, drawn, len(shares)
+        terms = (_times(kernel.forward(x, step * scales[k], rings[k]), share) for k, share in drawn)
+        return _sum(terms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, step, sigma, scales = ctx.saved_tensors
+        rings, drawn, widths = ctx.settings
+        d_shares = grad.new_zeros(widths)
+        d_x, d_step, d_sigma = [], torch.zeros_like(step), torch.zeros_like(sigma)
+        for k, share in drawn:
+            own = step * scales[k], sigma * scales[k]
+            if ctx.needs_input_grad[3]:
+                d_shares[k] = torch.sum(grad * kernel.forward(x, own[0], rings[k]))
+            of_x, of_step, of_sigma = kernel.backward(x, grad, *own, rings[k])
+            d_x.append(_times(of_x, share))
+            d_step += of_step * scales[k] * share
+            d_sigma += of_sigma * scales[k] * share
+        return _sum(d_x), d_step, d_sigma, d_shares, None, None
+
+
+def _times(term: Tensor, share: float) -> Tensor:
+    return term if share == 1 else term.mul_(share)
+
+
+def _sum(terms: Any) -> Tensor:
+    """Added up in the first one's place."""
+    terms = iter(terms)
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
