@@ -44,7 +44,8 @@ class QuantizedLayer(nn.Module):
             self.weight_quantizer.fit_weight(self.full_precision_weight())
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs and type(input) is Tensor and _is_plain_product(self, input):
+        quantized = self.input_quantizer is not None and not args and not kwargs
+        if quantized and type(input) is Tensor and _is_plain_product(self, input):
             return self._product(input)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
@@ -52,13 +53,16 @@ class QuantizedLayer(nn.Module):
 
     def _product(self, input: Tensor) -> Tensor:
         """What torch's own forward computes; where kernels quantize, without keeping quantized tensors for backward."""
-        x = Operand(input) if self.input_quantizer is None else self.input_quantizer.operand(input)
+        assert self.input_quantizer is not None
+        x = self.input_quantizer.operand(input)
         parameter = self.full_precision_weight()
         weight = Operand(parameter) if is_sharded(parameter) else self.weight_quantizer.operand(parameter)
-        bias = self._parameters["bias"]
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
         convolution = None
         if isinstance(self, _ConvNd):
-            convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+            places = len(self.kernel_size)
+            stride, padding, dilation = (_each_place(v, places) for v in (self.stride, self.padding, self.dilation))
+            convolution = Convolution(stride, padding, dilation, self.groups)
         if x.ring is not None or weight.ring is not None:
             return product(x, weight, bias, convolution)
         if convolution is None:
@@ -96,12 +100,19 @@ def _is_plain_product(layer: QuantizedLayer, input: Tensor) -> bool:
             and all(getattr(base, name, None) is getattr(stock, name, None) for name in ("forward", "_conv_forward"))
             for stock in _STOCK
         )
-    if not _plain_classes[base] or not input.numel():
+    if not _plain_classes[base] or "_conv_forward" in layer.__dict__ or not input.numel():
         return False
     if isinstance(layer, _ConvNd):
         unpadded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         return unpadded and input.dim() == len(layer.kernel_size) + 2
-    return input.dim() > 1
+    # Of what lies in memory otherwise torch multiplies in another order.
+    return input.dim() > 1 and input.is_contiguous()
+
+
+def _each_place(value: Any, places: int) -> tuple[int, ...]:
+    """A number, or one number for all places, as torch's convolutions take it."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * places if len(values) == 1 else values
 
 
 _classes: dict[type[nn.Module], type[QuantizedLayer]] = {}

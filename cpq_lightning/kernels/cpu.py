@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpq_lightning.kernels.library import library
+from cpq_lightning.kernels.library import built
 
 # Elements that one thread works on at a time; sums of gradients are made chunk by chunk, so that they do not depend on
 # the number of threads.
@@ -27,7 +27,7 @@ def forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     """
     dense, steps = dense_in_memory(x), step.contiguous()
     out = torch.empty_like(dense)
-    kernels = library()
+    kernels = built()
     assert kernels is not None
     kernels.cpq_forward(
         dense.data_ptr(), steps.data_ptr(), out.data_ptr(), x.numel(), x.numel() // step.numel(), _CHUNK, low, high,
@@ -65,7 +65,7 @@ def backward(
     dx = g if overwrite or not fits else torch.empty_like(dense)
     steps, sigmas = step.contiguous(), sigma.contiguous()
     d_step, d_sigma = torch.empty_like(steps), torch.empty_like(steps)
-    kernels = library()
+    kernels = built()
     assert kernels is not None
     done = kernels.cpq_backward(
         dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), d_step.data_ptr(),
@@ -90,7 +90,7 @@ def chain(
         noise_min: The smallest noise, in steps.
     """
     d_log_step, d_logit = torch.empty_like(saved[0]), torch.empty_like(saved[0])
-    kernels = library()
+    kernels = built()
     assert kernels is not None
     tensors = [t.contiguous() for t in (d_step, d_sigma, *saved)]
     pointers = [t.data_ptr() for t in (*tensors, d_log_step, d_logit)]

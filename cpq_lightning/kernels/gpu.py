@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 log = logging.getLogger("cpq_lightning")
+_making = Lock()
 
 # What tensors may hold; everything is computed in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,13 +141,20 @@ class _Kernels(NamedTuple):
 
 @cache
 def _kernels() -> _Kernels:
+    with _making:
+        return _made()
+
+
+def _made() -> _Kernels:
     import triton
     import triton.language
 
     # Triton looks up what a kernel names among the module's globals.
     globals()["tl"] = triton.language
     for helper in (_part, _in_steps, _level, _derive, _edges, _reciprocal):
-        globals()[helper.__name__] = triton.jit(helper)
+        # Not again what an attempt before this one has left.
+        made = isinstance(helper, triton.JITFunction)
+        globals()[helper.__name__] = helper if made else triton.jit(helper)
     # Compiled anew only for what makes code faster, not for each number of programs.
     jit = triton.jit(do_not_specialize=["programs", "tiles"])
     return _Kernels(jit(_forward), jit(_backward))

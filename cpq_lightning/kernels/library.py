@@ -1,7 +1,6 @@
 """The compiled kernels of the CPU: built by the machine's own C compiler when first needed, and kept.
 
-Nothing is built at install. Without a compiler, or where what it builds does not give what functional gives, functional
-computes, and :func:`describe` says why.
+Nothing is built at install. Without a compiler functional computes, and :func:`describe` says why.
 """
 
 from __future__ import annotations
@@ -40,8 +39,11 @@ def is_enabled() -> bool:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; ``None`` where functional computes."""
-    if not _enabled:
-        return None
+    return built() if _enabled else None
+
+
+def built() -> ctypes.CDLL | None:
+    """The compiled kernels, wanted or not: what was begun with them ends with them."""
     found = _library()
     return None if isinstance(found, str) else found
 
@@ -78,7 +80,8 @@ def _library() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
     try:
         loaded = _declared(_loaded())
-    except (Unavailable, OSError, subprocess.SubprocessError) as error:
+    # RuntimeError: there is no home for a cache.
+    except (Unavailable, OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.info("CPQ kernels are not available (%s): quantizers compute in PyTorch operations.", error)
         return str(error)
     log.info("CPQ kernels: %s", loaded._name)

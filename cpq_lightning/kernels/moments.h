@@ -33,14 +33,15 @@ INLINE moments direct(vf v, vf below, vf above, float s, int reach, int expectat
     vf s_low = e * te, r_high = g * tg;
     vf mass = tg - s_low, im = 1.0f / mass;
     vf edge_low = e * te * te * im, edge_high = g * tg * tg * im;
-    vi near = y > EPSILON;
+    /* Not of NaN, which stays. */
+    vi far = y <= EPSILON;
     moments out;
     if (!expectation) {
         vf tl = 1.0f / (1.0f + y * left), tr = 1.0f / (y + right);
         vf mc = tr - left * tl, imc = 1.0f / mc;
         vf cl = left * tl * tl * imc, ch = right * tr * tr * imc;
         vf scale = mc * im;
-        out.k0 = pick(near, scale * side * ((ch - cl) - (edge_high - edge_low)), splat(0.0f));
+        out.k0 = pick(far, splat(0.0f), scale * side * ((ch - cl) - (edge_high - edge_low)));
         out.k1 = scale * (0.5f * (ch + cl) - (edge_high * (hi + 0.5f) - edge_low * (lo - 0.5f)));
     } else {
         vf mean = s_low * at_most(-lo, splat((float)reach)) - r_high * at_most(hi, splat((float)reach));
@@ -61,7 +62,7 @@ INLINE moments direct(vf v, vf below, vf above, float s, int reach, int expectat
         }
         mean *= im; slope *= im; slope_t *= im;
         vf at_high = (hi - mean) * edge_high, at_low = (lo - mean) * edge_low;
-        out.k0 = pick(near, at_high - at_low - slope, splat(0.0f));
+        out.k0 = pick(far, splat(0.0f), at_high - at_low - slope);
         out.k1 = side * (at_high * (hi + 0.5f) - at_low * (lo - 0.5f) - slope_t);
     }
     return out;

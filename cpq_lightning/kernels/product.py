@@ -93,7 +93,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, x_step, x_sigma, weight_step, weight_sigma = ctx.saved_tensors
         x_ring, weight_ring, convolution, dtype = ctx.settings
-        needs = list(ctx.needs_input_grad[:3])
+        x_needs, weight_needs, bias_needs, *of_x, step_needs, sigma_needs = ctx.needs_input_grad[:7]
+        needs = [x_needs or any(of_x), weight_needs or step_needs or sigma_needs, bias_needs]
         run = _backward_op if torch.compiler.is_compiling() else _backward
         found = iter(
             run(
@@ -108,9 +109,9 @@ class _Product(torch.autograd.Function):
 
 
 def _of_side(found: Any, needed: bool, ring: Ring | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if ring is not None:
-        return next(found), next(found), next(found)
-    return (next(found) if needed else None), None, None
+    if not needed:
+        return None, None, None
+    return (next(found), None, None) if ring is None else (next(found), next(found), next(found))
 
 
 def _plain(settings: Ring | Convolution | None) -> list[int]:
@@ -173,8 +174,7 @@ def _backward(
     dtype: torch.dtype | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients in x (its step, its sigma), in the weight (likewise) and in the bias, as far as they are needed."""
-    needs = [needs[0] or bool(x_ring), needs[1] or bool(weight_ring), needs[2]]
+    """Gradients in x (its step, its sigma), in the weight (likewise) and in the bias, of those that are needed."""
     d_x, d_weight, d_bias = _product_backward(
         grad,
         _quantized(x, x_step, x_ring, dtype),
@@ -231,8 +231,8 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> list[Tensor]:
     x_step, x_sigma, weight_step, weight_sigma, *_, needs = settings
     found = []
     for value, needed, step, sigma in ((x, needs[0], x_step, x_sigma), (weight, needs[1], weight_step, weight_sigma)):
-        if step is not None:
-            found += [torch.empty_like(value), torch.empty_like(step), torch.empty_like(sigma)]
-        elif needed:
+        if needed:
             found.append(torch.empty_like(value))
+        if needed and step is not None:
+            found += [torch.empty_like(step), torch.empty_like(sigma)]
     return [*found, grad.new_empty(len(weight))] if needs[2] else found

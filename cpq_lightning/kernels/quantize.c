@@ -24,12 +24,13 @@ INLINE void forward_part(const void *x, const float *steps, void *out, int64_t b
     }
 }
 
-/* Adds to sums, two a row, the gradients of its step and its noise: of the elements from begin to end. */
+/* Adds to sums, two a row from the first one on, the gradients of its step and its noise: of the elements from begin to
+   end. */
 INLINE void backward_part(const void *x, const void *grad, const float *steps, const float *sigmas, void *dx,
                           double *sums, int64_t begin, int64_t end, int64_t length, float low, float high,
                           int expectation, const table *shared, int half) {
     table own;
-    while (begin < end) {
+    for (; begin < end; sums += 2) {
         int64_t row = begin / length, stop = (row + 1) * length < end ? (row + 1) * length : end;
         float a = steps[row], s = sigmas[row] / a;
         int reach = reach_of(s);
@@ -74,8 +75,8 @@ INLINE void backward_part(const void *x, const void *grad, const float *steps, c
                 begin = part;
             }
             for (int k = 0; k < W; k++) {
-                sums[2 * row] += step[k];
-                sums[2 * row + 1] += sigma[k];
+                sums[0] += step[k];
+                sums[1] += sigma[k];
             }
         }
     }
@@ -105,8 +106,8 @@ void cpq_forward(const void *x, const float *steps, void *out, int64_t n, int64_
 int cpq_backward(const void *x, const void *grad, const float *steps, const float *sigmas, void *dx, float *dsteps,
                  float *dsigmas, int64_t n, int64_t length, int64_t chunk, float low, float high, int expectation,
                  int half) {
-    int64_t rows = n / length, each = 2 * rows, chunks = (n + chunk - 1) / chunk;
-    /* For each chunk two a row. */
+    int64_t rows = n / length, each = 2 * (chunk / length + 2), chunks = (n + chunk - 1) / chunk;
+    /* For each chunk two a row that it holds some of. */
     double *sums = calloc(chunks * each, sizeof(double));
     if (!sums) return 0;
     table one, *shared = 0;
@@ -123,8 +124,9 @@ int cpq_backward(const void *x, const void *grad, const float *steps, const floa
         double step = 0, sigma = 0;
         /* Those chunks that hold some of the row. */
         for (int64_t k = row * length / chunk; k <= ((row + 1) * length - 1) / chunk; k++) {
-            step += sums[k * each + 2 * row];
-            sigma += sums[k * each + 2 * row + 1];
+            const double *of_row = sums + k * each + 2 * (row - k * chunk / length);
+            step += of_row[0];
+            sigma += of_row[1];
         }
         dsteps[row] = (float)step;
         dsigmas[row] = (float)sigma;

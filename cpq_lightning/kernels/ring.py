@@ -37,9 +37,15 @@ def has_kernel(x: Tensor, rows: int) -> bool:
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         # What others run holds no operator that they do not have.
         return False
-    if rows > 1 and (x.dim() == 0 or rows != x.shape[0] or not x.is_contiguous()):
+    if rows > 1 and (x.dim() == 0 or rows != x.shape[0] or not _has_dense_rows(x)):
         return False
     return _computes(x.device.type, x.dtype)
+
+
+def _has_dense_rows(x: Tensor) -> bool:
+    """Whether row follows row in memory, each without gaps."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
 
 
 @torch.compiler.assume_constant_result

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cpq_lightning.kernels import chain, has_kernel
 
@@ -37,9 +38,12 @@ class StepAndSigma(torch.autograd.Function):
         return step, sigma
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_step: Tensor, d_sigma: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        if saved[0].is_cpu and not torch.compiler.is_compiling() and has_kernel(saved[0], 1):
+        # Someone's mixed precision may have cast the parameters.
+        whole = all(t.is_cpu and t.dtype == torch.float32 for t in (d_step, d_sigma, *saved))
+        if whole and not torch.compiler.is_compiling() and has_kernel(saved[0], 1):
             return *chain(d_step, d_sigma, saved, ctx.root, NOISE_MIN), None, None, None
         start, bend, step, p, sigma, temperature = saved
         scale = 1 / (start * ctx.root)

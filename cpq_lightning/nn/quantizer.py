@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.functional import (
-    Estimator,
-    level_bounds,
-    quantize_resolution,
-)
+from cpq_lightning.functional import Estimator, level_bounds, quantize_resolution
 from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize, quantize_widths
 from cpq_lightning.nn.fitting import weight_steps
 from cpq_lightning.nn.gates import Gates
@@ -182,20 +178,25 @@ class Quantizer(Widths):
 
     def _takes_part(self, x: Tensor) -> bool:
         """Whether all that :meth:`forward` would do is what a kernel does, and nothing watches it."""
-        watched = self._forward_hooks or self._forward_pre_hooks or _has_any_global_hook()
-        if watched or not self.active or not self.calibrated or self.observer is not None or self.usage is not None:
+        if self._is_watched or not self.active or self.observer is not None or self.usage is not None:
             return False
+        if not self.calibrated:
+            # As forward does: a forward that is computed again for its gradient then takes the same way.
+            self._fit_first(x)  # type: ignore[call-arg]
         if self.fixed or (self.has_gates and (self.training or self.gates.learned)):
             return False
         return self._has_kernel(x)
 
+    @property
+    def _is_watched(self) -> bool:
+        """Whether a call of this module does more than its forward, or another one than this class has."""
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        own = type(self).forward is Quantizer.forward and "forward" not in self.__dict__
+        return not own or any(map(bool, hooks)) or bool(_has_any_global_hook())
+
     def _has_kernel(self, x: Tensor) -> bool:
         rows = len(self.start_step)
         return (rows == 1 or self.channel_dim == 0) and has_kernel(x, rows)
-
-    def _is_read_here(self, x: Tensor) -> bool:
-        """Whether a kernel may ask which bits are drawn: on a CPU, outside of compiled code."""
-        return x.is_cpu and not torch.compiler.is_compiling() and self._has_kernel(x)
 
     def operand(self, x: Tensor) -> Operand:
         """``x`` and what quantizes it where a product can do it itself, else ``x`` quantized."""
@@ -221,7 +222,9 @@ class Quantizer(Widths):
         return None
 
     def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None) -> Tensor:
-        if masks is not None and self.nesting == "resolution" and masks.numel() == len(masks) and self._is_read_here(x):
+        # Which widths are drawn is read here: from a GPU, or in compiled code, that would cost more than it saves.
+        read = self.nesting == "resolution" and masks is not None and masks.numel() == len(masks)
+        if masks is not None and read and x.is_cpu and not torch.compiler.is_compiling() and self._has_kernel(x):
             rings = [Ring.of(k, self.signed, self.estimator) for k in range(self.min_bits, self.bits + 1)]
             return quantize_widths(x, step, sigma, masks, self.width_scale[self.min_bits - 1 : self.bits], rings)
         step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)

@@ -89,7 +89,8 @@ def assert_same(own, same):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_same_to_the_bit(layer, config, monkeypatch):
     model, x = quantized(*LAYERS[layer], CONFIGS[config])
-    assert is_taken_over(model[0], x, monkeypatch)
+    # What only the weight's quantizer does has derivatives of all orders in the input, for penalties on gradients.
+    assert is_taken_over(model[0], x, monkeypatch) == (config != "weights only")
     own = step(model, x)
     with ordinary_path(monkeypatch):
         assert_same(own, step(model, x))
@@ -125,6 +126,96 @@ def test_an_input_without_a_gradient_and_a_frozen_weight():
     assert all(
         p.grad is not None for q in (model[0].weight_quantizer, model[0].input_quantizer) for p in q.parameters()
     )
+
+
+class Masks(TorchDispatchMode):
+    """Which gradients a convolution's backward is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.seen.append(list(args[-1]))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("frozen", ["layer", "input"])
+def test_no_gradient_is_computed_that_nobody_wants(frozen):
+    model, x = quantized(lambda: nn.Conv2d(6, 8, 3, bias=False), (4, 6, 9, 7))
+    if frozen == "layer":
+        model.requires_grad_(False)
+    else:
+        model[0].input_quantizer.requires_grad_(False)
+    with Masks() as masks:
+        model(x.requires_grad_(frozen == "layer")).sum().backward()
+    assert masks.seen == [[True, False, False] if frozen == "layer" else [False, True, False]]
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("value", [2, (2,), (2, 1)])
+def test_geometry_in_all_the_ways_that_torch_takes_it(name, value, monkeypatch):
+    model, x = quantized(lambda: nn.Conv2d(6, 8, 3), (4, 6, 9, 7))
+    setattr(model[0], name, value)
+    own = step(model, x)
+    with ordinary_path(monkeypatch):
+        assert_same(own, step(model, x))
+
+
+def test_a_bias_that_is_no_parameter():
+    model, x = quantized(*LAYERS["conv2d"])
+    expected = model(x)
+    bias = model[0].bias.detach()
+    del model[0].bias
+    model[0].register_buffer("bias", bias)
+    assert torch.equal(model(x), expected)
+
+
+def test_an_input_that_is_not_contiguous(monkeypatch):
+    model, x = quantized(*LAYERS["linear on tokens"])
+    x = torch.randn(5, 4, 6).transpose(0, 1)
+    own = step(model, x)
+    with ordinary_path(monkeypatch):
+        assert_same(own, step(model, x))
+
+
+def test_parameters_that_mixed_precision_has_cast():
+    model, x = quantized(*LAYERS["conv2d"])
+    q = model[0].input_quantizer
+    grads = []
+    for kernels in (True, False):
+        halves = {n: p.detach().bfloat16().requires_grad_() for n, p in q.named_parameters()}
+        with use_kernels(kernels):
+            torch.func.functional_call(q, halves, (x,)).square().sum().backward()
+        grads.append([p.grad.float() for p in halves.values()])
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-4)
+
+
+def test_a_recomputed_forward_takes_the_same_way_as_the_first_one_that_fits_ranges():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 9, 7, requires_grad=True)
+    model = attach(nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), CONFIGS["default"]).train()
+    model(x)
+    for layer in (model[0], model[2]):
+        layer.input_quantizer.configure(calibrated=False)
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_what_is_begun_with_kernels_ends_with_them():
+    model, x = quantized(*LAYERS["conv2d"])
+    out = model(x).sum()
+    with use_kernels(False):
+        out.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    q = quantized(*LAYERS["conv2d"])[0][0].weight_quantizer
+    (grad,) = torch.autograd.grad((q._step_and_sigma()[1] ** 2).sum(), q.noise_logit, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_checkpointed_and_copied(monkeypatch):
@@ -179,13 +270,21 @@ def test_what_watches_a_quantizer_or_changes_what_it_does_is_obeyed(monkeypatch)
     assert is_taken_over(layer, x, monkeypatch)
     assert len(seen) == 3
     handles[1].remove()
-    for change in ({"active": False}, {"calibrated": False}):
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            quantizer.configure(**change)
-        assert not is_taken_over(layer, x, monkeypatch)
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            quantizer.configure(active=True)
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.configure(active=False)
+    assert not is_taken_over(layer, x, monkeypatch)
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.configure(active=True)
     assert is_taken_over(layer, x, monkeypatch)
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.register_full_backward_hook(lambda *_: None)
+    assert not is_taken_over(layer, x, monkeypatch)
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer._backward_hooks.clear()
+        quantizer.forward = quantizer.forward
+    assert not is_taken_over(layer, x, monkeypatch)
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        del quantizer.forward
     with use_kernels(False):
         assert not is_taken_over(layer, x, monkeypatch)
     assert not is_taken_over(layer, x[:0], monkeypatch)

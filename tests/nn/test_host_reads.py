@@ -1,4 +1,7 @@
-"""A step reads nothing back from the device: on the meta device there is nothing to read, and reading raises."""
+"""Layers and functional read nothing back from the device: on the meta device there is nothing to read, and it raises.
+
+What kernels do is not seen here: there is none for that device.
+"""
 
 import pytest
 import torch
