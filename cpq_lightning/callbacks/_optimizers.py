@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpq_lightning.attach import quantized_layers, quantizers
 from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import Beside, Companion, adopt, release, takes_quantizers
+from cpq_lightning.optim import Beside, Companion, UpdateBound, adopt, release, takes_quantizers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -22,8 +22,8 @@ _COMPANION_LR = 1e-3
 
 def train_quantizers(
     trainer: Trainer, pl_module: LightningModule, lr_factor: float, states: Sequence[dict[str, Any]]
-) -> list[Companion]:
-    """Put each quantizer's parameters, once, into the optimizer that trains its layer's weight.
+) -> tuple[list[Companion], list[UpdateBound]]:
+    """Put each quantizer's parameters, once, into the optimizer that trains its layer's weight, and bound its updates.
 
     Args:
         trainer: A trainer whose optimizers are made and not restored yet.
@@ -32,17 +32,18 @@ def train_quantizers(
         states: Saved states of companions, in the order in which they are made.
 
     Returns:
-        The companions of those optimizers that cannot take the parameters themselves.
+        The companions of those optimizers that cannot take the parameters themselves, and the bounds of those that can.
     """
     optimizers = list(trainer.optimizers)
     if not optimizers:
-        return []
+        return [], []
     takers = [takes_quantizers(optimizer) for optimizer in optimizers]
     wanted = _by_optimizer(pl_module, optimizers, default=takers.index(True) if True in takers else 0)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     # Gates too: their logits are trained beside all optimizers.
     owned = [p for _, q in quantizers(pl_module) for p in q.parameters()]
     companions: list[Companion] = []
+    bounds: list[UpdateBound] = []
     for index, optimizer in enumerate(optimizers):
         taken = {id(p) for p in wanted[index]} if takers[index] else set()
         release(optimizer, [p for p in owned if id(p) not in taken])
@@ -50,6 +51,7 @@ def train_quantizers(
             continue
         if takers[index]:
             adopt(optimizer, wanted[index], schedulers, lr_factor)
+            bounds.append(UpdateBound(optimizer, wanted[index]))
             continue
         companion = Companion(
             optimizer,
@@ -66,7 +68,7 @@ def train_quantizers(
             f"{type(optimizer).__name__} cannot take the quantizers' parameters (one-dimensional, whole on each rank, "
             f"in a group of their own): {len(wanted[index])} of them train with Adam beside it."
         )
-    return companions
+    return companions, bounds
 
 
 def beside_optimizers(

@@ -163,6 +163,7 @@ class WidthSearch:
                 goal.target,
                 goal.tolerance,
                 lambda now, by: self.gates.prices(now, by, beta),
+                follows=self.gates.updates == 0,
             )
             names = [name for name, rows in zip(self.names, self.gates.rows, strict=True) for _ in range(rows)]
             moved = net_changes(changes, names)

@@ -47,7 +47,7 @@ from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import manifest, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import Companion
+from cpq_lightning.optim import Companion, UpdateBound
 
 _CHECKPOINT_KEY = "cpq_lightning"
 
@@ -69,7 +69,7 @@ class CPQCallback(Callback):
         quantize_from: When quantization begins, as a step count or a fraction of the run. Until then the network
             trains in full precision; at it all ranges are fitted afresh, the same on every rank.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
-            rate of 0.001 under Adam moves a step by 0.1 % an update.
+            rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
         calibration_batches: Training batches for the activation ranges.
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
             of the levels and of the weights' clusters. ``None`` writes none.
@@ -113,6 +113,7 @@ class CPQCallback(Callback):
         self._audit: Audit | None = None
         self._audited = False
         self._companions: list[Companion] = []
+        self._bounds: list[UpdateBound] = []
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
         self._before: dict[str, Any] = {}
@@ -151,7 +152,8 @@ class CPQCallback(Callback):
         check_whole(quantizers(pl_module))
         check_layers(pl_module, self._layers)
         self._audited = not auditable(pl_module)
-        self._companions = train_quantizers(trainer, pl_module, self.lr_factor, self._restored.get("companions", []))
+        saved = self._restored.get("companions", [])
+        self._companions, self._bounds = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
         # What is learned has to know before training which layers are first and last, and what they multiply.
@@ -270,9 +272,9 @@ class CPQCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         forget_configured(pl_module)
-        # They stay: a checkpoint may be saved after the fit.
-        for companion in self._companions:
-            companion.remove()
+        # Companions stay: a checkpoint may be saved after the fit.
+        for hooked in (*self._companions, *self._bounds):
+            hooked.remove()
 
     # Steps of the work ------------------------------------------------------------------------------------------------
 

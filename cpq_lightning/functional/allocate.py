@@ -28,11 +28,14 @@ def adjust_widths(
     target: float,
     tolerance: float,
     price: Callable[[Tensor, int], Tensor],
+    follows: Tensor | None = None,
 ) -> tuple[Tensor, list[WidthChange]]:
     """Change widths by single bits until their cost is within ``tolerance`` of ``target``, or as near as they permit.
 
     Of the changes that bring the cost nearer, the one with the least price for each unit of cost is taken, again and
-    again; where none is left, exchanges of a bit between two rows.
+    again; where none is left, exchanges of a bit between two rows. Rows that follow the mean of the others shall
+    neither take bits from them, nor leave them any, by being whole: the others come first, to where the target is met
+    by a mean that all have in common.
 
     Args:
         widths: Whole widths, shape (rows,), float64.
@@ -42,6 +45,7 @@ def adjust_widths(
         target: What they shall cost.
         tolerance: How far from it they may stay.
         price: What a change of each row by ``+1`` or ``-1`` costs the network, in any unit: ``price(widths, ±1)``.
+        follows: Which rows follow the mean of the others, shape (rows,), bool.
 
     Returns:
         New widths, and the changes in order.
@@ -54,8 +58,22 @@ def adjust_widths(
         >>> adjust_widths(four, two, eight, cost, 3.5, 0.01, price)
         (tensor([4., 3.], dtype=torch.float64), [WidthChange(row=1, before=4, after=3)])
     """
-    widths = widths.clone()
     changes: list[WidthChange] = []
+    own = cost.gradient(widths) > 0
+    follow = own & follows if follows is not None else torch.zeros_like(own)
+    lead = own & ~follow
+    if lead.any() and follow.any():
+        meant = torch.where(follow, _common_width(cost, target, own, widths, narrowest, widest), widths)
+        unit = cost.gradient(meant)
+        # What they may be off the target by is their part of what all may.
+        near = tolerance * float(unit[lead].sum() / unit[own].sum())
+        low, high = torch.where(lead, narrowest, meant), torch.where(lead, widest, meant)
+        led, changes = adjust_widths(meant, low, high, cost, target, near, price)
+        widths = torch.where(lead, led, widths)
+        low, high = torch.where(follow, narrowest, widths), torch.where(follow, widest, widths)
+        widths, more = adjust_widths(widths, low, high, cost, target, tolerance, price)
+        changes += more
+    widths = widths.clone()
 
     def change(row: int, by: int) -> None:
         changes.append(WidthChange(row, int(widths[row]), int(widths[row]) + by))
@@ -79,6 +97,20 @@ def adjust_widths(
     return widths, changes
 
 
+def _common_width(
+    cost: WidthCost, target: float, own: Tensor, widths: Tensor, narrowest: Tensor, widest: Tensor
+) -> Tensor:
+    """The width, not a whole one, with which all of a cost's rows together cost the target; within each row's own."""
+    low, high = float(narrowest[own].min()), float(widest[own].max())
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        common = torch.full_like(widths, middle).clamp(narrowest, widest)
+        low, high = (low, middle) if cost(torch.where(own, common, widths)) > target else (middle, high)
+    return torch.full_like(widths, low).clamp(narrowest, widest)
+
+
+# Of eight bits, down to far below any tolerance.
+_HALVINGS = 40
 # Beyond this many rows single bits are so small a part of the whole that no exchange is ever needed.
 _MOST_ROWS = 2000
 

@@ -1,6 +1,7 @@
 """Getting the quantizers' parameters trained by an optimizer that was built without them."""
 
 from cpq_lightning.optim.beside import Beside as Beside
+from cpq_lightning.optim.bound import UpdateBound as UpdateBound
 from cpq_lightning.optim.companion import Companion as Companion
 from cpq_lightning.optim.gates import Budget as Budget
 from cpq_lightning.optim.gates import GateTrainer as GateTrainer

@@ -50,7 +50,7 @@ class Beside:
         for owner in (optimizer, *wrappers):
             self._watch(owner, "zero_grad", self._zero)
         self._watch(optimizer, "add_param_group", self._add)
-        self._handle = _stepping(optimizer).register_step_post_hook(self._after)
+        self._handle = stepping(optimizer).register_step_post_hook(self._after)
 
     def _watch(self, owner: Any, name: str, instead: Callable[..., None]) -> None:
         method = getattr(owner, name)
@@ -102,11 +102,11 @@ def average_gradients(parameters: Sequence[nn.Parameter], average: Callable[[Ten
         p.grad = grad.view_as(p).clone()
 
 
-def _stepping(optimizer: Optimizer) -> Optimizer:
+def stepping(optimizer: Optimizer) -> Optimizer:
     """The optimizer whose step hooks fire: itself, or the one inside a wrapper that skips torch's constructor (timm's
     Lookahead).
     """
     if getattr(type(optimizer).step, "hooked", False):
         return optimizer
     inner = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
-    return optimizer if inner is None else _stepping(inner)
+    return optimizer if inner is None else stepping(inner)

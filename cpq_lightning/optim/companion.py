@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from cpq_lightning.optim.beside import Beside
+from cpq_lightning.optim.bound import UpdateBound
 
 
 class Companion:
@@ -36,6 +37,7 @@ class Companion:
         average: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.optimizer = Adam(list(parameters), lr=lr)
+        UpdateBound(self.optimizer, self.parameters)
         self._lr = lr
         self._user = optimizer
         group = optimizer.param_groups[0]
