@@ -1,0 +1,1 @@
+"""What a training step costs, quantized in several ways, against full precision and against each other."""
