@@ -1,5 +1,6 @@
 """BitBudget beside other people's optimizers and callbacks."""
 
+import copy
 import re
 import warnings
 from functools import partial
@@ -90,6 +91,28 @@ def test_an_optimizer_without_step_hooks_is_named(fit):
     module = Classifier(make_optimizer=partial(Bare, lr=0.01))
     with pytest.warns(UserWarning, match="no gate has been updated"):
         fit(module, callbacks(4.0), max_epochs=20)
+
+
+@pytest.mark.parametrize("target", [3.5, 4.4])
+def test_a_teacher_without_gradients_neither_takes_bits_from_the_network_nor_leaves_it_any(fit, target):
+    class Taught(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), *self.layers(6), nn.Linear(32, 4))
+            self.teacher = copy.deepcopy(self.net)
+
+        def layers(self, count):
+            return [layer for _ in range(count) for layer in (nn.Linear(32, 32), nn.ReLU())]
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                wanted = self.teacher(batch[0]).softmax(-1)
+            return super().training_step(batch, batch_idx) + cross_entropy(self.net(batch[0]), wanted)
+
+    module = Taught()
+    fit(module, callbacks(target), max_epochs=20)
+    assert mean_width(module.net, "weight") == pytest.approx(target, abs=0.1)
+    assert mean_width(module.teacher, "weight") == pytest.approx(target, abs=0.1)
 
 
 class Tied(Classifier):

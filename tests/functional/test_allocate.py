@@ -78,3 +78,43 @@ def test_bit_operations_count_the_product():
     cost = WidthCost(torch.tensor([2.0]).double(), torch.tensor([0]), torch.tensor([1]), 7.0)
     assert cost(widths(3, 4)) == 31
     assert cost.gradient(widths(3, 4)).tolist() == [8, 6]
+
+
+SIZES = torch.tensor([30, 20, 20, 10, 10, 10]).double()
+# A network at widths of its own, and a teacher of the same layers.
+FOLLOWS = torch.arange(12) >= 6
+
+
+def teacher_free(now, by):
+    """A change costs the teacher nothing: on its own account it would give or take all."""
+    return torch.where(FOLLOWS, 1e-6, 1.0).double()
+
+
+@pytest.mark.parametrize("unit", ["average", "sum"])
+@pytest.mark.parametrize("target", [2.5, 3.5, 4.0, 4.4, 4.6, 7.5])
+@pytest.mark.parametrize("own", [(2, 8, 2, 6, 3, 4), (2, 2, 2, 2, 2, 3), (8, 8, 7, 8, 8, 8)])
+def test_rows_that_follow_neither_take_bits_from_the_others_nor_leave_them_any(own, target, unit):
+    shares = SIZES.repeat(2) / 200
+    cost, wanted, tolerance = linear(shares.tolist()), target, 0.04
+    if unit == "sum":
+        index = torch.arange(12)
+        cost = WidthCost(SIZES.repeat(2), index, torch.full((12,), 12), 1000.0)
+        wanted, tolerance = 1000 + 200 * target, 0.04 * 200
+    start = widths(*own, *[round(target)] * 6)
+    low, high = torch.full_like(start, 2.0), torch.full_like(start, 8.0)
+    now, changes = adjust_widths(start, low, high, cost, wanted, tolerance, teacher_free, follows=FOLLOWS)
+    assert abs(cost(now) - wanted) <= tolerance
+    means = [float((now * SIZES.repeat(2))[rows].sum() / 100) for rows in (~FOLLOWS, FOLLOWS)]
+    # A bit of the smallest layer is a tenth of one network's mean.
+    assert means == pytest.approx([target, target], abs=0.1)
+    assert changes or torch.equal(now, start)
+
+
+def test_rows_that_follow_nothing_are_as_all_others():
+    cost, start = linear([0.25] * 4), widths(4, 4, 4, 4)
+    low, high = torch.full_like(start, 2.0), torch.full_like(start, 8.0)
+    ends = [
+        adjust_widths(start, low, high, cost, 3.0, 0.01, free, follows=follows)
+        for follows in (None, torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool))
+    ]
+    assert all(torch.equal(now, ends[0][0]) and changes == ends[0][1] for now, changes in ends)
