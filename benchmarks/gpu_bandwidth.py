@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.train_step.results import commit
 from cpq_lightning.functional import level_bounds
 from cpq_lightning.kernels import gpu
 
@@ -124,6 +125,7 @@ def main() -> None:
     show(figures)
     result = {
         "date": str(date.today()),
+        "commit": commit(),
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "cuda": torch.version.cuda,

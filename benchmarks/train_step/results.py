@@ -62,7 +62,7 @@ def describe_run(setting: Setting, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks.train_step", *arguments]),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {
             "processor": _processor(),
             "system": f"{platform.system()} {platform.machine()}",
@@ -75,7 +75,7 @@ def describe_run(setting: Setting, arguments: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with ``-dirty`` where files differ from it."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False, cwd=ROOT

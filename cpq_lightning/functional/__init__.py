@@ -15,6 +15,7 @@ from cpq_lightning.functional.dropbits import logit_of as logit_of
 from cpq_lightning.functional.dropbits import masks_from_gates as masks_from_gates
 from cpq_lightning.functional.dropbits import open_gates as open_gates
 from cpq_lightning.functional.dropbits import open_probability as open_probability
+from cpq_lightning.functional.dropbits import shares_from_masks as shares_from_masks
 from cpq_lightning.functional.grid import check_bits as check_bits
 from cpq_lightning.functional.grid import level_bounds as level_bounds
 from cpq_lightning.functional.grid import ring_bounds as ring_bounds

@@ -93,6 +93,22 @@ def masks_from_gates(gates: Tensor) -> Tensor:
     return torch.cat([gates.new_ones((1, *gates.shape[1:])), gates.cumprod(0)])
 
 
+def shares_from_masks(masks: Tensor) -> Tensor:
+    """How much each nested grid counts, ``m_k - m_(k+1)``, the widest one ``m_b``: they add up to 1.
+
+    Args:
+        masks: As :func:`masks_from_gates` gives them.
+
+    Returns:
+        Shares of the masks' shape.
+
+    Example:
+        >>> shares_from_masks(torch.tensor([1.0, 1.0, 0.25]))
+        tensor([0.0000, 0.7500, 0.2500])
+    """
+    return torch.cat([masks[:-1] - masks[1:], masks[-1:]])
+
+
 _MASK32 = 0xFFFFFFFF
 
 

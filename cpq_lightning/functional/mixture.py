@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cpq_lightning.functional.dropbits import shares_from_masks
 from cpq_lightning.functional.truncated import Interval
 
 # A mask's derivative is the mass that the masked ring would bring, up to exp(distance / sigma). Below float64 it
@@ -35,7 +36,7 @@ class Mixture:
             weights, log_z = [torch.ones_like(u)], parts[0].log_mass(s)
         else:
             parts = [Interval.of(u, s, low, high) for low, high in bounds]
-            shares = torch.cat([masks[:-1] - masks[1:], masks[-1:]]).clamp(min=0)
+            shares = shares_from_masks(masks).clamp(min=0)
             logs = [share.log() + part.log_mass(s) for share, part in zip(shares, parts, strict=True)]
             log_z = torch.stack(torch.broadcast_tensors(*logs)).logsumexp(0)
             weights = [torch.exp(log - log_z) for log in logs]

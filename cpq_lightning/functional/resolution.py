@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cpq_lightning.functional.categorical import Estimator, quantize_unchecked
+from cpq_lightning.functional.dropbits import shares_from_masks
 
 
 def quantize_resolution(
@@ -61,7 +62,7 @@ def quantize_resolution(
     if masks is None:
         return at(bits)
     # The same sum ordered by quantizer, sum_k (m_k - m_(k+1)) q_k: with masks of 0 and 1 a single q_k is left, exactly.
-    shares = torch.cat([masks[:-1] - masks[1:], masks[-1:]])
+    shares = shares_from_masks(masks)
     widths = range(min_bits, bits + 1)
     found = [True] * len(shares)
     # What is drawn is read where that costs nothing; compiled code, and a GPU, which would have to wait, compute all

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
+from cpq_lightning.kernels.layout import dense_in_memory
 from cpq_lightning.kernels.library import built
 
 # Elements that one thread works on at a time; sums of gradients are made chunk by chunk, so that they do not depend on
 # the number of threads.
 _CHUNK = 2**16
-
-
 # What tensors may hold; everything is computed in float32.
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -21,15 +22,13 @@ def forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 
     Args:
         x: Float32 or bfloat16, any shape.
-        step: Float32, one value, or one for each row (dimension 0) of an x that is contiguous.
+        step: Float32, one value, or one for each row (dimension 0) of an x in which row follows row in memory.
         low: Lowest level.
         high: Highest level.
     """
     dense, steps = dense_in_memory(x), step.contiguous()
     out = torch.empty_like(dense)
-    kernels = built()
-    assert kernels is not None
-    kernels.cpq_forward(
+    _library().cpq_forward(
         dense.data_ptr(), steps.data_ptr(), out.data_ptr(), x.numel(), x.numel() // step.numel(), _CHUNK, low, high,
         x.dtype == torch.bfloat16,
     )  # fmt: skip
@@ -65,9 +64,7 @@ def backward(
     dx = g if overwrite or not fits else torch.empty_like(dense)
     steps, sigmas = step.contiguous(), sigma.contiguous()
     d_step, d_sigma = torch.empty_like(steps), torch.empty_like(steps)
-    kernels = built()
-    assert kernels is not None
-    done = kernels.cpq_backward(
+    done = _library().cpq_backward(
         dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), d_step.data_ptr(),
         d_sigma.data_ptr(), x.numel(), x.numel() // step.numel(), _CHUNK, low, high, expectation,
         x.dtype == torch.bfloat16,
@@ -90,17 +87,14 @@ def chain(
         noise_min: The smallest noise, in steps.
     """
     d_log_step, d_logit = torch.empty_like(saved[0]), torch.empty_like(saved[0])
-    kernels = built()
-    assert kernels is not None
     tensors = [t.contiguous() for t in (d_step, d_sigma, *saved)]
     pointers = [t.data_ptr() for t in (*tensors, d_log_step, d_logit)]
-    kernels.cpq_chain(*pointers, len(d_log_step), root, noise_min)
+    _library().cpq_chain(*pointers, len(d_log_step), root, noise_min)
     return d_log_step, d_logit
 
 
-def dense_in_memory(x: Tensor) -> Tensor:
-    """x, or a copy of it, whose elements lie in memory without gaps or overlaps, in any order."""
-    if x.is_contiguous():
-        return x
-    same = torch.empty_like(x)
-    return x if same.stride() == x.stride() else same.copy_(x)
+def _library() -> ctypes.CDLL:
+    """What was begun with kernels ends with them, also where they have been switched off meanwhile."""
+    library = built()
+    assert library is not None
+    return library

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cpq_lightning.kernels.layout import dense_in_memory
+
 if TYPE_CHECKING:
     import triton.language as tl
 
@@ -118,8 +120,7 @@ def _dense(x: Tensor, step: Tensor) -> Tensor:
     if step.numel() > 1:
         in_rows = x.stride(0) == x.numel() // len(x)
         return x if in_rows and torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
-    same = torch.empty_like(x)
-    return x if same.stride() == x.stride() else same.copy_(x)
+    return dense_in_memory(x)
 
 
 def _division(x: Tensor, step: Tensor) -> tuple[tuple[int], dict[str, Any]]:
@@ -142,22 +143,18 @@ class _Kernels(NamedTuple):
 @cache
 def _kernels() -> _Kernels:
     with _making:
-        return _made()
+        import triton
+        import triton.language
 
-
-def _made() -> _Kernels:
-    import triton
-    import triton.language
-
-    # Triton looks up what a kernel names among the module's globals.
-    globals()["tl"] = triton.language
-    for helper in (_part, _in_steps, _level, _derive, _edges, _reciprocal):
-        # Not again what an attempt before this one has left.
-        made = isinstance(helper, triton.JITFunction)
-        globals()[helper.__name__] = helper if made else triton.jit(helper)
-    # Compiled anew only for what makes code faster, not for each number of programs.
-    jit = triton.jit(do_not_specialize=["programs", "tiles"])
-    return _Kernels(jit(_forward), jit(_backward))
+        # Triton looks up what a kernel names among the module's globals.
+        globals()["tl"] = triton.language
+        for helper in (_part, _in_steps, _level, _derive, _edges, _reciprocal):
+            # Not again what an attempt before this one has left.
+            made = isinstance(helper, triton.JITFunction)
+            globals()[helper.__name__] = helper if made else triton.jit(helper)
+        # Compiled anew only for what makes code faster, not for each number of programs.
+        jit = triton.jit(do_not_specialize=["programs", "tiles"])
+        return _Kernels(jit(_forward), jit(_backward))
 
 
 def _forward(

@@ -113,13 +113,13 @@ def _built(*threads: str) -> Path:
     here = files("cpq_lightning.kernels")
     sources = {name: here.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES}
     version = _run([compiler, "--version"])
-    key = hashlib.sha256("\n".join([*sources.values(), version, *_FLAGS, *threads, _processor()]).encode()).hexdigest()[
-        :16
-    ]
+    identity = "\n".join([*sources.values(), version, *_FLAGS, *threads, _processor()])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = _cache_folder()
     target = folder / f"quantize-{key}.so"
     if target.is_file():
         return target
+    log.info("CPQ kernels are being built for this machine, once: about a second.")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         written, compiled, made = (Path(work) / f"quantize.{kind}" for kind in ("c", "o", "so"))

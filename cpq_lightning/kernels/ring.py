@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cpq_lightning.functional import Estimator, level_bounds
 from cpq_lightning.kernels import cpu, gpu, library
+from cpq_lightning.kernels.layout import has_dense_rows
 
 
 class Ring(NamedTuple):
@@ -37,15 +38,9 @@ def has_kernel(x: Tensor, rows: int) -> bool:
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         # What others run holds no operator that they do not have.
         return False
-    if rows > 1 and (x.dim() == 0 or rows != x.shape[0] or not _has_dense_rows(x)):
+    if rows > 1 and (x.dim() == 0 or rows != x.shape[0] or not has_dense_rows(x)):
         return False
     return _computes(x.device.type, x.dtype)
-
-
-def _has_dense_rows(x: Tensor) -> bool:
-    """Whether row follows row in memory, each without gaps."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
 
 
 @torch.compiler.assume_constant_result
@@ -78,26 +73,15 @@ def backward(
     """Gradients in x, step and sigma, from that in the result, in one pass; the first may take the place of grad."""
     if torch.compiler.is_compiling():
         return _backward_op(x, grad, step, sigma, *ring)
-    return _backward(x, grad, step, sigma, *ring, overwrite)
+    return _backward(x, grad, step, sigma, *ring, overwrite=overwrite)
 
 
 def _forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     return (cpu if x.is_cpu else gpu).forward(x, step, low, high)
 
 
-def _backward(
-    x: Tensor,
-    grad: Tensor,
-    step: Tensor,
-    sigma: Tensor,
-    low: int,
-    high: int,
-    expectation: bool,
-    overwrite: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if x.is_cpu:
-        return cpu.backward(x, grad, step, sigma, low, high, expectation, overwrite)
-    return gpu.backward(x, grad, step, sigma, low, high, expectation)
+def _backward(x: Tensor, *others: Any, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu.backward(x, *others, overwrite=overwrite) if x.is_cpu else gpu.backward(x, *others)
 
 
 @torch.library.custom_op("cpq_lightning::quantize", mutates_args=())

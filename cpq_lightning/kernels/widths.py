@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cpq_lightning.functional import shares_from_masks
 from cpq_lightning.kernels import ring as kernel
 from cpq_lightning.kernels.ring import Ring
 
@@ -28,8 +29,7 @@ def quantize_widths(
         scales: Step of each width over that of the widest, shape (widths, 1 or rows).
         rings: The levels of each width.
     """
-    masks = masks.reshape(-1)
-    shares = torch.cat([masks[:-1] - masks[1:], masks[-1:]])
+    shares = shares_from_masks(masks.reshape(-1))
     return _Widths.apply(x, step, sigma, shares, scales, tuple(rings))  # type: ignore[no-any-return]
 
 

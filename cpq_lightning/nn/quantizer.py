@@ -223,8 +223,9 @@ class Quantizer(Widths):
 
     def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None) -> Tensor:
         # Which widths are drawn is read here: from a GPU, or in compiled code, that would cost more than it saves.
-        read = self.nesting == "resolution" and masks is not None and masks.numel() == len(masks)
-        if masks is not None and read and x.is_cpu and not torch.compiler.is_compiling() and self._has_kernel(x):
+        readable = x.is_cpu and not torch.compiler.is_compiling()
+        by_tensor = masks is not None and masks.numel() == len(masks) and self.nesting == "resolution"
+        if masks is not None and by_tensor and readable and self._has_kernel(x):
             rings = [Ring.of(k, self.signed, self.estimator) for k in range(self.min_bits, self.bits + 1)]
             return quantize_widths(x, step, sigma, masks, self.width_scale[self.min_bits - 1 : self.bits], rings)
         step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)

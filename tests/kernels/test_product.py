@@ -36,7 +36,7 @@ CONFIGS = {
     "default": CPQConfig(first_last_bits=None),
     "argmax": CPQConfig(first_last_bits=None, weight_estimator="argmax", act_estimator="argmax"),
     "weights only": CPQConfig(first_last_bits=None, act_bits=None),
-    "one step a weight": CPQConfig(first_last_bits=None, per_channel=False, weight_bits=2),
+    "one step a channel": CPQConfig(first_last_bits=None, per_channel=True, weight_bits=2),
     "learned": CPQConfig(first_last_bits=None, weight_bits=8, min_bits=2, learn_bits=True),
 }
 
@@ -109,8 +109,9 @@ def test_halves(layer, kind, monkeypatch):
         assert_same(own, step(model, x, context))
 
 
-def test_channels_last(monkeypatch):
-    model, x = quantized(*LAYERS["conv2d"])
+@pytest.mark.parametrize("config", ["default", "one step a channel"])
+def test_channels_last(config, monkeypatch):
+    model, x = quantized(*LAYERS["conv2d"], CONFIGS[config])
     model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     own = step(model, x)
     assert own[0].is_contiguous(memory_format=torch.channels_last)
