@@ -124,8 +124,10 @@ def detach(model: M) -> M:
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: there is nothing to detach.")
+    plain = [module for module in model.modules() if not isinstance(module, QuantizedLayer)]
+    read_elsewhere = {id(p) for module in plain for p in module._parameters.values() if p is not None}
     for layer in layers.values():
-        switch_back(layer)
+        switch_back(layer, shared=id(layer.full_precision_weight()) in read_elsewhere)
     forget_first_forward(model)
     model.__dict__.pop("_cpq_config", None)
     for handle, hook in list(model._forward_pre_hooks.items()):

@@ -138,8 +138,12 @@ def switch(layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quant
     layer.add_module("input_quantizer", input_quantizer)
 
 
-def switch_back(layer: QuantizedLayer) -> None:
-    """Make a quantized layer a plain one, in place, with the quantized weight written into its Parameter."""
+def switch_back(layer: QuantizedLayer, shared: bool = False) -> None:
+    """Make a quantized layer a plain one, in place, with the quantized weight written into its Parameter.
+
+    One that is ``shared`` with a module that reads it in full precision, an embedding for one, is left to that; the
+    layer gets a Parameter of its own.
+    """
     with torch.no_grad():
         weight = layer.full_precision_weight()
         training = layer.weight_quantizer.training
@@ -148,7 +152,10 @@ def switch_back(layer: QuantizedLayer) -> None:
             value = layer.weight_quantizer(whole(weight))
             if isinstance(weight, DTensor):
                 value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            weight.copy_(value)
+            if shared:
+                layer._parameters["weight"] = nn.Parameter(value, requires_grad=weight.requires_grad)
+            else:
+                weight.copy_(value)
         finally:
             layer.weight_quantizer.train(training)
     del layer.weight_quantizer, layer.input_quantizer

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cpq_lightning.attach import quantized_layers
-from cpq_lightning.export.levels import write_atomically
+from cpq_lightning.export.files import write_atomically
 from cpq_lightning.functional import histogram
 from cpq_lightning.nn import whole
 

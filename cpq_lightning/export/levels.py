@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from cpq_lightning.attach import (
 )
 from cpq_lightning.attach.costs import FULL_BITS
 from cpq_lightning.attach.widths import FORMAT
+from cpq_lightning.export.files import write_atomically
 from cpq_lightning.functional import average_bits
 from cpq_lightning.nn import Quantizer, whole
 
@@ -180,6 +179,14 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "totals": totals(model, records), "layers": list(by_layer.values())}
 
 
+def compact_manifest(model: nn.Module) -> dict[str, Any]:
+    """:func:`manifest` without the shares of levels, as artefacts carry it."""
+    content = manifest(model)
+    for layer in content["layers"]:
+        layer["weight"].pop("level_shares")
+    return content
+
+
 def totals(model: nn.Module, records: list[LevelsRecord]) -> dict[str, Any]:
     """The totals of :func:`manifest`."""
     weights = [r for r in records if r.kind == "weight"]
@@ -213,23 +220,3 @@ def write_manifest(content: dict[str, Any], path: str | Path) -> Path:
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
     write_atomically(path, text + "\n")
     return path
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, by way of a temporary one beside it, so that no reader ever finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

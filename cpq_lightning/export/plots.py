@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cpq_lightning.export.levels import write_atomically
+from cpq_lightning.export.files import write_atomically
 
 TRAJECTORY_FILE = "trajectory.csv"
 _WEIGHTS, _ACTIVATIONS, _PALE, _DARK = "#2f6db3", "#d98032", "#c9c9c9", "#333333"

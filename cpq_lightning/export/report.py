@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpq_lightning.attach import read_levels
-from cpq_lightning.export.levels import write_atomically
+from cpq_lightning.export.files import write_atomically
 from cpq_lightning.export.plots import draw_clusters, draw_levels, draw_trajectory
 
 CLUSTERS_FILE = "clusters.json"

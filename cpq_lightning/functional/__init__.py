@@ -19,6 +19,8 @@ from cpq_lightning.functional.dropbits import shares_from_masks as shares_from_m
 from cpq_lightning.functional.grid import check_bits as check_bits
 from cpq_lightning.functional.grid import level_bounds as level_bounds
 from cpq_lightning.functional.grid import ring_bounds as ring_bounds
+from cpq_lightning.functional.packing import pack_codes as pack_codes
+from cpq_lightning.functional.packing import unpack_codes as unpack_codes
 from cpq_lightning.functional.ranges import bin_centers as bin_centers
 from cpq_lightning.functional.ranges import fit_step as fit_step
 from cpq_lightning.functional.ranges import histogram as histogram

@@ -346,3 +346,18 @@ def test_attaching_twice_and_detaching_a_plain_model_are_refused():
         detach(convnet())
     with pytest.raises(ValueError, match="call attach"):
         levels(convnet())
+
+
+def test_detaching_leaves_a_shared_embedding_in_full_precision():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.embedding(x))
+
+    model = attach(Tied(), CPQConfig(weight_bits=2, act_bits=None, first_last_bits=None)).eval()
+    before = model(torch.arange(6))
+    assert torch.equal(detach(model)(torch.arange(6)), before)

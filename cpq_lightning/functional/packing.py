@@ -1,0 +1,101 @@
+"""Integer codes packed without gaps at any width, 1 to 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpq_lightning.functional.cost import packed_bytes
+from cpq_lightning.functional.grid import level_bounds
+
+# Codes at a time: a multiple of 8, so that each piece ends at a byte; what is unpacked meanwhile stays small.
+_PIECE = 1 << 18
+
+
+def pack_codes(codes: Tensor, bits: int | Sequence[int]) -> Tensor:
+    """Pack levels of a signed grid as ``level + 2^(bits-1)``, ``bits`` each, least significant bit first.
+
+    Args:
+        codes: Levels, integers, any shape; taken in row-major order.
+        bits: Their width, or one width for each index of the first dimension.
+
+    Returns:
+        Bytes (uint8), ``ceil(sum of all widths / 8)`` of them; bits left over in the last one are 0.
+
+    Raises:
+        ValueError: a level outside its grid, or as many widths as there are no rows.
+
+    Example:
+        >>> packed = pack_codes(torch.tensor([-4, 3, 0, 1, -1, -2, 2, -3]), 3)
+        >>> len(packed), unpack_codes(packed, 3, (8,)).tolist()
+        (3, [-4, 3, 0, 1, -1, -2, 2, -3])
+    """
+    pieces = []
+    for row, width in _rows(codes, bits):
+        low, high = level_bounds(width)
+        if row.numel() and (row.min() < low or row.max() > high):
+            raise ValueError(f"codes must be from {low} to {high} at {width} bits, got {row.min()} to {row.max()}.")
+        pieces.append((row.reshape(-1), width, low))
+    if len(pieces) == 1:
+        flat, width, low = pieces[0]
+        return torch.cat([_to_bytes(_to_bits(part - low, width)) for part in flat.int().split(_PIECE)])
+    if not pieces:
+        return torch.zeros(0, dtype=torch.uint8)
+    return _to_bytes(torch.cat([_to_bits(flat.int() - low, width) for flat, width, low in pieces]))
+
+
+def unpack_codes(packed: Tensor, bits: int | Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Levels (int8, of the given shape) of what :func:`pack_codes` has packed.
+
+    Raises:
+        ValueError: too few or too many bytes for the shape, or bits left over that are not 0.
+    """
+    out = torch.empty(tuple(shape), dtype=torch.int8)
+    rows = list(_rows(out, bits))
+    total = sum(row.numel() * width for row, width in rows)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != packed_bytes(total, 1):
+        raise ValueError(
+            f"packed must be {packed_bytes(total, 1)} bytes for the shape {tuple(shape)} at {bits} bits, got "
+            f"{tuple(packed.shape)} of {packed.dtype}."
+        )
+    if total % 8 and int(packed[-1]) >> (total % 8):
+        raise ValueError("packed has bits behind its last code that are not 0: it was not written by pack_codes.")
+    if len(rows) == 1:
+        width = rows[0][1]
+        low, step = level_bounds(width)[0], _PIECE * width // 8
+        parts = [_to_codes(_from_bytes(part), width, low) for part in packed.split(step)]
+        return torch.cat(parts)[: out.numel()].reshape(out.shape) if parts else out
+    stream, start = _from_bytes(packed), 0
+    for row, width in rows:
+        end = start + row.numel() * width
+        row.copy_(_to_codes(stream[start:end], width, level_bounds(width)[0]).reshape(row.shape))
+        start = end
+    return out
+
+
+def _rows(codes: Tensor, bits: int | Sequence[int]) -> list[tuple[Tensor, int]]:
+    if isinstance(bits, int):
+        return [(codes, bits)]
+    if len(bits) != len(codes):
+        raise ValueError(f"bits must be one width, or {len(codes)}, one a row, got {len(bits)}.")
+    return list(zip(codes, bits, strict=True))
+
+
+def _to_bits(values: Tensor, width: int) -> Tensor:
+    return ((values[:, None] >> torch.arange(width)) & 1).to(torch.uint8).reshape(-1)
+
+
+def _to_bytes(stream: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+
+
+def _from_bytes(packed: Tensor) -> Tensor:
+    return ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1)
+
+
+def _to_codes(stream: Tensor, width: int, low: int) -> Tensor:
+    whole = stream[: len(stream) // width * width].reshape(-1, width).short()
+    return ((whole << torch.arange(width, dtype=torch.int16)).sum(1) + low).to(torch.int8)
