@@ -1,4 +1,4 @@
-"""The per-layer table in the terminal."""
+"""What the terminal shows: the table of the layers, of the metrics, and what an export has come to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from cpq_lightning.export.ship import Export
+from cpq_lightning.export.verify import Verification
 
 _LEFT: dict[str, Any] = {
     "title_justify": "left",
@@ -64,14 +67,15 @@ def _bits(bits: int | list[int]) -> str:
 def summary(manifest: Mapping[str, Any]) -> str:
     """Average bits and size, a line each."""
     totals = manifest["totals"]
-    averages = [
-        f"{name} {totals[key]:.2f} bits"
-        for name, key in (("weights", "weight_bits_avg"), ("activations", "act_bits_avg"))
-        if totals[key] is not None
-    ]
+    averages = _averages(totals["weight_bits_avg"], totals["act_bits_avg"])
     size, full = totals["size_bytes"], totals["fp32_bytes"]
-    prefix = f"{', '.join(averages)} on average\n" if averages else ""
+    prefix = f"{averages} on average\n" if averages else ""
     return f"{prefix}{_bytes(size)} packed instead of {_bytes(full)} in float32, {full / size:.1f} times smaller"
+
+
+def _averages(weights: float | None, activations: float | None) -> str:
+    both = (("weights", weights), ("activations", activations))
+    return ", ".join(f"{name} {bits:.2f} bits" for name, bits in both if bits is not None)
 
 
 def _bytes(count: int) -> str:
@@ -99,3 +103,43 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
             cells.append(f"{values[1] - values[0]:+.4f}")
         table.add_row(name, *cells)
     return table
+
+
+def export_table(export: Export) -> Table:
+    """What was written, how large it is, whether it is the model that was trained, and how fast."""
+    container = f", container {export.container}" if export.container else ""
+    table = Table(title=f"Exported to {export.path}", show_header=False, **_LEFT)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("format", f"{export.format}{container}"),
+        ("size", f"{_bytes(export.file_bytes)} instead of {_bytes(export.float_bytes)} in float32"),
+        ("average bits", _averages(export.weight_bits, export.act_bits) or "nothing but first and last layers"),
+        *_proof(export.verification),
+        *_speed(export),
+    ):
+        table.add_row(f"{name}  ", value)
+    return table
+
+
+def _proof(proof: Verification | None) -> list[tuple[str, str]]:
+    if proof is None:
+        return [("verification", "switched off: nothing says that this file is the trained model")]
+    kind = "" if proof.real else "synthetic "
+    at = f" (at {proof.moved_at})" if proof.moved else ""
+    rows = [
+        ("verified in", proof.runtime),
+        ("weight codes", f"equal in {proof.weights} of {proof.weights} layers"),
+        ("activation codes", f"{proof.moved:.3%} of one quantizer's differ at most{at}, {proof.activations} compared"),
+    ]
+    if proof.agreement is not None:
+        rows.append(("classes", f"agree on {proof.agreement:.1%} of {proof.samples} {kind}samples"))
+    rows.append(("outputs", f"{proof.largest_difference:.2g} apart at most, {proof.samples} {kind}samples"))
+    return rows
+
+
+def _speed(export: Export) -> list[tuple[str, str]]:
+    if export.latency is None:
+        return []
+    full, ours, ratio = export.latency.full_precision, export.latency.quantized, export.latency.speedup
+    return [("latency", f"{1e3 * ours:.2f} ms a sample, full precision {1e3 * full:.2f} ms: {ratio:.2f} times as fast")]

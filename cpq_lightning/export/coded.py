@@ -1,0 +1,171 @@
+"""The trained model as an artefact holds it: weights as integer codes, each with its step, and activation grids."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cpq_lightning.attach import QuantizedLayer, detach, is_attached, quantized_layers
+from cpq_lightning.export.levels import weight_codes
+from cpq_lightning.nn import Quantizer, is_sharded
+
+log = logging.getLogger("cpq_lightning")
+
+
+class InputGrid(nn.Module):
+    """Quantizes a layer's input as it evaluates: ``clip(round(x / step), low, high) · step``, ties to even.
+
+    Args:
+        step: Distance between levels, shape (1,), in the unit of the input.
+        low: Lowest level.
+        high: Highest level.
+    """
+
+    step: Tensor
+
+    def __init__(self, step: Tensor, low: int, high: int) -> None:
+        super().__init__()
+        self.register_buffer("step", step)
+        self.low, self.high = low, high
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The levels of ``x``, as floats."""
+        return torch.clamp(torch.round(x / self.step), self.low, self.high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.codes(x) * self.step
+
+    def extra_repr(self) -> str:
+        return f"levels {self.low} to {self.high}"
+
+
+def along_channels(value: Tensor, dims: int, channel_dim: int) -> Tensor:
+    """One value, or one a channel, shaped to broadcast to a weight of so many dimensions."""
+    shape = [1] * dims
+    if len(value) > 1:
+        shape[channel_dim] = -1
+    return value.reshape(shape)
+
+
+class CodedLayer(nn.Module):
+    """Mixed in before a layer's own class, whose ``weight`` is computed from codes in each forward."""
+
+    base_class: ClassVar[type[nn.Module]]
+    weight_codes: Tensor
+    weight_step: Tensor
+    input_grid: InputGrid | None
+    channel_dim: int
+
+    @property
+    def weight(self) -> Tensor:
+        """``codes · step``."""
+        return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.input_grid is not None:
+            input = self.input_grid(input)
+        return super().forward(input, *args, **kwargs)
+
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """A copy of an attached model as it evaluates on a CPU in float32: what an artefact has to equal.
+
+    Raises:
+        ValueError: the model is not quantized, its quantization has not begun or lacks ranges, or its weights are
+            spread over processes.
+    """
+    check_exportable(model)
+    copied = copy.deepcopy(model).cpu().float().eval()
+    for module in copied.modules():
+        # Compiled code of the original's.
+        module._compiled_call_impl = None  # type: ignore[assignment]
+    return copied
+
+
+def coded(
+    model: nn.Module, layer_class: type[CodedLayer] = CodedLayer, grid_class: type[InputGrid] = InputGrid
+) -> nn.Module:
+    """A copy of an attached model in evaluation, of plain layers that hold their weights as codes.
+
+    Args:
+        model: An attached model.
+        layer_class: What computes with the codes.
+        grid_class: What quantizes inputs.
+
+    Raises:
+        ValueError: as :func:`evaluated`.
+    """
+    copied = evaluated(model)
+    parts = {name: _parts(layer, grid_class) for name, layer in quantized_layers(copied)}
+    detach(copied)
+    for name, (codes, step, channel_dim, grid) in parts.items():
+        layer = copied.get_submodule(name)
+        del layer._parameters["weight"]
+        base = type(layer)
+        layer.__class__ = type(f"Coded{base.__name__}", (layer_class, base), {"base_class": base})
+        assert isinstance(layer, CodedLayer)
+        layer.channel_dim = channel_dim
+        layer.register_buffer("weight_codes", codes)
+        layer.register_buffer("weight_step", step)
+        layer.add_module("input_grid", grid)
+    return copied
+
+
+def _parts(layer: QuantizedLayer, grid_class: type[InputGrid]) -> tuple[Tensor, Tensor, int, InputGrid | None]:
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    step = weights.grid()[0].detach().clone()
+    grid = None if inputs is None or not inputs.calibrated else grid_class(*grid_of(inputs))
+    return weight_codes(layer).to(torch.int8), step, weights.channel_dim, grid
+
+
+def grid_of(quantizer: Quantizer) -> tuple[Tensor, int, int]:
+    """Step, lowest and highest level of an activation quantizer in evaluation."""
+    step, low, high = quantizer.grid()
+    return step.detach().clone(), int(low.min()), int(high.max())
+
+
+def coded_layers(model: nn.Module) -> Iterator[tuple[str, CodedLayer]]:
+    """The layers of :func:`coded` with their names, in registration order."""
+    for name, module in model.named_modules():
+        if isinstance(module, CodedLayer):
+            yield name, module
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Refuse a model that cannot be exported, without reading what other processes hold.
+
+    Raises:
+        ValueError: see :func:`evaluated`.
+    """
+    if not is_attached(model):
+        raise ValueError(
+            f"The model {type(model).__name__} is not quantized: expected one that attach(model, config) or "
+            "CPQCallback has quantized, and that was trained since."
+        )
+    layers = dict(quantized_layers(model))
+    for name, layer in layers.items():
+        if is_sharded(layer.full_precision_weight()):
+            raise ValueError(
+                f"The weight of layer {name!r} is spread over processes: load a checkpoint of the run in one process "
+                "and export that."
+            )
+        if not layer.weight_quantizer.active:
+            raise ValueError(
+                f"Quantization has not begun in layer {name!r}: the model is in full precision still. Export it "
+                "behind the step that quantize_from names."
+            )
+        layer.fit_if_needed()
+    unknown = [name for name, layer in layers.items() if layer.input_quantizer and not layer.input_quantizer.calibrated]
+    if unknown and len(unknown) == sum(layer.input_quantizer is not None for layer in layers.values()):
+        raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")
+    if unknown:
+        log.warning(
+            "No forward has called the layers %s, of which only the weight is read: their inputs stay in full "
+            "precision, as in training.",
+            ", ".join(unknown),
+        )

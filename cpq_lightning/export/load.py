@@ -1,0 +1,148 @@
+"""The network of a packed file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from cpq_lightning.export.coded import InputGrid, along_channels
+from cpq_lightning.export.packed import PackedFile
+from cpq_lightning.export.read import read_packed
+from cpq_lightning.functional import level_bounds
+
+# Arguments of timm.create_model that would reach for other files, or for the network.
+_REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+
+def load_quantized(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Build the network of a packed file: a plain module for inference, weights and activations quantized.
+
+    Weights are those of the trained model to the bit, ``codes · step``; each layer whose input is quantized has an
+    ``input_grid`` that quantizes it. Lightning is not needed, and nothing is unpickled.
+
+    Args:
+        path: A file of :func:`write_packed`, ``cpq export --format packed``, or ``CPQCallback(export=["packed"])``.
+        model: The network without quantization, any weights; needed where the file names no timm architecture. It is
+            changed in place.
+
+    Returns:
+        The module, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of ours, of a newer version, damaged or edited, or does not fit the network.
+
+    Example:
+        ``load_quantized("resnet18.safetensors")(images)``
+    """
+    return build(read_packed(path), path, model)
+
+
+def build(content: PackedFile, path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """:func:`load_quantized` of a file that has been read; ``path`` is for messages."""
+    network = model
+    if network is None:
+        network = _build(
+            content.header["architecture"], path, lambda net: _check_fit(net, *_described_state(content), path)
+        )
+    layers, weights = content.header["layers"], {}
+    for layer in layers:
+        step = content.tensors[layer["weight"]["step"]]
+        codes = content.codes(layer)
+        weights[layer["name"]] = codes.float() * along_channels(step, codes.dim(), layer["weight"]["channel_dim"])
+    state = {name: content.tensors[name] for name in content.header["rest"]}
+    state |= {f"{name}.weight": weight for name, weight in weights.items()}
+    _check_fit(network, state, [layer["name"] for layer in layers], path)
+    for name, weight in weights.items():
+        # Not copied into the Parameter that is there: an embedding may share it, in full precision.
+        network.get_submodule(name).weight = nn.Parameter(weight)
+    network.load_state_dict({name: state[name] for name in content.header["rest"]}, strict=False)
+    for layer in layers:
+        entry = layer["input"]
+        if entry is not None:
+            grid = InputGrid(content.tensors[entry["step"]], *level_bounds(entry["bits"], entry["signed"]))
+            quantize_input(network.get_submodule(layer["name"]), grid)
+    return network.eval().requires_grad_(False)
+
+
+def quantize_input(layer: nn.Module, grid: InputGrid) -> None:
+    """Let a plain layer quantize its input first."""
+    layer.add_module("input_grid", grid)
+    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+
+
+def _quantize_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grid: Any = layer.input_grid
+    return with_input(grid(input_of(args, kwargs)), args, kwargs)
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input that a layer is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+def with_input(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer's call with another input."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+
+def _build(architecture: Mapping[str, Any] | None, path: str | Path, check: Callable[[nn.Module], None]) -> nn.Module:
+    if architecture is None:
+        raise ValueError(
+            f"{path} names no timm architecture: give the network that was trained, without quantization, as "
+            "load_quantized(path, model=network)."
+        )
+    name, arguments = architecture["timm"], architecture["arguments"]
+    if ":" in name or any(key in arguments for key in _REFUSED):
+        raise ValueError(
+            f"{path} asks for {name!r} with {sorted(arguments)}, which would load other files: give the network, as "
+            "load_quantized(path, model=network)."
+        )
+    if not timm.is_model(name):
+        raise ValueError(
+            f"{path} is of the architecture {name!r}, which timm {timm.__version__} does not have: install the timm "
+            f"that it was trained with ({architecture.get('version', 'unknown')}), or give the network as model=."
+        )
+    try:
+        with torch.device("meta"):
+            sketch = timm.create_model(name, pretrained=False, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{path} asks for {name!r} with arguments that it does not take: {error}") from None
+    except (NotImplementedError, RuntimeError):
+        # Some networks compute with values while they are built.
+        sketch = None
+    if sketch is not None:
+        # Before anything of the size that the arguments ask for is allocated.
+        check(sketch)
+    return timm.create_model(name, pretrained=False, **arguments)
+
+
+def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
+    """Something with the shape of each entry of the network's state, and the names of the quantized layers."""
+    layers = content.header["layers"]
+    state: dict[str, Any] = {name: content.tensors[name] for name in content.header["rest"]}
+    state |= {f"{layer['name']}.weight": torch.empty(layer["weight"]["shape"], device="meta") for layer in layers}
+    return state, [layer["name"] for layer in layers]
+
+
+def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str], path: str | Path) -> None:
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for name in layers:
+        key = f"{name}.weight"
+        # A weight that is shared is in the network's state once for each of its names.
+        if key not in expected:
+            raise ValueError(f"{path} has a quantized layer {name!r}, and the network has no weight of that name.")
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if wrong:
+        first = wrong[0]
+        raise ValueError(
+            f"{path} does not fit the network: {first!r} has the shape {found.get(first, 'nothing')} in the file and "
+            f"{expected.get(first, 'nothing')} in the network ({len(wrong)} differ). Was it trained with "
+            "other arguments?"
+        )

@@ -1,0 +1,140 @@
+"""Small steps on ONNX graphs: constants, new nodes, what computes a value and what uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from cpq_lightning.export.onnx.trace import LAYER, ROLE
+
+Array = NDArray[Any]
+
+
+def constant_of(value: ir.Value | None) -> Array | None:
+    """The content of a value that is known before the graph runs."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def known(value: ir.Value | None) -> Array:
+    """The content of a value that is known to be constant."""
+    array = constant_of(value)
+    assert array is not None
+    return array
+
+
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The node that uses a value, if it is one, once, and the value leaves the graph nowhere else."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
+    """The node that computes a value, if it is of the kind ``op``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op else None
+
+
+def integers(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
+    """An attribute that is a list of integers."""
+    attribute = node.attributes.get(name)
+    return list(default) if attribute is None else list(attribute.as_ints())
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An attribute that is an integer."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def layer_of(node: ir.Node | None, role: str) -> str | None:
+    """The layer that a node belongs to in a role, such as ``"weight"`` or ``"input"``."""
+    if node is None or node.metadata_props.get(ROLE) != role:
+        return None
+    return node.metadata_props.get(LAYER)
+
+
+def scaled_along(decode: ir.Node, axis: int) -> bool:
+    """Whether a DequantizeLinear has one scale, or one for each index of this dimension.
+
+    A weight that layers of two kinds share may have its channels where the other one has them.
+    """
+    return known(decode.inputs[1]).ndim == 0 or integer(decode, "axis", 1) == axis
+
+
+def note(value: ir.Value, key: str, text: str) -> None:
+    """Write something into the metadata of the node that computes a value."""
+    node = value.producer()
+    assert node is not None
+    node.metadata_props[key] = text
+
+
+class Editor:
+    """Puts nodes and constants into a graph, named so that they are unique and tell where they belong."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        # Behind those of an editor that was here before.
+        self._count = max((_number(node.name) for node in graph), default=0)
+
+    def constant(self, name: str, array: Array) -> ir.Value:
+        """A new initializer; ``name`` gets a number where it is taken."""
+        while name in self.graph.initializers:
+            self._count += 1
+            name = f"{name}_{self._count}"
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            shape=ir.Shape(array.shape),
+            const_value=ir.tensor(np.array(array, order="C"), name=name),
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def node(
+        self,
+        before: ir.Node,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Any] | None = None,
+        like: ir.Node | None = None,
+    ) -> ir.Value:
+        """A new node's output; ``like`` gives it the metadata of another node."""
+        self._count += 1
+        node = ir.node(op, inputs, attributes or {}, name=f"cpq_{op}_{self._count}")
+        node.outputs[0].name = f"cpq_{op}_{self._count}_output"
+        if like is not None:
+            node.metadata_props.update(like.metadata_props)
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let all that used one value use another one, the graph's outputs too; the names of those stay."""
+        if old.is_graph_output():
+            name = old.name
+            old.name = f"{name}_before"
+            new.name = name
+            new.shape, new.type = old.shape, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _number(name: str | None) -> int:
+    prefix, _, number = (name or "").rpartition("_")
+    return int(number) if prefix.startswith("cpq_") and number.isdigit() else 0
+
+
+def nodes(graph: ir.Graph, op: str) -> Iterator[ir.Node]:
+    """The nodes of one kind, safe against changes meanwhile."""
+    yield from [node for node in graph if node.op_type == op]
+
+
+def tidy(model: ir.Model) -> None:
+    """Drop what nothing uses, and put nodes into an order in which they can run."""
+    RemoveUnusedNodesPass()(model)
+    model.graph.sort()

@@ -1,0 +1,253 @@
+"""Convolutions in a form that ONNX Runtime computes with integer kernels, without giving exactness up.
+
+Its integer convolution (QLinearConv) rounds the result to bytes at once and its bias to a whole accumulator unit. Where
+the next thing is the next layer's quantizer that is just right, but for the bias: :func:`_as_convolution` keeps its
+rounding small. Where a result goes on in full precision, into a residual sum for one, there is no integer convolution,
+and :func:`_as_product` writes the convolution as a product of matrices, which has an integer kernel that returns floats
+(MatMulIntegerToFloat): sums of codes are exact integers then, scaled once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from cpq_lightning.export.onnx.graph import (
+    Array,
+    Editor,
+    constant_of,
+    integer,
+    integers,
+    known,
+    layer_of,
+    made_by,
+    nodes,
+    note,
+    only_user,
+    scaled_along,
+    tidy,
+)
+from cpq_lightning.export.onnx.trace import SHAPE
+
+# Of a weight's DequantizeLinear: codes are stored times 2 to this power, and the scale is divided by it.
+SHIFT = "cpq.shift"
+# Share of the next codes that the rounding of the bias may move to a neighbour.
+_MOST_MOVED = 5e-4
+# With fewer channels, copying the patches costs more than the integer product saves.
+_FEWEST_CHANNELS = 16
+
+
+# What ONNX Runtime takes a quantizer through, towards the convolution whose values it reads.
+_PASSED = {"Relu", "Clip", "MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice"}
+
+
+@dataclass(frozen=True)
+class _Conv:
+    node: ir.Node
+    decode_input: ir.Node
+    decode_weight: ir.Node
+    layer: str
+
+    @property
+    def codes(self) -> Array:
+        return known(self.decode_weight.inputs[0])
+
+    @property
+    def weight_scale(self) -> Array:
+        """One value a channel, float32."""
+        return np.broadcast_to(known(self.decode_weight.inputs[1]), (self.codes.shape[0],)).astype(np.float32)
+
+    @property
+    def bias(self) -> Array | None:
+        return constant_of(self.node.inputs[2]) if len(self.node.inputs) > 2 else None
+
+    @property
+    def unit(self) -> Array:
+        """What one unit of the accumulator is worth, a channel each."""
+        return known(self.decode_input.inputs[1]).astype(np.float32) * self.weight_scale
+
+
+def use_integer_kernels(model: ir.Model, round_biases: bool = True) -> None:
+    """Rewrite the quantized convolutions of a graph; what has no integer form stays as it is.
+
+    Args:
+        model: The graph; changed in place.
+        round_biases: Whether convolutions in front of a quantizer may have integer biases, which is fastest.
+    """
+    edit = Editor(model.graph)
+    for node in nodes(model.graph, "Conv"):
+        decode_input, decode_weight = (made_by(node.inputs[i], "DequantizeLinear") for i in (0, 1))
+        layer = layer_of(decode_weight, "weight")
+        if decode_input is None or decode_weight is None or layer is None:
+            continue
+        if only_user(decode_weight.outputs[0]) is not node:
+            continue
+        if not scaled_along(decode_weight, 0):
+            continue
+        conv = _Conv(node, decode_input, decode_weight, layer)
+        if not (round_biases and _as_convolution(edit, conv)):
+            _as_product(edit, conv)
+    tidy(model)
+
+
+def keep_biases(model: ir.Model) -> None:
+    """Add the bias behind each convolution that still has one in full precision where a quantizer reads its result.
+
+    ONNX Runtime rounds it to a whole accumulator unit where it finds it in the convolution (its
+    WeightBiasQuantization), which moves a percent of a low-bit layer's codes.
+    """
+    edit = Editor(model.graph)
+    for node in [n for op in ("Conv", "ConvTranspose") for n in nodes(model.graph, op)]:
+        bias = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
+        decode = made_by(node.inputs[1], "DequantizeLinear")
+        if bias is None or decode is None or layer_of(decode, "weight") is None:
+            continue
+        if not _meets_quantizer(node.outputs[0]):
+            continue
+        readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
+        name = str(node.inputs[2].name)  # type: ignore[union-attr]
+        shaped = bias.reshape(-1, *[1] * (known(decode.inputs[0]).ndim - 2))
+        node.resize_inputs(2)
+        total = edit.node(readers[0][0], "Add", [node.outputs[0], edit.constant(name, shaped)])
+        total.type, total.shape = node.outputs[0].type, node.outputs[0].shape
+        for reader, index in readers:
+            reader.replace_input_with(index, total)
+    tidy(model)
+
+
+def _meets_quantizer(value: ir.Value) -> bool:
+    users = [use.node for use in value.uses()]
+    return any(
+        user.op_type == "QuantizeLinear" or (user.op_type in _PASSED and _meets_quantizer(user.outputs[0]))
+        for user in users
+    )
+
+
+def _as_convolution(edit: Editor, conv: _Conv) -> bool:
+    """Give a convolution in front of a quantizer an integer bias, where its rounding moves next to no code.
+
+    Half a unit of the accumulator is a good part of a low-bit level. Codes that fill only the lower bits of a byte are
+    therefore stored shifted up, at a scale that is as much smaller: the same weights exactly, in a finer unit.
+    """
+    following = only_user(conv.node.outputs[0])
+    if following is None or following.op_type != "QuantizeLinear" or layer_of(following, "input") is None:
+        return False
+    if len(conv.codes.shape) != 4:
+        return False
+    shift = _room(conv)
+    unit = conv.unit / np.float32(2**shift)
+    bias = np.zeros(len(unit), np.float32) if conv.bias is None else conv.bias
+    whole = np.round(bias / unit.astype(np.float64))
+    moved = np.abs(bias - whole * unit).mean() / float(known(following.inputs[1]))
+    if moved > _MOST_MOVED or np.abs(whole).max(initial=0) >= 2**30:
+        return False
+    layer, before = conv.layer, conv.node
+    zeros = np.zeros(len(unit), np.int32)
+    scale = conv.weight_scale / np.float32(2**shift)
+    weight = edit.node(
+        before,
+        "DequantizeLinear",
+        [
+            edit.constant(f"{layer}.weight_codes", conv.codes << shift),
+            edit.constant(f"{layer}.weight_scale", scale),
+            edit.constant(f"{layer}.weight_zero_point", zeros.astype(np.int8)),
+        ],
+        {"axis": 0},
+        like=conv.decode_weight,
+    )
+    note(weight, SHIFT, str(shift))
+    before.replace_input_with(1, weight)
+    if conv.bias is not None:
+        inputs = [
+            edit.constant(f"{layer}.bias_codes", whole.astype(np.int32)),
+            edit.constant(f"{layer}.bias_scale", unit),
+            edit.constant(f"{layer}.bias_zero_point", zeros),
+        ]
+        before.replace_input_with(2, edit.node(before, "DequantizeLinear", inputs, {"axis": 0}))
+    return True
+
+
+def _room(conv: _Conv) -> int:
+    """How many bits codes can be shifted up: within a byte, and so that two products add up within 16 bits.
+
+    Processors without VNNI add pairs of products in saturating 16 bits.
+    """
+    codes = conv.codes.astype(np.int32)
+    largest = int(np.maximum(codes, -codes - 1).max(initial=0))
+    shift = 7 - largest.bit_length()
+    while shift and 2 * _top(conv) * (int(np.abs(codes).max(initial=0)) << shift) > 2**15 - 1:
+        shift -= 1
+    return shift
+
+
+def _top(conv: _Conv) -> int:
+    """The highest byte that an input's code can be."""
+    clip = made_by(conv.decode_input.inputs[0], "Clip")
+    return 255 if clip is None else int(known(clip.inputs[2]))
+
+
+def _as_product(edit: Editor, conv: _Conv) -> None:
+    """Write a two-dimensional convolution as the product of its patches, channels last, and its weight."""
+    node, codes = conv.node, conv.codes
+    size = _input_size(conv)
+    if size is None or codes.ndim != 4 or integer(node, "group", 1) != 1:
+        return
+    height, width = codes.shape[2:]
+    if codes.shape[1] < _FEWEST_CHANNELS and (height, width) != (1, 1):
+        return
+    scale, zero = conv.decode_input.inputs[1:3]
+    patches = _patches(edit, conv, size)
+    decoded = edit.node(node, "DequantizeLinear", [patches, scale, zero], like=conv.decode_input)
+    inputs = [
+        edit.constant(f"{conv.layer}.weight_codes", codes.transpose(2, 3, 1, 0).reshape(-1, codes.shape[0])),
+        edit.constant(f"{conv.layer}.weight_scale", conv.weight_scale),
+        edit.constant(f"{conv.layer}.weight_zero_point", np.zeros(codes.shape[0], np.int8)),
+    ]
+    weight = edit.node(node, "DequantizeLinear", inputs, {"axis": 1}, like=conv.decode_weight)
+    note(weight, SHAPE, json.dumps(codes.shape))
+    result = edit.node(node, "MatMul", [decoded, weight], like=node)
+    if conv.bias is not None:
+        result = edit.node(node, "Add", [result, edit.constant(f"{conv.layer}.bias", conv.bias)])
+    edit.replace(node.outputs[0], edit.node(node, "Transpose", [result], {"perm": [0, 3, 1, 2]}))
+    edit.graph.remove(node, safe=True)
+
+
+def _input_size(conv: _Conv) -> tuple[int, int] | None:
+    value = conv.decode_input.outputs[0]
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    height, width = value.shape[2], value.shape[3]
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+def _patches(edit: Editor, conv: _Conv, size: tuple[int, int]) -> ir.Value:
+    """Codes of the input under each place of the kernel, shape (batch, height, width, kernel · kernel · channels)."""
+    node, layer = conv.node, conv.layer
+    channels, *kernel = conv.codes.shape[1:]
+    stride, spread = integers(node, "strides", (1, 1)), integers(node, "dilations", (1, 1))
+    pads = integers(node, "pads", (0, 0, 0, 0))
+    zero = conv.decode_input.inputs[2]
+    x = edit.node(node, "Transpose", [conv.decode_input.inputs[0]], {"perm": [0, 2, 3, 1]})
+
+    def numbers(name: str, values: object) -> ir.Value:
+        return edit.constant(f"{layer}.{name}", np.array(values, np.int64))
+
+    if any(pads):
+        x = edit.node(node, "Pad", [x, numbers("pads", [0, *pads[:2], 0, 0, *pads[2:], 0]), zero])
+    padded = [size[i] + pads[i] + pads[i + 2] for i in (0, 1)]
+    out = [(padded[i] - spread[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    if [*kernel, *stride] == [1, 1, 1, 1]:
+        return x
+    # The places are sums of three short lists, which a runtime adds up once when it loads the graph.
+    rows = np.arange(out[0]).reshape(-1, 1, 1) * stride[0] * padded[1]
+    columns = np.arange(out[1]).reshape(-1, 1) * stride[1]
+    taps = (np.arange(kernel[0])[:, None] * spread[0] * padded[1] + np.arange(kernel[1]) * spread[1]).reshape(-1)
+    places = edit.node(node, "Add", [numbers("rows", rows), numbers("columns", columns)])
+    places = edit.node(node, "Add", [places, numbers("taps", taps)])
+    places = edit.node(node, "Reshape", [places, numbers("flat", [-1])])
+    x = edit.node(node, "Reshape", [x, numbers("places", [0, padded[0] * padded[1], channels])])
+    x = edit.node(node, "Gather", [x, places], {"axis": 1})
+    return edit.node(node, "Reshape", [x, numbers("patches", [0, *out, kernel[0] * kernel[1] * channels])])

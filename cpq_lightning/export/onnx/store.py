@@ -1,0 +1,102 @@
+"""The graph as it is stored: containers of the codes, names, and what the file says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from cpq_lightning.export.formats import Container
+from cpq_lightning.export.onnx.graph import Array, Editor, known, layer_of, nodes, tidy
+from cpq_lightning.version import __version__
+
+FORMAT, VERSION = "cpq-lightning-onnx", 1
+# The entry of the model's metadata.
+KEY = "cpq_lightning"
+
+
+def lowest_level(codes: Array, container: Container) -> int:
+    """The lowest level of the type that a container holds these codes in."""
+    return -8 if container == "int4" and _fits_in_four_bits(codes) else -128
+
+
+def _fits_in_four_bits(codes: Array) -> bool:
+    return bool(codes.min(initial=0) >= -8 and codes.max(initial=0) <= 7)
+
+
+def use_four_bits(model: ir.Model) -> None:
+    """Hold the codes of each weight that has at most 4 bits in an INT4 tensor, two in a byte."""
+    edit = Editor(model.graph)
+    for decode in nodes(model.graph, "DequantizeLinear"):
+        layer = layer_of(decode, "weight")
+        codes = known(decode.inputs[0]) if layer is not None else None
+        if codes is None or not _fits_in_four_bits(codes):
+            continue
+        zeros = np.zeros(known(decode.inputs[1]).shape, ml_dtypes.int4)
+        decode.replace_input_with(0, edit.constant(f"{layer}.weight_codes", codes.astype(ml_dtypes.int4)))
+        decode.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", zeros))
+    tidy(model)
+
+
+def finish(model: ir.Model, content: Mapping[str, Any]) -> None:
+    """Name the weights' tensors after their layers, keep no trace of the machine, and add the model's metadata."""
+    graph = model.graph
+    wanted: dict[str, ir.Value] = {}
+    for node in graph:
+        node.doc_string = None
+        for key in [k for k in node.metadata_props if not k.startswith("cpq.")]:
+            del node.metadata_props[key]
+        layer = layer_of(node, "weight")
+        if layer is not None and node.op_type == "DequantizeLinear":
+            for value, part in zip(node.inputs, ("codes", "scale", "zero_point"), strict=False):
+                if value is not None and len(value.uses()) == 1:
+                    wanted[_free(f"{layer}.weight_{part}", wanted)] = value
+    for value in [*graph.initializers.values(), *(o for n in graph for o in n.outputs)]:
+        value.metadata_props.clear()
+    _rename(graph, wanted)
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.metadata_props[KEY] = json.dumps(
+        {"format": FORMAT, "version": VERSION, "written_by": f"cpq-lightning {__version__}", **content}
+    )
+    model.producer_name, model.producer_version = "cpq-lightning", __version__
+    graph.name = "quantized"
+    graph.doc_string = model.doc_string = None
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    number = 1
+    candidate = name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}.{number}"
+    return candidate
+
+
+def _rename(graph: ir.Graph, wanted: Mapping[str, ir.Value]) -> None:
+    for value in wanted.values():
+        graph.initializers.pop(str(value.name))
+    for name, value in wanted.items():
+        if name in graph.initializers:
+            # Another tensor that has this name by chance.
+            other = graph.initializers.pop(name)
+            other.name = _free(f"{name}.other", graph.initializers)
+            graph.register_initializer(other)
+        value.name = name
+        if value.const_value is not None:
+            value.const_value.name = name
+        graph.register_initializer(value)
+
+
+def stored_codes(graph: ir.Graph) -> dict[str, tuple[Array, ir.Node]]:
+    """Codes of each layer's weight as the file holds them (the first of several), and what decodes them."""
+    found: dict[str, tuple[Array, ir.Node]] = {}
+    for decode in nodes(graph, "DequantizeLinear"):
+        layer = layer_of(decode, "weight")
+        if layer is not None and layer not in found:
+            found[layer] = (known(decode.inputs[0]).astype(np.int8), decode)
+    return found

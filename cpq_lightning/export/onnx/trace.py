@@ -1,0 +1,149 @@
+"""From a coded model to an ONNX graph whose quantizers are QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.onnx.ops import symbolic
+
+from cpq_lightning.export.coded import CodedLayer, InputGrid, coded, coded_layers
+from cpq_lightning.export.samples import Samples
+
+OPSET = 21
+# Metadata of the nodes that this package puts into a graph: of which layer, and what they do there.
+LAYER, ROLE = "cpq.layer", "cpq.role"
+# Of a weight that is stored as a matrix, input channels first: the shape that it has in its layer.
+SHAPE = "cpq.shape"
+
+
+class OnnxGrid(InputGrid):
+    """An input's grid as unsigned bytes, ``level - low``: the lowest level is the zero point's negative.
+
+    Runtimes compute fastest with unsigned activations; a byte saturates at the grid's lower end by itself, and from 8
+    bits on at its upper end, which narrower grids need a Clip for.
+    """
+
+    layer_name = ""
+
+    def __init__(self, step: Tensor, low: int, high: int) -> None:
+        super().__init__(step, low, high)
+        self.register_buffer("scale", step.reshape(()).clone())
+        self.register_buffer("zero_point", torch.tensor(-low, dtype=torch.uint8))
+        self.register_buffer("bottom", torch.tensor(0, dtype=torch.uint8))
+        self.register_buffer("top", torch.tensor(high - low, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self._emit("QuantizeLinear", x, self.scale, self.zero_point, dtype=torch.uint8)
+        if self.high - self.low < 255:
+            codes = self._emit("Clip", codes, self.bottom, self.top, dtype=torch.uint8)
+        return self._emit("DequantizeLinear", codes, self.scale, self.zero_point, dtype=torch.float32)
+
+    def _emit(self, op: str, *inputs: Any, dtype: torch.dtype) -> Tensor:
+        return emit(op, inputs, {}, inputs[0].shape, dtype, {LAYER: self.layer_name, ROLE: "input"})
+
+
+class OnnxLayer(CodedLayer):
+    """A layer whose weight is a DequantizeLinear of its codes."""
+
+    layer_name = ""
+
+    @property
+    def weight(self) -> Tensor:
+        return self._decoded(self.weight_codes, self.channel_dim)
+
+    def _decoded(self, codes: Tensor, axis: int, **properties: str) -> Tensor:
+        per_channel = len(self.weight_step) > 1
+        step = self.weight_step if per_channel else self.weight_step.reshape(())
+        attributes = {"axis": axis} if per_channel else {}
+        inputs = (codes, step, torch.zeros_like(step, dtype=torch.int8))
+        properties |= {LAYER: self.layer_name, ROLE: "weight"}
+        return emit("DequantizeLinear", inputs, attributes, codes.shape, torch.float32, properties)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.base_class.forward is not nn.Linear.forward:
+            return super().forward(input, *args, **kwargs)
+        # As a product of matrices, which runtimes know how to compute with integers.
+        flat = input.dim() == 2
+        # ONNX Runtime joins a product of two matrices with its bias to a Gemm, in floats, before it looks for integers.
+        x = input.unsqueeze(1) if flat else input
+        x = x if self.input_grid is None else self.input_grid(x)
+        shape = json.dumps(list(self.weight_codes.shape))
+        weight = self._decoded(self.weight_codes.T.contiguous(), 1, **{SHAPE: shape})
+        if self.input_grid is None:
+            # Of a matrix alone ONNX Runtime makes a product that rounds the other side to 8 bits (MatMulNBits).
+            weight = weight.unsqueeze(0)
+        y = torch.matmul(x, weight)
+        bias: Any = self.bias
+        y = y if bias is None else y + bias
+        return y.squeeze(1) if flat else y
+
+
+def emit(
+    op: str,
+    inputs: Sequence[Any],
+    attributes: dict[str, Any],
+    shape: Sequence[Any],
+    dtype: torch.dtype,
+    properties: dict[str, str],
+) -> Tensor:
+    """A node of the ONNX graph that is being traced."""
+    return symbolic(op, inputs, attributes, dtype=dtype, shape=shape, version=OPSET, metadata_props=properties)
+
+
+def trace(model: nn.Module, samples: Samples, input_names: Sequence[str], output_names: Sequence[str]) -> ir.Model:
+    """The graph of an attached model.
+
+    Args:
+        model: An attached model.
+        samples: Inputs to trace with.
+        input_names: Names of the graph's inputs.
+        output_names: Names of its outputs.
+    """
+    network = coded(model, OnnxLayer, OnnxGrid)
+    for name, layer in coded_layers(network):
+        assert isinstance(layer, OnnxLayer)
+        layer.layer_name = name
+        if isinstance(layer.input_grid, OnnxGrid):
+            layer.input_grid.layer_name = name
+    return trace_plain(network, samples, input_names, output_names)
+
+
+def trace_plain(
+    network: nn.Module, samples: Samples, input_names: Sequence[str], output_names: Sequence[str]
+) -> ir.Model:
+    """The graph of any network, any number of samples."""
+    inputs = samples.pair()
+    batch = torch.export.Dim("batch", min=1)
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    try:
+        exporter.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network.eval(),
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                input_names=list(input_names),
+                output_names=list(output_names),
+                verbose=False,
+            )
+    finally:
+        exporter.setLevel(level)
+    assert program is not None
+    for value in program.model.graph.inputs:
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise ValueError(
+                f"The forward of {type(network).__name__} works for one number of samples only, as with len(x) or a "
+                "size that is turned into a number: use x.shape[0], or x.flatten(1)."
+            )
+    return program.model

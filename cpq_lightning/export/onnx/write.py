@@ -1,0 +1,106 @@
+"""Writing an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from cpq_lightning.export.coded import evaluated
+from cpq_lightning.export.formats import Container
+from cpq_lightning.export.levels import compact_manifest
+from cpq_lightning.export.onnx.clips import merge_clips
+from cpq_lightning.export.onnx.integer import keep_biases, use_integer_kernels
+from cpq_lightning.export.onnx.layout import keep_channels_last
+from cpq_lightning.export.onnx.norms import fold_norms
+from cpq_lightning.export.onnx.store import finish, lowest_level, use_four_bits
+from cpq_lightning.export.onnx.trace import trace, trace_plain
+from cpq_lightning.export.samples import Samples, flat_outputs
+
+# What one protobuf message may hold; weights in files of their own would not be one file.
+_MOST_BYTES = 2**31 - 1
+
+
+def write_onnx(
+    model: nn.Module,
+    path: str | Path,
+    samples: Samples,
+    *,
+    container: Container = "int8",
+    architecture: Mapping[str, Any] | None = None,
+    round_biases: bool = True,
+) -> Path:
+    """Write an attached model as ONNX, opset 21, any number of samples.
+
+    Activations are QuantizeLinear and DequantizeLinear with unsigned bytes, weights DequantizeLinear of their codes.
+    Batch norms are folded into them, see :func:`~cpq_lightning.export.onnx.norms.fold_norms`.
+
+    Args:
+        model: An attached model, trained.
+        path: The file; ``.onnx`` is usual.
+        samples: Inputs to trace with.
+        container: ``"int8"`` in the form that ONNX Runtime computes with integer kernels; ``"int4"`` with weights of
+            at most 4 bits in INT4 tensors, and convolutions as they are: the smaller file.
+        architecture: Noted in the file.
+        round_biases: Of ``"int8"``: see :func:`~cpq_lightning.export.onnx.integer.use_integer_kernels`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the model cannot be exported, or the file would be over 2 GB.
+        torch.onnx.OnnxExporterError: PyTorch cannot express its forward in ONNX.
+    """
+    path = Path(path)
+    graph = build(model, samples, container, round_biases)
+    content = {
+        "container": container,
+        "architecture": None if architecture is None else dict(architecture),
+        "levels": compact_manifest(model),
+    }
+    finish(graph, content)
+    proto = ir.serde.serialize_model(graph)
+    if proto.ByteSize() > _MOST_BYTES:
+        raise ValueError(f"The ONNX file would have {proto.ByteSize()} bytes, over the 2 GB of one: export it packed.")
+    onnx.checker.check_model(proto, full_check=True)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def build(model: nn.Module, samples: Samples, container: Container, round_biases: bool = True) -> ir.Model:
+    """The graph of an attached model, in the form of its container."""
+    names = _names(model, samples)
+    graph = trace(model, samples, *names)
+    fold_norms(graph, lambda codes: lowest_level(codes, container))
+    merge_clips(graph)
+    if container == "int8":
+        use_integer_kernels(graph, round_biases)
+        keep_channels_last(graph)
+    else:
+        use_four_bits(graph)
+    keep_biases(graph)
+    return graph
+
+
+def full_precision(network: nn.Module, samples: Samples) -> bytes:
+    """The ONNX file of a network that is not quantized, to compare with."""
+    outputs = flat_outputs(network(*(t[:1] for t in samples.inputs)))
+    graph = trace_plain(network, samples, _input_names(samples), _output_names(outputs))
+    return ir.serde.serialize_model(graph).SerializeToString()
+
+
+def _names(model: nn.Module, samples: Samples) -> tuple[list[str], list[str]]:
+    outputs = flat_outputs(evaluated(model)(*(t[:1] for t in samples.inputs)))
+    return _input_names(samples), _output_names(outputs)
+
+
+def _input_names(samples: Samples) -> list[str]:
+    return ["input"] if len(samples.inputs) == 1 else [f"input_{i}" for i in range(len(samples.inputs))]
+
+
+def _output_names(outputs: list[Tensor]) -> list[str]:
+    return ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]

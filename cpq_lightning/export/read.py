@@ -1,0 +1,158 @@
+"""Reading a packed file: checked through before anything is made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cpq_lightning.export.packed import FORMAT, KEY, VERSION, PackedFile, digest
+from cpq_lightning.functional import check_bits
+
+
+def read_packed(path: str | Path) -> PackedFile:
+    """The content of a packed file, once everything about it has been checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of ours, of a newer version, truncated, damaged or edited; with what is wrong.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    outer = _outer_header(data, path)
+    header = _inner_header(outer.pop("__metadata__", None), path)
+    version = header.get("version")
+    reader = _READERS.get(version) if type(version) is int else None
+    if reader is None:
+        raise ValueError(
+            f"{path} is of version {version} of the packed format, written by "
+            f"{header.get('written_by', 'an unknown program')}; this cpq-lightning reads version "
+            f"{', '.join(map(str, _READERS))}: install the one that wrote it, or a newer one."
+        )
+    described = {name: _described(entry, name, path) for name, entry in outer.items()}
+    try:
+        listed = {name: (entry["dtype"], entry["shape"]) for name, entry in header["tensors"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise _damaged(path, "its list of tensors is incomplete") from None
+    if described != listed:
+        name = next(n for n in sorted(described.keys() | listed.keys()) if described.get(n) != listed.get(n))
+        raise _damaged(path, f"tensor {name!r} is {described.get(name)} in the file and {listed.get(name)} in its list")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise _damaged(path, f"safetensors refuses it: {error}") from None
+    for name, entry in header["tensors"].items():
+        if digest(tensors[name]) != entry.get("sha256"):
+            raise _damaged(path, f"the checksum of tensor {name!r} does not match")
+    return reader(header, tensors, path)
+
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "C64": "complex64",
+}  # fmt: skip
+
+
+def _outer_header(data: bytes, path: Path) -> dict[str, Any]:
+    """The header that safetensors writes, as strict as it reads it."""
+    if len(data) < 8:
+        raise _foreign(path, f"{len(data)} bytes are no safetensors file")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > len(data) - 8:
+        raise _foreign(path, f"its first 8 bytes promise a header of {length} bytes, and the file has {len(data)}")
+    try:
+        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _foreign(path, f"its header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _foreign(path, "its header is no JSON object")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def _inner_header(metadata: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(metadata, dict) or set(metadata) != {KEY} or not isinstance(metadata[KEY], str):
+        raise _foreign(path, f"its metadata has no entry {KEY!r}")
+    signature, _, text = metadata[KEY].partition("\n")
+    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != signature:
+        raise _damaged(path, "the checksum of its header does not match")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is no JSON ({error})") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise _foreign(path, "its header is of another format")
+    return header
+
+
+def _described(entry: Any, name: str, path: Path) -> tuple[str, list[int]]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"the entry of tensor {name!r} in its header is incomplete")
+    return _DTYPES.get(entry["dtype"], "unknown"), entry["shape"]
+
+
+def _version_1(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> PackedFile:
+    try:
+        names = [_check_layer(layer, tensors) for layer in header["layers"]]
+        known = header["rest"]
+        if len(set(names)) != len(names) or not all(name in tensors for name in known):
+            raise ValueError("a layer is listed twice, or a tensor is missing")
+        architecture = header["architecture"]
+        if architecture is not None and not (
+            isinstance(architecture["timm"], str) and isinstance(architecture["arguments"], dict)
+        ):
+            raise ValueError("its architecture is no name with arguments")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
+    return PackedFile(header, tensors)
+
+
+def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    name, weight, entry = layer["name"], layer["weight"], layer["input"]
+    shape, dim = weight["shape"], weight["channel_dim"]
+    if not all(type(size) is int and size > 0 for size in shape) or type(dim) is not int or not 0 <= dim < len(shape):
+        raise ValueError(f"layer {name!r} has the shape {shape}, channels in dimension {dim}")
+    by_channel = isinstance(weight["bits"], list)
+    widths = weight["bits"] if by_channel else [weight["bits"]]
+    for width in widths if entry is None else [*widths, entry["bits"]]:
+        check_bits(f"bits of layer {name!r}", width)
+    if by_channel and len(widths) != shape[dim]:
+        raise ValueError(f"layer {name!r} has {len(widths)} widths for {shape[dim]} channels")
+    bits = sum(widths) * math.prod(shape) // len(widths)
+    codes, step = tensors[weight["codes"]], tensors[weight["step"]]
+    if codes.dtype != torch.uint8 or codes.shape != (-(-bits // 8),) or step.shape not in ((1,), (shape[dim],)):
+        raise ValueError(
+            f"layer {name!r} has codes of {tuple(codes.shape)} for {bits} bits, steps of {tuple(step.shape)}"
+        )
+    if entry is not None and (tensors[entry["step"]].shape != (1,) or type(entry["signed"]) is not bool):
+        raise ValueError(f"the input of layer {name!r} has no single step")
+    return name
+
+
+# One reader a version of the format; a version that has been released keeps its own.
+_READERS: dict[int, Callable[[dict[str, Any], dict[str, Tensor], Path], PackedFile]] = {VERSION: _version_1}
+
+
+def _foreign(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is no packed model of cpq-lightning: {reason}. Expected a file of 'cpq export --format packed', whole."
+    )
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged or was edited: {reason}. Export the model again, or copy the file again.")

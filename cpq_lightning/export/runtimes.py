@@ -1,0 +1,155 @@
+"""Artefacts of PyTorch, loaded to be verified: packed files and torch.export programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from cpq_lightning.export.coded import InputGrid
+from cpq_lightning.export.load import build, input_of, with_input
+from cpq_lightning.export.program import read_program
+from cpq_lightning.export.read import read_packed
+from cpq_lightning.export.samples import flat_outputs
+from cpq_lightning.export.verify import Place
+
+
+class _InTorch:
+    """What artefacts that PyTorch runs have in common."""
+
+    module: nn.Module
+    tolerance = 1e-5
+
+    def turned_by(self) -> Mapping[str, str]:
+        return {}
+
+    @torch.no_grad()
+    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return flat_outputs(self.module(*inputs))
+
+
+class PackedArtefact(_InTorch):
+    """A packed file, as :func:`~cpq_lightning.load_quantized` loads it.
+
+    Args:
+        path: The file.
+        model: The network without quantization, where the file names no architecture.
+    """
+
+    runtime = f"PyTorch {torch.__version__}"
+
+    def __init__(self, path: Path, model: nn.Module | None = None) -> None:
+        content = read_packed(path)
+        self._codes = {layer["name"]: content.codes(layer) for layer in content.header["layers"]}
+        self.module = build(content, path, model)
+
+    def weight_codes(self) -> dict[str, Tensor]:
+        return self._codes
+
+    @torch.no_grad()
+    def codes(
+        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
+    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
+        found: dict[Place, Tensor] = {}
+        with ExitStack() as stack:
+            for name, layer in self.module.named_modules():
+                grid = layer._modules.get("input_grid")
+                if isinstance(grid, InputGrid):
+                    hook = _substitute(name, grid, given, found)
+                    stack.callback(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+            return found, flat_outputs(self.module(*inputs))
+
+
+def _substitute(name: str, grid: InputGrid, given: Mapping[Place, Tensor], found: dict[Place, Tensor]) -> Any:
+    count = 0
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal count
+        place = (name, count)
+        count += 1
+        x = input_of(args, kwargs)
+        found[place] = grid.codes(x).short()
+        return with_input(given.get(place, x), args, kwargs)
+
+    return hook
+
+
+class ProgramArtefact(_InTorch):
+    """A ``torch.export`` program."""
+
+    runtime = f"torch.export of PyTorch {torch.__version__}"
+
+    def __init__(self, path: Path) -> None:
+        self.program = read_program(path)
+        self.module = self.program.module()
+
+    def weight_codes(self) -> dict[str, Tensor]:
+        suffix = ".weight_codes"
+        tensors = {**self.program.state_dict, **self.program.constants}
+        return {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
+
+    @torch.no_grad()
+    def codes(
+        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
+    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
+        stepwise = _Stepwise(self.program, given)
+        outputs = stepwise.run_on(inputs)
+        return stepwise.found, outputs
+
+
+class _Stepwise(fx.Interpreter):
+    """Runs a program node by node; where a layer's input is about to be divided by its step, it may put in another."""
+
+    def __init__(self, program: ExportedProgram, given: Mapping[Place, Tensor]) -> None:
+        super().__init__(program.graph_module)
+        self._graph = program.graph_module.graph
+        self.given = given
+        self.found: dict[Place, Tensor] = {}
+        signature = program.graph_signature
+        self._names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+        self._arguments = {**self._names, **signature.inputs_to_parameters}
+        self._tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
+        self._counts: dict[str, int] = {}
+
+    def run_on(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        own = iter(inputs)
+        placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
+        outputs = self.run(
+            *(
+                self._tensors[self._arguments[node.name]] if node.name in self._arguments else next(own)
+                for node in placeholders
+            )
+        )
+        return flat_outputs(outputs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = self._divides_input_of(n)
+        if layer is not None:
+            source = n.args[0]
+            assert isinstance(source, fx.Node)
+            place = (layer, self._counts.get(layer, 0))
+            self._counts[layer] = place[1] + 1
+            self.found[place] = self._codes(n).short()
+            if place in self.given:
+                self.env[source] = self.given[place].clone()
+        return super().run_node(n)
+
+    def _divides_input_of(self, node: fx.Node) -> str | None:
+        if node.target is not torch.ops.aten.div.Tensor or not isinstance(node.args[1], fx.Node):
+            return None
+        name = self._names.get(node.args[1].name, "")
+        suffix = ".input_grid.step"
+        return name.removesuffix(suffix) if name.endswith(suffix) else None
+
+    def _codes(self, division: fx.Node) -> Tensor:
+        """What the program itself makes of the value: its division, its rounding, its bounds."""
+        value, node = super().run_node(division), division
+        for target in (torch.ops.aten.round.default, torch.ops.aten.clamp.default):
+            node = next(user for user in node.users if user.target is target)
+            value = target(value, *node.args[1:], **node.kwargs)
+        return value

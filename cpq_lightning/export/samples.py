@@ -1,0 +1,136 @@
+"""Samples of a model's input: what an export is traced with, and verified on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MOST_BYTES = 1 << 23
+_KEY, _COUNT = "_cpq_samples", "_cpq_samples_wanted"
+# In a checkpoint.
+CHECKPOINT_KEY = "cpq_lightning_samples"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs of a model, one tensor an argument, the same number of samples in each.
+
+    Attributes:
+        inputs: The arguments, shape (samples, ...).
+        real: Whether they are data of the run, rather than random numbers of its shape.
+    """
+
+    inputs: tuple[Tensor, ...]
+    real: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = {len(t) if t.dim() else 0 for t in self.inputs}
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(
+                "samples must be tensors with the same number of samples, at least one, in their first dimension, got "
+                f"{[tuple(t.shape) for t in self.inputs]}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Shape of one sample, of each argument."""
+        return [list(t.shape[1:]) for t in self.inputs]
+
+    def pair(self) -> tuple[Tensor, ...]:
+        """Two samples to trace with: of one, torch would take the size for a constant."""
+        return tuple(t[:2] if len(t) > 1 else t.repeat(2, *[1] * (t.dim() - 1)) for t in self.inputs)
+
+    def batches(self, size: int) -> list[tuple[Tensor, ...]]:
+        """The samples in batches of at most ``size``."""
+        return list(zip(*(t.split(size) for t in self.inputs), strict=True))
+
+    @staticmethod
+    def of(value: Any) -> Samples:
+        """Samples from a tensor, a sequence of tensors, or what is one already."""
+        if isinstance(value, Samples):
+            return value
+        inputs = (value,) if isinstance(value, Tensor) else tuple(value)
+        if not all(isinstance(t, Tensor) for t in inputs):
+            raise TypeError(f"samples must be tensors, got {[type(t).__name__ for t in inputs]}.")
+        return Samples(tuple(_plain(t) for t in inputs))
+
+    @staticmethod
+    def synthetic(shapes: Sequence[Sequence[int]], count: int = 16) -> Samples:
+        """Random numbers of normal distribution, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        return Samples(tuple(torch.randn(count, *s, generator=generator) for s in shapes), real=False)
+
+
+def record_samples(model: nn.Module, most: int = 16) -> None:
+    """Let the model's next forward leave a few of its inputs with the model; see :func:`recorded_samples`."""
+    model.__dict__[_COUNT] = most
+    if _KEY not in model.__dict__ and _record not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_record)
+
+
+def stop_recording_samples(model: nn.Module) -> None:
+    """Take the hook of :func:`record_samples` away where no forward has."""
+    for handle, hook in list(model._forward_pre_hooks.items()):
+        if hook is _record:
+            del model._forward_pre_hooks[handle]
+
+
+def _record(model: nn.Module, args: tuple[Any, ...]) -> None:
+    # DistributedDataParallel calls a LightningModule with a batch, its forward being a training step then.
+    if "forward" in model.__dict__ or not args or not all(isinstance(a, Tensor) and a.dim() for a in args):
+        return
+    if len({len(a) for a in args}) != 1 or not len(args[0]):
+        return
+    each = sum(math.prod(a.shape[1:]) * a.element_size() for a in args)
+    count = max(1, min(model.__dict__.get(_COUNT, 16), _MOST_BYTES // max(1, each)))
+    model.__dict__[_KEY] = [a[:count].detach().cpu().clone() for a in args]
+    stop_recording_samples(model)
+
+
+def recorded_samples(model: nn.Module) -> Samples | None:
+    """What :func:`record_samples` has recorded."""
+    found = model.__dict__.get(_KEY)
+    return None if found is None else Samples(tuple(_plain(t) for t in found))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, in float32 as artefacts compute, whatever precision the run had."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def save_samples(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Put the recorded samples into a checkpoint, as plain tensors."""
+    if _KEY in model.__dict__:
+        checkpoint[CHECKPOINT_KEY] = model.__dict__[_KEY]
+
+
+def load_samples(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Give the model the samples of a checkpoint, where it has any."""
+    if CHECKPOINT_KEY in checkpoint:
+        model.__dict__[_KEY] = list(checkpoint[CHECKPOINT_KEY])
+
+
+def flat_outputs(value: Any) -> list[Tensor]:
+    """The tensors that a model returns, alone or within tuples, lists and dicts, in order.
+
+    Raises:
+        TypeError: it returns something else.
+    """
+    if isinstance(value, Tensor):
+        return [value.detach()]
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        return [tensor for v in value.values() for tensor in flat_outputs(v)]
+    if isinstance(value, tuple | list):
+        return [tensor for v in value for tensor in flat_outputs(v)]
+    raise TypeError(f"The model returns {type(value).__name__}: expected tensors, or tuples, lists or dicts of them.")

@@ -1,0 +1,194 @@
+"""From a trained model to a file that has been proved to be that model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cpq_lightning.attach import detach
+from cpq_lightning.export.coded import check_exportable, evaluated
+from cpq_lightning.export.files import replacing
+from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
+from cpq_lightning.export.levels import manifest
+from cpq_lightning.export.packed import write_packed
+from cpq_lightning.export.program import write_program
+from cpq_lightning.export.runtimes import PackedArtefact, ProgramArtefact
+from cpq_lightning.export.samples import Samples
+from cpq_lightning.export.verify import Artefact, MismatchError, Verification, verify
+
+log = logging.getLogger("cpq_lightning")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One sample on this machine's CPU, both in turn in one run.
+
+    Attributes:
+        full_precision: Median, in seconds.
+        quantized: Median, in seconds.
+        speedup: Median of the ratios within a pair of runs.
+    """
+
+    full_precision: float
+    quantized: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that has been written.
+
+    Attributes:
+        path: The file.
+        format: ``"packed"``, ``"onnx"`` or ``"torch"``.
+        container: Of ONNX, what holds the codes.
+        verification: What was compared; ``None`` where that was switched off.
+        latency: Of ONNX, where it was asked for.
+        float_bytes: The model in float32.
+        file_bytes: The file.
+        weight_bits: Average bits over quantized weights, first and last layer left out; ``None`` of nothing.
+        act_bits: The same of activations.
+    """
+
+    path: Path
+    format: Format
+    container: Container | None
+    verification: Verification | None
+    latency: Latency | None
+    float_bytes: int
+    file_bytes: int
+    weight_bits: float | None
+    act_bits: float | None
+
+
+def export_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    format: Format = "packed",
+    samples: Any,
+    name: str = "model",
+    container: Container = "int8",
+    architecture: Mapping[str, Any] | None = None,
+    verification: bool = True,
+    latency: bool = False,
+) -> Export:
+    """Write an attached model as one file, and prove that it is the same model.
+
+    The file takes its place in the folder once it has been loaded in its own runtime and compared with the model; see
+    :func:`~cpq_lightning.export.verify.verify`. Until then, and where anything fails, what was there stays.
+
+    Args:
+        model: An attached model, trained. It is not changed.
+        folder: Where the file goes, as ``name`` and the format's ending.
+        format: ``"packed"``: codes at their own widths in safetensors, for
+            :func:`~cpq_lightning.load_quantized`; ``"onnx"``; ``"torch"``: a ``torch.export`` program.
+        samples: Inputs, a few dozen: a tensor of shape (samples, ...), or a sequence of them, one an argument.
+        name: The file's name without its ending.
+        container: Of ONNX: ``"int8"`` for speed, ``"int4"`` for size.
+        architecture: ``{"timm": name, "arguments": {...}}`` where timm builds the network.
+        verification: Whether to compare.
+        latency: Of ONNX: whether to time it against full precision.
+
+    Returns:
+        What was written.
+
+    Raises:
+        MismatchError: the file does not compute what the model computes.
+        ValueError: the model cannot be exported, or an argument is wrong.
+        ImportError: the format needs packages that are not installed.
+        OSError: the file cannot be written.
+
+    Example:
+        ``export_model(model, "out", format="onnx", samples=images, name="resnet18")``
+    """
+    check_formats([format])
+    if container not in CONTAINERS:
+        raise ValueError(f"container must be one of {CONTAINERS}, got {container!r}.")
+    if not name or Path(name).name != name:
+        raise ValueError(f"name must be a file's name without a folder, got {name!r}.")
+    # Before levels are read: of a weight that is spread over processes, one of them alone would wait for the others.
+    check_exportable(model)
+    samples = Samples.of(samples)
+    path = Path(folder) / f"{name}{SUFFIXES[format]}"
+    totals = manifest(model)["totals"]
+    with replacing(path) as temporary:
+        try:
+            proof = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
+        except MismatchError as error:
+            raise MismatchError(f"{path} was not written, it would not be the trained model. {error}") from None
+        timed = _time(model, temporary, samples) if latency and format == "onnx" else None
+    return Export(
+        path,
+        format,
+        container if format == "onnx" else None,
+        proof,
+        timed,
+        totals["fp32_bytes"],
+        path.stat().st_size,
+        totals["weight_bits_avg"],
+        totals["act_bits_avg"],
+    )
+
+
+def _write_and_verify(
+    model: nn.Module,
+    path: Path,
+    format: Format,
+    samples: Samples,
+    container: Container,
+    architecture: Mapping[str, Any] | None,
+    verification: bool,
+) -> Verification | None:
+    if format == "packed":
+        write_packed(model, path, architecture=architecture)
+    elif format == "torch":
+        write_program(model, path, samples)
+    else:
+        from cpq_lightning.export.onnx.write import write_onnx
+
+        write_onnx(model, path, samples, container=container, architecture=architecture)
+        try:
+            return verify(model, load_artefact(model, path, format), samples) if verification else None
+        except MismatchError as error:
+            if container != "int8":
+                raise
+            # The fastest form rounds biases. A network that multiplies what that moves gets the exact form.
+            log.warning("%s Written once more without integer biases, which is slower and exact.", error)
+        write_onnx(model, path, samples, container=container, architecture=architecture, round_biases=False)
+    return verify(model, load_artefact(model, path, format, architecture), samples) if verification else None
+
+
+def load_artefact(
+    model: nn.Module, path: Path, format: Format, architecture: Mapping[str, Any] | None = None
+) -> Artefact:
+    """A file of :func:`export_model`, in its own runtime."""
+    if format == "packed":
+        return PackedArtefact(path, None if architecture is not None else detach(evaluated(model)))
+    if format == "torch":
+        return ProgramArtefact(path)
+    from cpq_lightning.export.onnx.runtime import OnnxArtefact
+
+    return OnnxArtefact(path)
+
+
+def _time(model: nn.Module, path: Path, samples: Samples, budget: float = 3.0, most: int = 100) -> Latency:
+    from cpq_lightning.export.onnx.runtime import seconds, session
+    from cpq_lightning.export.onnx.write import full_precision
+
+    sessions = [session(full_precision(detach(evaluated(model)), samples)), session(path.read_bytes())]
+    names = [i.name for i in sessions[0].get_inputs()]
+    fed = {name: tensor[:1].numpy() for name, tensor in zip(names, samples.inputs, strict=True)}
+    taken: list[list[float]] = []
+    end = time.perf_counter() + budget
+    while len(taken) < 5 or (len(taken) < most and time.perf_counter() < end):
+        taken.append([seconds(one, fed) for one in sessions])
+    times = np.array(taken)
+    return Latency(*(float(np.median(v)) for v in (times[:, 0], times[:, 1], times[:, 0] / times[:, 1])))
