@@ -17,6 +17,7 @@ from rich.console import Console
 from cpq_lightning.export import levels_table, read_manifest, write_report
 from cpq_lightning.kernels import describe
 from cpq_lightning.module import QuantizedModule
+from cpq_lightning.shipping import export
 from cpq_lightning.version import __version__
 
 
@@ -65,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # LightningCLI warns of arguments that are handed over while there are some on the command line.
         sys.argv[1:] = [_shipped(a) for a in sys.argv[1:]]
     given = sys.argv[1:] if arguments is None else list(arguments)
-    for name, command in (("report", report), ("doctor", doctor)):
+    for name, command in (("export", export), ("report", report), ("doctor", doctor)):
         if given[:1] == [name]:
-            auto_cli(command, args=given[1:], as_positional=True, prog=f"cpq {name}")
+            auto_cli(command, args=given[1:], as_positional=name != "export", prog=f"cpq {name}")
             return
     CPQCLI(
         QuantizedModule,
@@ -76,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser_kwargs={
             "prog": "cpq",
             "description": "Train a timm backbone with Cluster-Promoting Quantization. Besides the subcommands below, "
-            "'cpq report RUN_DIR' shows a run's levels again and makes its pictures again, and 'cpq doctor' tells what "
-            "runs here.",
+            "'cpq export --ckpt CKPT' writes the trained model as one file and proves that it is that model, "
+            "'cpq report RUN_DIR' shows a run's levels and makes its pictures again, and 'cpq doctor' tells what runs "
+            "here.",
             "version": __version__,
         },
         args=None if arguments is None else [_shipped(a) for a in arguments],

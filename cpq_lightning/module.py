@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +20,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from cpq_lightning.attach import attach, with_levels_read
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.config import CPQConfig
+from cpq_lightning.export import load_samples, save_samples
+
+_ORIGINS = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 class QuantizedModule(LightningModule):
@@ -146,7 +150,30 @@ class QuantizedModule(LightningModule):
             config["monitor"] = getattr(scheduler, "monitor", "val_loss")
         return {"optimizer": optimizer, "lr_scheduler": config}
 
+    def export_module(self) -> nn.Module:
+        """What ships: the network from images to logits."""
+        return self.model
+
+    def export_architecture(self) -> dict[str, Any] | None:
+        """How timm builds the network; ``None`` where it was given as a module, or comes from a hub."""
+        name = self.hparams["backbone"]
+        if name is None or ":" in name:
+            return None
+        # Where weights came from is no part of the network.
+        given = {k: v for k, v in self.hparams["backbone_args"].items() if k not in _ORIGINS}
+        arguments = {"num_classes": self.hparams["num_classes"], **given}
+        try:
+            json.dumps(arguments)
+        except TypeError:
+            return None
+        return {"timm": name, "arguments": arguments, "version": timm.__version__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        load_samples(self.model, checkpoint)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Of weights alone callbacks are not asked.
+        save_samples(self.model, checkpoint)
         # Restoring needs no download: the checkpoint has the weights.
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "pretrained": False}
 

@@ -23,6 +23,7 @@ FLOORS = [
     ["export"],
     ["callbacks"],
     ["module", "data"],
+    ["shipping"],
     ["cli"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -81,25 +81,41 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
     return not failed
 
 
+def lacks_ranges(quantizers: Sequence[Quantizer], resumed: bool) -> bool:
+    """Whether a range is missing that a calibration would find."""
+    active = [q for q in quantizers if q.active]
+    # In a resumed run what still has no range belongs to a layer that is never called: to calibrate for its sake would
+    # fit all others anew.
+    seen = resumed and any(q.calibrated for q in active if q.kind == "activation")
+    return not seen and not all(q.calibrated for q in active)
+
+
 def training_batches(trainer: Trainer, most: int) -> list[Any] | None:
-    """The first batches of the training data, on the device, as the training loop would hand them over.
+    """The first batches of the training data; ``None`` where the run has no training data at all."""
+    trainer.fit_loop.setup_data()
+    if trainer.fit_loop._combined_loader is None or trainer.fit_loop._data_fetcher is None:
+        return None
+    return list(draw_batches(trainer, most))
+
+
+def draw_batches(trainer: Trainer, most: int) -> Iterator[Any]:
+    """The first batches of the training data, one by one, on the device, as the training loop would hand them over.
 
     They are drawn in a random state of their own, and the training loop's iterator starts again behind them.
-    ``None`` where the run has no training data at all.
     """
     loop, module = trainer.fit_loop, trainer.lightning_module
     loop.setup_data()
     loader, fetcher = loop._combined_loader, loop._data_fetcher
     if loader is None or fetcher is None:
-        return None
-    batches = []
-    with isolate_rng():
-        for batch, _, dataloader_idx in islice(iter(copy.copy(loader)), most):
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-            batches.append(trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx))
-    iter(fetcher)
-    return batches
+        return
+    try:
+        with isolate_rng():
+            for batch, _, dataloader_idx in islice(iter(copy.copy(loader)), most):
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+                yield trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+    finally:
+        iter(fetcher)
 
 
 def forward_training_step(trainer: Trainer, batch: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
@@ -17,6 +17,15 @@ from cpq_lightning.export import (
     write_clusters,
     write_manifest,
 )
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """What the last validation has logged."""
+    values = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+    return {k: v for k, v in values.items() if "val" in k} or values
 
 
 def print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:

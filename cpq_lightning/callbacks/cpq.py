@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from cpq_lightning.attach import (
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.callbacks._attachment import attach_module, check_layers, forget_configured
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._calibration import calibrate_for_training
+from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
 from cpq_lightning.callbacks._company import (
     Bests,
     check_company,
@@ -39,12 +39,13 @@ from cpq_lightning.callbacks._company import (
     quantization_start,
     warn_of_old_bests,
 )
-from cpq_lightning.callbacks._finish import nothing_is_lost, print_tables, write_files
+from cpq_lightning.callbacks._finish import nothing_is_lost, print_tables, validation_metrics, write_files
 from cpq_lightning.callbacks._loggers import log_pictures
 from cpq_lightning.callbacks._optimizers import train_quantizers
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
+from cpq_lightning.callbacks._ship import begin_recording, check_settings, end_recording, ship
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import manifest, weight_histograms
+from cpq_lightning.export import Format, manifest, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion, UpdateBound
@@ -74,8 +75,13 @@ class CPQCallback(Callback):
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
             of the levels and of the weights' clusters. ``None`` writes none.
         table: Whether to print the tables at the end.
+        export: Formats that the model is written in at the end, into the run's folder, each verified first:
+            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``.
+        samples: Inputs of the first batch that stay with the module, to trace and verify exports with; checkpoints of a
+            QuantizedModule carry them (8 MB at most). 0 keeps none.
 
     Raises:
+        ImportError: a format needs a package that is not installed.
         MisconfigurationException: a second CPQCallback, a weight-averaging callback before this one, FSDP1, or a
             module without a layer to quantize.
 
@@ -92,6 +98,8 @@ class CPQCallback(Callback):
         calibration_batches: int = 8,
         levels_file: str | None = "levels.json",
         table: bool = True,
+        export: Sequence[Format] = (),
+        samples: int = 16,
     ) -> None:
         if not isinstance(config, CPQConfig):
             raise TypeError(f"config must be a CPQConfig, got {config!r}.")
@@ -100,12 +108,15 @@ class CPQCallback(Callback):
             raise ValueError(f"lr_factor must be over 0, got {lr_factor}.")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}.")
+        check_settings(export, samples)
         self.config = config
         self.quantize_from = quantize_from
         self.lr_factor = lr_factor
         self.calibration_batches = calibration_batches
         self.levels_file = levels_file
         self.table = table
+        self.export = tuple(export)
+        self.samples = samples
         # The step at which quantization begins, once a fit has begun.
         self.start_step = 0
         self._quantizers: list[Quantizer] = []
@@ -151,6 +162,7 @@ class CPQCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole(quantizers(pl_module))
         check_layers(pl_module, self._layers)
+        begin_recording(pl_module, self.samples)
         self._audited = not auditable(pl_module)
         saved = self._restored.get("companions", [])
         self._companions, self._bounds = train_quantizers(trainer, pl_module, self.lr_factor, saved)
@@ -159,7 +171,7 @@ class CPQCallback(Callback):
         # What is learned has to know before training which layers are first and last, and what they multiply.
         learned = counts_operations(trainer) or any(q.gates.learned for q in self._quantizers)
         unmeasured = learned and not any(q.order for q in self._quantizers)
-        if unmeasured or self._lacks_ranges():
+        if unmeasured or lacks_ranges(self._quantizers, self._resumed):
             self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,10 +230,8 @@ class CPQCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
-        seen = {k: v for k, v in values.items() if "val" in k} or values
         quantized = all(q.active for _, q in quantizers(pl_module))
-        self._metrics["quantized" if quantized else "full precision"] = seen
+        self._metrics["quantized" if quantized else "full precision"] = validation_metrics(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
@@ -237,7 +247,7 @@ class CPQCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_with_averages(trainer, pl_module)
-        quiet = self.levels_file is None or getattr(trainer, "fast_dev_run", False)
+        quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
         self._folder = None if quiet else run_folder(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,6 +271,8 @@ class CPQCallback(Callback):
         if self._folder is not None and self.levels_file is not None:
             made = write_files(content, self._folder, self.levels_file, self._before, after, last_saved(trainer))
             log_pictures(trainer, made, run_step(trainer))
+        if self._folder is not None:
+            ship(pl_module, self.export, self._folder, last_saved(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._audit is not None:
@@ -272,18 +284,12 @@ class CPQCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         forget_configured(pl_module)
+        end_recording(pl_module)
         # Companions stay: a checkpoint may be saved after the fit.
         for hooked in (*self._companions, *self._bounds):
             hooked.remove()
 
     # Steps of the work ------------------------------------------------------------------------------------------------
-
-    def _lacks_ranges(self) -> bool:
-        active = [q for q in self._quantizers if q.active]
-        # In a resumed run what still has no range belongs to a layer that is never called: to calibrate for its sake
-        # would fit all others anew.
-        seen = self._resumed and any(q.calibrated for q in active if q.kind == "activation")
-        return not seen and not all(q.calibrated for q in active)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_active(pl_module, True)

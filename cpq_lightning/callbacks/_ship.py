@@ -1,0 +1,143 @@
+"""Artefacts at the end of a fit: which part of a LightningModule ships, and its samples."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from torch import nn
+
+from cpq_lightning.attach import quantized_layers
+from cpq_lightning.callbacks._finish import nothing_is_lost
+from cpq_lightning.callbacks._run import overrides
+from cpq_lightning.export import (
+    Format,
+    MismatchError,
+    Samples,
+    check_formats,
+    export_model,
+    export_table,
+    record_samples,
+    recorded_samples,
+    stop_recording_samples,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+def check_settings(formats: Sequence[str], samples: int) -> None:
+    """Refuse exports that cannot be made, before a training rather than behind it.
+
+    Raises:
+        ValueError: an unknown format, or no samples to verify with.
+        ImportError: a format needs packages that are not installed.
+    """
+    if samples < 0 or (formats and not samples):
+        raise ValueError(f"samples must be at least {1 if formats else 0}, got {samples}.")
+    check_formats(formats)
+
+
+def shipped_part(pl_module: LightningModule) -> nn.Module:
+    """What ships of a LightningModule: what its ``export_module()`` returns; the whole, where it has a forward; or the
+    part of it that holds all quantized layers.
+    """
+    return _candidates(pl_module)[0]
+
+
+def _candidates(pl_module: LightningModule) -> list[nn.Module]:
+    """What ships, and behind it what may see the same input where that itself is never called."""
+    chosen = getattr(pl_module, "export_module", None)
+    if chosen is not None:
+        return [chosen()]
+    names = [name.split(".")[:-1] for name, _ in quantized_layers(pl_module)]
+    levels = zip(*names, strict=False)
+    shared = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
+    network = pl_module.get_submodule(".".join(shared))
+    return [pl_module, network] if overrides(pl_module, "forward") else [network]
+
+
+def shipped_name(pl_module: LightningModule) -> str:
+    """The name of its files: that of a timm backbone, or of the module's class."""
+    backbone = pl_module.hparams.get("backbone")
+    if isinstance(backbone, str) and hasattr(pl_module, "export_architecture"):
+        return re.sub(r"[^\w.-]", "_", backbone.rpartition(":")[2])
+    return type(pl_module).__name__
+
+
+def _architecture(pl_module: LightningModule) -> dict[str, Any] | None:
+    known = getattr(pl_module, "export_architecture", None)
+    return None if known is None else known()
+
+
+def begin_recording(pl_module: LightningModule, most: int) -> None:
+    """Let the first forward leave its samples."""
+    for part in _candidates(pl_module) if most else ():
+        record_samples(part, most)
+
+
+def end_recording(pl_module: LightningModule) -> None:
+    """Leave no hook behind."""
+    for part in _candidates(pl_module):
+        stop_recording_samples(part)
+
+
+def known_samples(pl_module: LightningModule) -> Samples:
+    """Samples that were recorded, or the module's ``example_input_array``.
+
+    Raises:
+        ValueError: there are none.
+    """
+    part = shipped_part(pl_module)
+    found = next((s for p in _candidates(pl_module) if (s := recorded_samples(p)) is not None), None)
+    if found is not None:
+        return found
+    example = getattr(pl_module, "example_input_array", None)
+    if isinstance(example, torch.Tensor):
+        return Samples((example.detach().cpu(),), real=False)
+    if isinstance(example, tuple) and all(isinstance(e, torch.Tensor) for e in example):
+        return Samples(tuple(e.detach().cpu() for e in example), real=False)
+    raise ValueError(
+        f"There are no samples of the input of {type(part).__name__}: its forward was never called with tensors alone. "
+        "Set example_input_array in the module, or define export_module() to return the network that ships."
+    )
+
+
+def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, saved: str) -> None:
+    """Write each format into the run's folder, verified, and show what it has come to; on one process.
+
+    What cannot be written costs a warning, and no training; what would not be the trained model is an error, once all
+    else is done.
+
+    Raises:
+        MismatchError: a file would not be the trained model.
+    """
+    console = Console()
+    mismatch: MismatchError | None = None
+    for format in formats:
+        try:
+            export = export_model(
+                shipped_part(pl_module),
+                folder,
+                format=format,
+                samples=known_samples(pl_module),
+                name=shipped_name(pl_module),
+                architecture=_architecture(pl_module),
+            )
+        except MismatchError as error:
+            mismatch = error
+            continue
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"The {format} file could not be written ({reason}). {nothing_is_lost(saved)}")
+            continue
+        console.print()
+        console.print(export_table(export))
+    if mismatch is not None:
+        raise mismatch

@@ -1,0 +1,197 @@
+"""CPQCallback(export=[...]): files at the end of a fit, of anybody's module."""
+
+import sys
+import warnings
+
+import lightning.pytorch as pl
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
+from cpq_lightning.export import MismatchError
+from cpq_lightning.export import ship as shipping
+from tests.models import IMAGES, Classifier, convnet, data
+
+
+def exported(**settings):
+    return CPQCallback(CPQConfig(), table=False, **({"export": ["packed"]} | settings))
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".pt2", ".tmp"))
+
+
+def test_all_formats_at_the_end_of_a_fit(fit, tmp_path, capsys):
+    module = Classifier()
+    fit(module, [exported(export=["packed", "onnx", "torch"])])
+    assert files(tmp_path) == ["Classifier.onnx", "Classifier.pt2", "Classifier.safetensors"]
+    expected = module.eval().net(IMAGES).detach()
+    loaded = load_quantized(tmp_path / "Classifier.safetensors", convnet())
+    assert (loaded(IMAGES) - expected).abs().max() <= 1e-5
+    (found,) = onnxruntime.InferenceSession(str(tmp_path / "Classifier.onnx")).run(None, {"input": IMAGES.numpy()})
+    assert (found.argmax(1) == expected.argmax(1).numpy()).mean() >= 0.98
+    assert np.isfinite(found).all()
+    text = capsys.readouterr().out
+    assert text.count("weight codes") == 3
+    assert "16 samples" in text
+    assert "synthetic" not in text
+
+
+class WithForward(Classifier):
+    def forward(self, x):
+        return self.net(x) * 10
+
+
+def test_a_module_with_a_forward_ships_as_a_whole(fit, tmp_path):
+    # Its training step calls the network, not the module: the samples are the network's.
+    module = WithForward()
+    fit(module, [exported()])
+    loaded = load_quantized(tmp_path / "WithForward.safetensors", WithForward())
+    assert (loaded(IMAGES) - module.eval()(IMAGES)).abs().max() <= 1e-4
+    assert "_cpq_samples" not in module.__dict__
+    assert not module._forward_pre_hooks
+
+
+class Chosen(WithForward):
+    def export_module(self):
+        return self.net
+
+
+def test_a_module_may_say_what_ships(fit, tmp_path):
+    module = Chosen()
+    fit(module, [exported()])
+    loaded = load_quantized(tmp_path / "Chosen.safetensors", convnet())
+    assert (loaded(IMAGES) - module.eval().net(IMAGES)).abs().max() <= 1e-5
+
+
+def test_no_samples_is_told_with_what_to_do(fit, tmp_path):
+    class Named(Classifier):
+        def forward(self, x, scale):
+            return self.net(x) * scale
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(x=batch[0], scale=2.0), batch[1])
+
+    with pytest.warns(UserWarning, match="packed file could not be written .*"):
+        fit(Named(), [exported()])
+    assert files(tmp_path) == []
+
+
+def test_an_example_input_array_will_do(fit, tmp_path, capsys):
+    class Example(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.example_input_array = IMAGES[:4]
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(x := batch[0]) + 0 * x.mean(), batch[1])
+
+    fit(Example(), [exported(samples=4)])
+    assert files(tmp_path) == ["Example.safetensors"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions(precision, fit, tmp_path):
+    fit(Classifier(), [exported()], precision=precision)
+    assert files(tmp_path) == ["Classifier.safetensors"]
+
+
+def test_a_mismatch_fails_once_all_else_is_done(fit, tmp_path, monkeypatch):
+    real = shipping.verify
+
+    def verify(model, artefact, samples):
+        if "torch.export" in artefact.runtime:
+            raise MismatchError("1 of 9 weight codes of layer 'x' differ.")
+        return real(model, artefact, samples)
+
+    monkeypatch.setattr(shipping, "verify", verify)
+    with pytest.raises(MismatchError, match=r"Classifier\.pt2 was not written.*layer 'x'"):
+        fit(Classifier(), [exported(export=["torch", "packed"])])
+    assert files(tmp_path) == ["Classifier.safetensors"]
+    assert (tmp_path / "levels.json").is_file()
+
+
+def test_what_cannot_be_written_names_the_checkpoint(fit, tmp_path):
+    (tmp_path / "Classifier.safetensors").mkdir()
+    saving = ModelCheckpoint(tmp_path / "saved")
+    with pytest.warns(
+        UserWarning, match=r"packed file could not be written .*Nothing of the training is lost: .*saved"
+    ):
+        fit(Classifier(), [exported(), saving], enable_checkpointing=True)
+
+
+def test_a_run_that_ends_in_full_precision_ships_nothing(fit, tmp_path):
+    with pytest.warns(UserWarning, match="Quantization has not begun in layer"):
+        fit(Classifier(), [exported(quantize_from=100)])
+    assert files(tmp_path) == []
+
+
+def test_settings_are_checked_before_training(monkeypatch):
+    with pytest.raises(ValueError, match="format must be one of"):
+        CPQCallback(export=["tflite"])
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        CPQCallback(export=["packed"], samples=0)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises((ImportError, ValueError)):
+        CPQCallback(export=["onnx"])
+
+
+def test_fast_dev_run_writes_nothing(fit, tmp_path):
+    fit(Classifier(), [exported()], fast_dev_run=True)
+    assert files(tmp_path) == []
+
+
+# A QuantizedModule's checkpoint --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of a QuantizedModule, exported at its end, and its checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    module = QuantizedModule("test_resnet", num_classes=4, quantization=CPQConfig(weight_bits=3))
+    saving = ModelCheckpoint(folder, filename="whole", save_last=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[CPQCallback(export=["packed"], table=False), saving],
+        )
+        trainer.fit(module, data(), data(shuffle=False))
+        trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    return folder, module
+
+
+@pytest.mark.parametrize("name", ["whole", "last", "weights"])
+def test_a_checkpoint_carries_samples_as_plain_tensors(run, name):
+    folder, _ = run
+    content = torch.load(folder / f"{name}.ckpt", weights_only=True)
+    (samples,) = content["cpq_lightning_samples"]
+    assert samples.shape == (16, 3, 8, 8)
+    assert any(torch.equal(samples[0], image) for image in IMAGES)
+
+
+def test_the_file_builds_its_own_network(run):
+    folder, module = run
+    loaded = load_quantized(folder / "test_resnet.safetensors")
+    assert type(loaded).__module__.startswith("timm.")
+    assert (loaded(IMAGES) - module.eval()(IMAGES)).abs().max() <= 1e-5
+
+
+def test_no_samples_where_none_are_wanted(fit, tmp_path):
+    module = QuantizedModule("test_resnet", num_classes=4, quantization=CPQConfig())
+    trainer = fit(module, [CPQCallback(samples=0, table=False)], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert "cpq_lightning_samples" not in torch.load(tmp_path / "x.ckpt", weights_only=True)

@@ -1,0 +1,119 @@
+"""cpq export: from a checkpoint alone to a file, and what it says."""
+
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
+from cpq_lightning.cli import main
+from cpq_lightning.data import DigitsDataModule
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run on the digits: its checkpoint, and the config that LightningCLI saves."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    module = QuantizedModule(
+        "test_resnet", num_classes=10, backbone_args={"in_chans": 1}, quantization=CPQConfig(weight_bits=4)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=folder, callbacks=[CPQCallback(table=False)],
+        )  # fmt: skip
+        trainer.fit(module, DigitsDataModule(image_size=16))
+    trainer.save_checkpoint(folder / "last.ckpt")
+    chosen = {"class_path": "cpq_lightning.data.DigitsDataModule", "init_args": {"image_size": 16}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 0, "data": chosen}))
+    (folder / "data.yaml").write_text(yaml.safe_dump(chosen))
+    return folder, module
+
+
+def export(run, capsys, *arguments, out="out"):
+    folder, _ = run
+    main(["export", "--ckpt", str(folder / "last.ckpt"), "--out", str(folder / out), *arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("format", "ending"), [("packed", ".safetensors"), ("onnx", ".onnx"), ("torch", ".pt2")])
+def test_one_file_a_call_named_after_the_model(run, capsys, format, ending):
+    text = export(run, capsys, "--format", format, out=format)
+    (path,) = (run[0] / format).iterdir()
+    assert path.name == f"test_resnet{ending}"
+    for word in ("instead of 1.5 MB in float32", "weights 4.00 bits, activations 4.00 bits", "16 of 16 layers",
+                 "agree on 100.0% of 16 samples"):  # fmt: skip
+        assert word in text
+    assert ("times as fast" in text) == (format == "onnx")
+
+
+def test_the_packed_file_is_the_checkpoint(run, capsys):
+    export(run, capsys)
+    loaded = load_quantized(run[0] / "out" / "test_resnet.safetensors")
+    x = torch.randn(4, 1, 16, 16)
+    assert (loaded(x) - run[1].eval()(x)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("config", ["config.yaml", "data.yaml"])
+def test_verification_on_the_runs_own_data(run, capsys, config):
+    text = export(run, capsys, "--data", str(run[0] / config), "--samples", "100")
+    assert "of 100 samples" in text
+    assert "synthetic" not in text
+
+
+def test_switching_verification_off_says_so(run, capsys):
+    assert "switched off: nothing says that this file" in export(run, capsys, "--verify", "false")
+
+
+def test_a_checkpoint_without_samples_is_verified_on_synthetic_ones(run, capsys):
+    folder, _ = run
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    del content["cpq_lightning_samples"]
+    torch.save(content, folder / "bare.ckpt")
+    main(["export", "--ckpt", str(folder / "bare.ckpt"), "--out", str(folder / "bare")])
+    assert "of 16 synthetic samples" in capsys.readouterr().out
+
+
+def test_containers(run, capsys):
+    sizes = {}
+    for container in ("int8", "int4"):
+        export(run, capsys, "--format", "onnx", "--container", container, out=container)
+        sizes[container] = (run[0] / container / "test_resnet.onnx").stat().st_size
+    assert sizes["int4"] < 0.6 * sizes["int8"]
+
+
+def refusal(arguments):
+    with pytest.raises(SystemExit) as raised:
+        main(["export", *arguments])
+    return str(raised.value)
+
+
+def test_what_is_wrong_is_a_sentence(run, tmp_path):
+    folder, _ = run
+    assert "is no file: expected a checkpoint" in refusal(["--ckpt", str(tmp_path / "nothing.ckpt")])
+    junk = tmp_path / "junk.ckpt"
+    junk.write_bytes(b"junk")
+    assert "is no checkpoint that can be read without unpickling code" in refusal(["--ckpt", str(junk)])
+    torch.save(torch.zeros(3), junk)
+    assert "is no checkpoint of a QuantizedModule" in refusal(["--ckpt", str(junk)])
+    torch.save({"state_dict": {}, "hyper_parameters": None}, junk)
+    assert "is no checkpoint of a QuantizedModule" in refusal(["--ckpt", str(junk)])
+    known = ["--ckpt", str(folder / "last.ckpt"), "--out", str(tmp_path)]
+    assert "is no file: expected a YAML config" in refusal([*known, "--data", "nothing.yaml"])
+    other = tmp_path / "other.yaml"
+    other.write_text("trainer: {}")
+    assert "has neither 'data:' nor 'class_path:'" in refusal([*known, "--data", str(other)])
+    other.write_text("class_path: cpq_lightning.data.DigitsDataModule\ninit_args: {sides: 3}")
+    assert "sides" in refusal([*known, "--data", str(other)])
+    assert "samples must be at least 1" in refusal([*known, "--data", str(folder / "data.yaml"), "--samples", "0"])
+
+
+def test_a_full_precision_run_has_nothing_to_export(tmp_path):
+    torch.save(
+        {"state_dict": {}, "hyper_parameters": {"backbone": "resnet18", "quantization": None}}, tmp_path / "a.ckpt"
+    )
+    assert "is of a run in full precision" in refusal(["--ckpt", str(tmp_path / "a.ckpt")])
