@@ -1,5 +1,6 @@
 """Lightning callbacks, one a file. None of them imports another."""
 
+from cpq_lightning.callbacks.batch_norm import BatchNormReestimation as BatchNormReestimation
 from cpq_lightning.callbacks.bit_budget import BitBudget as BitBudget
 from cpq_lightning.callbacks.cpq import CPQCallback as CPQCallback
 from cpq_lightning.callbacks.dropbits import DropBitsSchedule as DropBitsSchedule
