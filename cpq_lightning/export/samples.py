@@ -73,7 +73,7 @@ def record_samples(model: nn.Module, most: int = 16) -> None:
     """Let the model's next forward leave a few of its inputs with the model; see :func:`recorded_samples`."""
     model.__dict__[_COUNT] = most
     if _KEY not in model.__dict__ and _record not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_record)
+        model.register_forward_pre_hook(_record)  # type: ignore[arg-type]
 
 
 def stop_recording_samples(model: nn.Module) -> None:
@@ -83,6 +83,7 @@ def stop_recording_samples(model: nn.Module) -> None:
             del model._forward_pre_hooks[handle]
 
 
+@torch.compiler.disable
 def _record(model: nn.Module, args: tuple[Any, ...]) -> None:
     # DistributedDataParallel calls a LightningModule with a batch, its forward being a training step then.
     if "forward" in model.__dict__ or not args or not all(isinstance(a, Tensor) and a.dim() for a in args):

@@ -103,6 +103,15 @@ def test_other_precisions(precision, fit, tmp_path):
     assert files(tmp_path) == ["Classifier.safetensors"]
 
 
+def test_a_compiled_network_that_is_resumed_records_too(fit, tmp_path):
+    trainer = fit(Classifier(), [exported(export=[])], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = Classifier()
+    module.net.compile(backend="eager")
+    fit(module, [exported()], max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert files(tmp_path) == ["Classifier.safetensors"]
+
+
 def test_a_mismatch_fails_once_all_else_is_done(fit, tmp_path, monkeypatch):
     real = shipping.verify
 
