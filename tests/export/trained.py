@@ -29,7 +29,7 @@ def images(count, size, seed=0, channels=3):
     return x + 0.5 * torch.randn(count, channels, size, size, generator=generator), labels
 
 
-def train(model, size, steps=40, lr=2e-3, channels=3):
+def train(model, size, steps=25, lr=2e-3, channels=3):
     """A few steps of Adam; batch norms then hold the statistics of the trained network."""
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr)
@@ -39,13 +39,13 @@ def train(model, size, steps=40, lr=2e-3, channels=3):
         cross_entropy(model(x), labels).backward()
         optimizer.step()
     with torch.no_grad():
-        for step in range(20):
+        for step in range(10):
             model(images(16, size, seed=1000 + step, channels=channels)[0])
     return model.eval()
 
 
 @functools.lru_cache(maxsize=2)
-def network(name, config=None, steps=40):
+def network(name, config=None, steps=25):
     """A trained network of that name, quantized; shared by tests, which leave it as it is."""
     arguments, size, lr = NETWORKS[name]
     torch.manual_seed(0)
