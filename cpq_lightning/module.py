@@ -20,9 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from cpq_lightning.attach import attach, with_levels_read
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import load_samples, save_samples
-
-_ORIGINS = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+from cpq_lightning.export import ORIGINS, load_samples, save_samples
 
 
 class QuantizedModule(LightningModule):
@@ -160,7 +158,7 @@ class QuantizedModule(LightningModule):
         if name is None or ":" in name:
             return None
         # Where weights came from is no part of the network.
-        given = {k: v for k, v in self.hparams["backbone_args"].items() if k not in _ORIGINS}
+        given = {k: v for k, v in self.hparams["backbone_args"].items() if k not in ORIGINS}
         arguments = {"num_classes": self.hparams["num_classes"], **given}
         try:
             json.dumps(arguments)

@@ -119,19 +119,19 @@ def samples_of(config: str, count: int) -> Samples:
         raise ValueError(f"data={config}: {error}") from None
     module.prepare_data()
     module.setup("validate")
-    return Samples(tuple(torch.cat(parts)[:count] for parts in zip(*_inputs(module, count), strict=True)))
+    return Samples((_inputs(module, count),))
 
 
-def _inputs(module: LightningDataModule, count: int) -> list[tuple[Tensor, ...]]:
+def _inputs(module: LightningDataModule, count: int) -> Tensor:
     loader: Any = module.val_dataloader()
-    found: list[tuple[Tensor, ...]] = []
+    found: list[Tensor] = []
     for batch in loader[0] if isinstance(loader, list | tuple) else loader:
         x = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(x, Tensor):
             raise ValueError(f"The data's batches begin with {type(x).__name__}: expected a tensor of inputs.")
-        found.append((x,))
-        if sum(len(f[0]) for f in found) >= count:
+        found.append(x)
+        if sum(map(len, found)) >= count:
             break
     if not found:
         raise ValueError("The data has no validation batch: a verification needs some.")
-    return found
+    return torch.cat(found)[:count]

@@ -99,10 +99,9 @@ def known_samples(pl_module: LightningModule) -> Samples:
     if found is not None:
         return found
     example = getattr(pl_module, "example_input_array", None)
-    if isinstance(example, torch.Tensor):
-        return Samples((example.detach().cpu(),), real=False)
-    if isinstance(example, tuple) and all(isinstance(e, torch.Tensor) for e in example):
-        return Samples(tuple(e.detach().cpu() for e in example), real=False)
+    inputs = (example,) if isinstance(example, torch.Tensor) else example
+    if isinstance(inputs, tuple) and all(isinstance(e, torch.Tensor) for e in inputs):
+        return Samples(inputs, real=False)
     raise ValueError(
         f"There are no samples of the input of {type(part).__name__}: its forward was never called with tensors alone. "
         "Set example_input_array in the module, or define export_module() to return the network that ships."

@@ -11,6 +11,7 @@ from cpq_lightning.export.levels import levels as levels
 from cpq_lightning.export.levels import manifest as manifest
 from cpq_lightning.export.levels import write_levels as write_levels
 from cpq_lightning.export.levels import write_manifest as write_manifest
+from cpq_lightning.export.load import ORIGINS as ORIGINS
 from cpq_lightning.export.load import load_quantized as load_quantized
 from cpq_lightning.export.plots import TRAJECTORY_FILE as TRAJECTORY_FILE
 from cpq_lightning.export.plots import draw_trajectory as draw_trajectory

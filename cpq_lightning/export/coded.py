@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from cpq_lightning.attach import QuantizedLayer, detach, is_attached, quantized_layers
 from cpq_lightning.export.levels import weight_codes
+from cpq_lightning.functional import along_channels
 from cpq_lightning.nn import Quantizer, is_sharded
-
-log = logging.getLogger("cpq_lightning")
 
 
 class InputGrid(nn.Module):
@@ -44,12 +42,14 @@ class InputGrid(nn.Module):
         return f"levels {self.low} to {self.high}"
 
 
-def along_channels(value: Tensor, dims: int, channel_dim: int) -> Tensor:
-    """One value, or one a channel, shaped to broadcast to a weight of so many dimensions."""
-    shape = [1] * dims
-    if len(value) > 1:
-        shape[channel_dim] = -1
-    return value.reshape(shape)
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input that a layer is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+def with_input(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer's call with another input."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
 
 class CodedLayer(nn.Module):
@@ -160,12 +160,12 @@ def check_exportable(model: nn.Module) -> None:
                 "behind the step that quantize_from names."
             )
         layer.fit_if_needed()
-    unknown = [name for name, layer in layers.items() if layer.input_quantizer and not layer.input_quantizer.calibrated]
+    unknown = uncalled(model)
     if unknown and len(unknown) == sum(layer.input_quantizer is not None for layer in layers.values()):
         raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")
-    if unknown:
-        log.warning(
-            "No forward has called the layers %s, of which only the weight is read: their inputs stay in full "
-            "precision, as in training.",
-            ", ".join(unknown),
-        )
+
+
+def uncalled(model: nn.Module) -> list[str]:
+    """Names of the layers whose input no forward has quantized: only their weight is read."""
+    layers = quantized_layers(model)
+    return [name for name, layer in layers if layer.input_quantizer and not layer.input_quantizer.calibrated]

@@ -10,13 +10,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.export.coded import InputGrid, along_channels
+from cpq_lightning.export.coded import InputGrid, input_of, with_input
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.export.read import read_packed
-from cpq_lightning.functional import level_bounds
+from cpq_lightning.functional import along_channels, level_bounds
 
-# Arguments of timm.create_model that would reach for other files, or for the network.
-_REFUSED = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+# Arguments of timm.create_model that say where weights come from: they reach for other files, or for the network.
+ORIGINS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def load_quantized(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -81,16 +81,6 @@ def _quantize_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return with_input(grid(input_of(args, kwargs)), args, kwargs)
 
 
-def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The input that a layer is called with."""
-    return args[0] if args else kwargs["input"]
-
-
-def with_input(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer's call with another input."""
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
-
-
 def _build(architecture: Mapping[str, Any] | None, path: str | Path, check: Callable[[nn.Module], None]) -> nn.Module:
     if architecture is None:
         raise ValueError(
@@ -98,7 +88,7 @@ def _build(architecture: Mapping[str, Any] | None, path: str | Path, check: Call
             "load_quantized(path, model=network)."
         )
     name, arguments = architecture["timm"], architecture["arguments"]
-    if ":" in name or any(key in arguments for key in _REFUSED):
+    if ":" in name or any(key in arguments for key in ORIGINS):
         raise ValueError(
             f"{path} asks for {name!r} with {sorted(arguments)}, which would load other files: give the network, as "
             "load_quantized(path, model=network)."

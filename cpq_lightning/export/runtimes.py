@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from cpq_lightning.export.coded import InputGrid
-from cpq_lightning.export.load import build, input_of, with_input
+from cpq_lightning.export.coded import InputGrid, input_of, with_input
+from cpq_lightning.export.load import build
 from cpq_lightning.export.program import read_program
 from cpq_lightning.export.read import read_packed
 from cpq_lightning.export.samples import flat_outputs

@@ -29,6 +29,7 @@ class Samples:
     real: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(_plain(t) for t in self.inputs))
         sizes = {len(t) if t.dim() else 0 for t in self.inputs}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(
@@ -38,11 +39,6 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.inputs[0])
-
-    @property
-    def shapes(self) -> list[list[int]]:
-        """Shape of one sample, of each argument."""
-        return [list(t.shape[1:]) for t in self.inputs]
 
     def pair(self) -> tuple[Tensor, ...]:
         """Two samples to trace with: of one, torch would take the size for a constant."""
@@ -60,7 +56,7 @@ class Samples:
         inputs = (value,) if isinstance(value, Tensor) else tuple(value)
         if not all(isinstance(t, Tensor) for t in inputs):
             raise TypeError(f"samples must be tensors, got {[type(t).__name__ for t in inputs]}.")
-        return Samples(tuple(_plain(t) for t in inputs))
+        return Samples(inputs)
 
     @staticmethod
     def synthetic(shapes: Sequence[Sequence[int]], count: int = 16) -> Samples:
@@ -99,7 +95,7 @@ def _record(model: nn.Module, args: tuple[Any, ...]) -> None:
 def recorded_samples(model: nn.Module) -> Samples | None:
     """What :func:`record_samples` has recorded."""
     found = model.__dict__.get(_KEY)
-    return None if found is None else Samples(tuple(_plain(t) for t in found))
+    return None if found is None else Samples(tuple(found))
 
 
 def _plain(tensor: Tensor) -> Tensor:

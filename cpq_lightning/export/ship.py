@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from cpq_lightning.attach import detach
-from cpq_lightning.export.coded import check_exportable, evaluated
+from cpq_lightning.export.coded import check_exportable, evaluated, uncalled
 from cpq_lightning.export.files import replacing
 from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
 from cpq_lightning.export.levels import manifest
@@ -116,6 +116,12 @@ def export_model(
         raise ValueError(f"name must be a file's name without a folder, got {name!r}.")
     # Before levels are read: of a weight that is spread over processes, one of them alone would wait for the others.
     check_exportable(model)
+    if names := uncalled(model):
+        log.warning(
+            "No forward has called the layers %s, of which only the weight is read: their inputs stay in full "
+            "precision, as in training.",
+            ", ".join(names),
+        )
     samples = Samples.of(samples)
     path = Path(folder) / f"{name}{SUFFIXES[format]}"
     totals = manifest(model)["totals"]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach import QuantizedLayer, quantized_layers
-from cpq_lightning.export.coded import along_channels, evaluated, grid_of
+from cpq_lightning.export.coded import evaluated, grid_of, input_of
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.export.samples import Samples, flat_outputs
+from cpq_lightning.functional import along_channels
 
 # A layer's name, and which of its calls in a forward.
 Place = tuple[str, int]
@@ -83,10 +84,6 @@ class Verification:
     agreement: float | None
     largest_difference: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 @dataclass
 class _Trace:
@@ -141,7 +138,7 @@ def _observe(name: str, layer: QuantizedLayer, values: dict[Place, Tensor], code
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
-        x = args[0] if args else kwargs["input"]
+        x = input_of(args, kwargs)
         values[name, count] = x.clone()
         quantized: Tensor = quantizer(x)
         codes[name, count] = (quantized / step).round().short()

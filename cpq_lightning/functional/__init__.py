@@ -16,6 +16,7 @@ from cpq_lightning.functional.dropbits import masks_from_gates as masks_from_gat
 from cpq_lightning.functional.dropbits import open_gates as open_gates
 from cpq_lightning.functional.dropbits import open_probability as open_probability
 from cpq_lightning.functional.dropbits import shares_from_masks as shares_from_masks
+from cpq_lightning.functional.grid import along_channels as along_channels
 from cpq_lightning.functional.grid import check_bits as check_bits
 from cpq_lightning.functional.grid import level_bounds as level_bounds
 from cpq_lightning.functional.grid import ring_bounds as ring_bounds

@@ -6,6 +6,8 @@ growing width are nested, so a wider one only adds an outer *ring* of levels to 
 
 from __future__ import annotations
 
+from torch import Tensor
+
 MAX_BITS = 8
 
 
@@ -43,3 +45,11 @@ def ring_bounds(bits: int, min_bits: int, signed: bool = True) -> list[tuple[int
         [(-2, 1), (-4, 3), (-8, 7)]
     """
     return [level_bounds(k, signed) for k in range(min_bits, bits + 1)]
+
+
+def along_channels(value: Tensor, dims: int, channel_dim: int) -> Tensor:
+    """One value, or one a channel, shaped to broadcast to a tensor of so many dimensions."""
+    shape = [1] * dims
+    if len(value) > 1:
+        shape[channel_dim] = -1
+    return value.reshape(shape)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.functional import Estimator, level_bounds, quantize_resolution
+from cpq_lightning.functional import Estimator, along_channels, level_bounds, quantize_resolution
 from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize, quantize_widths
 from cpq_lightning.nn.fitting import weight_steps
 from cpq_lightning.nn.gates import Gates
@@ -150,11 +150,7 @@ class Quantizer(Widths):
 
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """One value a channel, shaped to broadcast to the weight."""
-        if len(value) == 1:
-            return value.reshape([1] * x.dim())
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = -1
-        return value.reshape(shape)
+        return along_channels(value, x.dim(), self.channel_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x``; pass it on unchanged while inactive.

@@ -114,6 +114,16 @@ class Editor:
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
+    def weight(self, before: ir.Node, codes: Array, scale: Array, axis: int, like: ir.Node) -> ir.Value:
+        """Codes with a scale for each channel, decoded; ``like`` is what decoded them so far."""
+        layer = layer_of(like, "weight")
+        inputs = [
+            self.constant(f"{layer}.weight_codes", codes),
+            self.constant(f"{layer}.weight_scale", scale.astype(np.float32)),
+            self.constant(f"{layer}.weight_zero_point", np.zeros(len(scale), codes.dtype)),
+        ]
+        return self.node(before, "DequantizeLinear", inputs, {"axis": axis}, like=like)
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let all that used one value use another one, the graph's outputs too; the names of those stay."""
         if old.is_graph_output():

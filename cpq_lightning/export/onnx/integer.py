@@ -147,17 +147,7 @@ def _as_convolution(edit: Editor, conv: _Conv) -> bool:
     layer, before = conv.layer, conv.node
     zeros = np.zeros(len(unit), np.int32)
     scale = conv.weight_scale / np.float32(2**shift)
-    weight = edit.node(
-        before,
-        "DequantizeLinear",
-        [
-            edit.constant(f"{layer}.weight_codes", conv.codes << shift),
-            edit.constant(f"{layer}.weight_scale", scale),
-            edit.constant(f"{layer}.weight_zero_point", zeros.astype(np.int8)),
-        ],
-        {"axis": 0},
-        like=conv.decode_weight,
-    )
+    weight = edit.weight(before, conv.codes << shift, scale, 0, like=conv.decode_weight)
     note(weight, SHIFT, str(shift))
     before.replace_input_with(1, weight)
     if conv.bias is not None:
@@ -201,12 +191,8 @@ def _as_product(edit: Editor, conv: _Conv) -> None:
     scale, zero = conv.decode_input.inputs[1:3]
     patches = _patches(edit, conv, size)
     decoded = edit.node(node, "DequantizeLinear", [patches, scale, zero], like=conv.decode_input)
-    inputs = [
-        edit.constant(f"{conv.layer}.weight_codes", codes.transpose(2, 3, 1, 0).reshape(-1, codes.shape[0])),
-        edit.constant(f"{conv.layer}.weight_scale", conv.weight_scale),
-        edit.constant(f"{conv.layer}.weight_zero_point", np.zeros(codes.shape[0], np.int8)),
-    ]
-    weight = edit.node(node, "DequantizeLinear", inputs, {"axis": 1}, like=conv.decode_weight)
+    matrix = codes.transpose(2, 3, 1, 0).reshape(-1, codes.shape[0])
+    weight = edit.weight(node, matrix, conv.weight_scale, 1, like=conv.decode_weight)
     note(weight, SHAPE, json.dumps(codes.shape))
     result = edit.node(node, "MatMul", [decoded, weight], like=node)
     if conv.bias is not None:

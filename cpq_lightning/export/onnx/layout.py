@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from cpq_lightning.export.onnx.graph import Editor, constant_of, integers, note, tidy
@@ -46,11 +45,10 @@ def _pass_through(edit: Editor, node: ir.Node) -> None:
             assert source is not None
             inputs.append(source.inputs[0])
             continue
-        if value is None or _rank(value) == 0 or (_rank(value) == 1 and constant_of(value) is not None and _one(value)):
-            inputs.append(value)
-            continue
         array = constant_of(value)
-        if array is not None and array.ndim in (3, 4):
+        if value is None or _rank(value) == 0 or (array is not None and array.shape == (1,)):
+            inputs.append(value)
+        elif array is not None and array.ndim in (3, 4):
             four = array.reshape((1,) * (4 - array.ndim) + array.shape)
             inputs.append(edit.constant(f"{value.name}.last", four.transpose(_TO_LAST)))
         elif array is None and _rank(value) == 4:
@@ -72,8 +70,3 @@ def _rank(value: ir.Value) -> int:
         return len(value.shape)
     array = constant_of(value)
     return -1 if array is None else array.ndim
-
-
-def _one(value: ir.Value) -> bool:
-    array = constant_of(value)
-    return array is not None and array.size == np.int64(1)

@@ -35,7 +35,7 @@ class _Affine:
     shift: Array
 
 
-def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> dict[str, str]:
+def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> None:
     """Fold each batch norm whose input is a quantized convolution and nothing else; codes stay what they are.
 
     ``norm(step · codes * x + b) = (step · |gain|) · (sign(gain) · codes) * x + shift``, ``gain = γ / sqrt(var + ε)``,
@@ -45,11 +45,8 @@ def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> dict[str, str
     Args:
         model: A traced graph; changed in place.
         lowest: The lowest level that the container of some codes holds: of int8 -128, and 127 is the highest.
-
-    Returns:
-        The names of the norms that were folded, by layer.
     """
-    graph, folded = model.graph, {}
+    graph = model.graph
     edit = Editor(graph)
     for norm in nodes(graph, "BatchNormalization"):
         source = norm.inputs[0]
@@ -72,20 +69,14 @@ def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> dict[str, str
         if codes is None:
             continue
         scale = np.where(affine.gain == 0, 1, np.abs(affine.gain)) * known(decode.inputs[1]).astype(np.float64)
-        inputs = [
-            edit.constant(f"{layer}.weight_codes", codes),
-            edit.constant(f"{layer}.weight_scale", scale.astype(np.float32)),
-            edit.constant(f"{layer}.weight_zero_point", np.zeros(len(scale), codes.dtype)),
-        ]
-        conv.replace_input_with(1, edit.node(conv, "DequantizeLinear", inputs, {"axis": axis}, like=decode))
+        conv.replace_input_with(1, edit.weight(conv, codes, scale, axis, like=decode))
         if len(conv.inputs) < 3:
             conv.resize_inputs(3)
         conv.replace_input_with(2, edit.constant(f"{layer}.bias", affine.shift.astype(np.float32)))
-        folded[layer] = conv.metadata_props[NORM] = _module_name(norm)
+        conv.metadata_props[NORM] = _module_name(norm)
         edit.replace(norm.outputs[0], conv.outputs[0])
         graph.remove(norm, safe=True)
     tidy(model)
-    return folded
 
 
 def _affine(norm: ir.Node, conv: ir.Node) -> _Affine:

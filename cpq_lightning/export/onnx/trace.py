@@ -97,28 +97,19 @@ def emit(
     return symbolic(op, inputs, attributes, dtype=dtype, shape=shape, version=OPSET, metadata_props=properties)
 
 
-def trace(model: nn.Module, samples: Samples, input_names: Sequence[str], output_names: Sequence[str]) -> ir.Model:
-    """The graph of an attached model.
-
-    Args:
-        model: An attached model.
-        samples: Inputs to trace with.
-        input_names: Names of the graph's inputs.
-        output_names: Names of its outputs.
-    """
+def trace(model: nn.Module, samples: Samples) -> ir.Model:
+    """The graph of an attached model; see :func:`trace_plain`."""
     network = coded(model, OnnxLayer, OnnxGrid)
     for name, layer in coded_layers(network):
         assert isinstance(layer, OnnxLayer)
         layer.layer_name = name
         if isinstance(layer.input_grid, OnnxGrid):
             layer.input_grid.layer_name = name
-    return trace_plain(network, samples, input_names, output_names)
+    return trace_plain(network, samples)
 
 
-def trace_plain(
-    network: nn.Module, samples: Samples, input_names: Sequence[str], output_names: Sequence[str]
-) -> ir.Model:
-    """The graph of any network, any number of samples."""
+def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
+    """The graph of any network, any number of samples; ``input`` and ``output`` are numbered if there are several."""
     inputs = samples.pair()
     batch = torch.export.Dim("batch", min=1)
     exporter = logging.getLogger("torch.onnx")
@@ -133,8 +124,6 @@ def trace_plain(
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=tuple({0: batch} for _ in inputs),
-                input_names=list(input_names),
-                output_names=list(output_names),
                 verbose=False,
             )
     finally:
@@ -146,4 +135,7 @@ def trace_plain(
                 f"The forward of {type(network).__name__} works for one number of samples only, as with len(x) or a "
                 "size that is turned into a number: use x.shape[0], or x.flatten(1)."
             )
+    for kind, values in (("input", program.model.graph.inputs), ("output", program.model.graph.outputs)):
+        for index, value in enumerate(values):
+            value.name = kind if len(values) == 1 else f"{kind}_{index}"
     return program.model

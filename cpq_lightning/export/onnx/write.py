@@ -8,9 +8,8 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from torch import Tensor, nn
+from torch import nn
 
-from cpq_lightning.export.coded import evaluated
 from cpq_lightning.export.formats import Container
 from cpq_lightning.export.levels import compact_manifest
 from cpq_lightning.export.onnx.clips import merge_clips
@@ -19,7 +18,7 @@ from cpq_lightning.export.onnx.layout import keep_channels_last
 from cpq_lightning.export.onnx.norms import fold_norms
 from cpq_lightning.export.onnx.store import finish, lowest_level, use_four_bits
 from cpq_lightning.export.onnx.trace import trace, trace_plain
-from cpq_lightning.export.samples import Samples, flat_outputs
+from cpq_lightning.export.samples import Samples
 
 # What one protobuf message may hold; weights in files of their own would not be one file.
 _MOST_BYTES = 2**31 - 1
@@ -73,8 +72,7 @@ def write_onnx(
 
 def build(model: nn.Module, samples: Samples, container: Container, round_biases: bool = True) -> ir.Model:
     """The graph of an attached model, in the form of its container."""
-    names = _names(model, samples)
-    graph = trace(model, samples, *names)
+    graph = trace(model, samples)
     fold_norms(graph, lambda codes: lowest_level(codes, container))
     merge_clips(graph)
     if container == "int8":
@@ -88,19 +86,4 @@ def build(model: nn.Module, samples: Samples, container: Container, round_biases
 
 def full_precision(network: nn.Module, samples: Samples) -> bytes:
     """The ONNX file of a network that is not quantized, to compare with."""
-    outputs = flat_outputs(network(*(t[:1] for t in samples.inputs)))
-    graph = trace_plain(network, samples, _input_names(samples), _output_names(outputs))
-    return ir.serde.serialize_model(graph).SerializeToString()
-
-
-def _names(model: nn.Module, samples: Samples) -> tuple[list[str], list[str]]:
-    outputs = flat_outputs(evaluated(model)(*(t[:1] for t in samples.inputs)))
-    return _input_names(samples), _output_names(outputs)
-
-
-def _input_names(samples: Samples) -> list[str]:
-    return ["input"] if len(samples.inputs) == 1 else [f"input_{i}" for i in range(len(samples.inputs))]
-
-
-def _output_names(outputs: list[Tensor]) -> list[str]:
-    return ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
+    return ir.serde.serialize_model(trace_plain(network, samples)).SerializeToString()
