@@ -155,7 +155,9 @@ def _forward(
 
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: list[int]) -> Tensor:
     if not convolution:
-        return F.linear(x, weight, bias)
+        rows = F.linear(x.flatten(0, -2), weight, bias)
+        # Not a view: what a Function of autograd returns as a view may not be changed in place (x = layer(x); x += y).
+        return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])  # type: ignore[no-any-return]
     stride, padding, dilation, groups = _geometry(convolution)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 

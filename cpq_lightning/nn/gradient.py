@@ -62,7 +62,8 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def of(x: Tensor, *parameters: Tensor) -> Tensor:
         """Apply it, where gradients are wanted."""
-        return Connect.apply(x, *parameters) if torch.is_grad_enabled() else x[...]
+        # Without gradients a view of a Parameter would still ask for one, and have no way to it.
+        return Connect.apply(x, *parameters) if torch.is_grad_enabled() else x.detach()
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:

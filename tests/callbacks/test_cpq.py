@@ -69,6 +69,18 @@ def test_quantize_from_trains_in_full_precision_before_it(fit):
         assert a.equal(b), name
 
 
+def test_a_module_with_an_example_input_is_summarized_before_quantization_begins(fit):
+    """Lightning's summary runs the example without gradients, and asks each output for its way back."""
+
+    class Module(Classifier):
+        def forward(self, x):
+            return self.net(x)
+
+    module = Module()
+    module.example_input_array = torch.randn(2, 3, 8, 8)
+    fit(module, callbacks(quantize_from=0.5), enable_model_summary=True)
+
+
 def _plain_parameters(module):
     own = {id(p) for _, q in quantizers(module) for p in q.parameters()}
     return [p for p in module.parameters() if id(p) not in own]

@@ -403,3 +403,22 @@ def test_operands_may_come_quantized():
     assert torch.equal(both, mixed)
     plain = product(Operand(x[..., None]), Operand(weight[..., None]), None, Convolution((1,), (0,), (1,), 1))
     assert torch.equal(plain, torch.nn.functional.conv1d(x[..., None], weight[..., None]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (2, 3, 5, 4)])
+def test_what_a_linear_layer_returns_may_be_changed_in_place(shape, bias):
+    """As timm's beit does: qkv = self.qkv(x); qkv += bias."""
+    layer = nn.Linear(4, 6, bias=bias)
+    net = attach(nn.Sequential(layer), CPQConfig())
+    x = torch.randn(shape)
+    calibrate(net, [x])
+    y = net(x)
+    expected = y.detach() + 1
+    y += torch.ones(6)
+    torch.testing.assert_close(y.detach(), expected)
+    y.square().sum().backward()
+    found = layer.full_precision_weight().grad.clone()
+    layer.full_precision_weight().grad = None
+    (net(x) + 1).square().sum().backward()
+    torch.testing.assert_close(found, layer.full_precision_weight().grad)
