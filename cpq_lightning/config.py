@@ -28,6 +28,10 @@ class CPQConfig:
         learn_act_bits: The same for activations, between ``min_act_bits`` and ``act_bits`` (the paper stopped at
             weights).
         min_act_bits: Narrowest width of learned activations; ``None`` means ``min_bits``, at most ``act_bits``.
+        attention: Whether products of two activations (attention's ``q·kᵀ`` and ``attention·v``, and whatever else a
+            forward multiplies without a layer) are quantized too, both sides with ``act_bits``.
+            ``scaled_dot_product_attention`` is then computed in its two products; without it, it stays as it is. Which
+            modules multiply is seen in one forward: see :func:`~cpq_lightning.attach`.
         levels_from: Path of a ``levels.json`` whose widths all layers take, first and last ones too (or those widths
             themselves, ``{layer: {"weight": bits, "activation": bits}}``, a list of bits being one a channel). Nothing
             is learned or dropped then; steps are fitted anew.
@@ -67,6 +71,7 @@ class CPQConfig:
     learn_bits: bool = False
     learn_act_bits: bool = False
     min_act_bits: int | None = None
+    attention: bool = False
     levels_from: str | dict[str, Any] | None = None
     nesting: Nesting = "auto"
     first_last_bits: int | None = 8
@@ -105,7 +110,7 @@ class CPQConfig:
                 raise TypeError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be over 0 and up to 1, got {value}.")
-        for name in ("per_channel", "learn_bits", "learn_act_bits"):
+        for name in ("per_channel", "learn_bits", "learn_act_bits", "attention"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -122,6 +127,8 @@ class CPQConfig:
                 )
         if self.learn_act_bits is True and self.act_bits is None:
             raise ValueError("learn_act_bits=True needs act_bits, the widest width that activations may have.")
+        if self.attention is True and self.act_bits is None:
+            raise ValueError("attention=True quantizes activations: it needs act_bits, their width.")
         if not isinstance(self.levels_from, str | dict | None):
             raise TypeError(f"levels_from must be the path of a levels.json, got {self.levels_from!r}.")
         if self.levels_from is not None and (self.learn_bits or self.learn_act_bits):
@@ -160,7 +167,7 @@ class CPQConfig:
         merged: dict[str, Any] = {}
         for settings in overrides:
             merged.update(settings)
-        return dataclasses.replace(self, overrides={}, **_widened(self, merged))
+        return dataclasses.replace(self, overrides={}, **{**_widened(self, merged), "attention": False})
 
     def exempt(self) -> CPQConfig:
         """The settings of a first or last layer: ``first_last_bits`` wide, nothing dropped."""
@@ -173,6 +180,7 @@ class CPQConfig:
             min_bits=None,
             learn_bits=False,
             act_bits=act_bits,
+            attention=False,
             min_act_bits=None,
             learn_act_bits=False,
             overrides={},
@@ -213,6 +221,7 @@ def _widened(config: CPQConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
             widened[narrowest] = bits
     if "act_bits" in settings and settings["act_bits"] is None:
         widened.setdefault("learn_act_bits", False)
+        widened["attention"] = False
     return widened
 
 

@@ -93,7 +93,8 @@ FULL = {
     "weight_estimator": "argmax", "act_estimator": "argmax", "per_channel": True, "temperature": 0.5,
     "keep_prob": 0.75, "gate_sharing": "channel", "ignore": ["head", "*.fc"],
     "overrides": {"*.downsample.*": {"weight_bits": 8, "per_channel": False}, "Linear": {"act_bits": 3}},
-    "weight_range": "max", "act_range": "max", "seed": 7, "learn_bits": True, "learn_act_bits": False,
+    "weight_range": "max", "act_range": "max", "seed": 7, "learn_bits": True, "attention": False,
+    "learn_act_bits": False,
     "min_act_bits": 3, "levels_from": None,
 }  # fmt: skip
 

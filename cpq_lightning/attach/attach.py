@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
-from cpq_lightning.attach.audit import audit_first_forward, forget_first_forward
+from cpq_lightning.attach.find_products import find_products
+from cpq_lightning.attach.first_forward import audit_first_forward, forget_first_forward
 from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
-from cpq_lightning.attach.select import Site, attached_config, first_and_last, layer_settings, select
+from cpq_lightning.attach.products import (
+    leave_products,
+    modules_with_products,
+    operand_names,
+    operand_path,
+    quantize_products,
+    quantized_operands,
+)
+from cpq_lightning.attach.select import (
+    Site,
+    attached_config,
+    chosen_operands,
+    first_and_last,
+    layer_settings,
+    select,
+)
+from cpq_lightning.attach.timm_layers import call_projections, restore_projections
 from cpq_lightning.attach.widths import read_weight_widths, with_levels_read
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
@@ -17,7 +35,7 @@ from cpq_lightning.nn import Quantizer
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, config: CPQConfig | None = None) -> M:
+def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = None) -> M:
     """Quantize a model in place: weights at once, activations as soon as their ranges are known.
 
     Each convolution and linear layer keeps its Parameters (the same objects, under the same names in
@@ -28,13 +46,16 @@ def attach(model: M, config: CPQConfig | None = None) -> M:
     Args:
         model: Any module; layers made later are not seen.
         config: What to quantize, and how.
+        example_inputs: What to call the model with once, where ``config.attention`` asks for products without a weight:
+            a tensor, a tuple of arguments or a dict of keyword arguments. timm backbones, and a LightningModule with an
+            ``example_input_array``, need none.
 
     Returns:
         The model itself.
 
     Raises:
         ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, or a
-            pattern of the config matches no layer.
+            pattern of the config matches no layer; with ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
@@ -46,14 +67,30 @@ def attach(model: M, config: CPQConfig | None = None) -> M:
         raise ValueError(
             f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
         )
-    sites = select(model, config)
+    products = find_products(model, example_inputs) if config.attention else {}
+    plans = {name: found.plan for name, found in products.items()}
+    sites = select(model, config, plans)
     shared: dict[int, Quantizer] = {}
     pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
-    for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
-        switch(site.layer, weight_quantizer, input_quantizer)
+    operands = _build_operands(model, chosen_operands(model, plans, config), 2 * len(sites))
+    try:
+        # Before layers, which may multiply something by themselves as well.
+        for name, found in products.items():
+            parts = {operand: operands.get(operand_path(name, operand)) for operand in operand_names(found.plan)}
+            # One that is left out keeps its products to itself, so that they do not count as its caller's.
+            plan = found.plan if all(parts.values()) else [False] * len(found.plan)
+            quantize_products(model.get_submodule(name), plan, found.counts, parts, "input_quantizer")
+        for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
+            switch(site.layer, weight_quantizer, input_quantizer)
+        call_projections(model)
+    except Exception:
+        for _, layer in list(quantized_layers(model)):
+            switch_back(layer, written=False)
+        _take_back(model)
+        raise
     model.__dict__["_cpq_config"] = config
     audit_first_forward(model)
-    if any(quantizer is not None and quantizer.has_gates for pair in pairs for quantizer in pair):
+    if any(quantizer.has_gates for _, quantizer in quantizers(model)):
         model.register_forward_pre_hook(_advance_noise)
     return model
 
@@ -110,6 +147,23 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
     return weights, inputs
 
 
+def _build_operands(model: nn.Module, chosen: Mapping[str, CPQConfig], key: int) -> dict[str, Quantizer]:
+    built = {}
+    for place, (path, settings) in enumerate(chosen.items()):
+        module = model.get_submodule(path.rpartition("product_operands.")[0].rstrip("."))
+        tensor = next(itertools.chain(module.parameters(), module.buffers(), model.parameters()))
+        built[path] = Quantizer("activation", settings, key=key + place, device=tensor.device)
+        built[path].train(module.training)
+    return built
+
+
+def _take_back(model: nn.Module) -> None:
+    """What attach has changed beside layers."""
+    for _, module in list(modules_with_products(model)):
+        leave_products(module)
+    restore_projections(model)
+
+
 def detach(model: M) -> M:
     """Give plain layers back, in place, with the quantized weights written into their Parameters.
 
@@ -128,6 +182,7 @@ def detach(model: M) -> M:
     read_elsewhere = {id(p) for module in plain for p in module._parameters.values() if p is not None}
     for layer in layers.values():
         switch_back(layer, shared=id(layer.full_precision_weight()) in read_elsewhere)
+    _take_back(model)
     forget_first_forward(model)
     model.__dict__.pop("_cpq_config", None)
     for handle, hook in list(model._forward_pre_hooks.items()):
@@ -167,6 +222,8 @@ def refit(model: nn.Module) -> None:
         layer.weight_quantizer.fit_weight(layer.full_precision_weight())
         if layer.input_quantizer is not None:
             layer.input_quantizer.refit_next()
+    for _, quantizer in quantized_operands(model):
+        quantizer.refit_next()
 
 
 def set_noise_step(model: nn.Module, step: int) -> None:

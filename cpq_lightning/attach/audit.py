@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.operations import (
+    FUSED,
+    WITH_WEIGHT,
+    WITHOUT_WEIGHT,
+    keeps_values,
+    multiply_accumulates,
+    product_operands,
+)
+from cpq_lightning.attach.products import QuantizedProducts
 from cpq_lightning.attach.select import attached_config, matches
+from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.nn import Quantizer
 
-log = logging.getLogger("cpq_lightning")
-
-_WITH_WEIGHT: set[Any] = {
-    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-}  # fmt: skip
-_WITHOUT_WEIGHT: set[Any] = {
-    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot,
-    Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm,
-    F.scaled_dot_product_attention, F.multi_head_attention_forward,
-}  # fmt: skip
-# What leaves a quantized tensor quantized: it moves values, or adds zeros, which every grid holds.
-_KEEPING = {
-    "reshape", "view", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "expand",
-    "contiguous", "to", "float", "half", "bfloat16", "type", "pad", "clone", "detach", "__getitem__", "chunk", "split",
-    "unbind", "repeat", "unfold", "t", "select", "narrow",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -46,18 +36,23 @@ class AuditReport:
 
     Attributes:
         never_called: Names of quantizers that no call reached.
-        unquantized: ``(module, operation, operand)`` of each product with a weight of which the weight, the input or
-            both came in full precision, layers left out by the config aside.
-        activation_products: ``(module, operation)`` of each product of two activations, such as attention's.
+        unquantized: ``(module, operation, operand)`` of each product with a weight (a Parameter that is multiplied
+            without a layer, or by a recurrent one, too) of which the weight, the input or both came in full precision,
+            layers left out by the config aside.
+        activation_products: ``(module, operation)`` of each product of two activations, such as attention's, of which
+            one or both came in full precision.
+        overlooked: Those of ``activation_products`` that ``attention=True`` should have found: their modules multiplied
+            nothing in the forward that the model was attached with.
         order: Names of the quantized layers in the order in which they were first called.
-        macs: Multiply-accumulates in one sample, by name of the weight quantizer; a layer that is called twice counts
-            once.
+        macs: Multiply-accumulates in one sample, by name of the weight quantizer, or of a product's left one; a layer
+            that is called twice counts once.
         numel: Elements in one sample, by name of the activation quantizer that they passed.
     """
 
     never_called: list[str] = field(default_factory=list)
     unquantized: list[tuple[str, str, str]] = field(default_factory=list)
     activation_products: list[tuple[str, str]] = field(default_factory=list)
+    overlooked: list[tuple[str, str]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     macs: dict[str, int] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
@@ -76,6 +71,13 @@ class AuditReport:
             found.append(
                 f"{len(lines)} matrix products with a weight stayed unquantized in the first forward: {_some(lines)}."
             )
+        if self.overlooked:
+            lines = [f"{module or 'the model itself'} ({op})" for module, op in self.overlooked]
+            found.append(
+                f"attention=True: {len(lines)} products of two activations stayed unquantized, of modules that "
+                f"multiplied nothing in the forward that the model was attached with: {_some(lines)}. Give attach(..., "
+                "example_inputs=...), or an example_input_array, that lead there too."
+            )
         if self.activation_products:
             lines = [f"{module or 'the model itself'} ({op})" for module, op in self.activation_products]
             found.append(f"{len(lines)} products of two activations are not quantized: {_some(lines)}.")
@@ -91,7 +93,9 @@ class Audit(TorchFunctionMode):
     """Watch one forward of an attached model; used as a context, it leaves its :attr:`report`.
 
     It sees functions as Python calls them, before casts by autocast. Which of their tensors are quantized it knows by
-    following the quantizers' outputs through operations that only move values.
+    following the quantizers' outputs through operations that only move values. A quantized weight that is standardized
+    (as timm's ``StdConv2d`` does) stays quantized: its levels are moved by one affine map a channel. So does a mixture
+    of quantized weights (``CondConv2d``): the product with it is the mixture of the products with each.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -101,19 +105,24 @@ class Audit(TorchFunctionMode):
         self._names = {module: name for name, module in model.named_modules()}
         self._called: set[nn.Module] = set()
         self._left_out = _left_out(model)
+        config = attached_config(model)
+        self._all_products = config is not None and config.attention
         self._stack: list[nn.Module] = []
         # Which quantizer a tensor came from.
         self._quantized = WeakTensorKeyDictionary()
+        # Parameters, and what moves their values.
+        self._parameters = WeakTensorKeyDictionary()
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Audit:
+    def __enter__(self) -> Self:
         # Hooks of all modules rather than of each: they can be removed while a forward is failing.
         self._handles = [
             register_module_forward_pre_hook(self._push),
             register_module_forward_hook(self._pop, always_call=True),
         ]
+        self._parameters.update((parameter, True) for parameter in self.model.parameters())
         super().__enter__()
         return self
 
@@ -146,15 +155,50 @@ class Audit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in _WITH_WEIGHT:
+        if func in WITH_WEIGHT:
             self._product(func, args, kwargs, out)
-        elif func in _WITHOUT_WEIGHT:
-            self.report.activation_products.append((self._where(), func.__name__.strip("_")))
-        elif getattr(func, "__name__", "") in _KEEPING and args and self._is_quantized(args[0]):
+        elif func in WITHOUT_WEIGHT:
+            self._product_of_two(func, args, kwargs, out)
+        elif func in FUSED:
+            self.report.unquantized.append((self._where(), func.__name__, "input and weight"))
+        elif args and isinstance(args[0], Tensor) and self._keeps(func, args[0]):
             for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, Tensor):
-                    self._quantized[tensor] = self._quantized[args[0]]
+                for known in (self._quantized, self._parameters):
+                    if isinstance(tensor, Tensor) and args[0] in known:
+                        known[tensor] = known[args[0]]
         return out
+
+    def _keeps(self, func: Callable[..., Any], source: Tensor) -> bool:
+        standardizes = func is F.batch_norm and source in self._quantized and self._quantized[source].kind == "weight"
+        return keeps_values(func) or standardizes
+
+    def _product_of_two(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        """A product that no layer stands for: of two activations, or of an activation and a Parameter."""
+        where, name = self._where(), func.__name__.strip("_")
+        operands = product_operands(func, args, kwargs)
+        kinds = [self._kind(operand) for operand in operands]
+        if len(kinds) < 2:
+            return
+        layer = self._stack[-1] if self._stack else None
+        mixed = [quantizer for quantizer, kind in kinds if quantizer is not None and kind == "weight"]
+        if mixed and isinstance(layer, QuantizedLayer):
+            self._quantized[out] = mixed[0]
+        missing = {kind for quantizer, kind in kinds if quantizer is None}
+        left = kinds[0][0]
+        if not missing and left is not None and left.kind == "activation":
+            self._note_macs(left, multiply_accumulates(func, args, operands, out) // self._samples(operands[0]))
+        if missing and any(kind == "weight" for _, kind in kinds):
+            self.report.unquantized.append((where, name, " and ".join(sorted(missing))))
+        elif missing:
+            self.report.activation_products.append((where, name))
+            if self._all_products and not isinstance(layer, QuantizedProducts):
+                self.report.overlooked.append((where, name))
+
+    def _kind(self, value: Tensor) -> tuple[Quantizer | None, str]:
+        """What quantized an operand of a product, and whether it is a weight or an input."""
+        quantizer = self._quantized.get(value)
+        weight = value in self._parameters or (quantizer is not None and quantizer.kind == "weight")
+        return quantizer, "weight" if weight else "input"
 
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
@@ -181,13 +225,17 @@ class Audit(TorchFunctionMode):
         quantizer = self._quantized.get(weight)
         if quantizer is None and isinstance(layer, QuantizedLayer):
             quantizer = layer.weight_quantizer
-        if quantizer is None or quantizer.kind != "weight" or (self._where(), quantizer) in self._counted:
+        if quantizer is None or quantizer.kind != "weight":
             return
-        self._counted.add((self._where(), quantizer))
         places = (input if "transpose" in func.__name__ else out).numel()
-        macs = places * (weight.numel() // weight.shape[0]) // self._samples(input)
-        name = self._names[quantizer]
-        self.report.macs[name] = self.report.macs.get(name, 0) + macs
+        self._note_macs(quantizer, places * (weight.numel() // weight.shape[0]) // self._samples(input))
+
+    def _note_macs(self, quantizer: Quantizer, macs: int) -> None:
+        """Once a module, however often it is called."""
+        if (self._where(), quantizer) not in self._counted:
+            self._counted.add((self._where(), quantizer))
+            name = self._names[quantizer]
+            self.report.macs[name] = self.report.macs.get(name, 0) + macs
 
     def _samples(self, x: Tensor) -> int:
         """Samples in the batch, as what is met first has them: further in they may be folded with windows or tokens."""
@@ -204,92 +252,7 @@ class Audit(TorchFunctionMode):
 def _left_out(model: nn.Module) -> set[nn.Module]:
     """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
     config = attached_config(model)
-    plain = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
+    plain = {n: m for n, m in model.named_modules() if holds_weight(m)}
     if config is None:
         return set(plain.values())
     return {m for n, m in plain.items() if any(matches(n, m, pattern) for pattern in config.ignore)}
-
-
-def audit_first_forward(model: nn.Module) -> None:
-    """Audit the model's next forward and report it with warnings; products of activations go to the log."""
-    model.register_forward_pre_hook(_start)
-    model.register_forward_hook(_finish, always_call=True)
-
-
-def forget_first_forward(model: nn.Module) -> None:
-    """Take back :func:`audit_first_forward`, whether it has run or not."""
-    model.__dict__.pop("_cpq_audit", None)
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for handle, hook in list(hooks.items()):
-            if hook in (_start, _finish):
-                del hooks[handle]
-                model._forward_hooks_always_called.pop(handle, None)
-
-
-def note_forward(model: nn.Module, report: AuditReport) -> None:
-    """Write into the quantizers what a forward showed: the order of the layers, and what their weights multiply."""
-    modules = dict(model.named_modules())
-    for place, name in enumerate(report.order, start=1):
-        layer = modules.get(name)
-        if isinstance(layer, QuantizedLayer):
-            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-                if quantizer is not None:
-                    quantizer.configure(order=place)
-    for what, counts in (("macs", report.macs), ("numel", report.numel)):
-        for name, count in counts.items():
-            quantizer = modules.get(name)
-            if isinstance(quantizer, Quantizer):
-                quantizer.configure(**{what: count})
-
-
-def agreed(report: AuditReport) -> AuditReport:
-    """The report of the first process, where there are several: called by all of them at once.
-
-    Each has seen batches of its own. What is decided from what a forward showed, such as which layers are first and
-    last, or what a width costs, has to be the same on all.
-    """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return report
-    held = [report]
-    dist.broadcast_object_list(held)
-    return held[0]
-
-
-def report_audit(report: AuditReport) -> None:
-    """Say what an audit found: a warning for what is amiss, the log for what is only worth knowing."""
-    for message in report.messages():
-        if message.startswith(f"{len(report.activation_products)} products of two"):
-            log.info(message)
-        else:
-            warnings.warn(message, stacklevel=2)
-
-
-def _start(model: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    state = model.__dict__.get("_cpq_audit")
-    if state == "done":
-        # Not when it was done: torch may be walking over the hooks there.
-        forget_first_forward(model)
-    elif state is None:
-        audit = model.__dict__["_cpq_audit"] = Audit(model)
-        audit.__enter__()
-
-
-def _finish(model: nn.Module, args: Any, output: Any) -> None:
-    audit = model.__dict__.get("_cpq_audit")
-    if not isinstance(audit, Audit):
-        return
-    audit.__exit__(None, None, None)
-    if output is None:
-        # The forward raised: the next one is the first.
-        del model.__dict__["_cpq_audit"]
-        return
-    model.__dict__["_cpq_audit"] = "done"
-    note_forward(model, audit.report)
-    report_audit(audit.report)
-
-
-def auditable(module: nn.Module) -> bool:
-    """Whether an audit can watch a model: compiled code runs no Python that an audit could watch."""
-    return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())

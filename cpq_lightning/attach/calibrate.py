@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import correct_ends, is_attached, quantizers
-from cpq_lightning.attach.audit import Audit, agreed, forget_first_forward, note_forward, report_audit
+from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.first_forward import agreed, forget_first_forward, note_forward, report_audit
 from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder, pool
 
 M = TypeVar("M", bound=nn.Module)

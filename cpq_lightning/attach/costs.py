@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import quantized_layers, quantizers
 from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.products import quantized_operands
 from cpq_lightning.functional import WidthCost, average_bits, packed_bytes
 from cpq_lightning.nn import Quantizer
 
@@ -90,7 +91,8 @@ def width_cost(model: nn.Module, learners: Sequence[Quantizer], unit: CostUnit) 
     ``weight_bits`` and ``act_bits`` are the averages that ``levels.json`` calls ``weight_bits_avg`` and
     ``act_bits_avg``, ``bytes`` its ``size_bytes``, ``bops`` its ``bops``: the sum over quantized layers of
     multiply-accumulates in a sample, times the width of the weight, times that of the activation (32 where it is in
-    full precision).
+    full precision), and over products of two activations that are quantized, of their multiply-accumulates times both
+    widths.
 
     Args:
         model: An attached model.
@@ -166,3 +168,7 @@ def _add_bops(model: nn.Module, add: Callable[..., None]) -> None:
             add(layer.weight_quantizer, macs * FULL_BITS)
         else:
             add(layer.weight_quantizer, macs, layer.input_quantizer)
+    operands = dict(quantized_operands(model))
+    for name, left in operands.items():
+        if name.endswith("_left"):
+            add(left, left.macs, operands[f"{name.removesuffix('_left')}_right"])

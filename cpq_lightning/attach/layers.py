@@ -6,7 +6,7 @@ Parameters keep their identity and their names in ``state_dict``, ``isinstance``
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
 
+from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
 from cpq_lightning.kernels import Convolution, Operand, product
 from cpq_lightning.nn import Quantizer, is_sharded, whole
 
 
-class QuantizedLayer(nn.Module):
-    """Mixed in before a layer's own class; made by :func:`quantized_class`."""
+class QuantizedLayer(Switched):
+    """Mixed in before a layer's own class by :func:`switch`."""
 
-    base_class: ClassVar[type[nn.Module]]
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
 
@@ -81,11 +81,6 @@ class QuantizedLayer(nn.Module):
                 # Weights of a full-precision checkpoint: ranges fitted to other weights do not belong to them.
                 quantizer.configure(calibrated=False)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists in no module: rebuild it from the one it was made of.
-        getstate = getattr(self, "__getstate__", None)
-        return _rebuild, (self.base_class,), getstate() if getstate else self.__dict__
-
 
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _plain_classes: dict[type[nn.Module], bool] = {}
@@ -115,35 +110,27 @@ def _each_place(value: Any, places: int) -> tuple[int, ...]:
     return values * places if len(values) == 1 else values
 
 
-_classes: dict[type[nn.Module], type[QuantizedLayer]] = {}
-
-
-def quantized_class(base: type[nn.Module]) -> type[QuantizedLayer]:
-    """The quantized subclass of a layer's class; the same one each time, so that equal layers share compiled code."""
-    if base not in _classes:
-        namespace = {"base_class": base, "__module__": base.__module__, "__doc__": base.__doc__}
-        _classes[base] = type(f"Quantized{base.__name__}", (QuantizedLayer, base), namespace)
-    return _classes[base]
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = quantized_class(base)
-    return cls.__new__(cls)
-
-
 def switch(layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
     """Make a layer a quantized one, in place."""
-    layer.__class__ = quantized_class(type(layer))
+    switch_class(layer, QuantizedLayer)
     layer.add_module("weight_quantizer", weight_quantizer)
     layer.add_module("input_quantizer", input_quantizer)
 
 
-def switch_back(layer: QuantizedLayer, shared: bool = False) -> None:
-    """Make a quantized layer a plain one, in place, with the quantized weight written into its Parameter.
+def switch_back(layer: QuantizedLayer, shared: bool = False, written: bool = True) -> None:
+    """Make a quantized layer a plain one, in place, with the quantized weight ``written`` into its Parameter.
 
     One that is ``shared`` with a module that reads it in full precision, an embedding for one, is left to that; the
     layer gets a Parameter of its own.
     """
+    if written:
+        _write(layer, shared)
+    for name in ("weight_quantizer", "input_quantizer"):
+        layer._modules.pop(name, None)
+    switch_class_back(layer)
+
+
+def _write(layer: QuantizedLayer, shared: bool) -> None:
     with torch.no_grad():
         weight = layer.full_precision_weight()
         training = layer.weight_quantizer.training
@@ -158,5 +145,3 @@ def switch_back(layer: QuantizedLayer, shared: bool = False) -> None:
                 weight.copy_(value)
         finally:
             layer.weight_quantizer.train(training)
-    del layer.weight_quantizer, layer.input_quantizer
-    cast(nn.Module, layer).__class__ = layer.base_class

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torchmetrics import Metric
 
 from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.products import operand_names, operand_path
+from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.attach.widths import at_read_widths, check_names
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import whole
@@ -33,12 +35,14 @@ class Site:
 
     @property
     def channel_dim(self) -> int:
-        """Dimension of the weight that holds the output channels."""
+        """Dimension of the weight that holds the output channels; of a conditional convolution, the experts."""
         return 1 if isinstance(self.layer, _ConvTransposeNd) else 0
 
 
-def select(model: nn.Module, config: CPQConfig) -> list[Site]:
+def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[bool]] | None = None) -> list[Site]:
     """The layers of a model that a config quantizes, in registration order; reads only.
+
+    Patterns, and widths that are read, may also be those of the modules whose ``products`` are quantized.
 
     Raises:
         ValueError: no layer to quantize, a pattern that matches none, a layer that is not initialized yet, or
@@ -50,13 +54,14 @@ def select(model: nn.Module, config: CPQConfig) -> list[Site]:
             f"The model {type(model).__name__} has no layer to quantize: expected convolutions or linear layers with a "
             "weight of their own. Layers made in configure_model must exist before they can be quantized."
         )
-    _check_patterns(model, layers, config)
+    products = products or {}
+    _check_patterns(model, {**layers, **{name: model.get_submodule(name) for name in products}}, config)
     chosen = {n: m for n, m in layers.items() if not any(matches(n, m, p) for p in config.ignore)}
     if not chosen:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
     for name, layer in chosen.items():
         _check_weight(name, layer)
-    check_names(config, chosen)
+    check_names(config, [*chosen, *chosen_operands(model, products, config)])
     ends = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
     return [
         Site(
@@ -67,6 +72,25 @@ def select(model: nn.Module, config: CPQConfig) -> list[Site]:
         )
         for name, layer in chosen.items()
     ]
+
+
+def chosen_operands(
+    model: nn.Module, products: Mapping[str, Sequence[bool]], config: CPQConfig
+) -> dict[str, CPQConfig]:
+    """What is quantized of modules' products by their plans: full names of the operands, with their settings."""
+    found = {}
+    for name, plan in products.items():
+        module = model.get_submodule(name)
+        settings, _ = layer_settings(name, module, config, at_end=False)
+        if settings.act_bits is not None and not any(matches(name, module, pattern) for pattern in config.ignore):
+            for operand in operand_names(plan):
+                full = operand_path(name, operand)
+                found[full] = at_read_widths(settings, config, full)
+                if found[full].act_bits is None:
+                    raise ValueError(
+                        f"levels_from has no width for the operand {full!r}: leave its module out with ignore."
+                    )
+    return found
 
 
 def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
@@ -81,7 +105,9 @@ def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool)
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions (transposed ones too) and linear layers with a weight of their own, by name; metrics left out."""
+    """Convolutions (transposed and conditional ones too) and linear layers with a weight of their own, by name; metrics
+    left out.
+    """
     found: dict[str, nn.Module] = {}
     metrics: list[str] = []
     for name, module in model.named_modules():
@@ -89,7 +115,7 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
             metrics.append(f"{name}.")
         elif any(name.startswith(prefix) for prefix in metrics):
             continue
-        elif isinstance(module, nn.Linear | _ConvNd) and module._parameters.get("weight") is not None:
+        elif holds_weight(module):
             found[name] = module
     return found
 

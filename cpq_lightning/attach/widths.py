@@ -48,6 +48,9 @@ def with_levels_read(config: CPQConfig) -> CPQConfig:
         layer["name"]: {kind: layer[kind] and layer[kind]["bits"] for kind in ("weight", "activation")}
         for layer in content["layers"]
     }
+    widths |= {
+        operand["name"]: {"weight": None, "activation": operand["bits"]} for operand in content.get("products", [])
+    }
     return dataclasses.replace(config, levels_from=widths)
 
 
@@ -70,15 +73,15 @@ def check_names(config: CPQConfig, names: Iterable[str]) -> None:
     raise ValueError(
         f"levels_from: its {len(known)} layers are not the {len(names)} that are quantized here: {len(missing)} of "
         f"these are not in it, {len(unknown)} of it are not here, such as {example!r}{hint}. Read the levels of a run "
-        "of the same network with the same ignore."
+        "of the same network with the same ignore and attention."
     )
 
 
 def at_read_widths(settings: CPQConfig, config: CPQConfig, name: str) -> CPQConfig:
-    """Settings of one layer with the widths that ``levels_from`` holds for it."""
-    widths = read_weight_widths(config, name)
-    if widths is None or not isinstance(config.levels_from, dict):
+    """Settings of one layer, or of one operand of a product, with the widths that ``levels_from`` holds for it."""
+    if not isinstance(config.levels_from, dict) or name not in config.levels_from:
         return settings
+    widths = read_weight_widths(config, name) or [settings.weight_bits]
     return dataclasses.replace(
         settings,
         weight_bits=max(widths),
@@ -93,4 +96,6 @@ def read_weight_widths(config: CPQConfig, name: str) -> list[int] | None:
     if not isinstance(config.levels_from, dict) or name not in config.levels_from:
         return None
     weight = config.levels_from[name]["weight"]
+    if weight is None:
+        return None
     return list(weight) if isinstance(weight, list) else [weight]

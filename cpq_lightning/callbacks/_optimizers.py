@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from cpq_lightning.attach import quantized_layers, quantizers
+from cpq_lightning.attach import modules_with_products, quantized_layers, quantizers
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Beside, Companion, UpdateBound, adopt, release, takes_quantizers
 
@@ -145,4 +145,9 @@ def _holders(pl_module: LightningModule, optimizers: list[Any], default: int) ->
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None:
                 holders.setdefault(quantizer, index)
+    for _, module in modules_with_products(pl_module):
+        # Products are trained with the layers around them.
+        near = next((holders[q] for _, q in quantizers(module) if q in holders), default)
+        for _, quantizer in quantizers(module):
+            holders.setdefault(quantizer, near)
     return holders

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import QuantizedLayer, detach, is_attached, quantized_layers
+from cpq_lightning.attach import (
+    QuantizedLayer,
+    call_projections,
+    detach,
+    is_attached,
+    modules_with_products,
+    operand_names,
+    operand_path,
+    quantize_products,
+    quantized_layers,
+    quantized_operands,
+)
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.functional import along_channels
 from cpq_lightning.nn import Quantizer, is_sharded
@@ -102,7 +113,13 @@ def coded(
     """
     copied = evaluated(model)
     parts = {name: _parts(layer, grid_class) for name, layer in quantized_layers(copied)}
+    products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(copied)]
+    grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(copied)}
     detach(copied)
+    call_projections(copied)
+    for name, plan, counts in products:
+        own = {operand: grids[operand_path(name, operand)] for operand in operand_names(plan)}
+        quantize_products(copied.get_submodule(name), plan, counts, own, "input_grid")
     for name, (codes, step, channel_dim, grid) in parts.items():
         layer = copied.get_submodule(name)
         del layer._parameters["weight"]
@@ -119,8 +136,11 @@ def coded(
 def _parts(layer: QuantizedLayer, grid_class: type[InputGrid]) -> tuple[Tensor, Tensor, int, InputGrid | None]:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     step = weights.grid()[0].detach().clone()
-    grid = None if inputs is None or not inputs.calibrated else grid_class(*grid_of(inputs))
-    return weight_codes(layer).to(torch.int8), step, weights.channel_dim, grid
+    return weight_codes(layer).to(torch.int8), step, weights.channel_dim, _grid(inputs, grid_class)
+
+
+def _grid(quantizer: Quantizer | None, grid_class: type[InputGrid]) -> InputGrid | None:
+    return None if quantizer is None or not quantizer.calibrated else grid_class(*grid_of(quantizer))
 
 
 def grid_of(quantizer: Quantizer) -> tuple[Tensor, int, int]:
@@ -134,6 +154,17 @@ def coded_layers(model: nn.Module) -> Iterator[tuple[str, CodedLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, CodedLayer):
             yield name, module
+
+
+def canonical_names(network: nn.Module) -> dict[str, str]:
+    """Names in the ``state_dict`` of a module that is registered several times, each with the first one for it."""
+    first: dict[nn.Module, str] = {}
+    names = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        own = first.setdefault(module, name)
+        if own != name:
+            names |= {f"{name}.{key}": f"{own}.{key}" for key in (*module._parameters, *module._buffers)}
+    return names
 
 
 def check_exportable(model: nn.Module) -> None:
@@ -161,11 +192,19 @@ def check_exportable(model: nn.Module) -> None:
             )
         layer.fit_if_needed()
     unknown = uncalled(model)
-    if unknown and len(unknown) == sum(layer.input_quantizer is not None for layer in layers.values()):
+    if unknown and len(unknown) == sum(1 for _ in quantized_inputs(model)):
         raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")
 
 
 def uncalled(model: nn.Module) -> list[str]:
-    """Names of the layers whose input no forward has quantized: only their weight is read."""
-    layers = quantized_layers(model)
-    return [name for name, layer in layers if layer.input_quantizer and not layer.input_quantizer.calibrated]
+    """Names of the layers whose input no forward has quantized (only their weight is read), and of such operands."""
+    return [name for name, _, quantizer in quantized_inputs(model) if not quantizer.calibrated]
+
+
+def quantized_inputs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:
+    """Whatever quantizes its input in an attached model: layers, and operands of products without a weight."""
+    for name, layer in quantized_layers(model):
+        if layer.input_quantizer is not None:
+            yield name, cast(nn.Module, layer), layer.input_quantizer
+    for name, quantizer in quantized_operands(model):
+        yield name, model.get_submodule(name), quantizer

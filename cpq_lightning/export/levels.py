@@ -15,6 +15,7 @@ from cpq_lightning.attach import (
     QuantizedLayer,
     bit_operations,
     quantized_layers,
+    quantized_operands,
     size_bytes,
     unquantized_bytes,
     weight_bytes,
@@ -26,6 +27,10 @@ from cpq_lightning.functional import average_bits
 from cpq_lightning.nn import Quantizer, whole
 
 VERSION = 1
+
+
+# What a record of an activation has no value for.
+_OF_WEIGHTS = ("kind", "level_shares", "bytes", "macs", "bops")
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class LevelsRecord:
 
 
 def levels(model: nn.Module) -> list[LevelsRecord]:
-    """One record per quantizer of an attached model: each layer's weight, then its activation.
+    """One record per quantizer of an attached model: each layer's weight, then its activation; then the operands of
+    products without a weight, under names of their own.
 
     Of activations, levels in use and the error are known after a forward under
     :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch.
@@ -105,6 +111,8 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
         activation = _record(name, inputs, *(inputs.measured or (None, None)))
         bops = float((record.macs or 0) * record.mean_bits * activation.mean_bits)
         records += [replace(record, bops=bops), activation]
+    for name, quantizer in quantized_operands(model):
+        records.append(_record(name, quantizer, *(quantizer.measured or (None, None))))
     return records
 
 
@@ -162,21 +170,34 @@ def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
 
 
 def manifest(model: nn.Module) -> dict[str, Any]:
-    """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers.
+    """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers;
+    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight.
 
     Totals: ``weight_bits_avg`` is the average over the quantized weights that are not exempt as first or last
     layer, ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all quantized weights; ``act_bits_avg`` over
     activations (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed
     codes, steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was
-    attached; ``bops`` bit operations of one sample, ``null`` before a forward.
+    attached; ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True``
+    quantizes, ``null`` before a forward.
     """
     records = levels(model)
     by_layer: dict[str, dict[str, Any]] = {}
+    operands = {name for name, _ in quantized_operands(model)}
+    products = []
     for record in records:
         values = asdict(record)
+        if record.name in operands:
+            products.append({key: value for key, value in values.items() if key not in _OF_WEIGHTS})
+            continue
         entry = by_layer.setdefault(record.name, {"name": values["name"], "weight": None, "activation": None})
         entry[record.kind] = {key: value for key, value in values.items() if key not in ("name", "kind")}
-    return {"format": FORMAT, "version": VERSION, "totals": totals(model, records), "layers": list(by_layer.values())}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "totals": totals(model, records),
+        "layers": list(by_layer.values()),
+    }
+    return {**content, "products": products} if products else content
 
 
 def compact_manifest(model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.export.coded import InputGrid, input_of, with_input
+from cpq_lightning.attach import Operand, call_projections, quantize_products
+from cpq_lightning.export.coded import InputGrid, canonical_names, input_of, with_input
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.export.read import read_packed
 from cpq_lightning.functional import along_channels, level_bounds
@@ -58,16 +59,34 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
     state = {name: content.tensors[name] for name in content.header["rest"]}
     state |= {f"{name}.weight": weight for name, weight in weights.items()}
     _check_fit(network, state, [layer["name"] for layer in layers], path)
+    call_projections(network)
     for name, weight in weights.items():
         # Not copied into the Parameter that is there: an embedding may share it, in full precision.
         network.get_submodule(name).weight = nn.Parameter(weight)
     network.load_state_dict({name: state[name] for name in content.header["rest"]}, strict=False)
     for layer in layers:
-        entry = layer["input"]
-        if entry is not None:
-            grid = InputGrid(content.tensors[entry["step"]], *level_bounds(entry["bits"], entry["signed"]))
+        grid = _grid(layer["input"], content)
+        if grid is not None:
             quantize_input(network.get_submodule(layer["name"]), grid)
+    for entry in content.header["products"] if content.header["version"] > 1 else ():
+        grids = {operand: _grid(described, content) for operand, described in entry["operands"].items()}
+        module = _module(network, entry["module"], path)
+        quantize_products(module, entry["plan"], entry["counts"], grids, "input_grid")
     return network.eval().requires_grad_(False)
+
+
+def _grid(entry: Mapping[str, Any] | None, content: PackedFile) -> InputGrid | None:
+    if entry is None:
+        return None
+    return InputGrid(content.tensors[entry["step"]], *level_bounds(entry["bits"], entry["signed"]))
+
+
+def _module(network: nn.Module, name: str, path: str | Path) -> nn.Module:
+    # As it was built: what this file brings multiplies nothing.
+    own = {n: m for n, m in network.named_modules() if not isinstance(m, InputGrid | Operand)}
+    if name not in own:
+        raise ValueError(f"{path} quantizes the products of {name!r}, which the network does not have.")
+    return own[name]
 
 
 def quantize_input(layer: nn.Module, grid: InputGrid) -> None:
@@ -121,8 +140,9 @@ def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
 
 
 def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str], path: str | Path) -> None:
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
+    known = canonical_names(network)
+    expected = {known.get(name, name): tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {known.get(name, name): tuple(value.shape) for name, value in state.items()}
     for name in layers:
         key = f"{name}.weight"
         # A weight that is shared is in the network's state once for each of its names.

@@ -2,9 +2,10 @@
 
 Tensors, for each quantized layer ``L``: ``L.weight_codes`` (bytes, see
 :func:`~cpq_lightning.functional.pack_codes`; rows are the output channels), ``L.weight_step`` and, where its input is
-quantized, ``L.input_step`` (float32); and all else of the network's ``state_dict`` under its own name. The file's
-metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a newline, and that text, which lists the layers, the
-architecture, the levels, and type, shape and SHA-256 of each tensor.
+quantized, ``L.input_step`` (float32); ``O.input_step`` for each operand ``O`` of a product without a weight that is
+quantized (version 2; files without any are of version 1); and all else of the network's ``state_dict`` under its own
+name. The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a newline, and that text, which lists
+the layers, the architecture, the levels, and type, shape and SHA-256 of each tensor.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import quantized_layers
-from cpq_lightning.export.coded import CodedLayer, coded, coded_layers
+from cpq_lightning.attach import modules_with_products, operand_names, operand_path, quantized_layers
+from cpq_lightning.export.coded import CodedLayer, InputGrid, canonical_names, coded, coded_layers
 from cpq_lightning.export.levels import compact_manifest
 from cpq_lightning.functional import pack_codes, unpack_codes
 from cpq_lightning.version import __version__
 
 FORMAT = "cpq-lightning-packed"
-VERSION = 1
+VERSION = 2
 KEY = "cpq_lightning"
 
 
@@ -93,17 +94,26 @@ def _content(model: nn.Module, architecture: Mapping[str, Any] | None) -> tuple[
         if source == name:
             tensors[entry["codes"]] = pack_codes(layer.weight_codes.movedim(layer.channel_dim, 0).contiguous(), bits)
             tensors[entry["step"]] = layer.weight_step
-        layers.append({"name": name, "weight": entry, "input": _input_entry(name, layer)})
-        if layer.input_grid is not None:
-            tensors[f"{name}.input_step"] = layer.input_grid.step
+        layers.append({"name": name, "weight": entry, "input": _input_entry(name, layer.input_grid, tensors)})
+    products = []
+    for name, module in modules_with_products(network):
+        operands = {}
+        for operand in operand_names(module.product_plan):
+            path, grid = operand_path(name, operand), module.product_operands[operand]._modules.get("input_grid")
+            own.add(f"{path}.input_grid.step")
+            operands[operand] = _input_entry(path, grid, tensors)
+        plan, counts = list(module.product_plan), sorted(module.product_counts)
+        products.append({"module": name, "plan": plan, "counts": counts, "operands": operands})
+    own |= canonical_names(network).keys()
     rest = {name: value for name, value in network.state_dict().items() if name not in own}
     tensors |= {name: value.contiguous().clone() for name, value in rest.items()}
     header = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if products else 1,
         "written_by": f"cpq-lightning {__version__}",
         "architecture": None if architecture is None else dict(architecture),
         "layers": layers,
+        **({"products": products} if products else {}),
         "rest": list(rest),
         "levels": compact_manifest(model),
         "tensors": {name: _vouch(value) for name, value in tensors.items()},
@@ -121,10 +131,11 @@ def _weight_entry(layer: CodedLayer, source: str, bits: int | list[int]) -> dict
     }
 
 
-def _input_entry(name: str, layer: CodedLayer) -> dict[str, Any] | None:
-    grid = layer.input_grid
-    if grid is None:
+def _input_entry(name: str, grid: nn.Module | None, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """How an input is quantized; its step goes to the ``tensors``."""
+    if not isinstance(grid, InputGrid):
         return None
+    tensors[f"{name}.input_step"] = grid.step
     bits = (grid.high - grid.low + 1).bit_length() - 1
     return {"bits": bits, "signed": grid.low < 0, "step": f"{name}.input_step"}
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cpq_lightning.attach import operand_names
 from cpq_lightning.export.packed import FORMAT, KEY, VERSION, PackedFile, digest
 from cpq_lightning.functional import check_bits
 
@@ -122,6 +123,36 @@ def _version_1(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
     return PackedFile(header, tensors)
 
 
+def _version_2(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> PackedFile:
+    try:
+        names = [_check_products(entry, tensors) for entry in header["products"]]
+        if len(set(names)) != len(names):
+            raise ValueError("a module is listed twice")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
+    return _version_1(header, tensors, path)
+
+
+def _check_products(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    name, plan, counts, operands = (entry[key] for key in ("module", "plan", "counts", "operands"))
+    if not isinstance(name, str) or not isinstance(plan, list) or not plan or not all(type(p) is bool for p in plan):
+        raise ValueError(f"the products of {name!r} are {plan}")
+    if not isinstance(counts, list) or not all(type(c) is int and 0 <= c <= len(plan) for c in counts) or not counts:
+        raise ValueError(f"the products of {name!r} are {counts} in number")
+    if set(operands) != set(operand_names(plan)):
+        raise ValueError(f"the products of {name!r} have the operands {sorted(operands)}")
+    for operand, grid in operands.items():
+        if grid is not None:
+            check_bits(f"bits of operand {operand!r} of {name!r}", grid["bits"])
+            _check_input(grid, f"operand {operand!r} of {name!r}", tensors)
+    return name
+
+
+def _check_input(entry: Mapping[str, Any], owner: str, tensors: Mapping[str, Tensor]) -> None:
+    if tensors[entry["step"]].shape != (1,) or type(entry["signed"]) is not bool:
+        raise ValueError(f"the input of {owner} has no single step")
+
+
 def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     name, weight, entry = layer["name"], layer["weight"], layer["input"]
     shape, dim = weight["shape"], weight["channel_dim"]
@@ -139,13 +170,16 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
         raise ValueError(
             f"layer {name!r} has codes of {tuple(codes.shape)} for {bits} bits, steps of {tuple(step.shape)}"
         )
-    if entry is not None and (tensors[entry["step"]].shape != (1,) or type(entry["signed"]) is not bool):
-        raise ValueError(f"the input of layer {name!r} has no single step")
+    if entry is not None:
+        _check_input(entry, f"layer {name!r}", tensors)
     return name
 
 
 # One reader a version of the format; a version that has been released keeps its own.
-_READERS: dict[int, Callable[[dict[str, Any], dict[str, Tensor], Path], PackedFile]] = {VERSION: _version_1}
+_READERS: dict[int, Callable[[dict[str, Any], dict[str, Tensor], Path], PackedFile]] = {
+    1: _version_1,
+    VERSION: _version_2,
+}
 
 
 def _foreign(path: Path, reason: str) -> ValueError:

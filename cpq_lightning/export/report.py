@@ -25,7 +25,10 @@ _SHOWN = (
 
 
 def write_csv(manifest: Mapping[str, Any], path: Path) -> None:
-    """A row a quantizer; levels' shares as numbers apart by spaces, from the lowest level to the highest."""
+    """A row a quantizer, operands of products without a weight last.
+
+    Levels' shares are numbers apart by spaces, from the lowest level to the highest.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -36,6 +39,9 @@ def write_csv(manifest: Mapping[str, Any], path: Path) -> None:
                 levels = values["high"] - values["low"] + 1
                 row = {**values, "layer": layer["name"], "kind": kind, "levels": levels}
                 writer.writerow({key: _cell(value) for key, value in row.items()})
+    for operand in manifest.get("products", ()):
+        row = {**operand, "layer": operand["name"], "kind": "operand", "levels": operand["high"] - operand["low"] + 1}
+        writer.writerow({key: _cell(value) for key, value in row.items()})
     write_atomically(path, text.getvalue())
 
 

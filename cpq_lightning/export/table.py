@@ -35,6 +35,11 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         star = layer["weight"]["exempt"]
         exempt = exempt or star
         table.add_row(f"{layer['name']}{' *' if star else ''}", *cells)
+    for operand in manifest.get("products", []):
+        # "blocks.0.attn 0 left": a side of the module's first product.
+        module, _, side = operand["name"].rpartition("product_operands.")
+        name = f"{module.rstrip('.')} {side.replace('_', ' ')}"
+        table.add_row(name, *_cells(None), *_cells(operand))
     notes = ["used: levels that occur; error: relative squared error; u: unsigned"]
     if any(isinstance(layer["weight"]["step"], list) for layer in manifest["layers"]):
         notes.append("~ mean over the channels, each of which has a step of its own")

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import QuantizedLayer, quantized_layers
-from cpq_lightning.export.coded import evaluated, grid_of, input_of
+from cpq_lightning.attach import quantized_layers
+from cpq_lightning.export.coded import evaluated, grid_of, input_of, quantized_inputs
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.export.samples import Samples, flat_outputs
 from cpq_lightning.functional import along_channels
+from cpq_lightning.nn import Quantizer
 
 # A layer's name, and which of its calls in a forward.
 Place = tuple[str, int]
@@ -104,10 +105,9 @@ class Reference:
         values: dict[Place, Tensor] = {}
         codes: dict[Place, Tensor] = {}
         with ExitStack() as stack:
-            for name, layer in quantized_layers(self.model):
-                if layer.input_quantizer is not None:
-                    hook = _observe(name, layer, values, codes)
-                    stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for name, module, quantizer in quantized_inputs(self.model):
+                hook = _observe(name, quantizer, values, codes)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             outputs = flat_outputs(self.model(*inputs))
         return _Trace(outputs, values, codes)
 
@@ -130,9 +130,7 @@ class Reference:
         return found
 
 
-def _observe(name: str, layer: QuantizedLayer, values: dict[Place, Tensor], codes: dict[Place, Tensor]) -> Any:
-    quantizer = layer.input_quantizer
-    assert quantizer is not None
+def _observe(name: str, quantizer: Quantizer, values: dict[Place, Tensor], codes: dict[Place, Tensor]) -> Any:
     step, _, _ = grid_of(quantizer)
     count = 0
 

@@ -2,6 +2,7 @@
 
 from cpq_lightning.functional.allocate import WidthChange as WidthChange
 from cpq_lightning.functional.allocate import adjust_widths as adjust_widths
+from cpq_lightning.functional.attention import attention as attention
 from cpq_lightning.functional.categorical import Estimator as Estimator
 from cpq_lightning.functional.categorical import quantize as quantize
 from cpq_lightning.functional.categorical import quantize_unchecked as quantize_unchecked

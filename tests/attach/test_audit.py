@@ -93,3 +93,44 @@ def test_a_forward_that_raises_leaves_no_mode_behind():
         model(torch.randn(2, 5, 8, 8))
     assert not torch.overrides._get_current_function_mode_stack()
     model(torch.randn(2, 3, 8, 8))
+
+
+class ByHand(nn.Module):
+    """Products with Parameters and weights that no layer's call stands for."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.query = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 1))
+        self.rnn, self.attention = nn.GRU(4, 4), nn.MultiheadAttention(4, 2)
+        self.fixed = nn.Buffer(torch.randn(4, 4))
+
+    def forward(self, x):
+        x = self.fc(x)
+        x = x * (x @ self.query.view(4, 1)) + x @ self.fixed
+        x, _ = self.rnn(x)
+        x, _ = self.attention(x, x, x)
+        return F.linear(x @ self.fc.weight.T, self.fc.weight)
+
+
+def test_products_with_parameters_are_named_apart_from_those_of_activations():
+    net = attach(ByHand())
+    with Audit(net) as audit:
+        net(torch.randn(3, 2, 4))
+    assert audit.report.unquantized == [
+        ("", "matmul", "input and weight"),
+        ("rnn", "gru", "input and weight"),
+        ("attention", "multi_head_attention_forward", "input and weight"),
+        ("", "matmul", "input"),
+        # What a weight has been multiplied by is no weight.
+        ("", "linear", "input"),
+    ]
+    assert audit.report.activation_products == [("", "matmul")]
+
+
+def test_a_layer_that_is_left_out_and_standardizes_its_weight_is_not_named():
+    conv = timm.layers.StdConv2d(3, 4, 3)
+    net = attach(nn.Sequential(nn.Conv2d(3, 3, 3), conv), CPQConfig(ignore=("StdConv2d",)))
+    calibrate(net, [torch.randn(2, 3, 8, 8)])
+    with Audit(net) as audit:
+        net(torch.randn(2, 3, 8, 8))
+    assert audit.report.unquantized == []

@@ -262,9 +262,9 @@ def test_arguments_that_do_not_fit_the_file_allocate_nothing(tmp_path):
 
 def test_a_newer_version_names_who_reads_it(written):
     _, path = written
-    resigned(path, lambda header: header.update(version=2, written_by="cpq-lightning 9.1"))
+    resigned(path, lambda header: header.update(version=3, written_by="cpq-lightning 9.1"))
     with pytest.raises(
-        ValueError, match=r"version 2 of the packed format, written by cpq-lightning 9\.1; .* version 1"
+        ValueError, match=r"version 3 of the packed format, written by cpq-lightning 9\.1; .* version 1, 2"
     ):
         load_quantized(path, convnet())
 
@@ -363,3 +363,27 @@ def test_a_failed_write_leaves_what_was_there(written, monkeypatch):
         export_model(quantized(), path.parent, name="net", samples=IMAGES)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+class Twice(nn.Module):
+    """A layer and a norm under two names, as CoaT's blocks share their position encoding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        self.again, self.head = self.first, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.again(self.first(x)))
+
+
+def test_a_module_under_several_names_is_stored_once(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    net = calibrate(attach(Twice()), [x]).eval()
+    export = export_model(net, tmp_path, samples=x)
+    with safetensors.safe_open(export.path, "pt") as file:
+        assert not [name for name in file.keys() if name.startswith("again")]  # noqa: SIM118
+    plain = load_quantized(export.path, Twice())
+    assert plain.first is plain.again
+    assert torch.equal(plain(x), net(x))

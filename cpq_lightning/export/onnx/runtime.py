@@ -200,7 +200,8 @@ _MOVES = {
 
 
 def quantized_inputs(graph: ir.Graph) -> dict[Place, ir.Node]:
-    """Which quantizer each product with a layer's weight gets its input from, in the order of the graph.
+    """Which quantizer each product with a layer's weight gets its input from, in the order of the graph, and those of
+    both sides of products without a weight.
 
     Exporters merge quantizers that do the same, so the name that one has may be another layer's.
     """
@@ -209,15 +210,22 @@ def quantized_inputs(graph: ir.Graph) -> dict[Place, ir.Node]:
     for node in graph:
         if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
             continue
+        sides = [_back(side, _MOVES, _quantizes_input) for side in node.inputs[:2]]
+        if sides[1] is not None:
+            for quantize in sides:
+                if quantize is not None:
+                    operand = str(layer_of(quantize, "input"))
+                    found[operand, counts.get(operand, 0)] = quantize
+                    counts[operand] = counts.get(operand, 0) + 1
+            continue
         weight = _back(node.inputs[1], None, _decodes_weight)
         if weight is None:
             continue
         layer = str(layer_of(weight, "weight"))
         place = (layer, counts.get(layer, 0))
         counts[layer] = place[1] + 1
-        quantize = _back(node.inputs[0], _MOVES, _quantizes_input)
-        if quantize is not None:
-            found[place] = quantize
+        if sides[0] is not None:
+            found[place] = sides[0]
     return found
 
 

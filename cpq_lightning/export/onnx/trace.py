@@ -79,7 +79,8 @@ class OnnxLayer(CodedLayer):
         if self.input_grid is None:
             # Of a matrix alone ONNX Runtime makes a product that rounds the other side to 8 bits (MatMulNBits).
             weight = weight.unsqueeze(0)
-        y = torch.matmul(x, weight)
+        # An operator rather than torch.matmul: it is no product of the module around it, whose own may be quantized.
+        y = torch.ops.aten.matmul.default(x, weight)
         bias: Any = self.bias
         y = y if bias is None else y + bias
         return y.squeeze(1) if flat else y
@@ -103,8 +104,9 @@ def trace(model: nn.Module, samples: Samples) -> ir.Model:
     for name, layer in coded_layers(network):
         assert isinstance(layer, OnnxLayer)
         layer.layer_name = name
-        if isinstance(layer.input_grid, OnnxGrid):
-            layer.input_grid.layer_name = name
+    for name, module in network.named_modules():
+        if isinstance(module, OnnxGrid):
+            module.layer_name = name.rpartition(".")[0]
     return trace_plain(network, samples)
 
 

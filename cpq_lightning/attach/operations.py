@@ -1,0 +1,77 @@
+"""Which of torch's operations multiply matrices, and which only move values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+WITH_WEIGHT: set[Any] = {
+    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+}  # fmt: skip
+WITHOUT_WEIGHT: set[Any] = {
+    torch.matmul, torch.mm, torch.mv, torch.bmm, torch.inner, torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm,
+    torch.einsum, torch.tensordot, torch.linalg.matmul, torch.linalg.multi_dot, Tensor.__matmul__, Tensor.__rmatmul__,
+    Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.bmm, Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.addbmm,
+    Tensor.baddbmm, F.scaled_dot_product_attention,
+}  # fmt: skip
+# Of these the first operand is added to the product of the others.
+_ADDED_FIRST: set[Any] = {
+    torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm, Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm,
+}  # fmt: skip
+# Operations that multiply by weights inside.
+FUSED: set[Any] = {
+    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, F.multi_head_attention_forward,  # type: ignore[attr-defined]
+}  # fmt: skip
+# What leaves a quantized tensor quantized: it moves values, or adds zeros, which every grid holds.
+_KEEPING = {
+    "reshape", "view", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "expand",
+    "contiguous", "to", "float", "half", "bfloat16", "type", "pad", "clone", "detach", "__getitem__", "chunk", "split",
+    "unbind", "repeat", "unfold", "t", "select", "narrow", "view_as", "reshape_as", "expand_as", "type_as", "swapaxes",
+    "swapdims", "repeat_interleave",
+}  # fmt: skip
+_TURNING: set[Any] = {
+    Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__,  # type: ignore[attr-defined]
+}  # fmt: skip
+
+
+def keeps_values(func: Any) -> bool:
+    """Whether an operation only moves the values of its first argument."""
+    return getattr(func, "__name__", "") in _KEEPING or func in _TURNING
+
+
+def flat_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec, list[int]]:
+    """A call's arguments as a flat list, how they were nested, and which of them are multiplied."""
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if func in _ADDED_FIRST:
+        added = args[0] if args else kwargs["input"]
+        places.remove(next(place for place in places if leaves[place] is added))
+    return leaves, spec, places
+
+
+def multiply_accumulates(func: Any, args: tuple[Any, ...], operands: list[Tensor], out: Tensor) -> int:
+    """How many a product of two tensors takes; 0 of an einsum that does not name all dimensions."""
+    if func is not torch.einsum:
+        return out.numel() * operands[0].shape[-1]
+    terms = str(args[0]).replace(" ", "").partition("->")[0].split(",")
+    sizes = {
+        letter: size
+        for term, t in zip(terms, operands, strict=False)
+        for letter, size in zip(term, t.shape, strict=False)
+    }
+    named = all(len(term) == t.dim() for term, t in zip(terms, operands, strict=False))
+    return math.prod(sizes.values()) if named else 0
+
+
+def product_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What a product of two (or, of attention's, three) tensors multiplies, of a call's arguments."""
+    if func is F.scaled_dot_product_attention:
+        return [args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key", "value"))]
+    leaves, _, places = flat_operands(func, args, kwargs)
+    return [leaves[place] for place in places]

@@ -1,0 +1,185 @@
+"""Products of two activations, such as attention's q·kᵀ and attention·v: a module whose own products are quantized."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_unflatten
+
+from cpq_lightning.attach.operations import WITHOUT_WEIGHT, flat_operands
+from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.functional import attention
+from cpq_lightning.nn import Quantizer
+
+
+class Operand(nn.Module):
+    """One side of a product: what quantizes it, ``input_quantizer``, or ``input_grid`` in an artefact."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for part in self.children():
+            input = part(input)
+        return input
+
+
+class QuantizedProducts(Switched):
+    """Mixed in before a module's own class by :func:`quantize_products`.
+
+    Attributes:
+        product_plan: For each matrix product that its forward makes, in order, whether it is quantized;
+            ``scaled_dot_product_attention`` makes two.
+        product_counts: How many products a forward may make in all; one that makes others goes another way than those
+            did that the plan is of, and fails.
+        product_operands: An :class:`Operand` for both sides of each of these, ``0_left``, ``0_right``, ``1_left``, …
+    """
+
+    product_plan: tuple[bool, ...]
+    product_counts: frozenset[int]
+    product_operands: nn.ModuleDict
+
+    @classmethod
+    def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
+        @functools.wraps(base.forward)
+        def forward(self: QuantizedProducts, *args: Any, **kwargs: Any) -> Any:
+            # Exporters, and Lightning, read the names of a forward's arguments.
+            return QuantizedProducts.forward(self, *args, **kwargs)
+
+        return {"forward": forward}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        operands = self.product_operands if any(self.product_plan) else None
+        with _Quantizing(self.product_plan, operands) as products:
+            output = super().forward(*args, **kwargs)
+        if products.made not in self.product_counts:
+            raise RuntimeError(
+                f"attention=True: a forward of {self.base_class.__name__} multiplies {products.made} times, and "
+                f"{sorted(self.product_counts)} times when its products were found. Which is which is not known then: "
+                "leave the module out with ignore, or let its forward go the same way in training and in evaluation."
+            )
+        return output
+
+
+def operand_names(plan: Sequence[bool]) -> list[str]:
+    """Keys of :attr:`QuantizedProducts.product_operands` for a plan."""
+    return [f"{product}_{side}" for product, counts in enumerate(plan) if counts for side in ("left", "right")]
+
+
+def operand_path(module: str, operand: str) -> str:
+    """Dotted name of an operand of a module's products."""
+    return f"{module}.product_operands.{operand}" if module else f"product_operands.{operand}"
+
+
+def quantize_products(
+    module: nn.Module,
+    plan: Sequence[bool],
+    counts: Iterable[int],
+    parts: Mapping[str, nn.Module | None],
+    part_name: str,
+) -> None:
+    """Let a module quantize what its forward multiplies, in place.
+
+    Args:
+        module: The module whose own forward makes the products.
+        plan: See :class:`QuantizedProducts`.
+        counts: Likewise.
+        parts: What quantizes each operand, by :func:`operand_names`; ``None`` leaves one as it is.
+        part_name: Its name in the :class:`Operand`.
+    """
+    if any(plan) and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ValueError(
+            f"attention=True: {type(module).__name__} multiplies activations and is a container, which would take what "
+            "quantizes them for one of its own: leave it out with ignore, or multiply in a module of its own."
+        )
+    operands = nn.ModuleDict()
+    for name in operand_names(plan):
+        part = parts[name]
+        operands[name] = Operand()
+        if part is not None:
+            operands[name].add_module(part_name, part)
+    operands.train(module.training)
+    switched = switch_class(module, QuantizedProducts)
+    switched.product_plan = tuple(map(bool, plan))
+    switched.product_counts = frozenset(counts)
+    if operands:
+        switched.product_operands = operands
+
+
+def leave_products(module: QuantizedProducts) -> None:
+    """Take back :func:`quantize_products`."""
+    for name in ("product_plan", "product_counts"):
+        module.__dict__.pop(name, None)
+    module._modules.pop("product_operands", None)
+    switch_class_back(module)
+
+
+def modules_with_products(model: nn.Module) -> Iterator[tuple[str, QuantizedProducts]]:
+    """The modules of a model whose products are quantized, with their names, in registration order."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedProducts):
+            yield name, module
+
+
+def quantized_operands(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """What quantizes the sides of products in an attached model, with the names of the operands."""
+    for name, module in modules_with_products(model):
+        for operand in operand_names(module.product_plan):
+            yield operand_path(name, operand), module.product_operands[operand].input_quantizer  # type: ignore[misc]
+
+
+class _Running(threading.local):
+    """The forwards under way in a thread, the innermost one last: a product belongs to it alone."""
+
+    def __init__(self) -> None:
+        self.forwards: list[_Quantizing] = []
+
+
+_running = _Running()
+
+
+class _Quantizing(TorchFunctionMode):
+    """One forward of a module; each product that it makes gets its operands quantized as the plan says."""
+
+    def __init__(self, plan: tuple[bool, ...], operands: nn.ModuleDict | None) -> None:
+        super().__init__()
+        self.plan = plan
+        self.operands = operands
+        self.made = 0
+
+    def __enter__(self) -> _Quantizing:
+        _running.forwards.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        _running.forwards.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in WITHOUT_WEIGHT or _running.forwards[-1] is not self:
+            return func(*args, **kwargs)
+        fused = func is F.scaled_dot_product_attention
+        first, self.made = self.made, self.made + 1 + fused
+        if self.operands is None or not any(self.plan[first : self.made]):
+            return func(*args, **kwargs)
+        sides = [
+            self.operands[f"{product}_{side}"] if any(self.plan[product : product + 1]) else nn.Identity()
+            for product in range(first, self.made)
+            for side in ("left", "right")
+        ]
+        if fused:
+            return attention(*args, **kwargs, operands=sides)
+        leaves, spec, places = flat_operands(func, args, kwargs)
+        if len(places) != len(sides):
+            return func(*args, **kwargs)
+        for place, side in zip(places, sides, strict=True):
+            leaves[place] = side(leaves[place])
+        quantized, named = tree_unflatten(leaves, spec)
+        return func(*quantized, **named)

@@ -1,0 +1,40 @@
+"""What timm's own layers need: which of them hold a weight, and attention that reads a layer's weight by itself."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from timm.layers import CondConv2d  # type: ignore[attr-defined]
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+# What the module did before, kept on it.
+_BEFORE = "_cpq_qkv_bias_separate"
+
+
+def holds_weight(module: nn.Module) -> bool:
+    """Whether a module is a layer with a weight to quantize: convolutions, transposed and conditional ones too, and
+    linear layers.
+    """
+    layer = isinstance(module, nn.Linear | _ConvNd | CondConv2d)
+    return layer and module._parameters.get("weight") is not None
+
+
+def call_projections(model: nn.Module) -> None:
+    """Let attention call its ``qkv`` layer, so that the layer quantizes its input.
+
+    timm's beit, eva and swin_transformer_v2 join three biases and multiply by ``qkv.weight`` themselves; with
+    ``qkv_bias_separate``, timm's own switch, they call the layer and add the biases behind it: the same sum, rounded
+    once more.
+    """
+    for module in model.modules():
+        if getattr(module, "qkv_bias_separate", None) is False and isinstance(getattr(module, "qkv", None), nn.Module):
+            cast(Any, module).qkv_bias_separate = True
+            module.__dict__[_BEFORE] = False
+
+
+def restore_projections(model: nn.Module) -> None:
+    """Take back :func:`call_projections`."""
+    for module in model.modules():
+        if _BEFORE in module.__dict__:
+            cast(Any, module).qkv_bias_separate = module.__dict__.pop(_BEFORE)
