@@ -22,7 +22,9 @@ ON_VIT = [v.TORCH, v.EXPECTATION, v.BREVITAS, v.NNCF]
 
 
 def _options(only=None, **settings):
-    return SimpleNamespace(**({"only": only, "compile": False, "functional": False, "brute_force": False} | settings))
+    return SimpleNamespace(
+        **({"only": only, "compile": False, "functional": False, "brute_force": False, "attention": False} | settings)
+    )
 
 
 def _buildable():

@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
     made.add_argument("--rounds", type=int, default=7, help="how often each variant takes a step, 2 or more (7)")
     made.add_argument("--only", nargs="+", metavar="NAME", choices=list(VARIANTS), help=f"of: {', '.join(VARIANTS)}")
+    made.add_argument("--attention", action="store_true", help="also CPQ with products of activations quantized")
     made.add_argument("--functional", action="store_true", help="also CPQ without compiled kernels")
     made.add_argument("--brute-force", action="store_true", help="also CPQ with all grid points: minutes, and some GB")
     made.add_argument("--compile", action="store_true", help="full precision and CPQ under torch.compile")

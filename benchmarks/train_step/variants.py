@@ -18,6 +18,7 @@ EXPECTATION, ARGMAX = "CPQ expectation", "CPQ argmax"
 WIDE, NARROW = "CPQ expectation, 8 bits", "CPQ expectation, 2 bits"
 LEARNED, FROZEN = "CPQ, widths of 8 to 2 bits learned", "CPQ, widths fixed after learning"
 FUNCTIONAL, BRUTE = "CPQ expectation, functional", "CPQ expectation, brute force"
+ATTENTION = "CPQ expectation, attention too"
 BREVITAS, NNCF = "Brevitas", "NNCF, int8"
 
 
@@ -62,7 +63,7 @@ def _cpq(**settings: Any) -> Callable[[nn.Module, Tensor], nn.Module]:
     def build(model: nn.Module, images: Tensor) -> nn.Module:
         ignore = tuple(name for name, _ in peers.layers(model) if not peers.is_site(model, name))
         config = CPQConfig(first_last_bits=None, ignore=ignore, **settings)
-        return calibrate(attach(model, config), [images])
+        return calibrate(attach(model, config, example_inputs=images), [images])
 
     return build
 
@@ -86,6 +87,7 @@ VARIANTS: dict[str, Variant] = {
     NARROW: Variant(_cpq(weight_bits=2, act_bits=2)),
     LEARNED: Variant(_learned, against=(FULL, TORCH, EXPECTATION), learns=True),
     FROZEN: Variant(frozen, against=(FULL, TORCH, EXPECTATION)),
+    ATTENTION: Variant(_cpq(attention=True), against=(FULL, EXPECTATION), option="attention"),
     FUNCTIONAL: Variant(_cpq(), against=(FULL, EXPECTATION), option="functional", kernels=False),
     # Dozens of times as long as the others, which need more rounds the shorter they are.
     BRUTE: Variant(peers.brute_force, against=(FULL, EXPECTATION), option="brute_force", rounds=3),
