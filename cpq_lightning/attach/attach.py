@@ -14,7 +14,6 @@ from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
 from cpq_lightning.attach.products import (
     leave_products,
     modules_with_products,
-    operand_names,
     operand_path,
     quantize_products,
     quantized_operands,
@@ -28,7 +27,7 @@ from cpq_lightning.attach.select import (
     select,
 )
 from cpq_lightning.attach.timm_layers import call_projections, restore_projections
-from cpq_lightning.attach.widths import read_weight_widths, with_levels_read
+from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
@@ -70,16 +69,18 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     products = find_products(model, example_inputs) if config.attention else {}
     plans = {name: found.plan for name, found in products.items()}
     sites = select(model, config, plans)
+    chosen = chosen_operands(model, plans, config)
+    paths = [operand_path(name, operand) for name, own in chosen.items() for operand in own]
+    check_names(config, [*(site.name for site in sites), *paths])
     shared: dict[int, Quantizer] = {}
     pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
-    operands = _build_operands(model, chosen_operands(model, plans, config), 2 * len(sites))
+    operands = _build_operands(model, chosen, 2 * len(sites))
     try:
         # Before layers, which may multiply something by themselves as well.
         for name, found in products.items():
-            parts = {operand: operands.get(operand_path(name, operand)) for operand in operand_names(found.plan)}
             # One that is left out keeps its products to itself, so that they do not count as its caller's.
-            plan = found.plan if all(parts.values()) else [False] * len(found.plan)
-            quantize_products(model.get_submodule(name), plan, found.counts, parts, "input_quantizer")
+            plan = found.plan if name in operands else [False] * len(found.plan)
+            quantize_products(model.get_submodule(name), plan, found.counts, operands.get(name, {}), "input_quantizer")
         for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
             switch(site.layer, weight_quantizer, input_quantizer)
         call_projections(model)
@@ -147,13 +148,18 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
     return weights, inputs
 
 
-def _build_operands(model: nn.Module, chosen: Mapping[str, CPQConfig], key: int) -> dict[str, Quantizer]:
-    built = {}
-    for place, (path, settings) in enumerate(chosen.items()):
-        module = model.get_submodule(path.rpartition("product_operands.")[0].rstrip("."))
+def _build_operands(
+    model: nn.Module, chosen: Mapping[str, Mapping[str, CPQConfig]], key: int
+) -> dict[str, dict[str, Quantizer]]:
+    keys = itertools.count(key)
+    built: dict[str, dict[str, Quantizer]] = {}
+    for name, operands in chosen.items():
+        module = model.get_submodule(name)
         tensor = next(itertools.chain(module.parameters(), module.buffers(), model.parameters()))
-        built[path] = Quantizer("activation", settings, key=key + place, device=tensor.device)
-        built[path].train(module.training)
+        built[name] = {
+            operand: Quantizer("activation", settings, key=next(keys), device=tensor.device).train(module.training)
+            for operand, settings in operands.items()
+        }
     return built
 
 

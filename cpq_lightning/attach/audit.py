@@ -72,16 +72,20 @@ class AuditReport:
                 f"{len(lines)} matrix products with a weight stayed unquantized in the first forward: {_some(lines)}."
             )
         if self.overlooked:
-            lines = [f"{module or 'the model itself'} ({op})" for module, op in self.overlooked]
             found.append(
-                f"attention=True: {len(lines)} products of two activations stayed unquantized, of modules that "
-                f"multiplied nothing in the forward that the model was attached with: {_some(lines)}. Give attach(..., "
+                f"attention=True: {len(self.overlooked)} products of two activations stayed unquantized, of modules "
+                "that multiplied nothing in the forward that the model was attached with: "
+                f"{_some(_where_and_what(self.overlooked))}. Give attach(..., "
                 "example_inputs=...), or an example_input_array, that lead there too."
             )
         if self.activation_products:
-            lines = [f"{module or 'the model itself'} ({op})" for module, op in self.activation_products]
+            lines = _where_and_what(self.activation_products)
             found.append(f"{len(lines)} products of two activations are not quantized: {_some(lines)}.")
         return found
+
+
+def _where_and_what(products: list[tuple[str, str]]) -> list[str]:
+    return [f"{module or 'the model itself'} ({op})" for module, op in products]
 
 
 def _some(names: list[str], most: int = 5) -> str:

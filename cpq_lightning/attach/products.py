@@ -52,8 +52,7 @@ class QuantizedProducts(Switched):
         return {"forward": forward}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        operands = self.product_operands if any(self.product_plan) else None
-        with _Quantizing(self.product_plan, operands) as products:
+        with _Quantizing(self.product_operands if any(self.product_plan) else {}) as products:
             output = super().forward(*args, **kwargs)
         if products.made not in self.product_counts:
             raise RuntimeError(
@@ -142,11 +141,10 @@ _running = _Running()
 
 
 class _Quantizing(TorchFunctionMode):
-    """One forward of a module; each product that it makes gets its operands quantized as the plan says."""
+    """One forward of a module; the products that it makes get their operands quantized, of those that have some."""
 
-    def __init__(self, plan: tuple[bool, ...], operands: nn.ModuleDict | None) -> None:
+    def __init__(self, operands: nn.ModuleDict | dict[str, nn.Module]) -> None:
         super().__init__()
-        self.plan = plan
         self.operands = operands
         self.made = 0
 
@@ -167,13 +165,10 @@ class _Quantizing(TorchFunctionMode):
             return func(*args, **kwargs)
         fused = func is F.scaled_dot_product_attention
         first, self.made = self.made, self.made + 1 + fused
-        if self.operands is None or not any(self.plan[first : self.made]):
+        names = [f"{product}_{side}" for product in range(first, self.made) for side in ("left", "right")]
+        if not any(name in self.operands for name in names):
             return func(*args, **kwargs)
-        sides = [
-            self.operands[f"{product}_{side}"] if any(self.plan[product : product + 1]) else nn.Identity()
-            for product in range(first, self.made)
-            for side in ("left", "right")
-        ]
+        sides = [self.operands[name] if name in self.operands else nn.Identity() for name in names]
         if fused:
             return attention(*args, **kwargs, operands=sides)
         leaves, spec, places = flat_operands(func, args, kwargs)

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from cpq_lightning.attach.layers import QuantizedLayer
 from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.attach.timm_layers import holds_weight
-from cpq_lightning.attach.widths import at_read_widths, check_names
+from cpq_lightning.attach.widths import at_read_widths
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import whole
 
@@ -42,7 +42,7 @@ class Site:
 def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[bool]] | None = None) -> list[Site]:
     """The layers of a model that a config quantizes, in registration order; reads only.
 
-    Patterns, and widths that are read, may also be those of the modules whose ``products`` are quantized.
+    Patterns may also be of the modules whose ``products`` are quantized.
 
     Raises:
         ValueError: no layer to quantize, a pattern that matches none, a layer that is not initialized yet, or
@@ -61,7 +61,6 @@ def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
     for name, layer in chosen.items():
         _check_weight(name, layer)
-    check_names(config, [*chosen, *chosen_operands(model, products, config)])
     ends = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
     return [
         Site(
@@ -76,20 +75,22 @@ def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[
 
 def chosen_operands(
     model: nn.Module, products: Mapping[str, Sequence[bool]], config: CPQConfig
-) -> dict[str, CPQConfig]:
-    """What is quantized of modules' products by their plans: full names of the operands, with their settings."""
-    found = {}
+) -> dict[str, dict[str, CPQConfig]]:
+    """What is quantized of modules' products by their plans: the settings of each operand, by module and operand."""
+    found: dict[str, dict[str, CPQConfig]] = {}
     for name, plan in products.items():
         module = model.get_submodule(name)
         settings, _ = layer_settings(name, module, config, at_end=False)
-        if settings.act_bits is not None and not any(matches(name, module, pattern) for pattern in config.ignore):
-            for operand in operand_names(plan):
-                full = operand_path(name, operand)
-                found[full] = at_read_widths(settings, config, full)
-                if found[full].act_bits is None:
-                    raise ValueError(
-                        f"levels_from has no width for the operand {full!r}: leave its module out with ignore."
-                    )
+        if settings.act_bits is None or any(matches(name, module, pattern) for pattern in config.ignore):
+            continue
+        found[name] = {}
+        for operand in operand_names(plan):
+            path = operand_path(name, operand)
+            found[name][operand] = at_read_widths(settings, config, path)
+            if found[name][operand].act_bits is None:
+                raise ValueError(
+                    f"levels_from has no width for the operand {path!r}: leave its module out with ignore."
+                )
     return found
 
 
