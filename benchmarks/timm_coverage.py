@@ -84,6 +84,13 @@ class Row:
     seconds: float = 0.0
 
 
+def timm_modules() -> list[str]:
+    """timm's own modules, among those that are registered with it."""
+    return [
+        m for m in sorted(list_modules()) if timm.model_entrypoint(list_models(module=m)[0]).__module__[:5] == "timm."
+    ]
+
+
 def smallest_model(module: str) -> str:
     """The model of fewest parameters of a timm module."""
     return min(list_models(module=module), key=_parameters)
@@ -296,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", help="timm modules; all of them by default")
     parser.add_argument("--anew", action="store_true", help="run modules again that have a row")
     options = parser.parse_args(arguments)
-    known = sorted(list_modules())
+    known = timm_modules()
     unknown = sorted(set(options.modules) - set(known))
     if unknown:
         parser.error(f"timm {timm.__version__} has no module {', '.join(unknown)}")

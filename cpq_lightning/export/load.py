@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach import Operand, call_projections, quantize_products
+from cpq_lightning.backbones import create_backbone, known_backbone
 from cpq_lightning.export.coded import InputGrid, canonical_names, input_of, with_input
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.export.read import read_packed
@@ -112,14 +113,14 @@ def _build(architecture: Mapping[str, Any] | None, path: str | Path, check: Call
             f"{path} asks for {name!r} with {sorted(arguments)}, which would load other files: give the network, as "
             "load_quantized(path, model=network)."
         )
-    if not timm.is_model(name):
+    if not known_backbone(name):
         raise ValueError(
             f"{path} is of the architecture {name!r}, which timm {timm.__version__} does not have: install the timm "
             f"that it was trained with ({architecture.get('version', 'unknown')}), or give the network as model=."
         )
     try:
         with torch.device("meta"):
-            sketch = timm.create_model(name, pretrained=False, **arguments)
+            sketch = create_backbone(name, **arguments)
     except TypeError as error:
         raise ValueError(f"{path} asks for {name!r} with arguments that it does not take: {error}") from None
     except (NotImplementedError, RuntimeError):
@@ -128,7 +129,7 @@ def _build(architecture: Mapping[str, Any] | None, path: str | Path, check: Call
     if sketch is not None:
         # Before anything of the size that the arguments ask for is allocated.
         check(sketch)
-    return timm.create_model(name, pretrained=False, **arguments)
+    return create_backbone(name, **arguments)
 
 
 def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
