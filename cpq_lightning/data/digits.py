@@ -1,0 +1,66 @@
+"""The UCI handwritten digits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset, TensorDataset
+
+from cpq_lightning.data.base import ImageDataModule
+
+
+class DigitsDataModule(ImageDataModule):
+    """The UCI handwritten digits that scikit-learn ships: 1,797 real images of 8 x 8 pixels, 10 classes, grey.
+
+    Nothing is downloaded. The images that validate also test.
+
+    Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository, 1998.
+
+    Args:
+        batch_size: Images a batch, on each process.
+        image_size: Images are enlarged to this many pixels a side.
+        val_fraction: Share of the images that validates; the same ones for the same ``seed``.
+        num_workers: Processes that load.
+        seed: Seed of the split.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: an argument out of its range.
+    """
+
+    class_names = tuple("0123456789")
+
+    def __init__(
+        self, batch_size: int = 64, image_size: int = 32, val_fraction: float = 0.2, num_workers: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__(batch_size, val_fraction, num_workers, seed)
+        if val_fraction == 0:
+            raise ValueError("val_fraction must be over 0: the digits have no test images apart.")
+        self.save_hyperparameters()
+        self.image_size = image_size
+        self._data: TensorDataset | None = None
+
+    def training_data(self, augmented: bool) -> Dataset[Any]:
+        if self._data is None:
+            images, labels = _digits()
+            images = interpolate(images, size=self.image_size, mode="bilinear", align_corners=False)
+            # Mean and standard deviation of the pixels, which run from 0 to 1.
+            self._data = TensorDataset((images - 0.305) / 0.376, labels)
+        return self._data
+
+    def evaluation_data(self) -> None:
+        return None
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "The digits come with scikit-learn, which is not installed: pip install 'cpq-lightning[recipes]'."
+        ) from error
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.as_tensor(labels)

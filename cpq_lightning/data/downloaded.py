@@ -1,0 +1,97 @@
+"""Data sets that torchvision downloads."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+from urllib.error import URLError
+
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from cpq_lightning.data.base import ImageDataModule, MissingDataError
+
+
+class DownloadedDataModule(ImageDataModule):
+    """A data set of torchvision, in its own format on the disk, with training and test images.
+
+    Args:
+        root: Folder that has it, or gets it.
+        batch_size: Images a batch, on each process.
+        image_size: Pixels a side; other than the data's own, images are scaled.
+        val_fraction: As of :class:`~cpq_lightning.data.base.ImageDataModule`.
+        num_workers: Processes that load.
+        seed: Seed of the split.
+        download: Whether to download it where ``root`` does not have it.
+        mixup: As of :class:`~cpq_lightning.data.base.ImageDataModule`.
+        cutmix: Likewise.
+
+    Raises:
+        FileNotFoundError: when data are asked for that are not there, with what to do.
+        ValueError: an argument out of its range.
+    """
+
+    title: ClassVar[str]
+    dataset: ClassVar[Callable[..., Dataset[Any]]]
+    files: ClassVar[str]
+    size: ClassVar[int]
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        image_size: int | None = None,
+        val_fraction: float = 0.1,
+        num_workers: int = 2,
+        seed: int = 0,
+        download: bool = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, num_workers, seed, mixup, cutmix)
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
+        self.save_hyperparameters()
+        self.root, self.image_size, self.download = root, image_size or self.size, download
+
+    @abstractmethod
+    def augmentations(self) -> list[Any]:
+        """What training does to an image of the right size."""
+
+    def prepare_data(self) -> None:
+        if not self.download:
+            return
+        try:
+            for train in (True, False):
+                self._load(train, None, download=True)
+        except (OSError, RuntimeError, URLError) as error:
+            raise MissingDataError(
+                self.title, self.root, f"it could not be downloaded ({error}). Put {self.files} there by other means."
+            ) from error
+
+    def training_data(self, augmented: bool) -> Dataset[Any]:
+        return self._load(True, self._transform(augmented))
+
+    def evaluation_data(self) -> Dataset[Any]:
+        return self._load(False, self._transform(False))
+
+    def _transform(self, augmented: bool) -> v2.Compose:
+        scaled = [] if self.image_size == self.size else [v2.Resize(self.image_size)]
+        tensors = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        return v2.Compose([*scaled, *(self.augmentations() if augmented else []), *tensors])
+
+    def _load(self, train: bool, transform: Any, download: bool = False) -> Dataset[Any]:
+        try:
+            return type(self).dataset(self.root, train=train, transform=transform, download=download)
+        except RuntimeError as error:
+            if download:
+                raise
+            raise MissingDataError(
+                self.title,
+                self.root,
+                f"give download=True (--data.download true), or put {self.files} there; torchvision says: {error}",
+            ) from error
