@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,7 +17,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from cpq_lightning.attach import attach, with_levels_read
+from cpq_lightning.backbones import create_backbone
 from cpq_lightning.callbacks.cpq import CPQCallback
+from cpq_lightning.callbacks.distillation import DistillationCallback, check_distillation
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import ORIGINS, load_samples, save_samples
 
@@ -26,27 +27,37 @@ from cpq_lightning.export import ORIGINS, load_samples, save_samples
 class QuantizedModule(LightningModule):
     """A timm backbone with Cluster-Promoting Quantization, trained by cross-entropy.
 
-    Batches are ``(images, labels)``. Logged are ``train_loss``, ``train_acc``, ``val_loss``, ``val_acc`` (top 1) and,
-    with more than five classes, ``val_acc_top5``; in testing the same with ``test``. A Trainer without a
-    :class:`~cpq_lightning.CPQCallback` gets one with its default settings, which calibrates and reports.
+    Batches are ``(images, labels)``, labels as numbers or, mixed in training, as probabilities. Logged are
+    ``train_loss``, ``train_acc``, ``val_loss``, ``val_acc`` (top 1) and, with more than five classes,
+    ``val_acc_top5``; in testing the same with ``test``. A Trainer without a :class:`~cpq_lightning.CPQCallback` gets
+    one with its default settings, which calibrates and reports.
 
     ``QuantizedModule.load_from_checkpoint(path)`` restores a module whose backbone was named; one that was built
     around an ``nn.Module`` needs it again: ``load_from_checkpoint(path, backbone=network)``. The optimizer and the
     scheduler are no part of a checkpoint's settings: give them again to train on.
 
     Args:
-        backbone: Name of a timm model, or any module from images to logits.
-        num_classes: Classes.
+        backbone: Name of a timm model, ``"cifar_resnet20"``, ``"cifar_vgg7"``, or any module from images to logits.
+        num_classes: Classes; ``None`` is the number that the backbone's pretrained weights distinguish (and, for the
+            command ``cpq``, that of the data).
         quantization: What to quantize, and how; ``None`` leaves the network in full precision.
-        pretrained: Whether a named backbone starts from timm's pretrained weights.
+        pretrained: Whether a named backbone starts from timm's pretrained weights; or the path of a file with weights
+            of that backbone (safetensors, ``.pth``, or a Lightning checkpoint that has it inside).
         backbone_args: Further arguments of ``timm.create_model``, such as ``in_chans`` or ``img_size``.
         label_smoothing: Mass that the loss spreads over all classes, 0 to 1.
         optimizer: Makes the optimizer from the parameters; ``None`` is AdamW with a rate of 0.001 and a decay of 0.05.
         lr_scheduler: Makes the scheduler from the optimizer; ``None`` keeps the rate.
         lr_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
+        teacher: Whose class probabilities the quantized network learns too: ``"self"`` (its own full-precision copy,
+            taken when quantization begins), the name of a timm model, or the path of a checkpoint; see
+            :class:`~cpq_lightning.callbacks.DistillationCallback`.
+        distillation_weight: How much the teacher counts against the labels, over 0 and up to 1.
+        distillation_temperature: Temperature of both probabilities; low-bit networks do best near 1.
+        class_names: Names of the classes, for whoever uses the checkpoint.
 
     Raises:
-        ValueError: an unknown backbone, or an argument out of its range.
+        ValueError: an unknown backbone, weights that do not fit it, or an argument out of its range.
+        FileNotFoundError: ``pretrained`` is the path of no file.
 
     Example:
         ``QuantizedModule("resnet18", num_classes=10, quantization=CPQConfig(weight_bits=4, act_bits=4))``
@@ -55,26 +66,37 @@ class QuantizedModule(LightningModule):
     def __init__(
         self,
         backbone: str | nn.Module,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         quantization: CPQConfig | None = CPQConfig(),  # noqa: B008 - frozen
-        pretrained: bool = False,
+        pretrained: bool | str = False,
         backbone_args: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        teacher: str | None = None,
+        distillation_weight: float = 0.5,
+        distillation_temperature: float = 1.0,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
+        if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}.")
+        check_distillation(distillation_weight, distillation_temperature)
+        if teacher == "self" and quantization is None:
+            raise ValueError(
+                "teacher='self' is for a network that is quantized: give quantization, or another teacher."
+            )
         if isinstance(quantization, Mapping):
             # As a checkpoint holds it: plain values, so that it loads without unpickling classes.
             quantization = CPQConfig(**quantization)
         if quantization is not None:
             # A checkpoint holds the widths themselves, not the path of a file that may be gone.
             quantization = with_levels_read(quantization)
+        model = _build(backbone, num_classes, pretrained, backbone_args or {})
+        num_classes = _count_classes(model, num_classes, class_names)
         self.save_hyperparameters(
             {
                 "backbone": backbone if isinstance(backbone, str) else None,
@@ -84,9 +106,13 @@ class QuantizedModule(LightningModule):
                 "backbone_args": dict(backbone_args or {}),
                 "label_smoothing": label_smoothing,
                 "lr_interval": lr_interval,
+                "teacher": teacher,
+                "distillation_weight": distillation_weight,
+                "distillation_temperature": distillation_temperature,
+                "class_names": None if class_names is None else list(class_names),
             }
         )
-        self.model = _build(backbone, num_classes, pretrained, backbone_args or {})
+        self.model = model
         self.label_smoothing = label_smoothing
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -101,10 +127,15 @@ class QuantizedModule(LightningModule):
             attach(self, quantization)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        if self.hparams["quantization"] is None:
-            return []
-        present = any(isinstance(c, CPQCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if present else [CPQCallback()]
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        added: list[Callback] = []
+        if self.hparams["quantization"] is not None and not any(issubclass(c, CPQCallback) for c in present):
+            added.append(CPQCallback())
+        teacher = self.hparams["teacher"]
+        if teacher is not None and not any(issubclass(c, DistillationCallback) for c in present):
+            settings = (self.hparams[f"distillation_{name}"] for name in ("weight", "temperature"))
+            added.append(DistillationCallback(teacher, *settings, module="model"))
+        return added
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (batch, num_classes)."""
@@ -114,7 +145,8 @@ class QuantizedModule(LightningModule):
         images, labels = batch
         logits = self(images)
         loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        self.train_acc(logits, labels)
+        # Labels that mixup has made are probabilities.
+        self.train_acc(logits, labels.argmax(1) if labels.is_floating_point() else labels)
         self.log("train_loss", loss)
         self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
         return loss
@@ -181,7 +213,7 @@ def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:
 
 
 def _build(
-    backbone: str | nn.Module | None, num_classes: int, pretrained: bool, arguments: dict[str, Any]
+    backbone: str | nn.Module | None, num_classes: int | None, pretrained: bool | str, arguments: dict[str, Any]
 ) -> nn.Module:
     if isinstance(backbone, nn.Module):
         if pretrained or arguments:
@@ -194,11 +226,15 @@ def _build(
             "backbone is missing: expected the name of a timm model or an nn.Module. A checkpoint of a module that was "
             "built around an nn.Module is restored with load_from_checkpoint(path, backbone=network)."
         )
-    if ":" not in backbone and not timm.is_model(backbone):
-        names = timm.list_models()
-        near = difflib.get_close_matches(backbone, names, n=3, cutoff=0.4)
-        near = near or [name for name in names if name.startswith(backbone[:3])][:3]
+    return create_backbone(backbone, pretrained=pretrained, num_classes=num_classes, **arguments)
+
+
+def _count_classes(network: nn.Module, num_classes: int | None, class_names: Sequence[str] | None) -> int:
+    count = getattr(network, "num_classes", None) if num_classes is None else num_classes
+    if not isinstance(count, int):
         raise ValueError(
-            f"backbone {backbone!r} is no timm model. Near matches: {near}; timm.list_models() has all {len(names)}."
+            f"num_classes is missing, and {type(network).__name__} does not tell: give the number of classes."
         )
-    return timm.create_model(backbone, pretrained=pretrained, num_classes=num_classes, **arguments)
+    if class_names is not None and len(class_names) != count:
+        raise ValueError(f"class_names must be {count}, one a class, got {len(class_names)}.")
+    return count

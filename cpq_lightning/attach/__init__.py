@@ -3,6 +3,7 @@
 from cpq_lightning.attach.attach import attach as attach
 from cpq_lightning.attach.attach import correct_ends as correct_ends
 from cpq_lightning.attach.attach import detach as detach
+from cpq_lightning.attach.attach import full_precision_copy as full_precision_copy
 from cpq_lightning.attach.attach import is_attached as is_attached
 from cpq_lightning.attach.attach import quantized_layers as quantized_layers
 from cpq_lightning.attach.attach import quantizers as quantizers
@@ -11,6 +12,7 @@ from cpq_lightning.attach.attach import set_active as set_active
 from cpq_lightning.attach.attach import set_noise_step as set_noise_step
 from cpq_lightning.attach.audit import Audit as Audit
 from cpq_lightning.attach.audit import AuditReport as AuditReport
+from cpq_lightning.attach.audit import unaudited as unaudited
 from cpq_lightning.attach.calibrate import FailedElsewhere as FailedElsewhere
 from cpq_lightning.attach.calibrate import calibrate as calibrate
 from cpq_lightning.attach.calibrate import recording as recording

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -188,13 +189,30 @@ def detach(model: M) -> M:
     read_elsewhere = {id(p) for module in plain for p in module._parameters.values() if p is not None}
     for layer in layers.values():
         switch_back(layer, shared=id(layer.full_precision_weight()) in read_elsewhere)
+    _forget(model)
+    return model
+
+
+def _forget(model: nn.Module) -> None:
+    """Everything of an attached model that is not in its layers."""
     _take_back(model)
     forget_first_forward(model)
     model.__dict__.pop("_cpq_config", None)
     for handle, hook in list(model._forward_pre_hooks.items()):
         if hook is _advance_noise:
             del model._forward_pre_hooks[handle]
-    return model
+
+
+def full_precision_copy(model: M) -> M:
+    """A copy of a model, or of a part of one, without quantizers: plain layers with the weights that are trained.
+
+    A model that is not quantized is copied as it is; of a compiled one, what was compiled.
+    """
+    copied: M = copy.deepcopy(getattr(model, "_orig_mod", model))
+    for _, layer in list(quantized_layers(copied)):
+        switch_back(layer, written=False)
+    _forget(copied)
+    return copied
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,19 @@ from cpq_lightning.nn import Quantizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_UNAUDITED: ContextVar[bool] = ContextVar("unaudited", default=False)
+
+
+@contextmanager
+def unaudited() -> Iterator[None]:
+    """Run what is no part of the model that an audit watches, such as a teacher."""
+    token = _UNAUDITED.set(True)
+    try:
+        yield
+    finally:
+        _UNAUDITED.reset(token)
 
 
 @dataclass
@@ -159,6 +174,8 @@ class Audit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if _UNAUDITED.get():
+            return out
         if func in WITH_WEIGHT:
             self._product(func, args, kwargs, out)
         elif func in WITHOUT_WEIGHT:

@@ -78,6 +78,9 @@ def _start(model: nn.Module, args: Any) -> None:
     if state == "done":
         # Not when it was done: torch may be walking over the hooks there.
         forget_first_forward(model)
+    elif state is None and not auditable(model):
+        # A part of it is compiled.
+        model.__dict__["_cpq_audit"] = "done"
     elif state is None:
         audit = model.__dict__["_cpq_audit"] = Audit(model)
         audit.__enter__()

@@ -3,5 +3,6 @@
 from cpq_lightning.callbacks.batch_norm import BatchNormReestimation as BatchNormReestimation
 from cpq_lightning.callbacks.bit_budget import BitBudget as BitBudget
 from cpq_lightning.callbacks.cpq import CPQCallback as CPQCallback
+from cpq_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
 from cpq_lightning.callbacks.dropbits import DropBitsSchedule as DropBitsSchedule
 from cpq_lightning.callbacks.temperature import TemperatureSchedule as TemperatureSchedule

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from torch import nn
 
 from cpq_lightning.attach import quantized_layers
 from cpq_lightning.callbacks._finish import nothing_is_lost
+from cpq_lightning.callbacks._network import part_with, shipped_name
 from cpq_lightning.callbacks._run import overrides
 from cpq_lightning.export import (
     Format,
@@ -56,19 +55,8 @@ def _candidates(pl_module: LightningModule) -> list[nn.Module]:
     chosen = getattr(pl_module, "export_module", None)
     if chosen is not None:
         return [chosen()]
-    names = [name.split(".")[:-1] for name, _ in quantized_layers(pl_module)]
-    levels = zip(*names, strict=False)
-    shared = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
-    network = pl_module.get_submodule(".".join(shared))
+    network = part_with(pl_module, (name for name, _ in quantized_layers(pl_module)))
     return [pl_module, network] if overrides(pl_module, "forward") else [network]
-
-
-def shipped_name(pl_module: LightningModule) -> str:
-    """The name of its files: that of a timm backbone, or of the module's class."""
-    backbone = pl_module.hparams.get("backbone")
-    if isinstance(backbone, str) and hasattr(pl_module, "export_architecture"):
-        return re.sub(r"[^\w.-]", "_", backbone.rpartition(":")[2])
-    return type(pl_module).__name__
 
 
 def _architecture(pl_module: LightningModule) -> dict[str, Any] | None:

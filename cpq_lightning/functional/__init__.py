@@ -9,6 +9,7 @@ from cpq_lightning.functional.categorical import quantize_unchecked as quantize_
 from cpq_lightning.functional.cost import WidthCost as WidthCost
 from cpq_lightning.functional.cost import average_bits as average_bits
 from cpq_lightning.functional.cost import packed_bytes as packed_bytes
+from cpq_lightning.functional.distill import distillation_loss as distillation_loss
 from cpq_lightning.functional.dropbits import expected_bits as expected_bits
 from cpq_lightning.functional.dropbits import hard_concrete as hard_concrete
 from cpq_lightning.functional.dropbits import keyed_uniform as keyed_uniform
