@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor
 
-from cpq_lightning.callbacks._ship import known_samples, shipped_name
+from cpq_lightning.callbacks._network import shipped_name
+from cpq_lightning.callbacks._ship import known_samples
 from cpq_lightning.export import Container, Format, Samples, export_model, export_table
 from cpq_lightning.module import QuantizedModule
 
@@ -96,6 +98,45 @@ def _own_samples(module: QuantizedModule) -> Samples:
         return Samples.synthetic([[channels, *shape[1:]]], _SYNTHETIC_SAMPLES)
 
 
+def data_module(settings: Any) -> LightningDataModule:
+    """The data module that settings of ``class_path`` and ``init_args`` describe."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    return parser.instantiate(parser.parse_object({"data": settings}))["data"]
+
+
+def fill_in(model: Any, data: Any) -> None:
+    """What the settings of a QuantizedModule and of its data leave open, from each other, in place.
+
+    A data module with a ``backbone`` and an ``image_size`` gets the model's; the model gets ``num_classes`` and
+    ``class_names`` of a data module that has them.
+
+    Raises:
+        ValueError: the model is to distinguish fewer classes than the data have.
+    """
+    arguments = data.get("init_args") or {}
+    if "backbone" in arguments and arguments["backbone"] is None and isinstance(model.get("backbone"), str):
+        arguments["backbone"] = model["backbone"]
+    if "image_size" in arguments and arguments["image_size"] is None:
+        arguments["image_size"] = (model.get("backbone_args") or {}).get("img_size")
+    known = locate(data["class_path"])
+    if not any(hasattr(known, name) for name in ("num_classes", "class_names")):
+        return
+    source: Any = data_module(data)
+    try:
+        names = getattr(source, "class_names", None)
+    except FileNotFoundError:
+        # They are in files that may still be downloaded.
+        names = None
+    count = getattr(source, "num_classes", None if names is None else len(names))
+    if model.get("num_classes") is None:
+        model["num_classes"] = count
+    elif count is not None and model["num_classes"] < count:
+        raise ValueError(f"model.num_classes is {model['num_classes']}, and the data has {count}: leave it out.")
+    if model.get("class_names") is None and names is not None and len(names) == model["num_classes"]:
+        model["class_names"] = list(names)
+
+
 def samples_of(config: str, count: int) -> Samples:
     """Validation inputs of the data module that a config names.
 
@@ -111,10 +152,10 @@ def samples_of(config: str, count: int) -> Samples:
     chosen = content.get("data", content) if isinstance(content, dict) else {}
     if not isinstance(chosen, dict) or "class_path" not in chosen:
         raise ValueError(f"data={config} has neither 'data:' nor 'class_path:': expected the config of a run's data.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
     try:
-        module: LightningDataModule = parser.instantiate(parser.parse_object({"data": chosen}))["data"]
+        if isinstance(content.get("model"), dict):
+            fill_in(content["model"], chosen)
+        module = data_module(chosen)
     except Exception as error:
         raise ValueError(f"data={config}: {error}") from None
     module.prepare_data()

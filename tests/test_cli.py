@@ -18,15 +18,10 @@ CPQ = Path(sys.executable).with_name("cpq")
 ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def cpq(*arguments, cwd, **settings):
-    return subprocess.run(
-        [CPQ, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, **settings
-    )
-
-
 @pytest.mark.slow
 def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
-    result = cpq("fit", "--config", ROOT / "recipes" / "digits.yaml", cwd=tmp_path)
+    command = [CPQ, "fit", "--config", "recipes/digits.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "lightning_logs" / "version_0"
     content = json.loads((run / "levels.json").read_text())
@@ -42,8 +37,8 @@ def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_learned_recipe_ends_at_its_target_and_reports_again(tmp_path):
-    result = cpq("fit", "--config", ROOT / "recipes" / "digits_learned.yaml", cwd=tmp_path)
+def test_the_learned_recipe_ends_at_its_target_and_reports_again(tmp_path, cpq):
+    result = cpq("fit", "--config", "recipes/digits_learned.yaml")
     assert result.returncode == 0, result.stderr
     run = tmp_path / "lightning_logs" / "version_0"
     content = json.loads((run / "levels.json").read_text())
@@ -58,37 +53,36 @@ def test_the_learned_recipe_ends_at_its_target_and_reports_again(tmp_path):
     pictures = ["levels.csv", "levels.png", "clusters.png", "trajectory.png"]
     for name in pictures:
         (run / name).unlink()
-    again = cpq("report", run, cwd=tmp_path)
+    again = cpq("report", run)
     assert again.returncode == 0, again.stderr
     assert "model.layer4.0.conv1" in again.stdout
     assert all((run / name).stat().st_size > 1000 and name in again.stdout for name in pictures)
 
 
-def test_doctor_tells_which_computation_runs(tmp_path):
-    lines = cpq("doctor", cwd=tmp_path).stdout.splitlines()
+def test_doctor_tells_which_computation_runs(cpq):
+    lines = cpq("doctor").stdout.splitlines()
     assert lines[0] == f"cpq-lightning {__version__}"
     assert any(line.startswith("CPU: ") for line in lines)
 
 
-def test_a_report_of_no_run_is_refused_in_a_sentence(tmp_path):
-    result = cpq("report", tmp_path, cwd=tmp_path)
+def test_a_report_of_no_run_is_refused_in_a_sentence(tmp_path, cpq):
+    result = cpq("report", tmp_path)
     assert result.returncode != 0
     assert "levels.json is missing" in result.stderr
     (tmp_path / "levels.json").write_text("{}")
-    assert "is no levels.json" in cpq("report", tmp_path, cwd=tmp_path).stderr
+    assert "is no levels.json" in cpq("report", tmp_path).stderr
     layers = [{"name": "fc", "weight": {"bits": 4}, "activation": None}]
     (tmp_path / "levels.json").write_text(json.dumps({"format": "cpq-levels", "layers": layers, "totals": {}}))
-    result = cpq("report", tmp_path, cwd=tmp_path)
+    result = cpq("report", tmp_path)
     assert "has no step, low" in result.stderr
     assert "Traceback" not in result.stderr
-    assert "Traceback" not in result.stderr
 
 
-def test_help_and_print_config(tmp_path):
-    top = cpq("--help", cwd=tmp_path)
+def test_help_and_print_config(cpq):
+    top = cpq("--help")
     assert top.returncode == 0
-    assert "fit" in top.stdout
-    printed = cpq("fit", "--config", ROOT / "recipes" / "digits.yaml", "--print_config", cwd=tmp_path)
+    assert all(name in top.stdout for name in ("fit", "validate", "test", "predict", "export", "report", "doctor"))
+    printed = cpq("fit", "--config", "recipes/digits.yaml", "--print_config")
     assert printed.returncode == 0, printed.stderr
     config = yaml.safe_load(printed.stdout)
     assert config["model"]["quantization"]["weight_bits"] == 4
@@ -107,9 +101,9 @@ def test_help_and_print_config(tmp_path):
         ("quantization.ignore", "[nowhere.*]", "the pattern 'nowhere.*' matches no layer"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_named(tmp_path, setting, value, message):
-    recipe = ROOT / "recipes" / "digits.yaml"
-    result = cpq("fit", "--config", recipe, f"--model.{setting}", value, cwd=tmp_path)
+def test_a_mistake_on_the_command_line_is_named(cpq, setting, value, message):
+    recipe = "recipes/digits.yaml"
+    result = cpq("fit", "--config", recipe, f"--model.{setting}", value)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -212,3 +206,70 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "digits.yaml").write_text("mine")
     assert _shipped("recipes/digits.yaml") == "recipes/digits.yaml"
+
+
+def test_python_m_is_the_same_command(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "cpq_lightning", "--version"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert ran.stdout.split() == ["cpq", __version__]
+
+
+@pytest.mark.slow
+def test_completion_in_bash(tmp_path):
+    """What pressing the tabulator key would offer."""
+    command = [CPQ, "--print_completion=shtab-bash"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout) < 2_000_000
+    (tmp_path / "cpq.bash").write_text(ran.stdout)
+    (tmp_path / "try.bash").write_text(
+        "source cpq.bash\n"
+        'offer() { COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()\n'
+        "  $(complete -p cpq | sed 's/.*-F \\([^ ]*\\).*/\\1/'); echo \"${COMPREPLY[@]}\"; }\n"
+        "offer cpq exp\noffer cpq fit --trainer.max_e\noffer cpq export --form\noffer cpq fit --model.lr_interval ''\n"
+        "offer cpq fit --data ''\n"
+    )
+    offered = subprocess.run(["bash", "try.bash"], cwd=tmp_path, capture_output=True, text=True).stdout.splitlines()
+    assert offered[:4] == ["export", "--trainer.max_epochs", "--format", "epoch step"]
+    assert "cpq_lightning.data.CIFAR10DataModule" in offered[4]
+
+
+SHORT = (
+    "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+)  # fmt: skip
+
+
+def test_a_run_folder_is_not_overwritten(cpq):
+    where = ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=here", "--trainer.logger.version=mine")
+    digits = ("fit", "--config", "recipes/digits.yaml", *SHORT, "--trainer.callbacks=null", *where)
+    first = cpq(*digits)
+    assert first.returncode == 0, first.stderr
+    run = first.folder / "here" / "lightning_logs" / "mine"
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
+    again = cpq(*digits)
+    assert again.returncode == 2
+    assert "is the folder of a run already, with config.yaml, levels.json, checkpoints" in again.stderr
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob("*") if p.is_file()} == before
+    # Without a version it counts up.
+    assert cpq(*digits[:-1]).returncode == 0
+    assert (run.parent / "version_0" / "levels.json").exists()
+
+
+def test_what_the_model_leaves_open_the_data_say(cpq):
+    result = cpq("fit", "--config", "recipes/digits.yaml", *SHORT, "--model.num_classes=null")
+    assert result.returncode == 0, result.stderr
+    (path,) = result.folder.rglob("config.yaml")
+    # Saved as it was given: with other data it is open again.
+    settings = yaml.safe_load(path.read_text())["model"]
+    assert settings["num_classes"] is settings["class_names"] is None
+    (checkpoint,) = result.folder.rglob("*.ckpt")
+    hparams = QuantizedModule.load_from_checkpoint(checkpoint).hparams
+    assert (hparams["num_classes"], hparams["class_names"]) == (10, list("0123456789"))
+    # The run's own config runs again, and its checkpoint is evaluated.
+    arguments = ("validate", "--config", path, "--ckpt_path", checkpoint, "--trainer.enable_progress_bar=false")
+    assert cpq(*arguments).returncode == 0
+    crowded = cpq("fit", "--config", "recipes/digits.yaml", *SHORT, "--data.batch_size=5000")
+    assert "batch_size=5000 is more than the 1438 images that train" in crowded.stderr
+    refused = cpq("fit", "--config", "recipes/digits.yaml", "--model.num_classes=3")
+    assert "model.num_classes is 3, and the data has 10" in refused.stderr

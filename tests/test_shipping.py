@@ -10,6 +10,7 @@ import yaml
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
 from cpq_lightning.cli import main
 from cpq_lightning.data import DigitsDataModule
+from cpq_lightning.shipping import fill_in
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,28 @@ def test_a_full_precision_run_has_nothing_to_export(tmp_path):
         {"state_dict": {}, "hyper_parameters": {"backbone": "resnet18", "quantization": None}}, tmp_path / "a.ckpt"
     )
     assert "is of a run in full precision" in refusal(["--ckpt", str(tmp_path / "a.ckpt")])
+
+
+class OnlyCounted(DigitsDataModule):
+    class_names = None
+    num_classes = 10
+
+
+class OnlyNamed:
+    class_names = ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("data", "classes"), [("OnlyCounted", (10, None)), ("OnlyNamed", (2, ["a", "b"])), ("dict", (None, None))]
+)
+def test_what_is_left_open_is_filled_in(data, classes, monkeypatch):
+    monkeypatch.setattr("cpq_lightning.shipping.data_module", lambda settings: globals()[data]())
+    model = {"backbone": "resnet18", "num_classes": None, "class_names": None, "backbone_args": {"img_size": 96}}
+    path = "builtins.dict" if data == "dict" else f"tests.test_shipping.{data}"
+    settings = {"class_path": path, "init_args": {"backbone": None, "image_size": None}}
+    fill_in(model, settings)
+    assert (model["num_classes"], model["class_names"]) == classes
+    assert settings["init_args"] == {"backbone": "resnet18", "image_size": 96}
+    own = {"class_path": path, "init_args": {"backbone": "vit_tiny_patch16_224", "image_size": 64}}
+    fill_in(dict(model), own)
+    assert own["init_args"] == {"backbone": "vit_tiny_patch16_224", "image_size": 64}

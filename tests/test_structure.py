@@ -18,13 +18,14 @@ FLOORS = [
     ["functional", "version"],
     ["kernels"],
     ["config"],
-    ["nn"],
+    ["nn", "backbones"],
     ["attach", "optim"],
     ["export"],
     ["callbacks"],
     ["module", "data"],
     ["shipping"],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 WITHOUT_LIGHTNING = {name for names in FLOORS[:6] for name in names}

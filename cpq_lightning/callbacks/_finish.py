@@ -9,17 +9,26 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
+from cpq_lightning.callbacks._company import last_saved
+from cpq_lightning.callbacks._loggers import log_pictures
+from cpq_lightning.callbacks._network import shipped_name
+from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.export import (
     CLUSTERS_FILE,
+    describe_run,
     levels_table,
+    manifest,
     metrics_table,
+    read_run,
     report_levels,
+    runs_table,
+    sibling_runs,
     write_clusters,
     write_manifest,
 )
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
@@ -28,8 +37,34 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
     return {k: v for k, v in values.items() if "val" in k} or values
 
 
-def print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Print the layers' levels and, where a validation has run, its metrics in full precision and quantized."""
+def leave_levels(
+    trainer: Trainer,
+    content: dict[str, Any],
+    path: Path | None,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    table: bool,
+) -> None:
+    """Show what a run has come to, and write it to its folder; on one process.
+
+    Args:
+        trainer: At the end of its fit.
+        content: Of :func:`run_manifest`.
+        path: Where ``levels.json`` goes; ``None`` writes nothing.
+        before: Histograms of the weights when quantization began.
+        after: Those of now.
+        table: Whether to print tables.
+    """
+    if table:
+        _print_tables(content, content["run"]["metrics"])
+    if path is not None:
+        _write_files(trainer, content, path, before, after)
+    if table and path is not None:
+        _print_runs(trainer, path.parent, path.name)
+
+
+def _print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """The layers' levels and, where a validation has run, its metrics in full precision and quantized."""
     console = Console()
     console.print(levels_table(content))
     if metrics:
@@ -37,31 +72,46 @@ def print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, 
         console.print(metrics_table(metrics))
 
 
-def write_files(
-    content: dict[str, Any],
-    folder: Path,
-    levels_file: str,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    saved: str,
-) -> list[Path]:
-    """Write the levels and what shows them; what cannot be written costs a warning, and no training.
+def run_manifest(
+    trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """The content of ``levels.json``: the model's levels and, under ``run``, what it was measured at, and on what."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    root = "" if data is None else str(data.hparams.get("root", ""))
+    name = "" if data is None else f"{type(data).__name__} {root}".strip()
+    return {**manifest(pl_module), "run": describe_run(metrics, shipped_name(pl_module), name)}
+
+
+def _print_runs(trainer: Trainer, folder: Path, levels_file: str) -> None:
+    """A row for this run and, above it, one for each run beside it of the same model on the same data."""
+    try:
+        beside = bool(trainer.loggers) and folder.resolve() != Path(trainer.default_root_dir).resolve()
+        runs = sibling_runs(folder, None, levels_file) if beside else [read_run(folder, None, levels_file)]
+    except (OSError, KeyError, ValueError):
+        # No validation, or no accuracy: there is nothing to compare runs by.
+        return
+    console = Console()
+    console.print()
+    console.print(runs_table(runs, f"Runs of {runs[-1].model}"))
+
+
+def _write_files(
+    trainer: Trainer, content: dict[str, Any], path: Path, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> None:
+    """Write the levels and what shows them, for loggers too; what cannot be written costs a warning, and no training.
 
     The trajectory is the budget's that has recorded it.
-
-    Returns:
-        The files that were made of the levels.
     """
-    path = folder / levels_file
+    folder, saved = path.parent, last_saved(trainer)
     try:
         write_manifest(content, path)
         write_clusters(before, after, folder / CLUSTERS_FILE)
     except OSError as error:
         rank_zero_warn(f"{path} could not be written ({error}). {nothing_is_lost(saved)}")
-        return []
+        return
     rank_zero_info(f"Levels written to {path}")
     try:
-        return report_levels(folder, levels_file)
+        log_pictures(trainer, report_levels(folder, path.name), run_step(trainer))
     except ImportError as error:
         rank_zero_info(f"Pictures were not drawn: {error}")
     except Exception as error:
@@ -70,7 +120,6 @@ def write_files(
             f"Pictures of {path} were not drawn ({type(error).__name__}: {error}). {nothing_is_lost(saved)} "
             f"'cpq report {folder}' makes them again."
         )
-    return []
 
 
 def nothing_is_lost(saved: str) -> str:

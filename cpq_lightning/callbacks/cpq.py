@@ -39,13 +39,12 @@ from cpq_lightning.callbacks._company import (
     quantization_start,
     warn_of_old_bests,
 )
-from cpq_lightning.callbacks._finish import nothing_is_lost, print_tables, validation_metrics, write_files
-from cpq_lightning.callbacks._loggers import log_pictures
+from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
 from cpq_lightning.callbacks._optimizers import train_quantizers
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import begin_recording, check_settings, end_recording, ship
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import Format, manifest, weight_histograms
+from cpq_lightning.export import Format, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion, UpdateBound
@@ -256,7 +255,7 @@ class CPQCallback(Callback):
             return
         try:
             # On all ranks: where weights are sharded each holds a part.
-            content = manifest(pl_module)
+            content = run_manifest(trainer, pl_module, self._metrics)
             after = weight_histograms(pl_module) if self._folder else {}
         except Exception as error:
             rank_zero_warn(
@@ -266,11 +265,8 @@ class CPQCallback(Callback):
             return
         if not trainer.is_global_zero:
             return
-        if self.table:
-            print_tables(content, self._metrics)
-        if self._folder is not None and self.levels_file is not None:
-            made = write_files(content, self._folder, self.levels_file, self._before, after, last_saved(trainer))
-            log_pictures(trainer, made, run_step(trainer))
+        levels_file = None if self._folder is None or self.levels_file is None else self._folder / self.levels_file
+        leave_levels(trainer, content, levels_file, self._before, after, self.table)
         if self._folder is not None:
             ship(pl_module, self.export, self._folder, last_saved(trainer))
 

@@ -19,6 +19,14 @@ from cpq_lightning.export.report import CLUSTERS_FILE as CLUSTERS_FILE
 from cpq_lightning.export.report import read_manifest as read_manifest
 from cpq_lightning.export.report import report_levels as report_levels
 from cpq_lightning.export.report import write_report as write_report
+from cpq_lightning.export.runs import Run as Run
+from cpq_lightning.export.runs import common_folder as common_folder
+from cpq_lightning.export.runs import compare_runs as compare_runs
+from cpq_lightning.export.runs import describe_run as describe_run
+from cpq_lightning.export.runs import expand_runs as expand_runs
+from cpq_lightning.export.runs import read_run as read_run
+from cpq_lightning.export.runs import sibling_runs as sibling_runs
+from cpq_lightning.export.runs import write_runs as write_runs
 from cpq_lightning.export.samples import Samples as Samples
 from cpq_lightning.export.samples import load_samples as load_samples
 from cpq_lightning.export.samples import record_samples as record_samples
@@ -30,6 +38,7 @@ from cpq_lightning.export.ship import export_model as export_model
 from cpq_lightning.export.table import export_table as export_table
 from cpq_lightning.export.table import levels_table as levels_table
 from cpq_lightning.export.table import metrics_table as metrics_table
+from cpq_lightning.export.table import runs_table as runs_table
 from cpq_lightning.export.table import summary as summary
 from cpq_lightning.export.verify import MismatchError as MismatchError
 from cpq_lightning.export.verify import Verification as Verification

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from cpq_lightning.export.files import write_atomically
 TRAJECTORY_FILE = "trajectory.csv"
 _WEIGHTS, _ACTIVATIONS, _PALE, _DARK = "#2f6db3", "#d98032", "#c9c9c9", "#333333"
 _TELLING = 6
+_MODELS = (_WEIGHTS, _ACTIVATIONS, "#3a8f5c", "#8a4fa3", _DARK)
 
 
 def _figure(**settings: Any) -> Any:
@@ -156,6 +157,57 @@ def _telling(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> list[tupl
     wanted = [*by_size[:3], by_bits[0], by_bits[-1], *by_size]
     names = list(dict.fromkeys(name for name, _ in wanted))[:_TELLING]
     return [w for w in weights if w[0] in names]
+
+
+def draw_runs(runs: Sequence[Any], path: Path) -> Path:
+    """Accuracy over size, a point a run with its average bits; grey, the full precision that they started from.
+
+    Args:
+        runs: :class:`~cpq_lightning.export.runs.Run` each, of one metric.
+        path: Where the picture goes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(figsize=(7, 4.2))
+    axis = figure.subplots()
+    unit, name = (1e6, "MB") if max(run.fp32_bytes for run in runs) >= 1e6 else (1e3, "kB")
+    several = len({run.data for run in runs}) > 1
+    groups = list(dict.fromkeys((run.model, run.data) for run in runs))
+    for index, group in enumerate(groups):
+        own = [run for run in runs if (run.model, run.data) == group]
+        model = ", ".join(filter(None, group if several else group[:1]))
+        color = _MODELS[index % len(_MODELS)]
+        ended = sorted((run for run in own if run.quantized is not None), key=lambda run: run.size_bytes)
+        sizes, values = [run.size_bytes / unit for run in ended], [run.quantized for run in ended]
+        axis.plot(sizes, values, color=color, marker="o", ms=6, lw=0, label=f"{model}, quantized".lstrip(", "))
+        for place, (run, size, value) in enumerate(zip(ended, sizes, values, strict=True)):
+            # Neighbours' words on either side.
+            offset = (0, 8) if place % 2 == 0 else (0, -16)
+            axis.annotate(_shown_bits(run), (size, value), offset, textcoords="offset points", ha="center", fontsize=8)
+        started = [run for run in own if run.full_precision is not None]
+        if started:
+            axis.plot(
+                [run.fp32_bytes / unit for run in started],
+                [run.full_precision for run in started],
+                color=color, marker="o", ms=6, mfc="white", lw=0, label=f"{model}, full precision".lstrip(", "),
+            )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xlabel(f"size in {name}, logarithmic", fontsize=9)
+    axis.set_ylabel(runs[0].metric, fontsize=9)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.tick_params(which="both", labelsize=8)
+    axis.margins(0.12, 0.18)
+    axis.grid(color=_PALE, lw=0.5, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="best")
+    return _save(figure, path)
+
+
+def _shown_bits(run: Any) -> str:
+    parts = (("W", run.weight_bits), ("A", run.act_bits))
+    return " ".join(f"{letter}{bits:.3g}" for letter, bits in parts if bits is not None)
 
 
 def draw_trajectory(folder: Path) -> Path | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from cpq_lightning.export.runs import Run
 from cpq_lightning.export.ship import Export
 from cpq_lightning.export.verify import Verification
 
@@ -107,6 +108,33 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
         if len(values) == 2 and values[0] is not None and values[1] is not None:
             cells.append(f"{values[1] - values[0]:+.4f}")
         table.add_row(name, *cells)
+    return table
+
+
+def runs_table(runs: Sequence[Run], title: str = "Runs") -> Table:
+    """A row a run: the metric in full precision and quantized, size, and average bits."""
+    table = Table(title=title, **_LEFT)
+    table.add_column("run", overflow="fold")
+    apart = [name for name in ("model", "data") if len({getattr(run, name) for run in runs}) > 1]
+    for name in apart:
+        table.add_column(name, overflow="fold")
+    metric = runs[0].metric
+    for name in (f"{metric}\nfull precision", "\nquantized", "\ndifference", "\nsize", "\nin float32"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("bits of\nweights", "\ninputs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        before, after = run.full_precision, run.quantized
+        both = before is not None and after is not None
+        table.add_row(
+            run.name,
+            *(getattr(run, name) for name in apart),
+            *("-" if value is None else f"{value:.4f}" for value in (before, after)),
+            f"{after - before:+.4f}" if both else "",  # type: ignore[operator]
+            _bytes(run.size_bytes),
+            _bytes(run.fp32_bytes),
+            *("-" if bits is None else f"{bits:.2f}" for bits in (run.weight_bits, run.act_bits)),
+        )
     return table
 
 

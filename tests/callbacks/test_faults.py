@@ -291,7 +291,7 @@ def test_levels_that_cannot_be_collected_lose_no_training(tmp_path, monkeypatch)
     def broken(model):
         raise RuntimeError("no levels today")
 
-    monkeypatch.setattr("cpq_lightning.callbacks.cpq.manifest", broken)
+    monkeypatch.setattr("cpq_lightning.callbacks._finish.manifest", broken)
     saver = ModelCheckpoint(tmp_path, filename="last")
     trainer = trainer_in(tmp_path, saver, enable_checkpointing=True)
     with pytest.warns(UserWarning, match=r"Levels could not be collected.*no levels today.*last\.ckpt"):
