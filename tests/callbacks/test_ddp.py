@@ -46,7 +46,7 @@ def test_two_processes_stay_equal(fit, quantize_from):
             DropBitsSchedule(),
             SameOnAllRanks(),
         ],
-        strategy="ddp_spawn",
+        strategy="ddp_fork",
         devices=2,
         max_epochs=2,
     )
@@ -70,7 +70,7 @@ def test_starting_ranges_are_those_of_one_process_on_the_union(fit, tmp_path):
         fit(
             module,
             [CPQCallback(table=False, calibration_batches=2), StartingSteps()],
-            strategy="ddp_spawn" if devices == 2 else "auto",
+            strategy="ddp_fork" if devices == 2 else "auto",
             devices=devices,
             loaders=loaders,
             max_epochs=1,
@@ -92,7 +92,7 @@ def test_two_processes_decide_the_same_widths(fit):
     module = Classifier()
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, first_last_bits=None)
     callbacks = [CPQCallback(config, table=False), BitBudget(3.5), DecidedAtTheEnd(), SameOnAllRanks()]
-    fit(module, callbacks, strategy="ddp_spawn", devices=2, max_epochs=12)
+    fit(module, callbacks, strategy="ddp_fork", devices=2, max_epochs=12)
 
 
 class Halted(Classifier):
@@ -106,7 +106,7 @@ class Halted(Classifier):
 def test_two_processes_learn_widths_with_a_layer_in_evaluation_mode(fit):
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, first_last_bits=None)
     callbacks = [CPQCallback(config, table=False), BitBudget(3.5), DecidedAtTheEnd(), SameOnAllRanks()]
-    fit(Halted(), callbacks, strategy="ddp_spawn", devices=2, max_epochs=8)
+    fit(Halted(), callbacks, strategy="ddp_fork", devices=2, max_epochs=8)
 
 
 class Sizes(Classifier):
@@ -139,6 +139,6 @@ def test_processes_with_inputs_of_several_sizes_count_the_same_costs(fit):
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, act_bits=4, first_last_bits=None)
     # 576 products a position of the layer in the middle; what two processes disagree on would be refused on one only.
     budget = BitBudget(500_000, unit="bops")
-    trainer_settings = {"strategy": "ddp_spawn", "devices": 2, "max_epochs": 8, "use_distributed_sampler": False}
+    trainer_settings = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 8, "use_distributed_sampler": False}
     fit(Sizes(), [CPQCallback(config, table=False), budget, SameCosts(), SameOnAllRanks()], loaders=(None, None),
         **trainer_settings)  # fmt: skip
