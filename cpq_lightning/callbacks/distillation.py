@@ -188,7 +188,9 @@ class DistillationCallback(Callback):
             ) from None
 
     def _begin(self, pl_module: LightningModule) -> None:
+        assert self._teacher is not None
         assert self._network is not None
+        self._teacher.follow(self._network, pl_module.device)
         # Not before the network is copied: a copy would have the hook too.
         handle = self._network.register_forward_hook(self._note, with_kwargs=True)
         self._undo = [handle.remove, _replace_step(pl_module, self._step_of(pl_module))]
@@ -246,9 +248,7 @@ class DistillationCallback(Callback):
 
     def _distance(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         assert self._teacher is not None
-        assert self._network is not None
         logits = _logits(output, self._network)
-        self._teacher.follow(self._network, logits.device)
         try:
             taught = _logits(self._teacher(*args, **kwargs), self._teacher.network)
         except (RuntimeError, TypeError, AssertionError) as error:

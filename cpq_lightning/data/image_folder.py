@@ -73,6 +73,20 @@ class ImageFolderDataModule(ImageDataModule):
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """Names of the classes, read from the folders."""
+        return self._training_classes()[1]
+
+    def training_data(self, augmented: bool) -> Dataset[Any]:
+        place, _ = self._training_classes()
+        return self._folder(place, self._transform(augmented))
+
+    def evaluation_data(self) -> Dataset[Any] | None:
+        return self._held_out(_TEST)
+
+    def validation_data(self) -> Dataset[Any] | None:
+        return next((self._held_out(name) for name in _EVALUATION if self._place(name)), None)
+
+    def _training_classes(self) -> tuple[Path, list[str]]:
+        """Where the training images are, and the names of the classes there."""
         place = self._place(_TRAIN) or Path(self.root)
         try:
             names, _ = find_classes(str(place))
@@ -84,18 +98,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"root={self.root} has the folders {', '.join(parts)} and none named {_TRAIN!r}: expected "
                 f"{_TRAIN}/CLASS beside val/CLASS, or the classes alone."
             )
-        return names
-
-    def training_data(self, augmented: bool) -> Dataset[Any]:
-        # Their names say what is wrong with the folders.
-        assert self.class_names
-        return self._folder(self._place(_TRAIN) or Path(self.root), self._transform(augmented))
-
-    def evaluation_data(self) -> Dataset[Any] | None:
-        return self._held_out(_TEST)
-
-    def validation_data(self) -> Dataset[Any] | None:
-        return next((self._held_out(name) for name in _EVALUATION if self._place(name)), None)
+        return place, names
 
     def _held_out(self, name: str) -> ImageFolder | None:
         place = self._place(name)

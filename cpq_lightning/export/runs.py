@@ -100,18 +100,17 @@ def sibling_runs(folder: str | Path, metric: str | None = None, levels_file: str
         ValueError: the file is none of ours, or has no such metric.
     """
     folder = Path(folder).resolve()
-    own = read_levels(folder / levels_file).get("run") or {}
+    own = read_run(folder, metric, levels_file)
     found = []
     for path in sorted(folder.parent.glob(f"*/{levels_file}"), key=lambda p: p.stat().st_mtime):
         try:
-            run = read_levels(path).get("run") or {}
-            same = all(run.get(key) == own.get(key) for key in ("model", "data"))
-            if same and path.parent.resolve() != folder:
-                found.append(read_run(path.parent, metric, levels_file))
+            run = read_run(path.parent, metric, levels_file)
         except (OSError, KeyError, ValueError):
             # Somebody else's file beside this run.
             continue
-    return [*found, read_run(folder, metric, levels_file)]
+        if (run.model, run.data) == (own.model, own.data) and path.parent.resolve() != folder:
+            found.append(run)
+    return [*found, own]
 
 
 def expand_runs(folders: Iterable[str | Path], levels_file: str = "levels.json") -> list[Path]:
