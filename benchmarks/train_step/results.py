@@ -69,7 +69,7 @@ def describe_run(setting: Setting, arguments: Sequence[str]) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": setting.threads,
         },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         # The sentence names the library's place.
         "compiled_kernels": describe().startswith("CPU: compiled"),
     }
@@ -92,7 +92,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, as far as they are installed."""
     found = {}
     for name in _PACKAGES:
         try:

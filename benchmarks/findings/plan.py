@@ -1,0 +1,93 @@
+"""Which runs the campaign has, the most telling first, and what each waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from benchmarks.findings.methods import (
+    ARGMAX,
+    BREVITAS,
+    BY_ERROR,
+    BY_HESSIAN,
+    COOLED,
+    COOLED_DROPPED,
+    DROPPED,
+    EXPECTATION,
+    FULL,
+    LEARNED,
+    LSQ,
+    METHODS,
+    RANDOM,
+    RELEARNED,
+    RQ,
+)
+from benchmarks.findings.rows import Rows
+from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
+
+FULL_BITS = 32
+# The scale at which rates are searched, for all others too.
+SEARCH_SCALE = "20k"
+# Weights and activations; the search takes the outer two.
+WIDTHS = ((3, 3), (2, 2), (4, 4))
+_SEARCHED = ((2, 2), (4, 4))
+# Average bits of the weights, with the bits of the activations.
+AVERAGES = ((3.0, 3), (2.5, 3), (2.0, 2), (4.0, 4))
+AT_WIDTHS = (LSQ, EXPECTATION, COOLED, DROPPED, COOLED_DROPPED, ARGMAX)
+AT_AVERAGES = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)
+
+
+def search_scale(scale: str) -> str:
+    """Where the rates of a scale come from."""
+    return scale if scale == "tiny" else SEARCH_SCALE
+
+
+def searches(scale: str, family: str) -> list[Run]:
+    """The runs that find a family's learning rate."""
+    widths = ((FULL_BITS, FULL_BITS),) if family == FULL else _SEARCHED
+    return [Run(search_scale(scale), family, w, a, SEARCH_SEED, rate) for (w, a), rate in product(widths, RATES)]
+
+
+def rate_of(run: Run, rows: Rows) -> float | None:
+    """The rate with the best held-out accuracy on average over widths; ``None`` while the search is not done."""
+    if run.rate is not None:
+        return run.rate
+    found = searches(run.scale, METHODS[run.method].family)
+    if any(search not in rows for search in found):
+        return None
+    means = {rate: sum(rows[search]["val_accuracy"] for search in found if search.rate == rate) for rate in RATES}
+    return max(means, key=lambda rate: means[rate])
+
+
+def learned_run(run: Run) -> Run | None:
+    """The run whose widths a run takes, if it does."""
+    if METHODS[run.method].levels != "learned":
+        return None
+    return Run(run.scale, LEARNED, run.weight_bits, run.act_bits, run.seed)
+
+
+def _block(scale: str, methods: Sequence[str], widths: Sequence[tuple[float, int]]) -> Iterator[Run]:
+    """Seeds outermost: what is there after a while is a part of every row."""
+    for seed, (w, a), method in product(SEEDS, widths, methods):
+        yield Run(scale, method, w, a, seed)
+
+
+def plan(scale: str) -> list[Run]:
+    """All runs at a scale, the most telling first; searches stand before the first run that needs them."""
+    wanted: list[Run] = []
+    wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
+    wanted += _block(scale, AT_WIDTHS, WIDTHS)
+    wanted += _block(scale, AT_AVERAGES, AVERAGES[:2])
+    wanted += _block(scale, (RQ, BREVITAS), WIDTHS)
+    wanted += _block(scale, AT_AVERAGES, AVERAGES[2:])
+    ordered: dict[Run, None] = {}
+    for run in wanted:
+        ordered |= dict.fromkeys(searches(scale, METHODS[run.method].family))
+        ordered[run] = None
+    return list(ordered)
+
+
+def ready(run: Run, rows: Rows) -> bool:
+    """Whether all is done that a run waits for."""
+    source = learned_run(run)
+    return rate_of(run, rows) is not None and (source is None or source in rows)

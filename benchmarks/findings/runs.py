@@ -1,0 +1,78 @@
+"""What a run is: a method at a width, with a seed, at a scale."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained.
+
+    Attributes:
+        name: In rows and tables.
+        images: The first so many of the training images.
+        epochs: Of every run.
+        start_epochs: Of the full-precision network that all runs start from.
+    """
+
+    name: str
+    images: int
+    epochs: int
+    start_epochs: int
+
+
+SCALES = {
+    "20k": Scale("20k", 20_000, 4, 12),
+    "60k": Scale("60k", 60_000, 4, 12),
+    # For tests: a campaign in seconds, with figures that mean nothing.
+    "tiny": Scale("tiny", 256, 2, 1),
+}
+BATCH_SIZE = 128
+# Rates are chosen by runs of a seed of their own, on images that nothing is measured on.
+SEARCH_SEED = 100
+SEEDS = (0, 1, 2, 3, 4)
+RATES = (0.001, 0.002, 0.004)
+# Of the weights alone, decoupled (AdamW).
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        scale: Name of the :class:`Scale`.
+        method: Name of the method.
+        weight_bits: Average bits of the weights, first and last layer aside; 32 in full precision.
+        act_bits: Bits of the activations.
+        seed: Of the order of images, the augmentation, and all that the method draws.
+        rate: A learning rate to try in the search; ``None`` is the one that the search has chosen.
+    """
+
+    scale: str
+    method: str
+    weight_bits: float
+    act_bits: int
+    seed: int
+    rate: float | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells finished runs from others."""
+        return (self.scale, self.method, float(self.weight_bits), self.act_bits, self.seed, self.rate)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        rate = "" if self.rate is None else f", rate {self.rate:g}"
+        return f"{self.method} W{self.weight_bits:g}A{self.act_bits} seed {self.seed}{rate} ({self.scale})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Run:
+        """The run that a row is of."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
