@@ -7,6 +7,7 @@ python -m benchmarks.findings --report               # only the tables and plots
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def main(
         for run in left:
             console.print(run.title)
         return 0
+    # Else the workers of a campaign that is told to stop would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return _run(runs, rows, data, scale, workers, device, console)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
@@ -15,12 +18,20 @@ from benchmarks.findings.allocation import Levels
 from benchmarks.findings.peers import Bits, LearnedStep, Make, replace_layers
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import quantizable_layers
-from cpq_lightning.callbacks import BitBudget, DropBitsSchedule, TemperatureSchedule
+from cpq_lightning.callbacks import (
+    BitBudget,
+    ClusterPull,
+    DistillationCallback,
+    DropBitsSchedule,
+    TemperatureSchedule,
+    _search,
+)
+from cpq_lightning.nn import gates
 
 FULL, LSQ, BREVITAS, RQ = "full precision", "LSQ", "Brevitas", "RQ, Gumbel-softmax"
 ARGMAX, EXPECTATION = "CPQ argmax", "CPQ expectation"
 COOLED, DROPPED = "CPQ expectation, T 1 to 0.2", "CPQ expectation, DropBits"
-COOLED_DROPPED = "CPQ expectation, T 1 to 0.2, DropBits"
+PULLED = "CPQ expectation, ClusterPull"
 LEARNED, RELEARNED = "learned levels", "learned levels from the start"
 RANDOM, BY_ERROR, BY_HESSIAN = "random levels", "levels by error", "levels by Hessian trace"
 # Of the first and last layer, whatever the method.
@@ -54,11 +65,13 @@ class Made:
         network: The network, quantized, or to be quantized by the config.
         config: CPQ's; ``None`` for its peers.
         callbacks: Beside the training.
+        patched: What differs from the product while it trains, for questions that its settings do not ask.
     """
 
     network: nn.Module
     config: CPQConfig | None = None
     callbacks: list[Callback] = field(default_factory=list)
+    patched: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,8 @@ def _brevitas(task: Task) -> Made:
 
 def _cpq(task: Task, settings: Mapping[str, Any] | None = None, callbacks: Callable[[], list[Callback]] = list) -> Made:
     """CPQ at fixed widths, of all layers alike or given."""
-    overrides = {name: {"weight_bits": bits} for name, bits in (task.levels or {}).items()}
+    # Names are those within a QuantizedModule.
+    overrides = {f"model.{name}": {"weight_bits": bits} for name, bits in (task.levels or {}).items()}
     widest = max((task.levels or {"": int(task.weight_bits)}).values())
     config = CPQConfig(weight_bits=widest, act_bits=task.act_bits, overrides=overrides)
     changed = {**config.to_dict(), **(settings or {})}
@@ -143,12 +157,11 @@ def _cooling() -> list[Callback]:
     return [TemperatureSchedule(last=0.2)]
 
 
-def _dropping(task: Task, cooled: bool = False, **settings: Any) -> Made:
+def _dropping(task: Task, **settings: Any) -> Made:
     """The top bit is dropped at times: more rarely the fewer there are, as a drop costs the more."""
     bits = int(task.weight_bits)
     first = 1 - 0.1 * (1 - 2.0 ** (1 - bits))
-    callbacks = [DropBitsSchedule(first=first), *(_cooling() if cooled else [])]
-    return _cpq(task, {"min_bits": bits - 1, **settings}, lambda: callbacks)
+    return _cpq(task, {"min_bits": bits - 1, **settings}, lambda: [DropBitsSchedule(first=first)])
 
 
 def _learned(
@@ -156,10 +169,26 @@ def _learned(
     settings: Mapping[str, Any] | None = None,
     budget: Mapping[str, Any] | None = None,
     callbacks: Callable[[], list[Callback]] = list,
+    patched: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Made:
     """Weights of 8 to 2 bits, under a budget."""
     own = {"weight_bits": 8, "min_bits": 2, "learn_bits": True, "act_bits": task.act_bits, **(settings or {})}
-    return Made(task.network, CPQConfig(**own), [_quiet(), BitBudget(task.weight_bits, **(budget or {})), *callbacks()])
+    beside = [_quiet(), BitBudget(task.weight_bits, **(budget or {})), *callbacks()]
+    return Made(task.network, CPQConfig(**own), beside, patched())
+
+
+def _median_gates() -> AbstractContextManager[Any]:
+    """Gates that are not drawn: each at the median of what DropBits would draw."""
+
+    def undrawn(shape: tuple[int, ...], seed: int, step: Tensor, key: int) -> Tensor:
+        return torch.full(shape, 0.5, device=step.device)
+
+    return patch.object(gates, "keyed_uniform", undrawn)
+
+
+def _paced(factor: float) -> AbstractContextManager[Any]:
+    """Logits of the gates at another learning rate."""
+    return patch.object(_search, "_TRAVEL", _search._TRAVEL * factor)
 
 
 METHODS: dict[str, Method] = {
@@ -171,10 +200,40 @@ METHODS: dict[str, Method] = {
     EXPECTATION: Method(_cpq, EXPECTATION),
     COOLED: Method(partial(_cpq, callbacks=_cooling), EXPECTATION),
     DROPPED: Method(_dropping, EXPECTATION),
-    COOLED_DROPPED: Method(partial(_dropping, cooled=True), EXPECTATION),
+    PULLED: Method(partial(_cpq, callbacks=lambda: [ClusterPull()]), EXPECTATION),
     LEARNED: Method(_learned, EXPECTATION),
     RELEARNED: Method(_cpq, EXPECTATION, levels="learned"),
     RANDOM: Method(_cpq, EXPECTATION, levels="random"),
     BY_ERROR: Method(_cpq, EXPECTATION, levels="error"),
     BY_HESSIAN: Method(_cpq, EXPECTATION, levels="hessian"),
+}
+
+# One thing changed each. Those of fixed widths are compared with EXPECTATION, those of learned ones with LEARNED.
+_FIXED: dict[str, Callable[[Task], Made]] = {
+    "ClusterPull from 0.5, strength 0.005": partial(_cpq, callbacks=lambda: [ClusterPull(0.5, strength=0.005)]),
+    "ClusterPull from 0.7, strength 0.02": partial(_cpq, callbacks=lambda: [ClusterPull(0.7, strength=0.02)]),
+    "T 1 to 0.5": partial(_cpq, callbacks=lambda: [TemperatureSchedule()]),
+    "DropBits by channel": partial(_dropping, gate_sharing="channel"),
+    "DropBits by element": partial(_dropping, gate_sharing="element"),
+    "first and last layer like all": partial(_cpq, settings={"first_last_bits": None}),
+    "distilled from itself": partial(_cpq, callbacks=lambda: [DistillationCallback("self")]),
+    "a step each channel": partial(_cpq, settings={"per_channel": True}),
+}
+_LEARNING: dict[str, Callable[[Task], Made]] = {
+    "without DropBits: gates at their median": partial(_learned, patched=_median_gates),
+    "freeze at 0.5": partial(_learned, budget={"freeze": 0.5}),
+    "freeze at 0.65": partial(_learned, budget={"freeze": 0.65}),
+    "freeze at 0.9": partial(_learned, budget={"freeze": 0.9}),
+    "gates at a third of the rate": partial(_learned, patched=lambda: _paced(1 / 3)),
+    "gates at three times the rate": partial(_learned, patched=lambda: _paced(3)),
+    "4 to 2 bits nested by resolution": partial(_learned, settings={"weight_bits": 4}),
+    "4 to 2 bits nested by range": partial(_learned, settings={"weight_bits": 4, "nesting": "range"}),
+    "a width each channel": partial(_learned, settings={"gate_sharing": "channel"}),
+    "distilled from itself": partial(_learned, callbacks=lambda: [DistillationCallback("self")]),
+}
+AT_FIXED = tuple(f"{EXPECTATION}: {name}" for name in _FIXED)
+AT_LEARNED = tuple(f"{LEARNED}: {name}" for name in _LEARNING)
+METHODS |= {
+    name: Method(make, EXPECTATION)
+    for name, make in zip((*AT_FIXED, *AT_LEARNED), (*_FIXED.values(), *_LEARNING.values()), strict=True)
 }

@@ -7,17 +7,19 @@ from itertools import product
 
 from benchmarks.findings.methods import (
     ARGMAX,
+    AT_FIXED,
+    AT_LEARNED,
     BREVITAS,
     BY_ERROR,
     BY_HESSIAN,
     COOLED,
-    COOLED_DROPPED,
     DROPPED,
     EXPECTATION,
     FULL,
     LEARNED,
     LSQ,
     METHODS,
+    PULLED,
     RANDOM,
     RELEARNED,
     RQ,
@@ -33,7 +35,8 @@ WIDTHS = ((3, 3), (2, 2), (4, 4))
 _SEARCHED = ((2, 2), (4, 4))
 # Average bits of the weights, with the bits of the activations.
 AVERAGES = ((3.0, 3), (2.5, 3), (2.0, 2), (4.0, 4))
-AT_WIDTHS = (LSQ, EXPECTATION, COOLED, DROPPED, COOLED_DROPPED, ARGMAX)
+AT_WIDTHS = (LSQ, EXPECTATION, PULLED)
+AT_WIDTHS_TOO = (ARGMAX, COOLED, DROPPED)
 AT_AVERAGES = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)
 
 
@@ -78,6 +81,8 @@ def plan(scale: str) -> list[Run]:
     wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
     wanted += _block(scale, AT_WIDTHS, WIDTHS)
     wanted += _block(scale, AT_AVERAGES, AVERAGES[:2])
+    wanted += _block(scale, AT_WIDTHS_TOO, WIDTHS)
+    wanted += _block(scale, (*AT_LEARNED, *AT_FIXED), WIDTHS[:1])
     wanted += _block(scale, (RQ, BREVITAS), WIDTHS)
     wanted += _block(scale, AT_AVERAGES, AVERAGES[2:])
     ordered: dict[Run, None] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -49,12 +50,13 @@ def optimizer(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
     return AdamW(groups, lr=rate)
 
 
-def _trainer(epochs: int, callbacks: list[Any], device: str) -> Trainer:
+def _trainer(epochs: int, callbacks: list[Any], device: str, folder: str) -> Trainer:
     return Trainer(
         accelerator=device,
         devices=1,
         max_epochs=epochs,
         callbacks=callbacks,
+        default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -74,8 +76,10 @@ def _fit(made: Made, data: Images, rate: float, epochs: int, device: str) -> tup
         lr_scheduler=partial(CosineAnnealingLR, T_max=steps),  # type: ignore[arg-type]
         lr_interval="step",
     )
-    trainer = _trainer(epochs, made.callbacks, device)
-    trainer.fit(module, datamodule=data)
+    # What callbacks write of a run is of no use here.
+    with TemporaryDirectory() as folder, made.patched:
+        trainer = _trainer(epochs, made.callbacks, device, folder)
+        trainer.fit(module, datamodule=data)
     return module, trainer
 
 

@@ -2,6 +2,7 @@
 
 from cpq_lightning.callbacks.batch_norm import BatchNormReestimation as BatchNormReestimation
 from cpq_lightning.callbacks.bit_budget import BitBudget as BitBudget
+from cpq_lightning.callbacks.cluster_pull import ClusterPull as ClusterPull
 from cpq_lightning.callbacks.cpq import CPQCallback as CPQCallback
 from cpq_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
 from cpq_lightning.callbacks.dropbits import DropBitsSchedule as DropBitsSchedule

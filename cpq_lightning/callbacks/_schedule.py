@@ -14,6 +14,50 @@ from cpq_lightning.functional import Shape, anneal, resolve_point
 from cpq_lightning.nn import Quantizer
 
 
+class Span:
+    """Two points of a run, as an argument gives them and, once the run has begun, as steps.
+
+    Args:
+        owner: Name of the callback, for errors.
+        start: The first, a step count (int) or a fraction of the run (float).
+        end: The last, likewise.
+
+    Raises:
+        TypeError: no number.
+        ValueError: out of its range, or ``start`` after ``end``.
+    """
+
+    def __init__(self, owner: str, start: int | float, end: int | float) -> None:
+        for name, point in (("start", start), ("end", end)):
+            resolve_point(name, point, 1)
+        if type(start) is type(end) and start > end:
+            raise ValueError(f"start must not be after end={end}, got {start}.")
+        self._owner, self._start, self._end = owner, start, end
+
+    def resolve(self, trainer: Trainer) -> tuple[int, int]:
+        """Both as steps of the run, from ``on_train_start`` on."""
+        fractions = isinstance(self._start, float) or isinstance(self._end, float)
+        length = run_length(trainer) if fractions else 0
+        start, end = (resolve_point(n, p, length) for n, p in (("start", self._start), ("end", self._end)))
+        if start > end:
+            raise MisconfigurationException(
+                f"{self._owner}: start={self._start} is step {start}, after end={self._end}, step {end}, "
+                f"of a run of {length} steps."
+            )
+        return start, end
+
+
+def need_quantizers(callback: Callback, pl_module: LightningModule) -> list[Quantizer]:
+    """The module's quantizers; an error where there are none."""
+    found = [q for _, q in quantizers(pl_module)]
+    if not found:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} found no quantizer in {type(pl_module).__name__}: add CPQCallback to the "
+            "Trainer, or train a QuantizedModule."
+        )
+    return found
+
+
 class BufferSchedule(Callback):
     """Anneals one buffer of the quantizers from ``first`` to ``last`` between ``start`` and ``end``.
 
@@ -24,10 +68,7 @@ class BufferSchedule(Callback):
     buffer: str
 
     def __init__(self, start: int | float, end: int | float, first: float, last: float, shape: Shape) -> None:
-        for name, point in (("start", start), ("end", end)):
-            resolve_point(name, point, 1)
-        if type(start) is type(end) and start > end:
-            raise ValueError(f"start must not be after end={end}, got {start}.")
+        self._points = Span(type(self).__name__, start, end)
         for name, value in (("first", first), ("last", last)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
@@ -50,24 +91,10 @@ class BufferSchedule(Callback):
         return anneal(step, *self._span, self.first, self.last, self.shape)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = [q for _, q in quantizers(pl_module)]
-        if not found:
-            raise MisconfigurationException(
-                f"{type(self).__name__} found no quantizer in {type(pl_module).__name__}: add CPQCallback to the "
-                "Trainer, or train a QuantizedModule."
-            )
-        self._driven = [q for q in found if self.drives(q)]
+        self._driven = [q for q in need_quantizers(self, pl_module) if self.drives(q)]
         if not self._driven:
             self.nothing_to_drive()
-        fractions = isinstance(self.start, float) or isinstance(self.end, float)
-        length = run_length(trainer) if fractions else 0
-        start, end = (resolve_point(n, p, length) for n, p in (("start", self.start), ("end", self.end)))
-        if start > end:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: start={self.start} is step {start}, after end={self.end}, step {end}, "
-                f"of a run of {length} steps."
-            )
-        self._span = (start, end)
+        self._span = self._points.resolve(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         value = self.value(run_step(trainer))

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional import expected_bits, level_bounds
+from cpq_lightning.functional import along_channels, expected_bits, level_bounds
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.integers import HostIntegers
 
@@ -25,6 +25,7 @@ class Widths(HostIntegers):
     )  # fmt: skip
 
     gates: Gates
+    channel_dim: int
     nesting: Literal["range", "resolution"]
 
     bits = property(lambda self: self._host["bits"])
@@ -90,6 +91,11 @@ class Widths(HostIntegers):
         if min(widths) < top:
             self.widths.copy_(torch.as_tensor(widths))
         self.configure(bits=top, min_bits=min(widths), fixed=min(widths) < top)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The grid points that evaluation puts values on, in the unit of ``x``."""
+        step, low, high = (along_channels(t, x.dim(), self.channel_dim) for t in self.grid())
+        return (step * torch.minimum(torch.maximum((x / step).round(), low), high)).to(x.dtype)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Step, lowest and highest level in evaluation, each of one value or one a channel."""

@@ -8,3 +8,4 @@ from cpq_lightning.optim.gates import GateTrainer as GateTrainer
 from cpq_lightning.optim.groups import adopt as adopt
 from cpq_lightning.optim.groups import release as release
 from cpq_lightning.optim.groups import takes_quantizers as takes_quantizers
+from cpq_lightning.optim.pull import GridPull as GridPull

@@ -1,0 +1,81 @@
+"""ClusterPull: weights gather at their grid points as training ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from cpq_lightning.attach import quantized_layers
+from cpq_lightning.callbacks._run import run_step
+from cpq_lightning.callbacks._schedule import Span, need_quantizers
+from cpq_lightning.functional import Shape, anneal
+from cpq_lightning.optim import GridPull
+
+
+class ClusterPull(Callback):
+    """Pull every quantized weight towards its grid point, the more the nearer the end of the run (ours).
+
+    After each optimizer step ``w <- w + c (q(w) - w)``, with ``c`` annealed from 0 at ``start`` to ``strength`` at
+    ``end``. It is what a penalty ``|w - q(w)|^2`` does (Nagel et al., *Overcoming Oscillations in Quantization-Aware
+    Training*, ICML 2022, call it dampening), decoupled from gradient and learning rate as AdamW's weight decay is. No
+    weight changes its level by the pull itself, but one that is held at a grid point needs more of a gradient to leave
+    it: clusters are sharp, and the loss settles. While :class:`~cpq_lightning.callbacks.BitBudget` learns widths
+    nothing is pulled.
+
+    Args:
+        start: Where pulling begins, a step count (int) or a fraction of the run (float).
+        end: Where it is strongest, likewise.
+        strength: The part of the way to the grid point that a weight is moved in one step, over 0 and up to 1.
+        shape: ``"linear"`` or ``"cosine"``.
+
+    Raises:
+        ValueError: a value out of its range, or ``start`` after ``end``.
+        MisconfigurationException: before training, a model without quantizers.
+
+    Example:
+        >>> ClusterPull(strength=0.05).start
+        0.85
+    """
+
+    def __init__(
+        self,
+        start: int | float = 0.85,
+        end: int | float = 1.0,
+        strength: float = 0.05,
+        shape: Shape = "linear",
+    ) -> None:
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise ValueError(f"strength must be a number over 0 and up to 1, got {strength!r}.")
+        self._points = Span(type(self).__name__, start, end)
+        anneal(1, 0, 2, 0.0, strength, shape)
+        self.start, self.end, self.strength = start, end, strength
+        self.shape: Shape = shape
+        self._span = (0, 0)
+        self._now = 0.0
+        self._pulls: list[GridPull] = []
+
+    def value(self, step: int) -> float:
+        """The strength at a step of the run, once a fit has begun."""
+        return anneal(step, *self._span, 0.0, self.strength, self.shape)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.teardown(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        need_quantizers(self, pl_module)
+        self._span = self._points.resolve(trainer)
+        owners = {id(layer.full_precision_weight()): layer.weight_quantizer for _, layer in quantized_layers(pl_module)}
+        self._pulls = [GridPull(optimizer, owners, lambda: self._now) for optimizer in trainer.optimizers]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._now = self.value(run_step(trainer))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning calls no teardown then.
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for pull in self._pulls:
+            pull.remove()
+        self._pulls, self._now = [], 0.0
