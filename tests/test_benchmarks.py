@@ -59,7 +59,8 @@ def test_frozen_widths_are_at_the_target():
 @pytest.mark.parametrize("signed", [True, False])
 def test_brute_force_is_the_same_quantizer(signed):
     x = torch.linspace(-3, 4, 101, dtype=torch.float64, requires_grad=True)
-    brute = BruteForce(x, signed)
+    brute = BruteForce(4, signed).double()
+    brute(x)
     own = quantize(x, brute.step, brute.sigma, bits=4, signed=signed, estimator="expectation")
     assert torch.equal(brute(x), own)
     weight, inputs = torch.rand_like(x), [x, brute.step, brute.sigma]

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from benchmarks.findings.allocation import Levels
-from benchmarks.findings.peers import Bits, LearnedStep, Make, replace_layers
+from benchmarks.quantized_layer import Bits, LearnedStep, Make, QuantizedLayer, brevitas_layer, replace_layers, show
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import quantizable_layers
 from cpq_lightning.callbacks import (
@@ -115,7 +115,9 @@ def layer_bits(task: Task) -> dict[str, Bits]:
     inner, bits = inner_layers(task.network), {}
     for name in quantizable_layers(task.network):
         weight = (task.levels or {}).get(name, int(task.weight_bits))
-        bits[name] = Bits(weight, task.act_bits) if name in inner else Bits(END_BITS, END_BITS)
+        # The first layer sees images, which have negative values, all others what a ReLU leaves.
+        signed = name == ends(task.network)[0]
+        bits[name] = Bits(weight, task.act_bits, signed) if name in inner else Bits(END_BITS, END_BITS, signed)
     return bits
 
 
@@ -124,7 +126,9 @@ def _full_precision(task: Task) -> Made:
 
 
 def _peer(load: Callable[[], Make], task: Task) -> Made:
-    return Made(replace_layers(task.network, layer_bits(task), task.images, load()))
+    quantizer = load()
+    made = replace_layers(task.network, layer_bits(task), lambda layer, bits: QuantizedLayer(layer, bits, quantizer))
+    return Made(show(made, task.images))
 
 
 def _relaxed() -> Make:
@@ -134,9 +138,8 @@ def _relaxed() -> Make:
 
 
 def _brevitas(task: Task) -> Made:
-    from benchmarks.findings.brevitas_layers import replace
-
-    return Made(replace(task.network, layer_bits(task), task.images))
+    made = replace_layers(task.network, layer_bits(task), brevitas_layer)
+    return Made(show(show(made, task.images), task.images))
 
 
 def _cpq(task: Task, settings: Mapping[str, Any] | None = None, callbacks: Callable[[], list[Callback]] = list) -> Made:
@@ -208,7 +211,8 @@ METHODS: dict[str, Method] = {
     BY_HESSIAN: Method(_cpq, EXPECTATION, levels="hessian"),
 }
 
-# One thing changed each. Those of fixed widths are compared with EXPECTATION, those of learned ones with LEARNED.
+# One thing changed each, what says most first. Those of fixed widths are compared with EXPECTATION, those of learned
+# ones with LEARNED.
 _FIXED: dict[str, Callable[[Task], Made]] = {
     "ClusterPull from 0.5, strength 0.005": partial(_cpq, callbacks=lambda: [ClusterPull(0.5, strength=0.005)]),
     "ClusterPull from 0.7, strength 0.02": partial(_cpq, callbacks=lambda: [ClusterPull(0.7, strength=0.02)]),

@@ -80,10 +80,16 @@ def plan(scale: str) -> list[Run]:
     wanted: list[Run] = []
     wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
     wanted += _block(scale, AT_WIDTHS, WIDTHS)
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[:2])
-    wanted += _block(scale, AT_WIDTHS_TOO, WIDTHS)
-    wanted += _block(scale, (*AT_LEARNED, *AT_FIXED), WIDTHS[:1])
-    wanted += _block(scale, (RQ, BREVITAS), WIDTHS)
+    wanted += _block(scale, AT_AVERAGES, AVERAGES[:1])
+    wanted += _block(scale, AT_LEARNED[:3], AVERAGES[:1])
+    wanted += _block(scale, AT_AVERAGES, AVERAGES[1:2])
+    wanted += _block(scale, AT_WIDTHS_TOO, WIDTHS[:2])
+    wanted += _block(scale, AT_FIXED[:3], WIDTHS[:1])
+    wanted += _block(scale, (BREVITAS, RQ), WIDTHS[:1])
+    wanted += _block(scale, AT_LEARNED[3:], AVERAGES[:1])
+    wanted += _block(scale, AT_FIXED[3:], WIDTHS[:1])
+    wanted += _block(scale, AT_WIDTHS_TOO, WIDTHS[2:])
+    wanted += _block(scale, (BREVITAS, RQ), WIDTHS[1:])
     wanted += _block(scale, AT_AVERAGES, AVERAGES[2:])
     ordered: dict[Run, None] = {}
     for run in wanted:

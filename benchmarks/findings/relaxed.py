@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.findings.peers import StepAtFirst
+from benchmarks.quantized_layer import StepAtFirst
 
 # Noise at the start, in steps: RQ's.
 _NOISE = 1 / 3

@@ -27,9 +27,9 @@ from benchmarks.findings.allocation import (
 from benchmarks.findings.data import Images, load
 from benchmarks.findings.methods import METHODS, Made, Task, inner_layers
 from benchmarks.findings.network import SmallResNet
-from benchmarks.findings.peers import QuantizedLayer
 from benchmarks.findings.rows import Row
 from benchmarks.findings.runs import BATCH_SIZE, SCALES, WEIGHT_DECAY, Run, Scale
+from benchmarks.quantized_layer import QuantizedLayer
 from cpq_lightning import QuantizedModule
 from cpq_lightning.attach import QuantizedLayer as CPQLayer
 from cpq_lightning.export import levels
@@ -177,6 +177,8 @@ def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
                 found.append((name, layer.full_precision_weight().detach(), layer.weight.detach()))
             elif isinstance(layer, QuantizedLayer):
                 found.append((name, *layer.weights()))
+            elif hasattr(layer, "quant_weight"):
+                found.append((name, layer.weight.detach(), layer.quant_weight().value))
     yield from found[1:-1]
 
 

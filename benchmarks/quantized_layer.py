@@ -1,4 +1,4 @@
-"""The methods that CPQ is measured against, at the same layers and widths."""
+"""Layers as other methods quantize them: LSQ by torch's own kernel, and Brevitas's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch.nn.functional import linear
 
 from cpq_lightning.functional import level_bounds
 
+Layer = nn.Conv2d | nn.Linear
+
 
 @dataclass(frozen=True)
 class Bits:
-    """Widths of one layer's weight and of its input."""
+    """Widths of one layer's weight and of its input, and whether that has negative values."""
 
     weight: int
     act: int
+    signed: bool
 
 
 Make = Callable[[int, bool], nn.Module]
@@ -29,15 +32,14 @@ class QuantizedLayer(nn.Module):
     Args:
         layer: A convolution or linear layer.
         bits: Its widths.
-        signed_input: Whether its input has negative values.
         make: Makes a quantizer of a width and whether its grid reaches below zero.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, bits: Bits, signed_input: bool, make: Make) -> None:
+    def __init__(self, layer: Layer, bits: Bits, make: Make) -> None:
         super().__init__()
         self.layer = layer
         self.weight_quantizer = make(bits.weight, True)
-        self.input_quantizer = make(bits.act, signed_input)
+        self.input_quantizer = make(bits.act, bits.signed)
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self.input_quantizer(x), self.weight_quantizer(self.layer.weight)
@@ -51,28 +53,19 @@ class QuantizedLayer(nn.Module):
         return self.layer.weight, self.weight_quantizer(self.layer.weight)
 
 
-def replace_layers(model: nn.Module, bits: Mapping[str, Bits], images: Tensor, make: Make) -> nn.Module:
-    """Quantize the layers that ``bits`` names, in place; quantizers start from the first batch.
-
-    Args:
-        model: The network in full precision.
-        bits: Widths by layer; the first layer sees images, which have negative values, all others what a ReLU leaves.
-        images: A training batch.
-        make: Makes a quantizer.
-    """
-    first = next(iter(bits))
+def replace_layers(model: nn.Module, bits: Mapping[str, Bits], make: Callable[[Layer, Bits], nn.Module]) -> nn.Module:
+    """Put what ``make`` makes of a layer and its widths in the place of each layer that ``bits`` names."""
     for name, own in bits.items():
         parent, _, leaf = name.rpartition(".")
         layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        setattr(model.get_submodule(parent), leaf, QuantizedLayer(layer, own, name == first, make))
-    start(model, images)
+        assert isinstance(layer, Layer)
+        setattr(model.get_submodule(parent), leaf, make(layer, own))
     return model
 
 
 @torch.no_grad()
-def start(model: nn.Module, images: Tensor) -> None:
-    """Show a batch to the network, without leaving a trace in its batch norms."""
+def show(model: nn.Module, images: Tensor) -> nn.Module:
+    """Show a batch to the network, for what starts from it; no trace stays in its batch norms."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -80,6 +73,7 @@ def start(model: nn.Module, images: Tensor) -> None:
     model.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    return model
 
 
 class StepAtFirst(nn.Module):
@@ -93,10 +87,14 @@ class StepAtFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._started:
-            with torch.no_grad():
-                self.step.copy_(2 * x.abs().mean() / max(1, self.high) ** 0.5)
+            self.start(x)
             self._started = True
         return self.quantize(x)
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        """Fit the step to the first values."""
+        self.step.copy_(2 * x.abs().mean() / max(1, self.high) ** 0.5)
 
     def quantize(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -112,3 +110,35 @@ class LearnedStep(StepAtFirst):
     def quantize(self, x: Tensor) -> Tensor:
         factor = 1 / (x.numel() * max(1, self.high)) ** 0.5
         return torch._fake_quantize_learnable_per_tensor_affine(x, self.step, self.zero, self.low, self.high, factor)
+
+
+def brevitas_layer(layer: Layer, bits: Bits) -> nn.Module:
+    """Brevitas's layer; scales are parameters, started from statistics: its default for activations, its option for
+    weights. A second batch makes parameters of the statistics of the first.
+    """
+    from brevitas.nn import QuantConv2d, QuantLinear  # type: ignore[import-not-found]
+    from brevitas.quant import (  # type: ignore[import-not-found]
+        Int8ActPerTensorFloat,
+        Int8WeightPerTensorFloat,
+        Uint8ActPerTensorFloat,
+    )
+
+    settings = {
+        "bias": layer.bias is not None,
+        "weight_quant": Int8WeightPerTensorFloat,
+        "weight_bit_width": bits.weight,
+        "weight_scaling_impl_type": "parameter_from_stats",
+        "input_quant": Int8ActPerTensorFloat if bits.signed else Uint8ActPerTensorFloat,
+        "input_bit_width": bits.act,
+        # In place of 300 steps with a percentile each, which is not what most of a training costs.
+        "input_collect_stats_steps": 1,
+    }
+    if isinstance(layer, nn.Linear):
+        made = QuantLinear(layer.in_features, layer.out_features, **settings)
+    else:
+        made = QuantConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups, layer.padding_mode, **settings,
+        )  # fmt: skip
+    made.load_state_dict(layer.state_dict(), strict=False)
+    return made

@@ -1,0 +1,83 @@
+"""What the defaults shall reach, put against the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.findings.methods import AT_FIXED, AT_LEARNED, FULL, LEARNED, LSQ, METHODS, RANDOM
+from benchmarks.findings.plan import AT_AVERAGES, WIDTHS
+from benchmarks.findings.results import DEFAULT, cell
+from benchmarks.findings.rows import Rows
+from benchmarks.findings.runs import SEEDS
+from benchmarks.findings.statistics import Estimate, paired
+
+_AVERAGE = (3.0, 3)
+
+
+def check(rows: Rows, scale: str) -> Iterator[str]:
+    """A sentence for each goal: what it is, whether it holds, and by what figures."""
+    yield from _accuracies(rows, scale)
+    yield from _errors(rows, scale)
+    yield from _learned(rows, scale)
+
+
+def _verdict(holds: bool, difference: Estimate) -> str:
+    if difference.half is None:
+        return "open, with one seed"
+    return "**holds**" if holds else "**does not hold**"
+
+
+def _figure(e: Estimate) -> str:
+    return f"{e.mean:+.2f}" + ("" if e.half is None else f" ± {e.half:.2f}")
+
+
+def _accuracies(rows: Rows, scale: str) -> Iterator[str]:
+    others = [m for m in METHODS if m not in (FULL, DEFAULT, *AT_AVERAGES, *AT_FIXED, *AT_LEARNED)]
+    for w, a in WIDTHS:
+        ours = cell(rows, scale, DEFAULT, w, a)
+        theirs = [c for c in (cell(rows, scale, m, w, a) for m in others) if c]
+        if ours is None or not theirs:
+            continue
+        best = max(theirs, key=lambda c: c.accuracy.mean)
+        difference = paired(ours.by_seed, best.by_seed)
+        if difference is not None:
+            yield (
+                f"W{w}A{a}, the default ({DEFAULT}) not below the best other method ({best.method}) by more than the "
+                f"paired interval: {_verdict(not difference.below, difference)}, {_figure(difference)}."
+            )
+
+
+def _errors(rows: Rows, scale: str) -> Iterator[str]:
+    for w, a in WIDTHS:
+        ours, lsq = cell(rows, scale, DEFAULT, w, a), cell(rows, scale, LSQ, w, a)
+        if ours is None or lsq is None or ours.error is None or not lsq.error:
+            continue
+        difference = paired(ours.by_seed, lsq.by_seed)
+        if difference is not None:
+            ratio = ours.error / lsq.error
+            yield (
+                f"W{w}A{a}, weight error at most half of LSQ's at no loss of accuracy: "
+                f"{_verdict(ratio <= 0.5 and not difference.below, difference)}, {ratio:.3f} of it at {_figure(difference)}."
+            )
+
+
+def _learned(rows: Rows, scale: str) -> Iterator[str]:
+    w, a = _AVERAGE
+    ours, lsq, drawn = (cell(rows, scale, method, w, a) for method in (LEARNED, LSQ, RANDOM))
+    if ours is not None and lsq is not None:
+        seeds = ours.by_seed.keys() & lsq.by_seed.keys()
+        wins = sum(ours.by_seed[s] >= lsq.by_seed[s] for s in seeds)
+        difference = paired(ours.by_seed, lsq.by_seed)
+        if difference is not None:
+            yield (
+                f"Learned levels at an average of {w:g} bits at least as good as uniform {w:g}-bit LSQ on {len(SEEDS)} "
+                f"of {len(SEEDS)} seeds: {_verdict(wins == len(SEEDS), difference)}, on {wins} of {len(seeds)}, "
+                f"{_figure(difference)}."
+            )
+    if ours is not None and drawn is not None:
+        difference = paired(ours.by_seed, drawn.by_seed)
+        if difference is not None:
+            yield (
+                f"Learned levels better than random ones of the same average by more than the interval: "
+                f"{_verdict(difference.above, difference)}, {_figure(difference)}."
+            )

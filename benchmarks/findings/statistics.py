@@ -1,0 +1,65 @@
+"""Means and paired differences over seeds, with their 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of some runs.
+
+    Attributes:
+        mean: In the unit of the values.
+        half: Half of the 95 % interval of Student's t; ``None`` of a single value.
+        count: How many values.
+    """
+
+    mean: float
+    half: float | None
+    count: int
+
+    @property
+    def above(self) -> bool:
+        """Whether the whole interval lies above zero."""
+        return self.half is not None and self.mean - self.half > 0
+
+    @property
+    def below(self) -> bool:
+        """Whether the whole interval lies below zero."""
+        return self.half is not None and self.mean + self.half < 0
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean and interval; ``None`` of nothing.
+
+    Example:
+        >>> estimate([1.0, 2.0, 3.0])
+        Estimate(mean=2.0, half=2.484..., count=3)
+    """
+    if not len(values):
+        return None
+    if len(values) == 1:
+        return Estimate(float(values[0]), None, 1)
+    half = stats.t.ppf((1 + _LEVEL) / 2, len(values) - 1) * stats.sem(values)
+    return Estimate(float(np.mean(values)), float(half), len(values))
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """Of the differences at the seeds that both have; ``None`` if they have none in common.
+
+    Args:
+        ours: A value for each seed.
+        theirs: Likewise.
+
+    Example:
+        >>> paired({0: 2.0, 1: 3.0, 2: 9.0}, {0: 1.0, 1: 2.0}).mean
+        1.0
+    """
+    return estimate([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
