@@ -76,7 +76,9 @@ def carry_out(
                     rows.append(row)
                     done(run, row)
         except BaseException:
+            # A shutdown forgets its processes.
+            processes = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in processes:
                 process.terminate()
             raise

@@ -55,9 +55,10 @@ def _errors(rows: Rows, scale: str) -> Iterator[str]:
         difference = paired(ours.by_seed, lsq.by_seed)
         if difference is not None:
             ratio = ours.error / lsq.error
+            reached = ratio <= 0.5 and not difference.below
             yield (
                 f"W{w}A{a}, weight error at most half of LSQ's at no loss of accuracy: "
-                f"{_verdict(ratio <= 0.5 and not difference.below, difference)}, {ratio:.3f} of it at {_figure(difference)}."
+                f"{_verdict(reached, difference)}, {ratio:.3f} of it at {_figure(difference)}."
             )
 
 

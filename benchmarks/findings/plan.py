@@ -79,9 +79,10 @@ def plan(scale: str) -> list[Run]:
     """All runs at a scale, the most telling first; searches stand before the first run that needs them."""
     wanted: list[Run] = []
     wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
-    wanted += _block(scale, AT_WIDTHS, WIDTHS)
+    wanted += _block(scale, AT_WIDTHS, WIDTHS[:2])
     wanted += _block(scale, AT_AVERAGES, AVERAGES[:1])
     wanted += _block(scale, AT_LEARNED[:3], AVERAGES[:1])
+    wanted += _block(scale, AT_WIDTHS, WIDTHS[2:])
     wanted += _block(scale, AT_AVERAGES, AVERAGES[1:2])
     wanted += _block(scale, AT_WIDTHS_TOO, WIDTHS[:2])
     wanted += _block(scale, AT_FIXED[:3], WIDTHS[:1])
