@@ -63,7 +63,7 @@ def main(
     runs = [run for run in plan(scale) if not only or run.method in only]
     for name in dict.fromkeys(run.method for run in runs):
         if missing := METHODS[name].missing:
-            console.print(f"{name} is skipped: {missing}.")
+            console.print(f"{name} is skipped: {missing}.", markup=False)
             runs = [run for run in runs if run.method != name]
     left = [run for run in runs if run not in rows]
     console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done.")
@@ -93,12 +93,12 @@ def _run(runs: list[Run], rows: Rows, data: str, scale: str, workers: int, devic
 
         def failed(run: Run, error: BaseException) -> None:
             failures.append(f"{run.title}: {type(error).__name__}: {error}")
-            console.print(f"[red]failed[/red] {failures[-1]}")
+            console.print(f"failed: {failures[-1]}", style="red", markup=False)
 
         progress.update(bar, description="runs")
         carry_out(runs, rows, start=start, root=data, workers=workers, device=device, done=done, failed=failed)
     for failure in failures:
-        console.print(f"Failed: {failure}")
+        console.print(f"Failed: {failure}", markup=False)
     return 1 if failures else 0
 
 

@@ -101,7 +101,7 @@ def given_levels(run: Run, source: str, learned: Row | None, network: nn.Module,
     sizes = inner_layers(network)
     if source == "learned":
         assert learned is not None
-        return {name: learned["levels"][name] for name in sizes}
+        return {name: round(learned["levels"][name]) for name in sizes}
     if source == "random":
         return random_levels(sizes, run.weight_bits, run.seed)
     if source in ("error", "hessian"):

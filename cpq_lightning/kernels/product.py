@@ -194,9 +194,11 @@ def _product_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if convolution:
         stride, padding, dilation, groups = _geometry(convolution)
-        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        found = torch.ops.aten.convolution_backward(
             grad, x, weight, [len(weight)], stride, padding, dilation, False, [0] * len(stride), groups, needs
         )
+        # oneDNN gives the weight's gradient too where only the bias's is asked for.
+        return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))  # type: ignore[return-value]
     rows = grad.flatten(0, -2)
     return (
         (rows @ weight).view_as(x) if needs[0] else None,

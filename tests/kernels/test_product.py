@@ -154,6 +154,22 @@ def test_no_gradient_is_computed_that_nobody_wants(frozen):
     assert masks.seen == [[True, False, False] if frozen == "layer" else [False, True, False]]
 
 
+@pytest.mark.parametrize("name", ["conv2d", "linear"])
+def test_a_bias_alone_is_trained(name, monkeypatch):
+    model, x = quantized(*LAYERS[name])
+    model.requires_grad_(False)
+    model[0].bias.requires_grad_(True)
+
+    def gradient():
+        model[0].bias.grad = None
+        model(x).square().sum().backward()
+        return model[0].bias.grad
+
+    own = gradient()
+    with ordinary_path(monkeypatch):
+        torch.testing.assert_close(own, gradient())
+
+
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
 @pytest.mark.parametrize("value", [2, (2,), (2, 1)])
 def test_geometry_in_all_the_ways_that_torch_takes_it(name, value, monkeypatch):

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from cpq_lightning import CPQConfig, attach, calibrate
+from cpq_lightning.attach import quantized_layers, quantizers, set_active
+from cpq_lightning.optim import GridPull
+from tests.models import IMAGES, LABELS, convnet
+
+THREE = CPQConfig(weight_bits=3)
+
+
+def pulled(strength, config=THREE, lr=0.0, prepare=lambda model: None, steps=1):
+    """A model before and after steps of SGD with a pull; its layers' weights and grid points before."""
+    model = calibrate(attach(convnet(), config, example_inputs=IMAGES[:4]), [IMAGES])
+    prepare(model)
+    layers = [layer for _, layer in quantized_layers(model)]
+    before = [(layer.full_precision_weight().detach().clone(), layer.weight.detach().clone()) for layer in layers]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    owners = {id(layer.full_precision_weight()): layer.weight_quantizer for layer in layers}
+    pull = GridPull(optimizer, owners, lambda: strength)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+        optimizer.step()
+    return layers, before, pull
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_move_by_their_part_of_the_way(per_channel):
+    layers, before, _ = pulled(0.25, CPQConfig(weight_bits=3, per_channel=per_channel))
+    for layer, (weight, points) in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.full_precision_weight(), weight + 0.25 * (points - weight))
+        # And stay on the same level.
+        torch.testing.assert_close(layer.weight, points)
+
+
+def test_a_strength_of_one_puts_weights_on_the_grid():
+    layers, before, _ = pulled(1.0)
+    for layer, (_, points) in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.full_precision_weight(), points)
+
+
+def test_nothing_is_pulled_without_strength_or_behind_the_end():
+    layers, before, _ = pulled(0.0)
+    assert all(layer.full_precision_weight().equal(w) for layer, (w, _) in zip(layers, before, strict=True))
+    layers, before, pull = pulled(0.5, steps=0)
+    pull.remove()
+    assert all(layer.full_precision_weight().equal(w) for layer, (w, _) in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "prepare"),
+    [
+        (CPQConfig(), lambda model: set_active(model, False)),
+        (CPQConfig(weight_bits=4, min_bits=2, learn_bits=True, first_last_bits=None), lambda model: None),
+        (CPQConfig(), lambda model: model.requires_grad_(False)[0].bias.requires_grad_(True)),
+    ],
+    ids=["inactive", "learning", "frozen"],
+)
+def test_what_is_in_no_place_yet_is_left_alone(config, prepare):
+    layers, before, _ = pulled(0.5, config, prepare=prepare)
+    assert all(layer.full_precision_weight().equal(w) for layer, (w, _) in zip(layers, before, strict=True))
+
+
+def test_widths_that_are_fixed_are_pulled_to_their_own_grid():
+    def fix(model):
+        for _, quantizer in quantizers(model):
+            if quantizer.learns_bits:
+                quantizer.fix_widths([2])
+
+    config = CPQConfig(weight_bits=4, min_bits=2, learn_bits=True, first_last_bits=None)
+    layers, before, _ = pulled(1.0, config, prepare=fix)
+    for layer, (_, points) in zip(layers, before, strict=True):
+        assert len(points.unique()) <= 4
+        torch.testing.assert_close(layer.full_precision_weight(), points)
+
+
+def test_a_group_that_is_added_later_is_pulled():
+    model = calibrate(attach(convnet(), CPQConfig(weight_bits=3), example_inputs=IMAGES[:4]), [IMAGES])
+    first, *_, last = [layer for _, layer in quantized_layers(model)]
+    optimizer = torch.optim.SGD([first.full_precision_weight()], lr=0.0)
+    GridPull(optimizer, {id(last.full_precision_weight()): last.weight_quantizer}, lambda: 1.0)
+    optimizer.add_param_group({"params": [last.full_precision_weight()]})
+    points = last.weight.detach().clone()
+    nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+    optimizer.step()
+    torch.testing.assert_close(last.full_precision_weight(), points)

@@ -1,0 +1,362 @@
+import json
+import math
+from itertools import product
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from benchmarks.findings import goals, relaxed
+from benchmarks.findings.__main__ import main
+from benchmarks.findings.allocation import hessian_traces, least_costly, random_levels, squared_errors
+from benchmarks.findings.methods import (
+    AT_LEARNED,
+    EXPECTATION,
+    FULL,
+    LEARNED,
+    LSQ,
+    METHODS,
+    PULLED,
+    RANDOM,
+    RELEARNED,
+    Task,
+    inner_layers,
+)
+from benchmarks.findings.network import SmallResNet
+from benchmarks.findings.plan import learned_run, plan, rate_of, ready, searches
+from benchmarks.findings.report import write_report
+from benchmarks.findings.rows import Rows
+from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
+from benchmarks.findings.statistics import estimate, paired
+from benchmarks.findings.train import clusters, train, train_start, weight_errors
+from benchmarks.quantized_layer import LearnedStep
+from cpq_lightning.data import fashion_mnist
+from tests.images import fashion_mnist as make_fashion_mnist
+
+LAYERS = dict.fromkeys(inner_layers(SmallResNet()), 3.0)
+
+
+def row(run, accuracy=0.8, error=0.04, val=0.8, levels=LAYERS):
+    return {
+        **run.to_dict(), "lr": 0.001, "accuracy": accuracy, "val_accuracy": val, "mean_bits": float(run.weight_bits),
+        "weight_error": None if run.method == FULL else error, "levels": levels, "clusters": [1, 2, 3] * 40,
+        "seconds": 1.0, "commit": "abc", "device": "cpu", "versions": {"torch": "2"}, "config": None,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return Rows(tmp_path / "findings.jsonl")
+
+
+# Rows
+
+
+def test_rows_are_kept_and_the_first_of_two_counts(rows):
+    run = Run("20k", LSQ, 3, 3, 0)
+    rows.append(row(run, 0.8))
+    rows.append(row(run, 0.9))
+    again = Rows(rows.path)
+    assert run in again
+    assert len(again) == 1
+    assert again[run]["accuracy"] == 0.8
+
+
+def test_a_line_that_was_cut_off_is_a_run_that_is_not_done(rows):
+    first, second = (Run("20k", LSQ, 3, 3, seed) for seed in (0, 1))
+    rows.append(row(first))
+    with rows.path.open("a") as file:
+        file.write(json.dumps(row(second))[:50])
+    again = Rows(rows.path)
+    assert second not in again
+    again.append(row(second))
+    assert [Run.of(r) for r in Rows(rows.path).all()] == [first, second]
+
+
+def test_a_file_of_something_else_is_refused_and_left(rows):
+    rows.path.write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="line 1 is no row"):
+        Rows(rows.path)
+    assert rows.path.read_text() == '{"a": 1}\n'
+
+
+# The plan
+
+
+def test_a_run_stands_behind_all_that_it_waits_for():
+    runs = plan("20k")
+    assert len(runs) == len(set(runs))
+    place = {run: i for i, run in enumerate(runs)}
+    for run in runs:
+        needed = [] if run.rate else searches(run.scale, METHODS[run.method].family)
+        source = learned_run(run)
+        needed += [source] if source else []
+        assert all(place[other] < place[run] for other in needed), run.title
+    assert {run.seed for run in runs if run.rate is None} == set(SEEDS)
+    assert {run.method for run in runs} == METHODS.keys()
+
+
+def test_the_other_scale_searches_no_rates_of_its_own():
+    assert {run.scale for run in plan("60k") if run.rate is not None} == {"20k"}
+
+
+def test_the_rate_with_the_best_held_out_mean_is_taken(rows):
+    run = Run("20k", LSQ, 3, 3, 0)
+    assert not ready(run, rows)
+    for search in searches("20k", LSQ):
+        assert search.seed == SEARCH_SEED
+        # At four bits another rate is the best, by less.
+        better = {(2, RATES[1]): 0.9, (4, RATES[0]): 0.82}.get((search.weight_bits, search.rate), 0.8)
+        rows.append(row(search, accuracy=1 - better, val=better))
+    assert rate_of(run, rows) == RATES[1]
+    assert ready(run, rows)
+
+
+def test_a_run_waits_for_the_widths_that_it_takes(rows):
+    for search in searches("20k", EXPECTATION):
+        rows.append(row(search))
+    run = Run("20k", RELEARNED, 3.0, 3, 2)
+    assert not ready(run, rows)
+    rows.append(row(Run("20k", LEARNED, 3.0, 3, 2)))
+    assert ready(run, rows)
+
+
+# Statistics
+
+
+def test_the_paired_interval_is_students():
+    ours, theirs = {0: 1.0, 1: 2.5, 2: 3.0, 7: 9.0}, {2: 2.0, 1: 2.0, 0: 1.5, 8: 0.0}
+    found = paired(ours, theirs)
+    expected = stats.ttest_rel([1.0, 2.5, 3.0], [1.5, 2.0, 2.0]).confidence_interval()
+    assert found.count == 3
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(expected))
+
+
+def test_one_value_has_no_interval_and_none_no_mean():
+    assert estimate([2.0]).half is None
+    assert not estimate([2.0]).above
+    assert estimate([]) is None
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+# Widths that are not learned
+
+
+def test_random_levels_meet_the_average_and_differ():
+    sizes = inner_layers(SmallResNet())
+    drawn = [random_levels(sizes, 3.0, seed) for seed in range(5)]
+    assert len({tuple(levels.values()) for levels in drawn}) > 3
+    for levels in drawn:
+        average = sum(sizes[n] * b for n, b in levels.items()) / sum(sizes.values())
+        assert average == pytest.approx(3.0, abs=0.05)
+        assert all(2 <= bits <= 8 for bits in levels.values())
+
+
+def test_the_least_costly_widths_are_those_of_all_that_were_tried():
+    g = torch.Generator().manual_seed(0)
+    sizes = {"a": 100, "b": 50, "c": 10, "d": 400}
+    costs = {name: torch.rand(7, generator=g).sort(descending=True).values.tolist() for name in sizes}
+    tried = [
+        (sum(costs[n][b - 2] for n, b in zip(sizes, bits, strict=True)), bits)
+        for bits in product(range(2, 9), repeat=4)
+        if sum(s * b for s, b in zip(sizes.values(), bits, strict=True)) <= 3.02 * sum(sizes.values())
+    ]
+    assert tuple(least_costly(costs, sizes, 3.0).values()) == min(tried)[1]
+
+
+def test_errors_fall_with_the_bits():
+    errors = squared_errors(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    assert len(errors) == 7
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_traces_are_those_of_the_hessian():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    images, labels = torch.randn(512, 3), torch.randint(0, 2, (512,))
+    found = hessian_traces(model, ["0", "2"], images, labels, seed=0)
+    for name in ("0", "2"):
+        weight = model.get_submodule(name).weight
+
+        def loss(values, name=name):
+            parameters = {f"{name}.weight": values}
+            return nn.functional.cross_entropy(torch.func.functional_call(model, parameters, images), labels)
+
+        hessian = torch.autograd.functional.hessian(loss, weight.detach())
+        exact = hessian.reshape(weight.numel(), weight.numel()).trace() / weight.numel()
+        assert found[name] == pytest.approx(float(exact), rel=0.35)
+
+
+# Methods
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_learned_steps_are_lsqs(signed):
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    quantizer = LearnedStep(3, signed)
+    out = quantizer(x)
+    low, high = (-4, 3) if signed else (0, 7)
+    step = quantizer.step.item()
+    assert step == pytest.approx(2 * x.abs().mean().item() / math.sqrt(high), rel=1e-6)
+    torch.testing.assert_close(out, step * (x / step).round().clamp(low, high))
+    out.sum().backward()
+    u = x.detach() / step
+    inside = (u.round() >= low) & (u.round() <= high)
+    assert x.grad.equal(inside.float())
+    by_step = torch.where(inside, u.round() - u, u.clamp(low, high)).sum() / math.sqrt(64 * high)
+    torch.testing.assert_close(quantizer.step.grad[0], by_step, rtol=1e-4, atol=1e-5)
+
+
+def test_relaxed_samples_have_the_probabilities_of_the_noise():
+    u, s = torch.full((20000,), 0.3), torch.tensor(1 / 3)
+    uniform = torch.rand(3, 20000, generator=torch.Generator().manual_seed(0)).clamp(1e-7, 1 - 1e-7)
+    found = relaxed._sample(u, s, uniform, torch.tensor(-4.0), torch.tensor(3.0))
+    points = torch.tensor([-1.0, 0.0, 1.0])
+    p = torch.sigmoid((points + 0.5 - 0.3) / s) - torch.sigmoid((points - 0.5 - 0.3) / s)
+    exact = float((p * points).sum() / p.sum())
+    # At temperature 1 a mixture leans to the middle of its points, not by more than this.
+    assert float(found.mean()) == pytest.approx(exact, abs=0.1)
+    assert found.min() >= -1
+    assert found.max() <= 1
+
+
+def test_relaxed_gradients_are_finite_far_beyond_the_grid():
+    u = torch.tensor([-1e6, -4.0, 3.0, 1e6], requires_grad=True)
+    uniform = torch.full((3, 4), 0.5)
+    found = relaxed._sample(u, torch.tensor(1 / 3), uniform, torch.tensor(-4.0), torch.tensor(3.0))
+    found.sum().backward()
+    assert found[0] == -4
+    assert found[3] == 3
+    assert u.grad.isfinite().all()
+
+
+def test_evaluation_rounds():
+    quantizer = relaxed.Relaxed(3, True).eval()
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    step = quantizer(x) * 0 + quantizer.step
+    torch.testing.assert_close(quantizer(x), step * (x / step).round().clamp(-4, 3))
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.missing])
+def test_every_method_makes_something_that_trains(name):
+    network = SmallResNet()
+    levels = dict.fromkeys(inner_layers(network), 2) if METHODS[name].levels else None
+    made = METHODS[name].make(Task(network, 3.0, 3, torch.randn(8, 1, 28, 28), levels))
+    assert made.network is network
+    assert (made.config is None) == (name in (FULL, LSQ, "RQ, Gumbel-softmax"))
+
+
+# Whole runs
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", make_fashion_mnist(tmp_path / "debian", count=300))
+    fashion_mnist.FashionMNISTDataModule(str(tmp_path / "data")).prepare_data()
+    return str(tmp_path / "data")
+
+
+@pytest.mark.slow
+def test_runs_from_the_start_to_their_rows(data, tmp_path):
+    from benchmarks.findings.runs import SCALES
+
+    start = tmp_path / "start.safetensors"
+    train_start(SCALES["tiny"], data, start)
+    before = start.read_bytes()
+    train_start(SCALES["tiny"], data, start)
+    assert start.read_bytes() == before
+    learned = train(Run("tiny", LEARNED, 3.0, 3, 0), 0.001, start, data)
+    assert learned["mean_bits"] == pytest.approx(3.0, abs=0.05)
+    assert set(learned["levels"]) == set(LAYERS)
+    again = train(Run("tiny", RELEARNED, 3.0, 3, 0), 0.001, start, data, learned)
+    assert again["levels"] == learned["levels"]
+    pulled, left = (train(Run("tiny", name, 3, 3, 0), 0.001, start, data) for name in (PULLED, EXPECTATION))
+    assert pulled["weight_error"] < left["weight_error"]
+    same = train(Run("tiny", EXPECTATION, 3, 3, 0), 0.001, start, data)
+    assert all(same[key] == left[key] for key in left if key not in ("seconds", "time"))
+    drawn = train(Run("tiny", RANDOM, 3.0, 3, 0), 0.001, start, data)
+    assert drawn["levels"] != learned["levels"]
+    undrawn = train(Run("tiny", AT_LEARNED[0], 3.0, 3, 0), 0.001, start, data)
+    assert undrawn["levels"].keys() == learned["levels"].keys()
+    json.dumps([learned, again, pulled, drawn, undrawn])
+
+
+def test_a_network_in_full_precision_has_no_error_and_no_clusters():
+    assert weight_errors(SmallResNet()) == {}
+    assert clusters(SmallResNet()) == []
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_where_it_stopped(data, tmp_path, capsys):
+    results = tmp_path / "results" / "findings.jsonl"
+    settings = {"data": data, "scale": "tiny", "only": [FULL], "workers": 1, "results": results}
+    assert main(**settings) == 0
+    written = results.read_text().splitlines()
+    assert len(written) == len(RATES) + len(SEEDS)
+    first = json.loads(written[0])
+    assert {"method", "seed", "accuracy", "weight_error", "levels", "config", "versions", "commit", "seconds"} <= set(
+        first
+    )
+    # Two of them are lost: these alone run again, and come out the same.
+    results.write_text("\n".join(written[:-2]) + "\n")
+    assert main(**settings) == 0
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r["seed"], r["accuracy"]) for r in again[-2:]] == [
+        (r["seed"], r["accuracy"]) for r in map(json.loads, written[-2:])
+    ]
+    assert again[:-2] == [json.loads(line) for line in written[:-2]]
+    assert main(**settings, show=True) == 0
+    assert main(**settings, report=True) == 0
+    assert "full precision" in (results.parent / "findings.md").read_text()
+
+
+def test_unknown_methods_and_scales_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="scale must be one of"):
+        main(scale="1k", results=tmp_path / "none.jsonl")
+    with pytest.raises(SystemExit, match="unknown methods"):
+        main(only=["LSQ+"], results=tmp_path / "none.jsonl")
+
+
+# The report
+
+
+def test_goals_are_told_by_the_rows(rows):
+    for seed, noise in zip(SEEDS, (0.0, 0.001, -0.001, 0.002, -0.002), strict=True):
+        rows.append(row(Run("20k", LSQ, 3, 3, seed), 0.88 + noise, error=0.04))
+        rows.append(row(Run("20k", PULLED, 3, 3, seed), 0.87 + noise / 2, error=0.03))
+        rows.append(row(Run("20k", LEARNED, 3.0, 3, seed), 0.885 + noise))
+        rows.append(row(Run("20k", RANDOM, 3.0, 3, seed), 0.8 + 10 * noise))
+    below, error, wins, drawn = goals.check(rows, "20k")
+    assert "not below" in below
+    assert "**does not hold**" in below
+    assert "-1.00" in below
+    assert "**does not hold**, 0.750 of it" in error
+    assert "**holds**, on 5 of 5, +0.50" in wins
+    assert "**holds**, +8.50" in drawn
+
+
+def test_one_seed_decides_nothing(rows):
+    rows.append(row(Run("20k", LSQ, 3, 3, 0), 0.8))
+    rows.append(row(Run("20k", PULLED, 3, 3, 0), 0.9, error=0.001))
+    assert all("open, with one seed" in sentence for sentence in goals.check(rows, "20k"))
+
+
+def test_the_report_is_made_of_the_rows(rows):
+    for run in plan("20k"):
+        # One that is unfinished says so.
+        if run != Run("20k", LSQ, 2, 2, 4):
+            rows.append(row(run, 0.8 + run.seed / 1000 % 0.01, levels={**LAYERS, "layer1.conv1": 2.0 + run.seed % 5}))
+    text = write_report(rows).read_text()
+    assert "LSQ (4 of 5 seeds)" in text
+    assert "### 3. Learned levels" in text
+    assert "| `layer1.conv1` | 4.0 ± 1.58 |" in text
+    assert "abc" in text
+    for name in ("clusters", "levels", "allocation"):
+        assert f"findings_{name}_20k.png" in text
+        assert (rows.path.parent / f"findings_{name}_20k.png").stat().st_size > 5000
+    assert "nan" not in text
+
+
+def test_without_rows_the_report_says_so(rows):
+    assert "No rows yet" in write_report(rows).read_text()
