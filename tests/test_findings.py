@@ -11,6 +11,7 @@ from benchmarks.findings import goals, relaxed
 from benchmarks.findings.__main__ import main
 from benchmarks.findings.allocation import hessian_traces, least_costly, random_levels, squared_errors
 from benchmarks.findings.methods import (
+    AT_FIXED,
     AT_LEARNED,
     EXPECTATION,
     FULL,
@@ -271,7 +272,7 @@ def test_runs_from_the_start_to_their_rows(data, tmp_path):
     assert set(learned["levels"]) == set(LAYERS)
     again = train(Run("tiny", RELEARNED, 3.0, 3, 0), 0.001, start, data, learned)
     assert again["levels"] == learned["levels"]
-    pulled, left = (train(Run("tiny", name, 3, 3, 0), 0.001, start, data) for name in (PULLED, EXPECTATION))
+    pulled, left = (train(Run("tiny", name, 3, 3, 0), 0.001, start, data) for name in (AT_FIXED[0], EXPECTATION))
     assert pulled["weight_error"] < left["weight_error"]
     same = train(Run("tiny", EXPECTATION, 3, 3, 0), 0.001, start, data)
     assert all(same[key] == left[key] for key in left if key not in ("seconds", "time"))
