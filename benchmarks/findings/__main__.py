@@ -1,20 +1,23 @@
 """Train what is not done yet, and write findings.md with its plots.
 
-python -m benchmarks.findings --data DIR             # all that is not done, at the scale of 20,000 images
-python -m benchmarks.findings --data DIR --show      # what is done, and what would run
-python -m benchmarks.findings --report               # only the tables and plots
+python -m benchmarks.findings --data DIR         # all that is not done, at the scale of 20,000 images
+python -m benchmarks.findings --data DIR --show  # what would run
+python -m benchmarks.findings --report           # only the tables and plots
+python -m benchmarks.findings --summary          # only the README's tables
 """
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.findings import report as tables
 from benchmarks.findings.campaign import carry_out
 from benchmarks.findings.methods import METHODS
 from benchmarks.findings.plan import plan
@@ -23,68 +26,60 @@ from benchmarks.findings.runs import SCALES, Run
 from benchmarks.findings.train import train_start
 
 
-def main(
-    data: str = "data",
-    scale: str = "20k",
-    only: list[str] | None = None,
-    workers: int = 2,
-    device: str = "cpu",
-    results: Path = RESULTS,
-    show: bool = False,
-    report: bool = False,
-) -> int:
-    """Run the campaign.
+class _Description(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
-    Args:
-        data: Folder with Fashion-MNIST in torchvision's format, or where Debian's files are unpacked to.
-        scale: How much is trained: "20k" or "60k" images.
-        only: Methods to run; all by default.
-        workers: Runs at a time, one thread each.
-        device: Lightning's accelerator, "cpu" or "gpu".
-        results: Rows of finished runs.
-        show: Only list what is done, and what would run.
-        report: Only write findings.md and its plots from the rows.
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign.
 
     Returns:
         1 where a run has failed.
     """
+    parser = argparse.ArgumentParser("benchmarks.findings", description=__doc__, formatter_class=_Description)
+    parser.add_argument("--data", default="data", help="folder with Fashion-MNIST as torchvision has it, or gets it")
+    parser.add_argument("--scale", default="20k", choices=list(SCALES), help="images to train on")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), metavar="METHOD", help="methods to run")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="rows of finished runs")
+    parser.add_argument("--show", action="store_true", help="only list what would run")
+    parser.add_argument("--report", action="store_true", help="only write findings.md and its plots")
+    parser.add_argument("--summary", action="store_true", help="only print the README's tables")
+    options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    if scale not in SCALES:
-        raise SystemExit(f"scale must be one of {sorted(SCALES)}, got {scale!r}.")
-    unknown = set(only or ()) - METHODS.keys()
-    if unknown:
-        raise SystemExit(f"only has unknown methods {sorted(unknown)}; there are {list(METHODS)}.")
-    rows = Rows(results)
-    if report:
-        from benchmarks.findings.report import write_report
-
-        console.print(f"Written: {write_report(rows)}")
+    rows = Rows(options.results)
+    if options.summary:
+        print(tables.summary(rows), end="")
         return 0
-    runs = [run for run in plan(scale) if not only or run.method in only]
+    if options.report:
+        console.print(f"Written: {tables.write_report(rows)}")
+        return 0
+    runs = [run for run in plan(options.scale) if not options.only or run.method in options.only]
     for name in dict.fromkeys(run.method for run in runs):
         if missing := METHODS[name].missing:
             console.print(f"{name} is skipped: {missing}.", markup=False)
             runs = [run for run in runs if run.method != name]
     left = [run for run in runs if run not in rows]
     console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done.")
-    if show:
+    if options.show:
         for run in left:
             console.print(run.title)
         return 0
-    # Else the workers of a campaign that is told to stop would stay.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return _run(runs, rows, data, scale, workers, device, console)
+    code = _run(runs, rows, options, console)
+    console.print(f"Written: {tables.write_report(rows)}")
+    return code
 
 
-def _run(runs: list[Run], rows: Rows, data: str, scale: str, workers: int, device: str, console: Console) -> int:
+def _run(runs: list[Run], rows: Rows, options: argparse.Namespace, console: Console) -> int:
     failures: list[str] = []
-    start = rows.path.with_name(f"findings_start_{scale}.safetensors")
+    start = rows.path.with_name(f"findings_start_{options.scale}.safetensors")
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("full-precision start", total=len(runs), completed=sum(run in rows for run in runs))
-        train_start(SCALES[scale], data, start, device)
+        train_start(SCALES[options.scale], options.data, start, options.device)
 
         def done(run: Run, row: Row) -> None:
             progress.update(bar, advance=1, description=run.method)
@@ -96,11 +91,22 @@ def _run(runs: list[Run], rows: Rows, data: str, scale: str, workers: int, devic
             console.print(f"failed: {failures[-1]}", style="red", markup=False)
 
         progress.update(bar, description="runs")
-        carry_out(runs, rows, start=start, root=data, workers=workers, device=device, done=done, failed=failed)
+        carry_out(
+            runs,
+            rows,
+            start=start,
+            root=options.data,
+            workers=options.workers,
+            device=options.device,
+            done=done,
+            failed=failed,
+        )
     for failure in failures:
         console.print(f"Failed: {failure}", markup=False)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(auto_cli(main, as_positional=False))
+    # Else the workers of a campaign that is told to stop would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())

@@ -173,10 +173,12 @@ def _learned(
     budget: Mapping[str, Any] | None = None,
     callbacks: Callable[[], list[Callback]] = list,
     patched: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    activations: bool = False,
 ) -> Made:
-    """Weights of 8 to 2 bits, under a budget."""
+    """Weights of 8 to 2 bits, under a budget; activations at theirs, or under a budget of that average."""
     own = {"weight_bits": 8, "min_bits": 2, "learn_bits": True, "act_bits": task.act_bits, **(settings or {})}
-    beside = [_quiet(), BitBudget(task.weight_bits, **(budget or {})), *callbacks()]
+    budgets = {"act_target": float(task.act_bits)} if activations else {}
+    beside = [_quiet(), BitBudget(task.weight_bits, **budgets, **(budget or {})), *callbacks()]
     return Made(task.network, CPQConfig(**own), beside, patched())
 
 
@@ -216,16 +218,23 @@ METHODS: dict[str, Method] = {
 _FIXED: dict[str, Callable[[Task], Made]] = {
     "ClusterPull from 0.5, strength 0.005": partial(_cpq, callbacks=lambda: [ClusterPull(0.5, strength=0.005)]),
     "ClusterPull from 0.7, strength 0.02": partial(_cpq, callbacks=lambda: [ClusterPull(0.7, strength=0.02)]),
+    "ClusterPull from 0.95, strength 0.1": partial(_cpq, callbacks=lambda: [ClusterPull(0.95, strength=0.1)]),
     "T 1 to 0.5": partial(_cpq, callbacks=lambda: [TemperatureSchedule()]),
     "DropBits by channel": partial(_dropping, gate_sharing="channel"),
     "DropBits by element": partial(_dropping, gate_sharing="element"),
     "first and last layer like all": partial(_cpq, settings={"first_last_bits": None}),
     "distilled from itself": partial(_cpq, callbacks=lambda: [DistillationCallback("self")]),
     "a step each channel": partial(_cpq, settings={"per_channel": True}),
+    "argmax on weights and activations": partial(
+        _cpq, settings={"weight_estimator": "argmax", "act_estimator": "argmax"}
+    ),
 }
 _LEARNING: dict[str, Callable[[Task], Made]] = {
     "without DropBits: gates at their median": partial(_learned, patched=_median_gates),
     "freeze at 0.5": partial(_learned, budget={"freeze": 0.5}),
+    "activations too": partial(
+        _learned, settings={"learn_act_bits": True, "act_bits": 8, "min_act_bits": 2}, activations=True
+    ),
     "freeze at 0.65": partial(_learned, budget={"freeze": 0.65}),
     "freeze at 0.9": partial(_learned, budget={"freeze": 0.9}),
     "gates at a third of the rate": partial(_learned, patched=lambda: _paced(1 / 3)),

@@ -9,12 +9,19 @@ from typing import Any
 
 from benchmarks.findings import goals, plots
 from benchmarks.findings.methods import (
+    ARGMAX,
     AT_FIXED,
     AT_LEARNED,
+    BREVITAS,
+    COOLED,
+    DROPPED,
     EXPECTATION,
+    FULL,
     LEARNED,
     LSQ,
     METHODS,
+    PULLED,
+    RQ,
 )
 from benchmarks.findings.plan import (
     AT_AVERAGES,
@@ -28,6 +35,9 @@ from benchmarks.findings.results import DEFAULT, Cell, cell, scales
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import RATES, SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate, paired
+
+PEERS = (LSQ, BREVITAS, RQ)
+OURS = (ARGMAX, EXPECTATION, COOLED, DROPPED, PULLED)
 
 _INTRODUCTION = """# Do the paper's findings hold?
 
@@ -57,6 +67,36 @@ def write_report(rows: Rows) -> Path:
     path = folder / "findings.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
+
+
+def summary(rows: Rows) -> str:
+    """The tables of the README, of the largest scale that there are rows of."""
+    scale = scales(rows)[-1]
+    widths = [(4, 4), (3, 3), (2, 2)]
+    lines = [["", *(f"W{w}A{a}" for w, a in widths), "weight error at W3A3, of LSQ's"]]
+    full = cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
+    if full is not None:
+        lines.append([FULL, _percent(full.accuracy), "", "", ""])
+    base = cell(rows, scale, LSQ, 3, 3)
+    for method in (*PEERS, *OURS):
+        cells = [cell(rows, scale, method, w, a) for w, a in widths]
+        if not any(cells):
+            continue
+        error = cells[1].error if cells[1] else None
+        ratio = f"{error / base.error:.2f}" if error is not None and base and base.error else ""
+        name = f"**{method}**" if method == DEFAULT else method
+        lines.append([name, *(_percent(c.accuracy) + _partial(c) if c else "" for c in cells), ratio])
+    text = table(lines)
+    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
+    if averages:
+        lines = [["", *(f"{w:g} bits on average, A{a}" for w, a in averages)]]
+        for method in (*AT_AVERAGES, LSQ, DEFAULT):
+            cells = [cell(rows, scale, method, w, a) for w, a in averages]
+            name = method if method in AT_AVERAGES else f"{method}, one level"
+            if any(cells):
+                lines.append([name, *(_percent(c.accuracy) + _partial(c) if c else "" for c in cells)])
+        text += "\n" + table(lines)
+    return text
 
 
 def _scale(rows: Rows, scale: str, folder: Path) -> str:

@@ -151,6 +151,7 @@ def train(run: Run, rate: float, start: Path, root: str, learned: Row | None = N
         "weight_error": errors.pop("all", None),
         "layer_errors": errors,
         "levels": found,
+        "act_levels": widths(made, run, "activation")[0],
         "clusters": clusters(network),
         "config": None if made.config is None else made.config.to_dict(),
         "seconds": round(time.perf_counter() - began, 1),
@@ -158,12 +159,12 @@ def train(run: Run, rate: float, start: Path, root: str, learned: Row | None = N
     }
 
 
-def widths(made: Made, run: Run) -> tuple[dict[str, float], float]:
-    """Bits of each inner layer's weight in the end (of channels with their own their mean), and of all on average."""
+def widths(made: Made, run: Run, kind: str = "weight") -> tuple[dict[str, float], float]:
+    """Bits of each inner layer in the end (of channels with their own their mean), and of all weights on average."""
     sizes = {name: weight.numel() for name, weight, _ in _weights(made.network)}
     records = [] if made.config is None else levels(made.network)
-    bits = {record.name: record.mean_bits for record in records if record.kind == "weight"}
-    found = {name: float(bits.get(name, run.weight_bits)) for name in sizes}
+    bits = {record.name: record.mean_bits for record in records if record.kind == kind}
+    found = {name: float(bits.get(name, run.weight_bits if kind == "weight" else run.act_bits)) for name in sizes}
     return found, average_bits((size, found[name]) for name, size in sizes.items()) or run.weight_bits
 
 
