@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.findings import report as tables
 from benchmarks.findings.campaign import carry_out
 from benchmarks.findings.methods import METHODS
-from benchmarks.findings.plan import plan
+from benchmarks.findings.plan import done, plan
 from benchmarks.findings.rows import RESULTS, Row, Rows
 from benchmarks.findings.runs import SCALES, Run
 from benchmarks.findings.train import train_start
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing := METHODS[name].missing:
             console.print(f"{name} is skipped: {missing}.", markup=False)
             runs = [run for run in runs if run.method != name]
-    left = [run for run in runs if run not in rows]
+    left = [run for run in runs if not done(run, rows)]
     console.print(f"{len(runs) - len(left)} of {len(runs)} runs are done.")
     if options.show:
         for run in left:
@@ -78,10 +78,10 @@ def _run(runs: list[Run], rows: Rows, options: argparse.Namespace, console: Cons
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("full-precision start", total=len(runs), completed=sum(run in rows for run in runs))
+        bar = progress.add_task("full-precision start", total=len(runs), completed=sum(done(run, rows) for run in runs))
         train_start(SCALES[options.scale], options.data, start, options.device)
 
-        def done(run: Run, row: Row) -> None:
+        def finished(run: Run, row: Row) -> None:
             progress.update(bar, advance=1, description=run.method)
             error = "" if row["weight_error"] is None else f", weight error {row['weight_error']:.4f}"
             console.print(f"{run.title}: {100 * row['accuracy']:.2f} %{error}, {row['seconds']:.0f} s")
@@ -98,7 +98,7 @@ def _run(runs: list[Run], rows: Rows, options: argparse.Namespace, console: Cons
             root=options.data,
             workers=options.workers,
             device=options.device,
-            done=done,
+            finished=finished,
             failed=failed,
         )
     for failure in failures:

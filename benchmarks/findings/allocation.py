@@ -2,83 +2,74 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cpq_lightning.functional import WidthCost, adjust_widths, level_bounds
+from cpq_lightning.functional import level_bounds
 from cpq_lightning.functional.ranges import fit_step
 
-NARROWEST, WIDEST = 2, 8
-# Of the average, as BitBudget's own.
+WIDEST = 8
+# Of the average, to either side.
 TOLERANCE = 0.02
 _PROBES, _BATCH = 32, 512
 
 Levels = dict[str, int]
 
 
-def random_levels(sizes: Mapping[str, int], average: float, seed: int) -> Levels:
-    """Widths drawn from 2 to 8, then moved by single bits of layers drawn at random until the average is met.
+def narrowest(average: float) -> int:
+    """The narrowest width of a layer: with 2 bits on average one bit, or there would be nothing to choose."""
+    return 2 if average > 2 else 1
+
+
+@lru_cache(maxsize=4)
+def allocations(sizes: tuple[int, ...], average: float) -> Tensor:
+    """All ways to give layers widths that meet an average: shape (ways, layers). For a handful of layers.
 
     Args:
         sizes: Weights of each layer.
-        average: Bits of a weight, on average.
-        seed: Of the draw.
+        average: Bits of a weight, on average; met within 0.02.
     """
-    g = torch.Generator().manual_seed(seed)
-    numel = torch.tensor(list(sizes.values()), dtype=torch.float64)
-    rows = len(numel)
-    cost = WidthCost(numel / numel.sum(), torch.arange(rows), torch.full((rows,), rows), 0.0)
-    drawn = torch.randint(NARROWEST, WIDEST + 1, (rows,), generator=g).double()
-    low, high = torch.full_like(drawn, NARROWEST), torch.full_like(drawn, WIDEST)
+    widths = torch.arange(narrowest(average), WIDEST + 1, dtype=torch.int8)
+    ways = torch.cartesian_prod(*[widths] * len(sizes)).reshape(-1, len(sizes))
+    bits = sum(ways[:, i].double() * size for i, size in enumerate(sizes))
+    assert isinstance(bits, Tensor)
+    return ways[(bits / sum(sizes) - average).abs() <= TOLERANCE].long()
 
-    def any_price(widths: Tensor, by: int) -> Tensor:
-        # A price for each unit of cost: so every layer comes as often as any other, whatever its size.
-        return torch.rand(rows, generator=g).double() * numel
 
-    widths, _ = adjust_widths(drawn, low, high, cost, average, TOLERANCE, any_price)
-    return {name: int(bits) for name, bits in zip(sizes, widths, strict=True)}
+def random_levels(sizes: Mapping[str, int], average: float, seed: int) -> Levels:
+    """One of all allocations of the average, each as likely as any other; another one for each seed."""
+    found = allocations(tuple(sizes.values()), average)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return dict(zip(sizes, found[order[seed]].tolist(), strict=True))
 
 
 def least_costly(costs: Mapping[str, list[float]], sizes: Mapping[str, int], average: float) -> Levels:
-    """The widths with the least sum of costs whose average is at most the given one, exactly.
+    """Of all allocations of the average the one with the least sum of costs.
 
     Args:
-        costs: By layer, of each width from 2 to 8.
+        costs: By layer, of each width from the narrowest on.
         sizes: Weights of each layer.
         average: Bits of a weight, on average.
     """
-    widths = range(NARROWEST, WIDEST + 1)
-    count = len(widths)
-    objective = torch.tensor([c for name in sizes for c in costs[name]], dtype=torch.float64)
-    objective = objective / objective.max()
-    one_each = torch.block_diag(*[torch.ones(1, count)] * len(sizes)).numpy()
-    bits = torch.tensor([[n * k for n in sizes.values() for k in widths]], dtype=torch.float64).numpy()
-    found = milp(
-        objective.numpy(),
-        integrality=[1] * len(objective),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(bits, 0, (average + TOLERANCE) * sum(sizes.values())),
-        ],
-    )
-    assert found.x is not None, found.message
-    chosen = torch.from_numpy(found.x).reshape(-1, count).argmax(1) + NARROWEST
-    return {name: int(k) for name, k in zip(sizes, chosen, strict=True)}
+    found = allocations(tuple(sizes.values()), average)
+    table = torch.tensor([costs[name] for name in sizes], dtype=torch.float64)
+    total = table[torch.arange(len(sizes)), found - narrowest(average)].sum(1)
+    return dict(zip(sizes, found[total.argmin()].tolist(), strict=True))
 
 
-def squared_errors(weight: Tensor) -> list[float]:
-    """``||w - q_k(w)||^2`` of each width from 2 to 8, at the step with the least of it."""
+def squared_errors(weight: Tensor, low: int) -> list[float]:
+    """``||w - q_k(w)||^2`` of each width from ``low`` to 8, at the step with the least of it."""
     flat = weight.detach().reshape(1, -1)
     errors = []
-    for bits in range(NARROWEST, WIDEST + 1):
+    for bits in range(low, WIDEST + 1):
         step = fit_step(flat, bits, True)[:, None]
-        low, high = level_bounds(bits, True)
-        errors.append(float((flat - step * (flat / step).round().clamp(low, high)).square().sum()))
+        bottom, top = level_bounds(bits, True)
+        errors.append(float((flat - step * (flat / step).round().clamp(bottom, top)).square().sum()))
     return errors
 
 
@@ -86,7 +77,7 @@ def hessian_traces(model: nn.Module, names: list[str], images: Tensor, labels: T
     """Average diagonal of the loss's Hessian over each layer's weight, by Hutchinson's estimate.
 
     ``tr(H) = E[v' H v]`` over v of random signs (Dong et al., *HAWQ-V2*, NeurIPS 2020); each probe sees a batch of its
-    own.
+    own. The network evaluates, as one that is trained; a copy does it, so that the one that trains on is as it was.
 
     Args:
         model: The network in full precision.
@@ -96,9 +87,9 @@ def hessian_traces(model: nn.Module, names: list[str], images: Tensor, labels: T
         seed: Of batches and probes.
     """
     g = torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(model).eval()
     weights = [model.get_submodule(name).get_parameter("weight") for name in names]
     sums = torch.zeros(len(names), dtype=torch.float64)
-    model.eval()
     for _ in range(_PROBES):
         chosen = torch.randint(len(labels), (_BATCH,), generator=g)
         loss = cross_entropy(model(images[chosen]), labels[chosen])

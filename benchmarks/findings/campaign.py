@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.findings.plan import learned_run, rate_of, ready
+from benchmarks.findings.plan import done, learned_run, rate_of, ready
 from benchmarks.findings.rows import Row, Rows
 from benchmarks.findings.runs import Run
 from benchmarks.findings.train import train
-from benchmarks.train_step.results import commit, versions
+from benchmarks.train_step.results import commit, device_name, versions
 
 
 def _prepare() -> None:
@@ -38,7 +38,7 @@ def carry_out(
     root: str,
     workers: int,
     device: str,
-    done: Callable[[Run, Row], None],
+    finished: Callable[[Run, Row], None],
     failed: Callable[[Run, BaseException], None],
 ) -> None:
     """Train what is not done yet, in order, as far as what it waits for is done.
@@ -50,16 +50,22 @@ def carry_out(
         root: Folder with the data.
         workers: Runs at a time.
         device: Lightning's accelerator.
-        done: Told of each finished run.
+        finished: Told of each run's row.
         failed: Told of each that has raised; what waits for it is left out.
+
+    Raises:
+        BrokenProcessPool: a process has died, of too little memory for example. What is done is kept.
     """
-    waiting = [run for run in runs if run not in rows]
-    origin: dict[str, Any] = {"commit": commit(), "versions": versions(), "device": device}
+    waiting = [run for run in runs if not done(run, rows)]
+    origin: dict[str, Any] = {"commit": commit(), "versions": versions(), "device": device_name(device)}
     running: dict[Future[Row], Run] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
         try:
             while waiting or running:
+                # Another campaign may have been at it.
+                rows.read()
+                waiting = [run for run in waiting if not done(run, rows)]
                 for run in [r for r in waiting if ready(r, rows)][: workers - len(running)]:
                     waiting.remove(run)
                     rate, source = rate_of(run, rows), learned_run(run)
@@ -74,7 +80,7 @@ def carry_out(
                         continue
                     row = {**future.result(), **origin}
                     rows.append(row)
-                    done(run, row)
+                    finished(run, row)
         except BaseException:
             # A shutdown forgets its processes.
             processes = list((pool._processes or {}).values())

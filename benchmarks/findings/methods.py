@@ -11,10 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from benchmarks.findings.allocation import Levels
+from benchmarks.findings.allocation import Levels, narrowest
 from benchmarks.quantized_layer import Bits, LearnedStep, Make, QuantizedLayer, brevitas_layer, replace_layers, show
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import quantizable_layers
@@ -31,7 +31,7 @@ from cpq_lightning.nn import gates
 FULL, LSQ, BREVITAS, RQ = "full precision", "LSQ", "Brevitas", "RQ, Gumbel-softmax"
 ARGMAX, EXPECTATION = "CPQ argmax", "CPQ expectation"
 COOLED, DROPPED = "CPQ expectation, T 1 to 0.2", "CPQ expectation, DropBits"
-PULLED = "CPQ expectation, ClusterPull"
+PULLED, PULLED_LSQ = "CPQ expectation, ClusterPull", "LSQ, ClusterPull"
 LEARNED, RELEARNED = "learned levels", "learned levels from the start"
 RANDOM, BY_ERROR, BY_HESSIAN = "random levels", "levels by error", "levels by Hessian trace"
 # Of the first and last layer, whatever the method.
@@ -83,12 +83,14 @@ class Method:
         family: The method whose searched learning rate it takes.
         levels: Where the widths come from that it is given, if it is.
         package: What it needs beyond the project's own packages.
+        base: The method that it differs from in one thing.
     """
 
     make: Callable[[Task], Made]
     family: str
     levels: str = ""
     package: str = ""
+    base: str = ""
 
     @property
     def missing(self) -> str:
@@ -125,10 +127,22 @@ def _full_precision(task: Task) -> Made:
     return Made(task.network)
 
 
-def _peer(load: Callable[[], Make], task: Task) -> Made:
+def _peer(load: Callable[[], Make], task: Task, pulled: bool = False) -> Made:
     quantizer = load()
     made = replace_layers(task.network, layer_bits(task), lambda layer, bits: QuantizedLayer(layer, bits, quantizer))
-    return Made(show(made, task.images))
+    return Made(show(made, task.images), callbacks=[_PeerPull()] if pulled else [])
+
+
+class _PeerPull(ClusterPull):
+    """The same pull for layers that are not CPQ's."""
+
+    def pulled(self, pl_module: LightningModule) -> Mapping[int, Any]:
+        found = [m for m in pl_module.modules() if isinstance(m, QuantizedLayer)]
+        return {id(layer.layer.weight): layer.weight_quantizer for layer in found}
+
+
+def _learned_step() -> Make:
+    return partial(LearnedStep, least_error=True)
 
 
 def _relaxed() -> Make:
@@ -175,8 +189,9 @@ def _learned(
     patched: Callable[[], AbstractContextManager[Any]] = nullcontext,
     activations: bool = False,
 ) -> Made:
-    """Weights of 8 to 2 bits, under a budget; activations at theirs, or under a budget of that average."""
-    own = {"weight_bits": 8, "min_bits": 2, "learn_bits": True, "act_bits": task.act_bits, **(settings or {})}
+    """Weights of 8 to 2 bits (to 1 where the average is 2); activations at theirs, or of that average too."""
+    low = narrowest(task.weight_bits)
+    own = {"weight_bits": 8, "min_bits": low, "learn_bits": True, "act_bits": task.act_bits, **(settings or {})}
     budgets = {"act_target": float(task.act_bits)} if activations else {}
     beside = [_quiet(), BitBudget(task.weight_bits, **budgets, **(budget or {})), *callbacks()]
     return Made(task.network, CPQConfig(**own), beside, patched())
@@ -198,7 +213,8 @@ def _paced(factor: float) -> AbstractContextManager[Any]:
 
 METHODS: dict[str, Method] = {
     FULL: Method(_full_precision, FULL),
-    LSQ: Method(partial(_peer, lambda: LearnedStep), LSQ),
+    LSQ: Method(partial(_peer, _learned_step), LSQ),
+    PULLED_LSQ: Method(partial(_peer, _learned_step, pulled=True), LSQ),
     BREVITAS: Method(_brevitas, BREVITAS, package="brevitas"),
     RQ: Method(partial(_peer, _relaxed), RQ),
     ARGMAX: Method(partial(_cpq, settings={"weight_estimator": "argmax"}), ARGMAX),
@@ -213,25 +229,24 @@ METHODS: dict[str, Method] = {
     BY_HESSIAN: Method(_cpq, EXPECTATION, levels="hessian"),
 }
 
-# One thing changed each, what says most first. Those of fixed widths are compared with EXPECTATION, those of learned
-# ones with LEARNED.
+# One thing changed each, against a base of its own.
+_PULLS = {
+    f"ClusterPull from {start:g}, strength {strength:g}": partial(
+        _cpq, callbacks=lambda start=start, strength=strength: [ClusterPull(start, strength=strength)]
+    )
+    for start, strength in ((0.5, 0.005), (0.85, 0.05))
+}
 _FIXED: dict[str, Callable[[Task], Made]] = {
-    "ClusterPull from 0.5, strength 0.005": partial(_cpq, callbacks=lambda: [ClusterPull(0.5, strength=0.005)]),
-    "ClusterPull from 0.7, strength 0.02": partial(_cpq, callbacks=lambda: [ClusterPull(0.7, strength=0.02)]),
-    "ClusterPull from 0.95, strength 0.1": partial(_cpq, callbacks=lambda: [ClusterPull(0.95, strength=0.1)]),
+    **_PULLS,
     "T 1 to 0.5": partial(_cpq, callbacks=lambda: [TemperatureSchedule()]),
-    "DropBits by channel": partial(_dropping, gate_sharing="channel"),
-    "DropBits by element": partial(_dropping, gate_sharing="element"),
     "first and last layer like all": partial(_cpq, settings={"first_last_bits": None}),
     "distilled from itself": partial(_cpq, callbacks=lambda: [DistillationCallback("self")]),
     "a step each channel": partial(_cpq, settings={"per_channel": True}),
-    "argmax on weights and activations": partial(
-        _cpq, settings={"weight_estimator": "argmax", "act_estimator": "argmax"}
-    ),
 }
 _LEARNING: dict[str, Callable[[Task], Made]] = {
     "without DropBits: gates at their median": partial(_learned, patched=_median_gates),
     "freeze at 0.5": partial(_learned, budget={"freeze": 0.5}),
+    "4 to 2 bits": partial(_learned, settings={"weight_bits": 4}),
     "activations too": partial(
         _learned, settings={"learn_act_bits": True, "act_bits": 8, "min_act_bits": 2}, activations=True
     ),
@@ -239,14 +254,30 @@ _LEARNING: dict[str, Callable[[Task], Made]] = {
     "freeze at 0.9": partial(_learned, budget={"freeze": 0.9}),
     "gates at a third of the rate": partial(_learned, patched=lambda: _paced(1 / 3)),
     "gates at three times the rate": partial(_learned, patched=lambda: _paced(3)),
-    "4 to 2 bits nested by resolution": partial(_learned, settings={"weight_bits": 4}),
-    "4 to 2 bits nested by range": partial(_learned, settings={"weight_bits": 4, "nesting": "range"}),
     "a width each channel": partial(_learned, settings={"gate_sharing": "channel"}),
     "distilled from itself": partial(_learned, callbacks=lambda: [DistillationCallback("self")]),
 }
-AT_FIXED = tuple(f"{EXPECTATION}: {name}" for name in _FIXED)
-AT_LEARNED = tuple(f"{LEARNED}: {name}" for name in _LEARNING)
-METHODS |= {
-    name: Method(make, EXPECTATION)
-    for name, make in zip((*AT_FIXED, *AT_LEARNED), (*_FIXED.values(), *_LEARNING.values()), strict=True)
+
+
+def _changed(base: str, changes: Mapping[str, Callable[[Task], Made]], family: str = EXPECTATION) -> dict[str, Method]:
+    return {f"{base}: {name}": Method(make, family, base=base) for name, make in changes.items()}
+
+
+AT_FIXED = {
+    **_changed(EXPECTATION, _FIXED),
+    **_changed(
+        DROPPED, {f"gates by {sharing}": partial(_dropping, gate_sharing=sharing) for sharing in ("channel", "element")}
+    ),
+    **_changed(
+        ARGMAX,
+        {"on activations too": partial(_cpq, settings={"weight_estimator": "argmax", "act_estimator": "argmax"})},
+        ARGMAX,
+    ),
 }
+NARROW = f"{LEARNED}: 4 to 2 bits"
+AT_LEARNED = {
+    **_changed(LEARNED, _LEARNING),
+    **_changed(NARROW, {"nested by range": partial(_learned, settings={"weight_bits": 4, "nesting": "range"})}),
+}
+UNDRAWN = f"{LEARNED}: without DropBits: gates at their median"
+METHODS |= {**AT_FIXED, **AT_LEARNED}

@@ -19,10 +19,13 @@ from benchmarks.findings.methods import (
     LEARNED,
     LSQ,
     METHODS,
+    NARROW,
     PULLED,
+    PULLED_LSQ,
     RANDOM,
     RELEARNED,
     RQ,
+    UNDRAWN,
 )
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
@@ -77,20 +80,20 @@ def _block(scale: str, methods: Sequence[str], widths: Sequence[tuple[float, int
 
 def plan(scale: str) -> list[Run]:
     """All runs at a scale, the most telling first; searches stand before the first run that needs them."""
+    first_widths, first_average = WIDTHS[:1], AVERAGES[:1]
     wanted: list[Run] = []
     wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
     wanted += _block(scale, AT_WIDTHS, WIDTHS[:2])
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[:1])
-    wanted += _block(scale, AT_LEARNED[:3], AVERAGES[:1])
+    wanted += _block(scale, AT_AVERAGES, first_average)
+    wanted += _block(scale, (UNDRAWN, f"{LEARNED}: freeze at 0.5", NARROW), first_average)
+    wanted += _block(scale, (ARGMAX, DROPPED, COOLED), first_widths)
+    wanted += _block(scale, (PULLED_LSQ,), first_widths)
     wanted += _block(scale, AT_WIDTHS, WIDTHS[2:])
     wanted += _block(scale, AT_AVERAGES, AVERAGES[1:2])
-    wanted += _block(scale, AT_WIDTHS_TOO, WIDTHS[:2])
-    wanted += _block(scale, AT_FIXED[:3], WIDTHS[:1])
-    wanted += _block(scale, (BREVITAS, RQ), WIDTHS[:1])
-    wanted += _block(scale, AT_LEARNED[3:], AVERAGES[:1])
-    wanted += _block(scale, AT_FIXED[3:], WIDTHS[:1])
-    wanted += _block(scale, AT_WIDTHS_TOO, WIDTHS[2:])
-    wanted += _block(scale, (BREVITAS, RQ), WIDTHS[1:])
+    wanted += _block(scale, (BREVITAS, RQ), first_widths)
+    wanted += _block(scale, tuple(AT_FIXED), first_widths)
+    wanted += _block(scale, tuple(AT_LEARNED), first_average)
+    wanted += _block(scale, (ARGMAX, DROPPED, COOLED, BREVITAS, RQ), WIDTHS[1:])
     wanted += _block(scale, AT_AVERAGES, AVERAGES[2:])
     ordered: dict[Run, None] = {}
     for run in wanted:
@@ -99,7 +102,12 @@ def plan(scale: str) -> list[Run]:
     return list(ordered)
 
 
+def done(run: Run, rows: Rows) -> bool:
+    """Whether a run has a row, and at the rate that the search says now."""
+    return run in rows and rows[run]["lr"] in (rate_of(run, rows), run.rate)
+
+
 def ready(run: Run, rows: Rows) -> bool:
     """Whether all is done that a run waits for."""
     source = learned_run(run)
-    return rate_of(run, rows) is not None and (source is None or source in rows)
+    return rate_of(run, rows) is not None and (source is None or done(source, rows))

@@ -11,13 +11,13 @@ import numpy as np
 
 from benchmarks.findings.methods import (
     ARGMAX,
-    AT_FIXED,
     BREVITAS,
     COOLED,
     EXPECTATION,
     LEARNED,
     LSQ,
     PULLED,
+    PULLED_LSQ,
     RQ,
 )
 from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, WIDTHS
@@ -27,7 +27,7 @@ from benchmarks.findings.rows import Rows
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_CLUSTERED = (LSQ, BREVITAS, RQ, EXPECTATION, COOLED, *AT_FIXED[:1], PULLED, ARGMAX)
+_CLUSTERED = (LSQ, BREVITAS, RQ, EXPECTATION, COOLED, PULLED_LSQ, PULLED, ARGMAX)
 _BLUE, _GREY = "#2b6cb0", "#8a94a3"
 _DPI = 110
 

@@ -53,12 +53,13 @@ class Relaxed(StepAtFirst):
         self.log_sigma = nn.Parameter(torch.zeros(1))
 
     def quantize(self, x: Tensor) -> Tensor:
-        u = x / self.step
         if not self.training:
-            return self.step * u.round().clamp(self.low, self.high)
+            return self.nearest(x)
+        step = self.step
+        u = x / step
         flat = u.flatten()
         uniform = torch.rand(2 * _BESIDE + 1, len(flat), device=x.device).clamp_(1e-7, 1 - 1e-7)
         levels = _compiled(
             flat, _NOISE * self.log_sigma.exp(), uniform, u.new_tensor(self.low), u.new_tensor(self.high)
         )
-        return self.step * levels.view_as(u)
+        return step * levels.view_as(u)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """Finished runs, in a file that several campaigns (on two machines, in two environments) may add to.
+    """Finished runs, in a file that several campaigns, in two environments for example, may add to.
+
+    Of a run that it has twice the last row counts.
 
     Args:
         path: The file; it need not be there yet.
@@ -31,13 +33,14 @@ class Rows:
         self.read()
 
     def read(self) -> None:
-        """Read what the file has now; of a run that it has twice the first row counts."""
+        """Read what the file has now."""
+        self._by_key = {}
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         # A last line without its end was cut off while it was written: that run counts as not done.
         for number, line in enumerate(text.splitlines(keepends=True), 1):
             if line.endswith("\n"):
                 row = self._parse(line, number)
-                self._by_key.setdefault(Run.of(row).key, row)
+                self._by_key[Run.of(row).key] = row
 
     def _parse(self, line: str, number: int) -> Row:
         try:
@@ -50,22 +53,16 @@ class Rows:
         return row
 
     def append(self, row: Row) -> None:
-        """Add a finished run, in one write."""
-        self._by_key.setdefault(Run.of(row).key, row)
+        """Add a finished run; a line that was cut off makes room for it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(row) + "\n"
-        self._drop_cut_off()
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
-
-    def _drop_cut_off(self) -> None:
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        if content and not content.endswith(b"\n"):
-            with self.path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        with self.path.open("a+b") as file:
+            # Another campaign may add a row too.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+            file.write(json.dumps(row).encode() + b"\n")
+        self._by_key[Run.of(row).key] = row
 
     def __contains__(self, run: Run) -> bool:
         return run.key in self._by_key

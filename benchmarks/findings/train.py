@@ -21,6 +21,7 @@ from benchmarks.findings.allocation import (
     Levels,
     hessian_traces,
     least_costly,
+    narrowest,
     random_levels,
     squared_errors,
 )
@@ -63,6 +64,8 @@ def _trainer(epochs: int, callbacks: list[Any], device: str, folder: str) -> Tra
         enable_model_summary=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=epochs,
+        # The order of the images is the epoch's.
+        reload_dataloaders_every_n_epochs=1,
     )
 
 
@@ -105,7 +108,8 @@ def given_levels(run: Run, source: str, learned: Row | None, network: nn.Module,
     if source == "random":
         return random_levels(sizes, run.weight_bits, run.seed)
     if source in ("error", "hessian"):
-        errors = {name: squared_errors(network.get_submodule(name).get_parameter("weight")) for name in sizes}
+        low = narrowest(run.weight_bits)
+        errors = {name: squared_errors(network.get_submodule(name).get_parameter("weight"), low) for name in sizes}
         if source == "hessian":
             images, labels = load(root, True)
             count = SCALES[run.scale].images
@@ -132,12 +136,13 @@ def train(run: Run, rate: float, start: Path, root: str, learned: Row | None = N
     network = SmallResNet()
     network.load_state_dict(load_file(start))
     given = given_levels(run, method.levels, learned, network, root)
-    network = network.to(memory_format=torch.channels_last)
+    network = network.train().to(memory_format=torch.channels_last)
     data = Images(root, scale.images, run.seed, BATCH_SIZE)
     images = load(root, True)[0][: 4 * BATCH_SIZE]
     made = method.make(Task(network, run.weight_bits, run.act_bits, images, given))
     module, trainer = _fit(made, data, rate, scale.epochs, device)
-    validated = float(trainer.callback_metrics["val_acc"])
+    # Of the largest scale the held-out images are trained on.
+    validated = float(trainer.callback_metrics["val_acc"]) if data.holds_out else None
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
     errors = weight_errors(network)
     found, average = widths(made, run)

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.train_step.measure import ROOT, Figures, Setting
 from cpq_lightning.kernels import describe
 
@@ -64,7 +66,7 @@ def describe_run(setting: Setting, arguments: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "benchmarks.train_step", *arguments]),
         "commit": commit(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
             "threads": setting.threads,
@@ -76,14 +78,22 @@ def describe_run(setting: Setting, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit, with ``-dirty`` where files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit, with ``-dirty`` where code differs from it: results may."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
+
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if dirty else "")
 
 
-def _processor() -> str:
+def device_name(accelerator: str) -> str:
+    """What computes: the GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if accelerator == "gpu" else processor()
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,7 @@ from cpq_lightning.attach import quantized_layers
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.callbacks._schedule import Span, need_quantizers
 from cpq_lightning.functional import Shape, anneal
+from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import GridPull
 
 
@@ -34,15 +36,15 @@ class ClusterPull(Callback):
         MisconfigurationException: before training, a model without quantizers.
 
     Example:
-        >>> ClusterPull(strength=0.05).start
-        0.85
+        >>> ClusterPull(strength=0.2).start
+        0.95
     """
 
     def __init__(
         self,
-        start: int | float = 0.85,
+        start: int | float = 0.95,
         end: int | float = 1.0,
-        strength: float = 0.05,
+        strength: float = 0.1,
         shape: Shape = "linear",
     ) -> None:
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
@@ -56,16 +58,20 @@ class ClusterPull(Callback):
         self._pulls: list[GridPull] = []
 
     def value(self, step: int) -> float:
-        """The strength at a step of the run, once a fit has begun."""
-        return anneal(step, *self._span, 0.0, self.strength, self.shape)
+        """The strength of the pull behind the update of a step, once a fit has begun."""
+        return anneal(step + 1, *self._span, 0.0, self.strength, self.shape)
+
+    def pulled(self, pl_module: LightningModule) -> Mapping[int, Quantizer]:
+        """What pulls each weight, by the weight's ``id``."""
+        need_quantizers(self, pl_module)
+        return {id(layer.full_precision_weight()): layer.weight_quantizer for _, layer in quantized_layers(pl_module)}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.teardown(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        need_quantizers(self, pl_module)
+        owners = self.pulled(pl_module)
         self._span = self._points.resolve(trainer)
-        owners = {id(layer.full_precision_weight()): layer.weight_quantizer for _, layer in quantized_layers(pl_module)}
         self._pulls = [GridPull(optimizer, owners, lambda: self._now) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

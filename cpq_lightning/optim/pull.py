@@ -18,8 +18,8 @@ class GridPull:
     """After each step of an optimizer moves the weights that it has updated towards their grid points.
 
     ``w <- w + strength · (q(w) - w)``, ``q`` as evaluation has it: decoupled from the gradient, as AdamW decouples
-    weight decay. No weight changes its grid point by it. Left alone are weights whose quantizer is inactive or still
-    learns its width, and those without a gradient.
+    weight decay. No weight changes its grid point by it. Left alone are weights without a gradient, those whose
+    quantizer is inactive or still learns its width, and all of them where 16-bit precision skips the step.
 
     Args:
         optimizer: The optimizer.
@@ -37,7 +37,9 @@ class GridPull:
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         strength = self._strength()
-        if strength <= 0:
+        # Fused optimizers skip a step within it where 16-bit gradients overflow, and their hooks run all the same.
+        overflow = getattr(optimizer, "found_inf", None)
+        if strength <= 0 or (overflow is not None and bool(overflow)):
             return
         for weight in (p for group in optimizer.param_groups for p in group["params"]):
             quantizer = self._quantizers.get(id(weight))
