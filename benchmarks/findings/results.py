@@ -6,11 +6,12 @@ import statistics
 from dataclasses import dataclass
 
 from benchmarks.findings.methods import PULLED
+from benchmarks.findings.plan import done
 from benchmarks.findings.rows import Row, Rows
-from benchmarks.findings.runs import SCALES
+from benchmarks.findings.runs import SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate
 
-# The method that does what CPQCallback does by itself, and what the recipes do.
+# What the recipes of fixed widths do.
 DEFAULT = PULLED
 
 
@@ -39,6 +40,16 @@ class Cell:
         return found
 
     @property
+    def held_out_by_seed(self) -> dict[int, float]:
+        """The same on held-out images, of runs that hold some out."""
+        return {row["seed"]: 100 * row["val_accuracy"] for row in self.rows if row["val_accuracy"] is not None}
+
+    @property
+    def whole(self) -> bool:
+        """Whether all seeds are done."""
+        return len(self.rows) == len(SEEDS)
+
+    @property
     def error(self) -> float | None:
         """Weight error, the mean over seeds; ``None`` in full precision."""
         errors = [row["weight_error"] for row in self.rows if row["weight_error"] is not None]
@@ -52,11 +63,11 @@ class Cell:
 
 def cell(rows: Rows, scale: str, method: str, weight_bits: float, act_bits: int) -> Cell | None:
     """A method at a width, without the search's runs; ``None`` if no seed is done."""
-    found = rows.of(scale=scale, method=method, act_bits=act_bits, rate=None)
-    found = [row for row in found if float(row["weight_bits"]) == float(weight_bits)]
-    return Cell(method, sorted(found, key=lambda row: row["seed"])) if found else None
+    runs = [Run(scale, method, weight_bits, act_bits, seed) for seed in SEEDS]
+    found = [rows[run] for run in runs if done(run, rows)]
+    return Cell(method, found) if found else None
 
 
 def scales(rows: Rows) -> list[str]:
-    """Scales that there are rows of, the smallest first."""
+    """Scales that there are rows of."""
     return [scale for scale in SCALES if rows.of(scale=scale)]

@@ -63,3 +63,20 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate |
         1.0
     """
     return estimate([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def variance_ratio(ours: float, theirs: float, our_freedom: int, their_freedom: int) -> tuple[float, float]:
+    """The 95 % interval of a ratio of two variances, by the F distribution.
+
+    Args:
+        ours: The variance above.
+        theirs: The one below, over 0.
+        our_freedom: Degrees of freedom that the first was estimated with.
+        their_freedom: Those of the second.
+
+    Example:
+        >>> [round(end, 2) for end in variance_ratio(2.0, 1.0, 30, 30)]
+        [0.96, 4.15]
+    """
+    low, high = stats.f.ppf([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], our_freedom, their_freedom)
+    return float(ours / theirs / high), float(ours / theirs / low)
