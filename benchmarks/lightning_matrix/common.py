@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import learning_quantizers, mean_width, quantizers
-from cpq_lightning.callbacks import BitBudget, DropBitsSchedule, TemperatureSchedule
+from cpq_lightning.callbacks import BitBudget, ClusterPull, DropBitsSchedule, TemperatureSchedule
 
 TARGET = 4.0
 _IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -117,7 +117,7 @@ def data(batch_size: int = 16, shuffle: bool = False) -> DataLoader[Any]:
 
 
 def callbacks(quantize_from: int | float = 0, narrowest: int = 2, target: float = TARGET) -> list[Callback]:
-    """CPQ with learned widths, a layer whose bits are dropped by schedule, and both schedules."""
+    """CPQ with learned widths, a layer whose bits are dropped by schedule, both schedules, and the pull to the grid."""
     config = CPQConfig(
         weight_bits=8,
         min_bits=narrowest,
@@ -129,6 +129,7 @@ def callbacks(quantize_from: int | float = 0, narrowest: int = 2, target: float 
         BitBudget(target),
         TemperatureSchedule(last=0.5),
         DropBitsSchedule(first=0.7),
+        ClusterPull(start=0.85),
     ]
 
 

@@ -16,14 +16,15 @@ from cpq_lightning.optim import GridPull
 
 
 class ClusterPull(Callback):
-    """Pull every quantized weight towards its grid point, the more the nearer the end of the run (ours).
+    """Pull every quantized weight to its grid point as the run ends (ours).
 
     After each optimizer step ``w <- w + c (q(w) - w)``, with ``c`` annealed from 0 at ``start`` to ``strength`` at
     ``end``. It is what a penalty ``|w - q(w)|^2`` does (Nagel et al., *Overcoming Oscillations in Quantization-Aware
     Training*, ICML 2022, call it dampening), decoupled from gradient and learning rate as AdamW's weight decay is. No
     weight changes its level by the pull itself, but one that is held at a grid point needs more of a gradient to leave
-    it: clusters are sharp, and the loss settles. While :class:`~cpq_lightning.callbacks.BitBudget` learns widths
-    nothing is pulled.
+    it: pulled early, weights stop learning (``benchmarks/results/findings.md`` has figures); with the defaults rates
+    have usually come down when the pull begins. While :class:`~cpq_lightning.callbacks.BitBudget` learns widths nothing
+    is pulled. An average of weights over the run (EMA, SWA) is one of pulled and earlier ones: it lies beside the grid.
 
     Args:
         start: Where pulling begins, a step count (int) or a fraction of the run (float).

@@ -86,3 +86,22 @@ def test_a_group_that_is_added_later_is_pulled():
     nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
     optimizer.step()
     torch.testing.assert_close(last.full_precision_weight(), points)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_mixed_precision_skips_pulls_nothing(fused):
+    model = calibrate(attach(convnet(), THREE, example_inputs=IMAGES[:4]), [IMAGES])
+    layers = [layer for _, layer in quantized_layers(model)]
+    owners = {id(layer.full_precision_weight()): layer.weight_quantizer for layer in layers}
+    optimizer = torch.optim.AdamW([layer.full_precision_weight() for layer in layers], fused=fused)
+    GridPull(optimizer, owners, lambda: 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [layer.full_precision_weight().detach().clone() for layer in layers]
+    for finite in (False, True):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(IMAGES), LABELS)
+        scaler.scale(loss if finite else loss * float("inf")).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [not layer.full_precision_weight().equal(w) for layer, w in zip(layers, before, strict=True)]
+        assert all(moved) if finite else not any(moved)
