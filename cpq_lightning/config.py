@@ -41,7 +41,8 @@ class CPQConfig:
         first_last_bits: Width of the weights and activations of the first and last layer; ``None`` makes no
             exception.
         weight_estimator: Gradient of the weights' quantizer: ``"argmax"`` (the paper's) or ``"expectation"`` (ours).
-        act_estimator: The same for activations; ``"argmax"`` cost 3 to 6 points of accuracy there in our trials.
+        act_estimator: The same for activations; the slope of ``"argmax"`` changes sign within each of their cells, and
+            layers below learn little by it.
         per_channel: One step per output channel of a weight instead of one per tensor.
         temperature: Rounding temperature T in (0, 1] that training starts with; the noise is ``T * sigma``.
         keep_prob: Probability in (0, 1] with which DropBits keeps each bit in training. It acts where ``min_bits``

@@ -39,11 +39,12 @@ from benchmarks.findings.network import SmallResNet
 from benchmarks.findings.plan import done, learned_run, plan, rate_of, ready, searches
 from benchmarks.findings.report import summary, write_report
 from benchmarks.findings.results import cell
-from benchmarks.findings.rows import Rows
+from benchmarks.findings.rows import RESULTS, Rows
 from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
 from benchmarks.findings.statistics import estimate, paired
 from benchmarks.findings.train import _fit, clusters, train, train_start, weight_errors
 from benchmarks.quantized_layer import LearnedStep
+from benchmarks.train_step.measure import ROOT
 from cpq_lightning.data import fashion_mnist
 from tests.images import fashion_mnist as make_fashion_mnist
 
@@ -480,3 +481,16 @@ def test_the_report_is_made_of_the_rows(rows):
 def test_without_rows_the_report_says_so(rows):
     assert "No rows yet" in write_report(rows).read_text()
     assert summary(rows) == "No rows yet.\n"
+
+
+def test_what_is_published_is_made_of_the_rows_that_are(tmp_path):
+    folder = RESULTS.parent
+    copy = tmp_path / RESULTS.name
+    copy.write_bytes(RESULTS.read_bytes())
+    rows = Rows(copy)
+    assert write_report(rows).read_text() == (folder / "findings.md").read_text()
+    for name in tmp_path.glob("*.png"):
+        assert (folder / name.name).is_file()
+    readme = (ROOT / "README.md").read_text()
+    _, behind = readme.split("<!-- python -m benchmarks.findings --summary -->\n\n")
+    assert behind.split("\n<!-- end -->")[0] == summary(rows)

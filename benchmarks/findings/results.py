@@ -11,7 +11,7 @@ from benchmarks.findings.rows import Row, Rows
 from benchmarks.findings.runs import SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate
 
-# What the recipes of fixed widths do.
+# What is held against the goals: CPQ as CPQCallback comes, with the pull at the end.
 DEFAULT = PULLED
 
 
