@@ -299,7 +299,8 @@ def test_evaluation_rounds():
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.missing])
-def test_every_method_makes_something_that_trains(name):
+def test_every_method_makes_something_that_trains(name, monkeypatch):
+    monkeypatch.setattr(relaxed, "_compiled", relaxed._sample)
     network = SmallResNet()
     levels = dict.fromkeys(inner_layers(network), 2) if METHODS[name].levels else None
     made = METHODS[name].make(Task(network, 3.0, 3, torch.randn(8, 1, 28, 28), levels))
@@ -387,26 +388,26 @@ def test_held_out_images_train_nothing(data):
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_where_it_stopped(data, tmp_path, capsys):
-    results = tmp_path / "results" / "findings.jsonl"
-    settings = ["--data", data, "--scale", "tiny", "--only", FULL, "--workers", "1", "--results", str(results)]
-    assert main(settings) == 0
-    written = results.read_text().splitlines()
-    assert len(written) == len(RATES) + len(SEEDS)
-    first = json.loads(written[0])
-    assert {"method", "seed", "accuracy", "weight_error", "levels", "config", "versions", "commit", "seconds"} <= set(
-        first
-    )
-    # Two of them are lost: these alone run again, and come out the same.
-    results.write_text("\n".join(written[:-2]) + "\n")
-    assert main(settings) == 0
-    again = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [(r["seed"], r["accuracy"]) for r in again[-2:]] == [
-        (r["seed"], r["accuracy"]) for r in map(json.loads, written[-2:])
-    ]
-    assert again[:-2] == [json.loads(line) for line in written[:-2]]
+def test_the_command_goes_on_where_it_stopped(data, tmp_path):
+    rows = Rows(tmp_path / "results" / "findings.jsonl")
+    kept = [*searches("tiny", FULL)[1:], *(Run("tiny", FULL, 32, 32, seed) for seed in SEEDS[1:])]
+    for run in kept:
+        # All rates that are done are bad: the one that is left is the best.
+        rows.append(row(run, val=0.0) if run.rate else {**row(run), "lr": RATES[0]})
+    written = rows.path.read_text()
+    settings = ["--data", data, "--scale", "tiny", "--only", FULL, "--workers", "1", "--results", str(rows.path)]
     assert main([*settings, "--show"]) == 0
-    assert "full precision" in (results.parent / "findings.md").read_text()
+    assert rows.path.read_text() == written
+    assert main(settings) == 0
+    assert rows.path.read_text().startswith(written)
+    search, first = [json.loads(line) for line in rows.path.read_text().removeprefix(written).splitlines()]
+    assert Run.of(search) == searches("tiny", FULL)[0]
+    assert Run.of(first) == Run("tiny", FULL, 32, 32, SEEDS[0])
+    assert first["lr"] == RATES[0]
+    assert {"method", "weight_bits", "act_bits", "seed", "accuracy", "weight_error", "levels"} <= first.keys()
+    assert {"config", "versions", "commit", "seconds", "device"} <= first.keys()
+    assert "full precision" in (rows.path.parent / "findings.md").read_text()
+    assert all(done(run, Rows(rows.path)) for run in kept)
 
 
 @pytest.mark.parametrize("arguments", [["--scale", "1k"], ["--only", "LSQ+"]])

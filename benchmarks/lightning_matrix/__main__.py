@@ -21,9 +21,9 @@ RESULT = Path(__file__).parents[1] / "results" / "lightning_matrix.md"
 _HEAD = """# What of Lightning works
 
 Each row is a run of a real Trainer on a CPU with `CPQCallback`, learned widths (`BitBudget`), `TemperatureSchedule`,
-`DropBitsSchedule` and `ClusterPull`, on a small network. After each, widths are at the target and fixed, both schedules at their ends,
-every quantizer has been trained, and all its state is finite; the last column says what is checked beside that. Made by
-`python -m benchmarks.lightning_matrix`; the test suite runs the same cells.
+`DropBitsSchedule` and `ClusterPull`, on a small network. After each, widths are at the target and fixed, both
+schedules at their ends, every quantizer has been trained, and all its state is finite; the last column says what is
+checked beside that. Made by `python -m benchmarks.lightning_matrix`; the test suite runs the same cells.
 
 """
 
