@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.findings.methods import AT_FIXED, AT_LEARNED, FULL, LEARNED, LSQ, METHODS, RANDOM
-from benchmarks.findings.plan import AT_AVERAGES, WIDTHS
+from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, WIDTHS
 from benchmarks.findings.results import DEFAULT, cell
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import SEEDS
 from benchmarks.findings.statistics import Estimate, paired
 
-_AVERAGE = (3.0, 3)
 # Points; within an interval wider than this anything would hold.
 _WIDEST = 0.6
 
@@ -68,20 +67,20 @@ def _errors(rows: Rows, scale: str) -> Iterator[str]:
 
 
 def _learned(rows: Rows, scale: str) -> Iterator[str]:
-    w, a = _AVERAGE
-    ours, lsq, drawn = (cell(rows, scale, method, w, a) for method in (LEARNED, LSQ, RANDOM))
-    difference = paired(ours.by_seed, lsq.by_seed) if ours and lsq else None
-    if ours is not None and lsq is not None and difference is not None:
-        seeds = ours.by_seed.keys() & lsq.by_seed.keys()
-        wins = sum(ours.by_seed[s] >= lsq.by_seed[s] for s in seeds)
-        yield (
-            f"Learned levels at an average of {w:g} bits at least as good as uniform {w:g}-bit LSQ on {len(SEEDS)} of "
-            f"{len(SEEDS)} seeds: {_verdict(wins == len(SEEDS), difference)}, on {wins} of {len(seeds)}, "
-            f"{_figure(difference)}."
-        )
-    difference = paired(ours.by_seed, drawn.by_seed) if ours and drawn else None
-    if difference is not None:
-        yield (
-            f"Learned levels better than random ones of the same average by more than the interval: "
-            f"{_verdict(difference.above, difference)}, {_figure(difference)}."
-        )
+    for w, a in AVERAGES:
+        ours, lsq, drawn = (cell(rows, scale, method, w, a) for method in (LEARNED, LSQ, RANDOM))
+        difference = paired(ours.by_seed, lsq.by_seed) if ours and lsq else None
+        if ours is not None and lsq is not None and difference is not None:
+            seeds = ours.by_seed.keys() & lsq.by_seed.keys()
+            wins = sum(ours.by_seed[s] >= lsq.by_seed[s] for s in seeds)
+            yield (
+                f"Learned levels at an average of {w:g} bits, A{a}, at least as good as LSQ with {w:g} bits everywhere "
+                f"on {len(SEEDS)} of {len(SEEDS)} seeds: {_verdict(wins == len(SEEDS), difference)}, on {wins} of "
+                f"{len(seeds)}, {_figure(difference)}."
+            )
+        difference = paired(ours.by_seed, drawn.by_seed) if ours and drawn else None
+        if difference is not None:
+            yield (
+                f"Learned levels at an average of {w:g} bits, A{a}, better than random ones by more than the interval: "
+                f"{_verdict(difference.above, difference)}, {_figure(difference)}."
+            )

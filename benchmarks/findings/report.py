@@ -110,7 +110,7 @@ def summary(rows: Rows) -> str:
     averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
     if averages:
         lines = [["", *(f"{w:g} bits on average, A{a}" for w, a in averages)]]
-        for method in (*AT_AVERAGES, LSQ, DEFAULT):
+        for method in (*AT_AVERAGES, LSQ, EXPECTATION):
             cells = [cell(rows, scale, method, w, a) for w, a in averages]
             if any(cells):
                 name = method if method in AT_AVERAGES else f"{method}, one level"
