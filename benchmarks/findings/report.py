@@ -97,13 +97,14 @@ def summary(rows: Rows) -> str:
     if not complete:
         return _NOTHING
     scale = complete[-1]
-    widths = [(4, 4), (3, 3), (2, 2)]
+    widths = [(w, a) for w, a in sorted(WIDTHS, reverse=True) if cell(rows, scale, LSQ, w, a)]
     lines = [["", *(f"W{w}A{a}" for w, a in widths), "weight error at W3A3, of LSQ's"]]
     base = cell(rows, scale, LSQ, 3, 3)
     for method in (*PEERS, *OURS):
         cells = [cell(rows, scale, method, w, a) for w, a in widths]
         if any(cells):
-            lines.append([_mark(method), *(_shown(c) for c in cells), _ratio(cells[1], base)])
+            ratio = _ratio(cell(rows, scale, method, 3, 3), base)
+            lines.append([_mark(method), *(_shown(c) for c in cells), ratio])
     full = cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
     text = "" if full is None else f"{SCALES[scale].images:,} images; full precision {_percent(full.accuracy)}.\n\n"
     text += table(lines)

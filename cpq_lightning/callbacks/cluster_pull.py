@@ -22,9 +22,9 @@ class ClusterPull(Callback):
     ``end``. It is what a penalty ``|w - q(w)|^2`` does (Nagel et al., *Overcoming Oscillations in Quantization-Aware
     Training*, ICML 2022, call it dampening), decoupled from gradient and learning rate as AdamW's weight decay is. No
     weight changes its level by the pull itself, but one that is held at a grid point needs more of a gradient to leave
-    it: pulled early, weights stop learning (``benchmarks/results/findings.md`` has figures); with the defaults rates
-    have usually come down when the pull begins. While :class:`~cpq_lightning.callbacks.BitBudget` learns widths nothing
-    is pulled. An average of weights over the run (EMA, SWA) is one of pulled and earlier ones: it lies beside the grid.
+    it, so the pull is for the end, when rates have usually come down. While
+    :class:`~cpq_lightning.callbacks.BitBudget` learns widths nothing is pulled. An average of weights over the run
+    (EMA, SWA) is one of pulled and earlier ones: it lies beside the grid.
 
     Args:
         start: Where pulling begins, a step count (int) or a fraction of the run (float).
