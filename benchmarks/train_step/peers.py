@@ -72,13 +72,14 @@ class BruteForce(StepAtFirst):
         self.sigma.copy_(self.step / 3)
 
     def quantize(self, x: Tensor) -> Tensor:
-        u, s = (x / self.step).unsqueeze(-1), self.sigma / self.step
+        step = self.step
+        u, s = (x / step).unsqueeze(-1), self.sigma / step
         log_p = logsigmoid((self.levels + 0.5 - u) / s) + logsigmoid((u - self.levels + 0.5) / s)
         probability = log_p.softmax(-1)
         mean = (self.levels * probability).sum(-1)
         chosen = self.levels[probability.detach().argmax(-1)]
         # The chosen point itself, and the mean's derivative times a step that is held.
-        return self.step * chosen + self.step.detach() * (mean - mean.detach())
+        return step * chosen + step.detach() * (mean - mean.detach())
 
 
 def brute_force(model: nn.Module, images: Tensor) -> nn.Module:
