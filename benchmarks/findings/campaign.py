@@ -26,10 +26,6 @@ def _prepare() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _work(run: Run, rate: float, start: Path, root: str, learned: Row | None, device: str) -> Row:
-    return train(run, rate, start, root, learned, device)
-
-
 def carry_out(
     runs: Sequence[Run],
     rows: Rows,
@@ -70,7 +66,7 @@ def carry_out(
                     waiting.remove(run)
                     rate, source = rate_of(run, rows), learned_run(run)
                     learned = None if source is None else rows[source]
-                    running[pool.submit(_work, run, rate, start, root, learned, device)] = run  # type: ignore[arg-type]
+                    running[pool.submit(train, run, rate, start, root, learned, device)] = run  # type: ignore[arg-type]
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

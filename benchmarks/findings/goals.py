@@ -9,7 +9,7 @@ from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, WIDTHS
 from benchmarks.findings.results import DEFAULT, cell
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import SEEDS
-from benchmarks.findings.statistics import Estimate, paired
+from benchmarks.findings.statistics import Estimate, no_worse, paired
 
 # Points; within an interval wider than this anything would hold.
 _WIDEST = 0.6
@@ -31,10 +31,6 @@ def _verdict(holds: bool, difference: Estimate) -> str:
     return "**holds**" if holds else "**does not hold**"
 
 
-def _figure(e: Estimate) -> str:
-    return f"{e.mean:+.2f}" + ("" if e.half is None else f" ± {e.half:.2f}")
-
-
 def _accuracies(rows: Rows, scale: str) -> Iterator[str]:
     others = [m for m in METHODS if m not in (FULL, DEFAULT, *AT_AVERAGES, *AT_FIXED, *AT_LEARNED)]
     for w, a in WIDTHS:
@@ -47,7 +43,7 @@ def _accuracies(rows: Rows, scale: str) -> Iterator[str]:
         if difference is not None:
             yield (
                 f"W{w}A{a}, the default ({DEFAULT}) not below the best other method ({best.method}) by more than the "
-                f"paired interval: {_verdict(not difference.below, difference)}, {_figure(difference)}."
+                f"paired interval: {_verdict(not difference.below, difference)}, {difference.shown('+')}."
             )
 
 
@@ -62,7 +58,7 @@ def _errors(rows: Rows, scale: str) -> Iterator[str]:
             reached = ratio <= 0.5 and not difference.below
             yield (
                 f"W{w}A{a}, the default's weight error at most half of LSQ's at no loss of accuracy: "
-                f"{_verdict(reached, difference)}, {ratio:.3f} of it at {_figure(difference)}."
+                f"{_verdict(reached, difference)}, {ratio:.3f} of it at {difference.shown('+')}."
             )
 
 
@@ -71,16 +67,15 @@ def _learned(rows: Rows, scale: str) -> Iterator[str]:
         ours, lsq, drawn = (cell(rows, scale, method, w, a) for method in (LEARNED, LSQ, RANDOM))
         difference = paired(ours.by_seed, lsq.by_seed) if ours and lsq else None
         if ours is not None and lsq is not None and difference is not None:
-            seeds = ours.by_seed.keys() & lsq.by_seed.keys()
-            wins = sum(ours.by_seed[s] >= lsq.by_seed[s] for s in seeds)
+            wins, seeds = no_worse(ours.by_seed, lsq.by_seed)
             yield (
                 f"Learned levels at an average of {w:g} bits, A{a}, at least as good as LSQ with {w:g} bits everywhere "
                 f"on {len(SEEDS)} of {len(SEEDS)} seeds: {_verdict(wins == len(SEEDS), difference)}, on {wins} of "
-                f"{len(seeds)}, {_figure(difference)}."
+                f"{seeds}, {difference.shown('+')}."
             )
         difference = paired(ours.by_seed, drawn.by_seed) if ours and drawn else None
         if difference is not None:
             yield (
                 f"Learned levels at an average of {w:g} bits, A{a}, better than random ones by more than the interval: "
-                f"{_verdict(difference.above, difference)}, {_figure(difference)}."
+                f"{_verdict(difference.above, difference)}, {difference.shown('+')}."
             )

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from benchmarks.findings.allocation import Levels, narrowest
+from benchmarks.findings.relaxed import Relaxed
 from benchmarks.quantized_layer import Bits, LearnedStep, Make, QuantizedLayer, brevitas_layer, replace_layers, show
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import quantizable_layers
@@ -115,10 +116,11 @@ def inner_layers(network: nn.Module) -> dict[str, int]:
 def layer_bits(task: Task) -> dict[str, Bits]:
     """Widths of every layer, for peers."""
     inner, bits = inner_layers(task.network), {}
+    first, _ = ends(task.network)
     for name in quantizable_layers(task.network):
         weight = (task.levels or {}).get(name, int(task.weight_bits))
         # The first layer sees images, which have negative values, all others what a ReLU leaves.
-        signed = name == ends(task.network)[0]
+        signed = name == first
         bits[name] = Bits(weight, task.act_bits, signed) if name in inner else Bits(END_BITS, END_BITS, signed)
     return bits
 
@@ -127,8 +129,7 @@ def _full_precision(task: Task) -> Made:
     return Made(task.network)
 
 
-def _peer(load: Callable[[], Make], task: Task, pulled: bool = False) -> Made:
-    quantizer = load()
+def _peer(quantizer: Make, task: Task, pulled: bool = False) -> Made:
     made = replace_layers(task.network, layer_bits(task), lambda layer, bits: QuantizedLayer(layer, bits, quantizer))
     return Made(show(made, task.images), callbacks=[_PeerPull()] if pulled else [])
 
@@ -139,16 +140,6 @@ class _PeerPull(ClusterPull):
     def pulled(self, pl_module: LightningModule) -> Mapping[int, Any]:
         found = [m for m in pl_module.modules() if isinstance(m, QuantizedLayer)]
         return {id(layer.layer.weight): layer.weight_quantizer for layer in found}
-
-
-def _learned_step() -> Make:
-    return partial(LearnedStep, least_error=True)
-
-
-def _relaxed() -> Make:
-    from benchmarks.findings.relaxed import Relaxed
-
-    return Relaxed
 
 
 def _brevitas(task: Task) -> Made:
@@ -211,12 +202,13 @@ def _paced(factor: float) -> AbstractContextManager[Any]:
     return patch.object(_search, "_TRAVEL", _search._TRAVEL * factor)
 
 
+_LSQ = partial(LearnedStep, least_error=True)
 METHODS: dict[str, Method] = {
     FULL: Method(_full_precision, FULL),
-    LSQ: Method(partial(_peer, _learned_step), LSQ),
-    PULLED_LSQ: Method(partial(_peer, _learned_step, pulled=True), LSQ),
+    LSQ: Method(partial(_peer, _LSQ), LSQ),
+    PULLED_LSQ: Method(partial(_peer, _LSQ, pulled=True), LSQ),
     BREVITAS: Method(_brevitas, BREVITAS, package="brevitas"),
-    RQ: Method(partial(_peer, _relaxed), RQ),
+    RQ: Method(partial(_peer, Relaxed), RQ),
     ARGMAX: Method(partial(_cpq, settings={"weight_estimator": "argmax"}), ARGMAX),
     EXPECTATION: Method(_cpq, EXPECTATION),
     COOLED: Method(partial(_cpq, callbacks=_cooling), EXPECTATION),

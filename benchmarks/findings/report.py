@@ -39,7 +39,7 @@ from benchmarks.findings.plan import (
 from benchmarks.findings.results import DEFAULT, Cell, cell, scales
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import BATCH_SIZE, RATES, SCALES, SEEDS, Run
-from benchmarks.findings.statistics import Estimate, estimate, paired, variance_ratio
+from benchmarks.findings.statistics import Estimate, estimate, no_worse, paired, variance_ratio
 
 _NOTHING = "No rows yet.\n"
 PEERS = (LSQ, BREVITAS, RQ)
@@ -106,7 +106,7 @@ def summary(rows: Rows) -> str:
             ratio = _ratio(cell(rows, scale, method, 3, 3), base)
             lines.append([_mark(method), *(_shown(c) for c in cells), ratio])
     full = cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
-    text = "" if full is None else f"{SCALES[scale].images:,} images; full precision {_percent(full.accuracy)}.\n\n"
+    text = "" if full is None else f"{SCALES[scale].images:,} images; full precision {full.accuracy.shown()}.\n\n"
     text += table(lines)
     averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
     if averages:
@@ -270,12 +270,12 @@ def _partial(c: Cell) -> str:
 
 
 def _shown(c: Cell | None) -> str:
-    return "" if c is None else _percent(c.accuracy) + _partial(c)
+    return "" if c is None else c.accuracy.shown() + _partial(c)
 
 
 def _held_out(c: Cell) -> str:
     found = estimate(list(c.held_out_by_seed.values()))
-    return "" if found is None else _percent(found)
+    return "" if found is None else found.shown()
 
 
 def _error(c: Cell) -> str:
@@ -288,10 +288,6 @@ def _ratio(c: Cell | None, base: Cell | None) -> str:
     return f"{c.error / base.error:.2f}"
 
 
-def _percent(e: Estimate) -> str:
-    return f"{e.mean:.2f}" + ("" if e.half is None else f" ± {e.half:.2f}")
-
-
 def _over(c: Cell, base: Cell | None) -> str:
     if base is None or c is base:
         return ""
@@ -299,15 +295,12 @@ def _over(c: Cell, base: Cell | None) -> str:
 
 
 def _difference(e: Estimate | None) -> str:
-    if e is None:
-        return ""
-    return f"{e.mean:+.2f}" + ("" if e.half is None else f" ± {e.half:.2f}")
+    return "" if e is None else e.shown("+")
 
 
 def _wins(ours: Cell, theirs: Cell) -> str:
-    common = ours.by_seed.keys() & theirs.by_seed.keys()
-    wins = sum(ours.by_seed[seed] >= theirs.by_seed[seed] for seed in common)
-    return f"{wins} of {len(common)}"
+    wins, seeds = no_worse(ours.by_seed, theirs.by_seed)
+    return f"{wins} of {seeds}"
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:

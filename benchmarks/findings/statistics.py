@@ -25,6 +25,10 @@ class Estimate:
     half: float | None
     count: int
 
+    def shown(self, sign: str = "") -> str:
+        """For people; ``sign="+"`` shows a difference's."""
+        return f"{self.mean:{sign}.2f}" + ("" if self.half is None else f" ± {self.half:.2f}")
+
     @property
     def above(self) -> bool:
         """Whether the whole interval lies above zero."""
@@ -63,6 +67,17 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate |
         1.0
     """
     return estimate([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def no_worse(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[int, int]:
+    """At how many of the seeds that both have ours is at least theirs, and how many these are.
+
+    Example:
+        >>> no_worse({0: 2.0, 1: 3.0, 2: 9.0}, {0: 1.0, 1: 4.0})
+        (1, 2)
+    """
+    common = ours.keys() & theirs.keys()
+    return sum(ours[seed] >= theirs[seed] for seed in common), len(common)
 
 
 def variance_ratio(ours: float, theirs: float, our_freedom: int, their_freedom: int) -> tuple[float, float]:

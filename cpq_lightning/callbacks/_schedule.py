@@ -14,37 +14,24 @@ from cpq_lightning.functional import Shape, anneal, resolve_point
 from cpq_lightning.nn import Quantizer
 
 
-class Span:
-    """Two points of a run, as an argument gives them and, once the run has begun, as steps.
+def check_span(start: int | float, end: int | float) -> None:
+    """Refuse two points of a run (a step count or a fraction of it) that no run has, or in the wrong order."""
+    for name, point in (("start", start), ("end", end)):
+        resolve_point(name, point, 1)
+    if type(start) is type(end) and start > end:
+        raise ValueError(f"start must not be after end={end}, got {start}.")
 
-    Args:
-        owner: Name of the callback, for errors.
-        start: The first, a step count (int) or a fraction of the run (float).
-        end: The last, likewise.
 
-    Raises:
-        TypeError: no number.
-        ValueError: out of its range, or ``start`` after ``end``.
-    """
-
-    def __init__(self, owner: str, start: int | float, end: int | float) -> None:
-        for name, point in (("start", start), ("end", end)):
-            resolve_point(name, point, 1)
-        if type(start) is type(end) and start > end:
-            raise ValueError(f"start must not be after end={end}, got {start}.")
-        self._owner, self._start, self._end = owner, start, end
-
-    def resolve(self, trainer: Trainer) -> tuple[int, int]:
-        """Both as steps of the run, from ``on_train_start`` on."""
-        fractions = isinstance(self._start, float) or isinstance(self._end, float)
-        length = run_length(trainer) if fractions else 0
-        start, end = (resolve_point(n, p, length) for n, p in (("start", self._start), ("end", self._end)))
-        if start > end:
-            raise MisconfigurationException(
-                f"{self._owner}: start={self._start} is step {start}, after end={self._end}, step {end}, "
-                f"of a run of {length} steps."
-            )
-        return start, end
+def resolve_span(owner: str, start: int | float, end: int | float, trainer: Trainer) -> tuple[int, int]:
+    """Both points as steps of the run, from ``on_train_start`` on; errors name the owner."""
+    fractions = isinstance(start, float) or isinstance(end, float)
+    length = run_length(trainer) if fractions else 0
+    first, last = (resolve_point(n, p, length) for n, p in (("start", start), ("end", end)))
+    if first > last:
+        raise MisconfigurationException(
+            f"{owner}: start={start} is step {first}, after end={end}, step {last}, of a run of {length} steps."
+        )
+    return first, last
 
 
 def need_quantizers(callback: Callback, pl_module: LightningModule) -> list[Quantizer]:
@@ -68,7 +55,7 @@ class BufferSchedule(Callback):
     buffer: str
 
     def __init__(self, start: int | float, end: int | float, first: float, last: float, shape: Shape) -> None:
-        self._points = Span(type(self).__name__, start, end)
+        check_span(start, end)
         for name, value in (("first", first), ("last", last)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
@@ -94,7 +81,7 @@ class BufferSchedule(Callback):
         self._driven = [q for q in need_quantizers(self, pl_module) if self.drives(q)]
         if not self._driven:
             self.nothing_to_drive()
-        self._span = self._points.resolve(trainer)
+        self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         value = self.value(run_step(trainer))

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cpq_lightning.attach import quantized_layers
 from cpq_lightning.callbacks._run import run_step
-from cpq_lightning.callbacks._schedule import Span, need_quantizers
+from cpq_lightning.callbacks._schedule import check_span, need_quantizers, resolve_span
 from cpq_lightning.functional import Shape, anneal
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import GridPull
@@ -50,7 +50,7 @@ class ClusterPull(Callback):
     ) -> None:
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
             raise ValueError(f"strength must be a number over 0 and up to 1, got {strength!r}.")
-        self._points = Span(type(self).__name__, start, end)
+        check_span(start, end)
         anneal(1, 0, 2, 0.0, strength, shape)
         self.start, self.end, self.strength = start, end, strength
         self.shape: Shape = shape
@@ -72,7 +72,7 @@ class ClusterPull(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         owners = self.pulled(pl_module)
-        self._span = self._points.resolve(trainer)
+        self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
         self._pulls = [GridPull(optimizer, owners, lambda: self._now) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

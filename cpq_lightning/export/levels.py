@@ -165,8 +165,7 @@ def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
 
 
 def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
-    step, low, high = (quantizer.along_channels(t, weight) for t in quantizer.grid())
-    return torch.minimum(torch.maximum((weight.float() / step).round(), low), high).to(torch.int16)
+    return quantizer.codes(weight).to(torch.int16)
 
 
 def manifest(model: nn.Module) -> dict[str, Any]:

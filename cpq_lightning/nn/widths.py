@@ -94,8 +94,17 @@ class Widths(HostIntegers):
 
     def nearest(self, x: Tensor) -> Tensor:
         """The grid points that evaluation puts values on, in the unit of ``x``."""
+        step, codes = self._placed(x)
+        return (step * codes).to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The levels that evaluation puts values on, as whole numbers in float32."""
+        return self._placed(x)[1]
+
+    def _placed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The step, which broadcasts to ``x``, and the levels."""
         step, low, high = (along_channels(t, x.dim(), self.channel_dim) for t in self.grid())
-        return (step * torch.minimum(torch.maximum((x / step).round(), low), high)).to(x.dtype)
+        return step, torch.minimum(torch.maximum((x.float() / step).round(), low), high)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Step, lowest and highest level in evaluation, each of one value or one a channel."""
