@@ -410,6 +410,14 @@ def test_the_command_goes_on_where_it_stopped(data, tmp_path):
     assert all(done(run, Rows(rows.path)) for run in kept)
 
 
+def test_data_that_are_not_there_are_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
+    with pytest.raises(SystemExit):
+        main(["--data", str(tmp_path / "nothing"), "--results", str(tmp_path / "findings.jsonl")])
+    assert "apt install dataset-fashion-mnist" in capsys.readouterr().err
+    assert not (tmp_path / "findings.jsonl").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--scale", "1k"], ["--only", "LSQ+"]])
 def test_unknown_methods_and_scales_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):

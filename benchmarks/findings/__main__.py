@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.findings import report as tables
 from benchmarks.findings.campaign import carry_out
+from benchmarks.findings.data import load
 from benchmarks.findings.methods import METHODS
 from benchmarks.findings.plan import done, plan
 from benchmarks.findings.rows import RESULTS, Row, Rows
@@ -66,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in left:
             console.print(run.title)
         return 0
+    try:
+        # Else every run would fail by itself.
+        load(options.data, train=False)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     code = _run(runs, rows, options, console)
     console.print(f"Written: {tables.write_report(rows)}")
     return code
