@@ -36,7 +36,7 @@ from benchmarks.findings.methods import (
     inner_layers,
 )
 from benchmarks.findings.network import SmallResNet
-from benchmarks.findings.plan import done, learned_run, plan, rate_of, ready, searches
+from benchmarks.findings.plan import done, learned_run, plan, rate_of, rates, ready, searches
 from benchmarks.findings.report import summary, write_report
 from benchmarks.findings.results import cell
 from benchmarks.findings.rows import RESULTS, Rows
@@ -135,6 +135,12 @@ def test_the_rate_with_the_best_held_out_mean_is_taken(rows):
         rows.append(row(search, accuracy=1 - better, val=better))
     assert rate_of(run, rows) == RATES[1]
     assert ready(run, rows)
+
+
+@pytest.mark.parametrize("family", dict.fromkeys(method.family for method in METHODS.values()))
+def test_no_published_rate_is_at_the_edge_of_what_was_searched(family):
+    rate = rate_of(Run("20k", family, 0, 0, 0), Rows())
+    assert rate is None or rate in rates(family)[1:-1]
 
 
 def test_a_row_of_another_rate_than_the_search_s_counts_as_not_done(rows):
