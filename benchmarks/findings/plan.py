@@ -40,9 +40,9 @@ WIDTHS = ((3, 3), (2, 2), (4, 4))
 _SEARCHED = ((2, 2), (4, 4))
 # Average bits of the weights, with the bits of the activations. Where these have three bits too, it makes no difference
 # which weights have how many (findings.md): what they are worth shows where activations have enough.
-AVERAGES = ((3.0, 3), (2.5, 8), (3.0, 8), (2.0, 8), (4.0, 8))
+AVERAGES = ((3.0, 3), (2.5, 8), (2.0, 8), (3.0, 8), (4.0, 8))
 # Of one level, at the bits of these activations.
-_LEVELS = ((3, 8), (2, 8), (4, 8))
+_LEVELS = ((2, 8), (3, 8), (4, 8))
 AT_WIDTHS = (LSQ, EXPECTATION, PULLED)
 AT_WIDTHS_TOO = (ARGMAX, DROPPED, COOLED)
 AT_AVERAGES = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)
@@ -100,15 +100,16 @@ def plan(scale: str) -> list[Run]:
     wanted += _block(scale, (UNDRAWN, f"{LEARNED}: freeze at 0.5", NARROW), first_average)
     wanted += _block(scale, AT_WIDTHS_TOO, first_widths)
     wanted += _block(scale, (PULLED_LSQ,), first_widths)
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[1:2])
-    wanted += _block(scale, (LSQ, EXPECTATION), _LEVELS[:2])
     wanted += _block(scale, AT_AVERAGES, AVERAGES[2:3])
+    wanted += _block(scale, (LSQ, EXPECTATION), _LEVELS[:2])
+    wanted += _block(scale, AT_AVERAGES, AVERAGES[1:2])
     wanted += _block(scale, AT_WIDTHS, WIDTHS[2:])
     wanted += _block(scale, (BREVITAS, RQ), first_widths)
     wanted += _block(scale, tuple(AT_FIXED), first_widths)
-    wanted += _block(scale, tuple(AT_LEARNED), first_average)
     wanted += _block(scale, (*AT_WIDTHS_TOO, BREVITAS, RQ), WIDTHS[1:])
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[3:])
+    wanted += _block(scale, AT_AVERAGES, AVERAGES[3:4])
+    wanted += _block(scale, tuple(AT_LEARNED), first_average)
+    wanted += _block(scale, AT_AVERAGES, AVERAGES[4:])
     wanted += _block(scale, (LSQ, EXPECTATION), _LEVELS[2:])
     ordered: dict[Run, None] = {}
     for run in wanted:
