@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.findings.methods import (
     AT_FIXED,
     AT_LEARNED,
     BREVITAS,
+    BY_ERROR,
     COOLED,
     DROPPED,
     EXPECTATION,
@@ -23,6 +25,7 @@ from benchmarks.findings.methods import (
     METHODS,
     PULLED,
     PULLED_LSQ,
+    RANDOM,
     RQ,
     UNDRAWN,
 )
@@ -170,20 +173,35 @@ def _averages(rows: Rows, scale: str, folder: Path) -> str:
         base = cell(rows, scale, LEARNED, w, a)
         if base is None:
             continue
-        # Where there is no level of the average, one level has more bits.
-        uniform = {m: cell(rows, scale, m, math.ceil(w), a) for m in (LSQ, EXPECTATION, DEFAULT)}
         found = {m: c for m in AT_AVERAGES if (c := cell(rows, scale, m, w, a))}
-        found |= {f"{m}, {math.ceil(w)} bits everywhere": c for m, c in uniform.items() if c}
+        # Where there is no level of the average, the ones to its sides.
+        for bits, m in product(sorted({math.floor(w), math.ceil(w)}), (LSQ, EXPECTATION, DEFAULT)):
+            if c := cell(rows, scale, m, bits, a):
+                found[f"{m}, {bits} bits everywhere"] = c
+        if c := cell(rows, scale, FULL, FULL_BITS, FULL_BITS):
+            found[FULL] = c
         lines = [
             [f"{w:g} bits on average, A{a}", "bits", "accuracy", "held-out", "learned over it", "as good or better on"]
         ]
         for name, c in sorted(found.items(), key=lambda item: -item[1].accuracy.mean):
             over = ["", ""] if c.method == LEARNED else [_difference(paired(base.by_seed, c.by_seed)), _wins(base, c)]
             lines.append([name, f"{c.bits:.2f}", _shown(c), _held_out(c), *over])
-        text += table(lines) + "\n"
+        text += table(lines) + "\n" + _stakes(found)
     if drawn := plots.draw_averages(rows, scale, folder / f"findings_levels_{scale}.png"):
         text += f"![Accuracy of ways to spend the same bits]({drawn.name})\n"
     return text
+
+
+def _stakes(found: Mapping[str, Cell]) -> str:
+    """How much allocations can make a difference at all: by how much random ones differ."""
+    drawn, fixed = (found.get(method) for method in (RANDOM, BY_ERROR))
+    if not (drawn and drawn.whole and fixed and fixed.whole):
+        return ""
+    over = [statistics.stdev(c.by_seed.values()) for c in (drawn, fixed)]
+    return (
+        f"Accuracy has a standard deviation of {over[0]:.2f} over seeds where each has other random levels, and of "
+        f"{over[1]:.2f} where all have those by error: what allocations add to the luck of a seed.\n\n"
+    )
 
 
 def _allocation(rows: Rows, scale: str, folder: Path) -> str:
