@@ -150,22 +150,23 @@ class LearnedStep(StepAtFirst):
 
 
 def brevitas_layer(layer: Layer, bits: Bits) -> nn.Module:
-    """Brevitas's layer; scales are parameters, started from statistics: its default for activations, its option for
-    weights. A second batch makes parameters of the statistics of the first.
+    """Brevitas's layer with learned scales, which start at the least squared error, and a grid of ``2**bits`` points:
+    what it offers for few bits. Its defaults, made for 8, start at the largest value and have a point less. A second
+    batch makes parameters of the statistics of the first.
     """
     from brevitas.nn import QuantConv2d, QuantLinear  # type: ignore[import-not-found]
     from brevitas.quant import (  # type: ignore[import-not-found]
-        Int8ActPerTensorFloat,
-        Int8WeightPerTensorFloat,
-        Uint8ActPerTensorFloat,
+        Int8ActPerTensorFloatMSE,
+        Int8WeightPerTensorFloatMSE,
+        Uint8ActPerTensorFloatMSE,
     )
 
     settings = {
         "bias": layer.bias is not None,
-        "weight_quant": Int8WeightPerTensorFloat,
+        "weight_quant": Int8WeightPerTensorFloatMSE,
         "weight_bit_width": bits.weight,
-        "weight_scaling_impl_type": "parameter_from_stats",
-        "input_quant": Int8ActPerTensorFloat if bits.signed else Uint8ActPerTensorFloat,
+        "weight_narrow_range": False,
+        "input_quant": Int8ActPerTensorFloatMSE if bits.signed else Uint8ActPerTensorFloatMSE,
         "input_bit_width": bits.act,
         # In place of 300 steps with a percentile each, which is not what most of a training costs.
         "input_collect_stats_steps": 1,

@@ -68,9 +68,10 @@ Intervals know nothing of other starts, networks or data. Weight error is `|w - 
 layers, `w` the weights that were trained.
 
 **Peers.** LSQ is torch's learnable fake-quantize with the step's logarithm as what trains (the raw step moves by
-up to a third of itself in an update of Adam) and a start at the least squared error. Brevitas is as its layers
-come, with learned scales. RQ samples from the nearest point and one to each side, at a Gumbel-softmax temperature
-of 1. `CPQ argmax` has the paper's estimator, as we read it, on weights, and `expectation` on activations.
+up to a third of itself in an update of Adam) and a start at the least squared error. Brevitas has learned scales
+with the same start, and no narrow range: its defaults, made for 8 bits, fall far behind at 2. RQ samples from the
+nearest point and one to each side, at a Gumbel-softmax temperature of 1. `CPQ argmax` has the paper's estimator, as
+we read it, on weights, and `expectation` on activations.
 """
 
 
