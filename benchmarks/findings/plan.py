@@ -34,7 +34,7 @@ FULL_BITS = 32
 # The scale at which rates are searched, for all others too.
 SEARCH_SCALE = "20k"
 # Where the best rate of all families is at the edge of what is searched, it is searched beyond.
-_LOWER = {ARGMAX: (0.00025, 0.0005)}
+_BEYOND = {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032)}
 # Weights and activations; the search takes the outer two.
 WIDTHS = ((3, 3), (2, 2), (4, 4))
 _SEARCHED = ((2, 2), (4, 4))
@@ -55,7 +55,7 @@ def search_scale(scale: str) -> str:
 
 def rates(family: str) -> tuple[float, ...]:
     """The learning rates that a family's is chosen from, in rising order."""
-    return (*_LOWER.get(family, ()), *RATES)
+    return tuple(sorted({*RATES, *_BEYOND.get(family, ())}))
 
 
 def searches(scale: str, family: str) -> list[Run]:

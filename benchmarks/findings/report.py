@@ -56,10 +56,10 @@ typed.
 
 **Setting.** Fashion-MNIST, a ResNet of {weights:,} weights in ten layers (`benchmarks/findings/network.py`). All
 runs of a scale start from one full-precision network, and have its epochs, AdamW with a cosine to zero and batches
-of {batch}. First and last layer have 8 bits. Learning rates are searched among {rates} (and lower, where the lowest
-is the best), for each of {families} families of methods, by one seed's accuracy on held-out training images, at two
-widths; variants and ablations have their family's rate, and so has the larger scale. Settings of our own were chosen by
-held-out accuracy too.
+of {batch}. First and last layer have 8 bits. Learning rates are searched among {rates}, and beyond where the best
+of them is at the edge, for each of {families} families of methods, by one seed's accuracy on held-out training
+images, at two widths; variants and ablations have their family's rate, and so has the larger scale. Settings of our
+own were chosen by held-out accuracy too.
 
 **Figures.** Accuracies are of the test images, in percent, "held-out" ones of 10,000 training images that no run
 trains on: means over {seeds} seeds with their 95 % interval (Student's t). A seed is the order of the images, the
