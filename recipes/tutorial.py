@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.callbacks import BitBudget, DistillationCallback, TemperatureSchedule
+from cpq_lightning.callbacks import BitBudget, ClusterPull, DistillationCallback
 from cpq_lightning.data import DigitsDataModule
 
 FOLDER = Path(sys.argv[1] if len(sys.argv) == 2 and "ipykernel" not in sys.modules else "tutorial")
@@ -73,8 +73,8 @@ full_precision = float(trainer.callback_metrics["val_acc"])
 #
 # `CPQConfig` says what may become of each layer: weights of 8 to 2 bits, activations of 4 (the first and last layer
 # stay at 8). `BitBudget` holds the average to 3 bits; at 80 % of the run the widths are fixed, and the network trains
-# on with them. `DistillationCallback` lets it learn from its own full-precision copy, and `TemperatureSchedule`
-# gathers weights around the grid. The optimizer is the one of the module above: the quantizers join it by themselves.
+# on with them. `DistillationCallback` lets it learn from its own full-precision copy, and `ClusterPull` draws weights to
+# their grid points as the run ends. The optimizer is the one of the module above: the quantizers join it by themselves.
 
 # %%
 budget = BitBudget(target=3.0)
@@ -85,7 +85,7 @@ trainer = Trainer(
     log_every_n_steps=5,
     callbacks=[
         CPQCallback(CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, act_bits=4), export=["onnx"]),
-        TemperatureSchedule(last=0.5),
+        ClusterPull(),
         DistillationCallback("self"),
         budget,
     ],

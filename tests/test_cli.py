@@ -89,7 +89,7 @@ def test_help_and_print_config(cpq):
     assert config["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
     assert [c["class_path"] for c in config["trainer"]["callbacks"]] == [
         "cpq_lightning.CPQCallback",
-        "cpq_lightning.callbacks.TemperatureSchedule",
+        "cpq_lightning.callbacks.ClusterPull",
     ]
 
 

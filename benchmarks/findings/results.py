@@ -11,7 +11,7 @@ from benchmarks.findings.rows import Row, Rows
 from benchmarks.findings.runs import SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate
 
-# What is held against the goals: CPQ as CPQCallback comes, with the pull at the end.
+# What is held against the goals: CPQ's default settings, with the pull that the recipes to begin with have.
 DEFAULT = PULLED
 
 
