@@ -266,10 +266,12 @@ AT_FIXED = {
         ARGMAX,
     ),
 }
-NARROW = f"{LEARNED}: 4 to 2 bits"
+NARROW, EARLY = f"{LEARNED}: 4 to 2 bits", f"{LEARNED}: freeze at 0.5"
 AT_LEARNED = {
     **_changed(LEARNED, _LEARNING),
     **_changed(NARROW, {"nested by range": partial(_learned, settings={"weight_bits": 4, "nesting": "range"})}),
 }
+# Those that ask for widths, or activations, that an average of 2 bits at A8 does not leave.
+AT_THREE_BITS = (NARROW, f"{NARROW}: nested by range", f"{LEARNED}: activations too")
 UNDRAWN = f"{LEARNED}: without DropBits: gates at their median"
 METHODS |= {**AT_FIXED, **AT_LEARNED}

@@ -9,11 +9,13 @@ from benchmarks.findings.methods import (
     ARGMAX,
     AT_FIXED,
     AT_LEARNED,
+    AT_THREE_BITS,
     BREVITAS,
     BY_ERROR,
     BY_HESSIAN,
     COOLED,
     DROPPED,
+    EARLY,
     EXPECTATION,
     FULL,
     LEARNED,
@@ -97,7 +99,7 @@ def plan(scale: str) -> list[Run]:
     wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
     wanted += _block(scale, AT_WIDTHS, WIDTHS[:2])
     wanted += _block(scale, AT_AVERAGES, first_average)
-    wanted += _block(scale, (UNDRAWN, f"{LEARNED}: freeze at 0.5", NARROW), first_average)
+    wanted += _block(scale, (UNDRAWN, EARLY, NARROW), first_average)
     wanted += _block(scale, AT_WIDTHS_TOO, first_widths)
     wanted += _block(scale, (PULLED_LSQ,), first_widths)
     wanted += _block(scale, AT_AVERAGES, AVERAGES[2:3])
@@ -108,8 +110,10 @@ def plan(scale: str) -> list[Run]:
     wanted += _block(scale, tuple(AT_FIXED), first_widths)
     wanted += _block(scale, (RQ,), first_widths)
     wanted += _block(scale, (*AT_WIDTHS_TOO, BREVITAS, RQ), WIDTHS[1:])
+    # Where allocations differ.
+    wanted += _block(scale, [m for m in AT_LEARNED if m not in AT_THREE_BITS], AVERAGES[2:3])
     wanted += _block(scale, AT_AVERAGES, AVERAGES[3:4])
-    wanted += _block(scale, tuple(AT_LEARNED), first_average)
+    wanted += _block(scale, AT_THREE_BITS, first_average)
     wanted += _block(scale, AT_AVERAGES, AVERAGES[4:])
     wanted += _block(scale, (LSQ, EXPECTATION), _LEVELS[2:])
     ordered: dict[Run, None] = {}

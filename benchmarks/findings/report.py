@@ -231,7 +231,7 @@ def _allocation(rows: Rows, scale: str, folder: Path) -> str:
 
 def _ablations(rows: Rows, scale: str) -> str:
     text = ""
-    for names, (w, a) in ((AT_FIXED, WIDTHS[0]), (AT_LEARNED, AVERAGES[0])):
+    for names, (w, a) in ((AT_FIXED, WIDTHS[0]), *((AT_LEARNED, average) for average in AVERAGES)):
         for base_name in dict.fromkeys(METHODS[name].base for name in names):
             base = cell(rows, scale, base_name, w, a)
             own = [name for name in names if METHODS[name].base == base_name]
