@@ -36,7 +36,7 @@ FULL_BITS = 32
 # The scale at which rates are searched, for all others too.
 SEARCH_SCALE = "20k"
 # Where the best rate of all families is at the edge of what is searched, it is searched beyond.
-_BEYOND = {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032)}
+_BEYOND = {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), RQ: (0.016, 0.032)}
 # Weights and activations; the search takes the outer two.
 WIDTHS = ((3, 3), (2, 2), (4, 4))
 _SEARCHED = ((2, 2), (4, 4))
