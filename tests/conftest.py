@@ -1,3 +1,4 @@
+import os
 import sys
 import warnings
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from torch.multiprocessing import ProcessRaisedException
 
 from tests.models import data
 
-# The models here are too small to share, and the suite runs in several processes.
+# The models here are too small to share, and the suite runs in several processes, those that tests start among them.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from cpq_lightning.cli import _shipped, main
 
 ROOT = Path(__file__).parent.parent
 CPQ = Path(sys.executable).with_name("cpq")
-ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Runs that were stopped or killed end, resumed, bit for bit where the uninterrupted one does."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -121,7 +120,6 @@ def test_killed_in_the_middle_of_a_step_and_resumed_from_its_last_checkpoint(who
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), str(step)],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

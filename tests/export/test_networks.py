@@ -7,6 +7,8 @@ from cpq_lightning import export_model, load_quantized
 from cpq_lightning.attach import quantized_layers
 from tests.export.trained import NETWORKS, architecture, network, samples
 
+# Of a graph, whatever the weights.
+GRAPH_BYTES = 40_000
 CASES = [
     pytest.param(name, format, container, marks=[pytest.mark.slow, pytest.mark.xdist_group(f"export-{name}")])
     for name in NETWORKS
@@ -37,7 +39,7 @@ def test_a_trained_network_ships_in_each_format(name, format, container, tmp_pat
     assert proof.real
     assert written.file_bytes == written.path.stat().st_size
     # A program holds its graph as text, which of a small network is more than its weights.
-    assert format == "torch" or written.file_bytes < written.float_bytes / 3
+    assert format == "torch" or written.file_bytes < written.float_bytes / 3 + GRAPH_BYTES
     assert [p.name for p in tmp_path.iterdir()] == [written.path.name]
 
 

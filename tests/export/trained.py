@@ -9,13 +9,13 @@ from torch.nn.functional import cross_entropy, interpolate
 from cpq_lightning import CPQConfig, attach, calibrate
 
 CLASSES = 4
-# Name, arguments, image size, learning rate.
+# Name, arguments, image size, learning rate. None is deep: tracing takes time for each layer.
 NETWORKS = {
     "resnet18": ({}, 64, 2e-3),
     "mobilenetv3_small_050": ({}, 64, 4e-3),
-    "efficientnet_lite0": ({}, 64, 3e-3),
-    "convnext_atto": ({}, 64, 1e-3),
-    "vit_tiny_patch16_224": ({"img_size": 64}, 64, 5e-4),
+    "test_efficientnet": ({"act_layer": "relu6"}, 64, 3e-3),
+    "convnext_atto": ({"depths": [1, 1, 2, 1]}, 64, 1e-3),
+    "vit_tiny_patch16_224": ({"img_size": 64, "depth": 4}, 64, 5e-4),
     "test_resnet": ({}, 32, 3e-3),
 }
 
