@@ -12,6 +12,7 @@ from cpq_lightning.functional import Estimator, check_bits
 
 Nesting = Literal["auto", "range", "resolution"]
 GateSharing = Literal["tensor", "channel", "element"]
+GateEstimator = Literal["curvature", "concrete"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class CPQConfig:
             is below ``weight_bits``; evaluation always uses all bits. Learned gates start with it, at most at 0.95.
         gate_sharing: Whether a ``"tensor"``, a ``"channel"`` or an ``"element"`` shares one gate. With learned bits a
             ``"channel"`` has a width of its own.
+        gate_estimator: Gradient of learned gates, one for all of a model. ``"curvature"`` (ours): what a bit is worth
+            is how much the loss bends along the residual that it adds, as the square of the gradient's product with it
+            tells (:func:`~cpq_lightning.functional.bit_worth`). ``"concrete"`` (the paper's): the gradient through the
+            gates that are drawn, which is what the loss would rise by at once, without the bit and without training
+            behind it.
         ignore: Layers to leave in full precision: patterns of full dotted names (as ``fnmatch`` has them, with case)
             or module types (``"Linear"``).
         overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. Of several
@@ -82,6 +88,7 @@ class CPQConfig:
     temperature: float = 1.0
     keep_prob: float = 1.0
     gate_sharing: GateSharing = "tensor"
+    gate_estimator: GateEstimator = "curvature"
     ignore: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     weight_range: Literal["mse", "max"] = "mse"
@@ -236,6 +243,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weight_estimator": get_args(Estimator),
     "act_estimator": get_args(Estimator),
     "gate_sharing": get_args(GateSharing),
+    "gate_estimator": get_args(GateEstimator),
     "weight_range": ("mse", "max"),
     "act_range": ("mse", "max"),
 }

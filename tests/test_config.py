@@ -91,7 +91,7 @@ def test_what_the_caller_does_to_its_own_containers_does_not_change_it():
 FULL = {
     "weight_bits": 6, "act_bits": None, "min_bits": 2, "nesting": "resolution", "first_last_bits": None,
     "weight_estimator": "argmax", "act_estimator": "argmax", "per_channel": True, "temperature": 0.5,
-    "keep_prob": 0.75, "gate_sharing": "channel", "ignore": ["head", "*.fc"],
+    "keep_prob": 0.75, "gate_sharing": "channel", "gate_estimator": "concrete", "ignore": ["head", "*.fc"],
     "overrides": {"*.downsample.*": {"weight_bits": 8, "per_channel": False}, "Linear": {"act_bits": 3}},
     "weight_range": "max", "act_range": "max", "seed": 7, "learn_bits": True, "attention": False,
     "learn_act_bits": False,

@@ -34,6 +34,8 @@ ARGMAX, EXPECTATION = "CPQ argmax", "CPQ expectation"
 COOLED, DROPPED = "CPQ expectation, T 1 to 0.2", "CPQ expectation, DropBits"
 PULLED, PULLED_LSQ = "CPQ expectation, ClusterPull", "LSQ, ClusterPull"
 LEARNED, RELEARNED = "learned levels", "learned levels from the start"
+DRAWN = f"{LEARNED}, gates by what is drawn"
+REDRAWN = f"{DRAWN}, from the start"
 RANDOM, BY_ERROR, BY_HESSIAN = "random levels", "levels by error", "levels by Hessian trace"
 # Of the first and last layer, whatever the method.
 END_BITS = 8
@@ -82,7 +84,8 @@ class Method:
     Attributes:
         make: Makes what trains.
         family: The method whose searched learning rate it takes.
-        levels: Where the widths come from that it is given, if it is.
+        levels: Where the widths come from that it is given, if it is: what allocates them, or a method whose runs learn
+            them.
         package: What it needs beyond the project's own packages.
         base: The method that it differs from in one thing.
     """
@@ -215,7 +218,10 @@ METHODS: dict[str, Method] = {
     DROPPED: Method(_dropping, EXPECTATION),
     PULLED: Method(partial(_cpq, callbacks=lambda: [ClusterPull()]), EXPECTATION),
     LEARNED: Method(_learned, EXPECTATION),
-    RELEARNED: Method(_cpq, EXPECTATION, levels="learned"),
+    RELEARNED: Method(_cpq, EXPECTATION, levels=LEARNED),
+    # The paper's gates, which take longer to learn.
+    DRAWN: Method(partial(_learned, settings={"gate_estimator": "concrete"}, budget={"freeze": 0.8}), EXPECTATION),
+    REDRAWN: Method(_cpq, EXPECTATION, levels=DRAWN),
     RANDOM: Method(_cpq, EXPECTATION, levels="random"),
     BY_ERROR: Method(_cpq, EXPECTATION, levels="error"),
     BY_HESSIAN: Method(_cpq, EXPECTATION, levels="hessian"),
@@ -237,13 +243,12 @@ _FIXED: dict[str, Callable[[Task], Made]] = {
 }
 _LEARNING: dict[str, Callable[[Task], Made]] = {
     "without DropBits: gates at their median": partial(_learned, patched=_median_gates),
-    "freeze at 0.5": partial(_learned, budget={"freeze": 0.5}),
+    "freeze at 0.3": partial(_learned, budget={"freeze": 0.3}),
     "4 to 2 bits": partial(_learned, settings={"weight_bits": 4}),
     "activations too": partial(
         _learned, settings={"learn_act_bits": True, "act_bits": 8, "min_act_bits": 2}, activations=True
     ),
-    "freeze at 0.65": partial(_learned, budget={"freeze": 0.65}),
-    "freeze at 0.9": partial(_learned, budget={"freeze": 0.9}),
+    "freeze at 0.8": partial(_learned, budget={"freeze": 0.8}),
     "gates at a third of the rate": partial(_learned, patched=lambda: _paced(1 / 3)),
     "gates at three times the rate": partial(_learned, patched=lambda: _paced(3)),
     "a width each channel": partial(_learned, settings={"gate_sharing": "channel"}),
@@ -266,7 +271,7 @@ AT_FIXED = {
         ARGMAX,
     ),
 }
-NARROW, EARLY = f"{LEARNED}: 4 to 2 bits", f"{LEARNED}: freeze at 0.5"
+NARROW = f"{LEARNED}: 4 to 2 bits"
 AT_LEARNED = {
     **_changed(LEARNED, _LEARNING),
     **_changed(NARROW, {"nested by range": partial(_learned, settings={"weight_bits": 4, "nesting": "range"})}),

@@ -14,20 +14,19 @@ from benchmarks.findings.methods import (
     BY_ERROR,
     BY_HESSIAN,
     COOLED,
+    DRAWN,
     DROPPED,
-    EARLY,
     EXPECTATION,
     FULL,
     LEARNED,
     LSQ,
     METHODS,
-    NARROW,
     PULLED,
     PULLED_LSQ,
     RANDOM,
+    REDRAWN,
     RELEARNED,
     RQ,
-    UNDRAWN,
 )
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
@@ -42,12 +41,12 @@ WIDTHS = ((3, 3), (2, 2), (4, 4))
 _SEARCHED = ((2, 2), (4, 4))
 # Average bits of the weights, with the bits of the activations. Where these have three bits too, it makes no difference
 # which weights have how many (findings.md): what they are worth shows where activations have enough.
-AVERAGES = ((3.0, 3), (2.5, 8), (2.0, 8), (3.0, 8), (4.0, 8))
-# Of one level, at the bits of these activations.
-_LEVELS = ((2, 8), (3, 8), (4, 8))
+AT_A3, HALF, TWO, THREE, FOUR = (3.0, 3), (2.5, 8), (2.0, 8), (3.0, 8), (4.0, 8)
+AVERAGES = (AT_A3, HALF, TWO, THREE, FOUR)
 AT_WIDTHS = (LSQ, EXPECTATION, PULLED)
 AT_WIDTHS_TOO = (ARGMAX, DROPPED, COOLED)
-AT_AVERAGES = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)
+_ALLOCATED = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)
+AT_AVERAGES = (*_ALLOCATED, DRAWN, REDRAWN)
 
 
 def search_scale(scale: str) -> str:
@@ -81,9 +80,8 @@ def rate_of(run: Run, rows: Rows) -> float | None:
 
 def learned_run(run: Run) -> Run | None:
     """The run whose widths a run takes, if it does."""
-    if METHODS[run.method].levels != "learned":
-        return None
-    return Run(run.scale, LEARNED, run.weight_bits, run.act_bits, run.seed)
+    source = METHODS[run.method].levels
+    return Run(run.scale, source, run.weight_bits, run.act_bits, run.seed) if source in METHODS else None
 
 
 def _block(scale: str, methods: Sequence[str], widths: Sequence[tuple[float, int]]) -> Iterator[Run]:
@@ -94,28 +92,33 @@ def _block(scale: str, methods: Sequence[str], widths: Sequence[tuple[float, int
 
 def plan(scale: str) -> list[Run]:
     """All runs at a scale, the most telling first; searches stand before the first run that needs them."""
-    first_widths, first_average = WIDTHS[:1], AVERAGES[:1]
+    first = WIDTHS[:1]
     wanted: list[Run] = []
     wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
     wanted += _block(scale, AT_WIDTHS, WIDTHS[:2])
-    wanted += _block(scale, AT_AVERAGES, first_average)
-    wanted += _block(scale, (UNDRAWN, EARLY, NARROW), first_average)
-    wanted += _block(scale, AT_WIDTHS_TOO, first_widths)
-    wanted += _block(scale, (PULLED_LSQ,), first_widths)
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[2:3])
-    wanted += _block(scale, (LSQ, EXPECTATION), _LEVELS[:2])
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[1:2])
+    # Where allocations differ, and where the paper's hypothesis has been.
+    wanted += _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (TWO,))
+    wanted += _block(scale, _ALLOCATED, (AT_A3,))
+    if scale == "60k":
+        return _with_searches(scale, wanted)
+    wanted += _block(scale, AT_WIDTHS_TOO, first)
+    wanted += _block(scale, (PULLED_LSQ,), first)
+    wanted += _block(scale, _ALLOCATED, (HALF,))
+    wanted += _block(scale, (LSQ, EXPECTATION), (THREE,))
+    wanted += _block(scale, (DRAWN, REDRAWN), (AT_A3, HALF, TWO))
     wanted += _block(scale, AT_WIDTHS, WIDTHS[2:])
-    wanted += _block(scale, (BREVITAS,), first_widths)
-    wanted += _block(scale, tuple(AT_FIXED), first_widths)
-    wanted += _block(scale, (RQ,), first_widths)
+    wanted += _block(scale, (BREVITAS,), first)
+    wanted += _block(scale, tuple(AT_FIXED), first)
+    wanted += _block(scale, (RQ,), first)
+    wanted += _block(scale, [m for m in AT_LEARNED if m not in AT_THREE_BITS], (TWO,))
     wanted += _block(scale, (*AT_WIDTHS_TOO, BREVITAS, RQ), WIDTHS[1:])
-    # Where allocations differ.
-    wanted += _block(scale, [m for m in AT_LEARNED if m not in AT_THREE_BITS], AVERAGES[2:3])
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[3:4])
-    wanted += _block(scale, AT_THREE_BITS, first_average)
-    wanted += _block(scale, AT_AVERAGES, AVERAGES[4:])
-    wanted += _block(scale, (LSQ, EXPECTATION), _LEVELS[2:])
+    wanted += _block(scale, AT_THREE_BITS, (AT_A3,))
+    wanted += _block(scale, _ALLOCATED, (THREE, FOUR))
+    wanted += _block(scale, (LSQ, EXPECTATION), (FOUR,))
+    return _with_searches(scale, wanted)
+
+
+def _with_searches(scale: str, wanted: list[Run]) -> list[Run]:
     ordered: dict[Run, None] = {}
     for run in wanted:
         ordered |= dict.fromkeys(searches(scale, METHODS[run.method].family))

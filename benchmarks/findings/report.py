@@ -34,6 +34,7 @@ from benchmarks.findings.plan import (
     AT_AVERAGES,
     AVERAGES,
     FULL_BITS,
+    TWO,
     WIDTHS,
     rate_of,
     rates,
@@ -206,7 +207,7 @@ def _stakes(found: Mapping[str, Cell]) -> str:
 
 
 def _allocation(rows: Rows, scale: str, folder: Path) -> str:
-    w, a = AVERAGES[0]
+    w, a = TWO
     cells = [c for c in (cell(rows, scale, method, w, a) for method in (LEARNED, UNDRAWN)) if c and len(c.rows) > 1]
     if not cells:
         return _NOTHING

@@ -102,8 +102,7 @@ def train_start(scale: Scale, root: str, path: Path, device: str = "cpu") -> Non
 def given_levels(run: Run, source: str, learned: Row | None, network: nn.Module, root: str) -> Levels | None:
     """Widths of the layers for a method that is given them."""
     sizes = inner_layers(network)
-    if source == "learned":
-        assert learned is not None
+    if learned is not None:
         return {name: round(learned["levels"][name]) for name in sizes}
     if source == "random":
         return random_levels(sizes, run.weight_bits, run.seed)

@@ -67,7 +67,7 @@ class BitBudget(Callback):
         unit: BudgetUnit = "bits",
         *,
         act_target: float | None = None,
-        freeze: int | float = 0.8,
+        freeze: int | float = 0.5,
     ) -> None:
         if unit not in ("bits", "bytes", "bops"):
             raise ValueError(f"unit must be 'bits', 'bytes' or 'bops', got {unit!r}.")

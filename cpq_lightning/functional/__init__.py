@@ -11,6 +11,7 @@ from cpq_lightning.functional.cost import average_bits as average_bits
 from cpq_lightning.functional.cost import packed_bytes as packed_bytes
 from cpq_lightning.functional.distill import distillation_loss as distillation_loss
 from cpq_lightning.functional.dropbits import expected_bits as expected_bits
+from cpq_lightning.functional.dropbits import expected_slope as expected_slope
 from cpq_lightning.functional.dropbits import hard_concrete as hard_concrete
 from cpq_lightning.functional.dropbits import keyed_uniform as keyed_uniform
 from cpq_lightning.functional.dropbits import logit_of as logit_of
@@ -32,3 +33,4 @@ from cpq_lightning.functional.resolution import quantize_resolution as quantize_
 from cpq_lightning.functional.schedule import Shape as Shape
 from cpq_lightning.functional.schedule import anneal as anneal
 from cpq_lightning.functional.schedule import resolve_point as resolve_point
+from cpq_lightning.functional.worth import bit_worth as bit_worth

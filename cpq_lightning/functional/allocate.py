@@ -33,9 +33,10 @@ def adjust_widths(
     """Change widths by single bits until their cost is within ``tolerance`` of ``target``, or as near as they permit.
 
     Of the changes that bring the cost nearer, the one with the least price for each unit of cost is taken, again and
-    again; where none is left, exchanges of a bit between two rows. Rows that follow the mean of the others shall
-    neither take bits from them, nor leave them any, by being whole: the others come first, to where the target is met
-    by a mean that all have in common.
+    again; where none is left, exchanges of a bit between two rows; where those end off the target, one bit of a row
+    that is too large for it, which the others make up for. Rows that follow the mean of the others shall neither take
+    bits from them, nor leave them any, by being whole: the others come first, to where the target is met by a mean that
+    all have in common.
 
     Args:
         widths: Whole widths, shape (rows,), float64.
@@ -73,17 +74,35 @@ def adjust_widths(
         low, high = torch.where(follow, narrowest, widths), torch.where(follow, widest, widths)
         widths, more = adjust_widths(widths, low, high, cost, target, tolerance, price)
         changes += more
-    widths = widths.clone()
+    found, more = _approach(widths, narrowest, widest, cost, target, tolerance, price)
+    return found, changes + more
+
+
+def _approach(
+    widths: Tensor,
+    narrowest: Tensor,
+    widest: Tensor,
+    cost: WidthCost,
+    target: float,
+    tolerance: float,
+    price: Callable[[Tensor, int], Tensor],
+    past: bool = True,
+) -> tuple[Tensor, list[WidthChange]]:
+    """:func:`adjust_widths` where no row follows others; ``past``: whether a large row may go past the target."""
+    widths, changes = widths.clone(), []
 
     def change(row: int, by: int) -> None:
         changes.append(WidthChange(row, int(widths[row]), int(widths[row]) + by))
         widths[row] += by
 
-    while abs(gap := cost(widths) - target) > tolerance:
+    while True:
+        gap = cost(widths) - target
         by = -1 if gap > 0 else 1
         # Costs are linear in any one width.
         unit = cost.gradient(widths)
         possible = (unit > 0) & (widths + by >= narrowest) & (widths + by <= widest)
+        if abs(gap) <= tolerance:
+            return widths, changes
         nearer = possible & ((gap + by * unit).abs() < abs(gap) - 1e-6 * unit)
         if nearer.any():
             ranked = torch.where(nearer, price(widths, by).clamp(min=1e-12) / unit.clamp(min=1e-300), torch.inf)
@@ -94,6 +113,17 @@ def adjust_widths(
             break
         for row, by in pair:
             change(row, by)
+    if not past:
+        return widths, changes
+    # A row so large that one bit of it is more than what is missing: the others make up for it.
+    large = (possible & (unit > abs(gap))).nonzero().flatten().tolist()
+    for row in sorted(large, key=lambda row: float(unit[row]))[:_MOST_TRIED]:
+        trial, low, high = widths.clone(), narrowest.clone(), widest.clone()
+        trial[row] += by
+        low[row] = high[row] = trial[row]
+        found, more = _approach(trial, low, high, cost, target, tolerance, price, past=False)
+        if abs(cost(found) - target) <= tolerance:
+            return found, [*changes, WidthChange(row, int(widths[row]), int(trial[row])), *more]
     return widths, changes
 
 
@@ -111,6 +141,7 @@ def _common_width(
 
 # Of eight bits, down to far below any tolerance.
 _HALVINGS = 40
+_MOST_TRIED = 8
 # Beyond this many rows single bits are so small a part of the whole that no exchange is ever needed.
 _MOST_ROWS = 2000
 

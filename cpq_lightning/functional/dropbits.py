@@ -67,6 +67,31 @@ def expected_bits(probability: Tensor, min_bits: Tensor | int) -> Tensor:
     return min_bits + probability.cumprod(0).sum(0)
 
 
+def expected_slope(probability: Tensor, noise: Tensor | float, worth: Tensor | None = None) -> Tensor:
+    """Gradient of ``sum_k worth_k prod_(j<=k) P(z_j > 0)`` in the gates' logits.
+
+    ``(1 - p_k)/nu · sum_(j>=k) worth_j prod_(i<=j) p_i``: with a gate, all behind it shut.
+
+    Args:
+        probability: ``p``, of each gate to be open, shape ``(gates, *shape)``, innermost first.
+        noise: ``nu``, as for :func:`open_probability`.
+        worth: Of each bit; ``None`` is 1 for all, which makes it the gradient of :func:`expected_bits`.
+
+    Returns:
+        A tensor of the shape of ``probability``.
+
+    Example:
+        >>> expected_slope(torch.tensor([0.5, 0.5]), 1.0)
+        tensor([0.3750, 0.1250])
+    """
+    counted = probability.cumprod(0)
+    if worth is not None:
+        counted = counted * worth
+    # Not a cumulative sum, which has no deterministic way on GPUs.
+    behind = torch.stack([counted[k:].sum(0) for k in range(len(counted))])
+    return behind * (1 - probability) / noise
+
+
 def open_gates(probability: Tensor) -> Tensor:
     """What evaluation makes of the gates: 1 for the leading ones with ``P(z > 0) >= 1/2``, 0 for all others.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.config import CPQConfig, GateSharing
+from cpq_lightning.config import CPQConfig, GateEstimator, GateSharing
 from cpq_lightning.functional import (
     hard_concrete,
     keyed_uniform,
@@ -15,6 +15,7 @@ from cpq_lightning.functional import (
     open_probability,
 )
 from cpq_lightning.functional.dropbits import BETA
+from cpq_lightning.nn.gradient import Worth
 
 # Learned gates start near open: a closed one gets no gradient that could open it.
 _OPEN = 0.95
@@ -59,6 +60,7 @@ class Gates(nn.Module):
         super().__init__()
         self.seed, self.key = config.seed, key
         self.sharing: GateSharing = sharing
+        self.estimator: GateEstimator = config.gate_estimator
         self.channel_dim = channel_dim
         self.rows = channels if learned and sharing == "channel" else 1
 
@@ -98,10 +100,34 @@ class Gates(nn.Module):
         """Masks for ``x``: sampled in training, decided in evaluation; ``None`` where all are 1."""
         if self.training:
             gates = self._sample(x, count)
-            return masks_from_gates(gates if with_gradient else gates.detach())
+            through = with_gradient and self.estimator == "concrete"
+            return masks_from_gates(gates if through else gates.detach())
         if self.logit is None:
             return None
         return masks_from_gates(self._shaped(open_gates(self.probabilities(count)), x))
+
+    def with_worth(
+        self, out: Tensor, x: Tensor, masks: Tensor, steps: Tensor, min_bits: int, signed: bool, samples: bool
+    ) -> Tensor:
+        """``out``, whose backward tells the logits what their bits are worth.
+
+        Args:
+            out: ``x`` quantized.
+            x: What it was before.
+            masks: By which it was.
+            steps: Step of each width, the narrowest first, shape (widths, 1 or channels).
+            min_bits: The narrowest width.
+            signed: Whether grids hold negative levels.
+            samples: Whether ``x`` is a batch of samples instead of a weight.
+        """
+        if not torch.is_grad_enabled():
+            return out
+        logits, widths = self.logits(len(steps) - 1), tuple(range(min_bits, min_bits + len(steps)))
+        drawn = masks[1:].reshape(len(masks) - 1, -1)
+        there = (drawn if drawn.shape[1] == self.rows else drawn.mean(1, keepdim=True)) >= 0.5
+        return Worth.apply(  # type: ignore[no-any-return]
+            out, x.detach(), logits, there, steps, widths, signed, self.channel_dim, samples
+        )
 
     def fixed_masks(self, x: Tensor, gates_open: Tensor, count: int) -> Tensor:
         """Masks for ``x`` with the first ``gates_open`` gates of each row open, shape (rows,)."""

@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cpq_lightning.functional import bit_worth
 from cpq_lightning.kernels import chain, has_kernel
 
 # A step can move by a factor of 1000 from where it was fitted: far more than training ever asks for, and no learning
 # rate can take it to zero, below zero, or out of float32.
 STEP_REACH = math.log(1000.0)
 NOISE_MIN = 0.02
+# What a bit is worth that nothing depends on: less than any other, more than one that was not there.
+_LEAST = 1e-30
+# Of a batch, one in so many samples tells what the bits of an activation are worth.
+_PART = 8
+
+
+def noise_logit(s: float) -> float:
+    """The parameter at which sigma over T times the step is ``s``, between NOISE_MIN and 1."""
+    p = (s - NOISE_MIN) / (1 - NOISE_MIN)
+    return math.log(p / (1 - p))
 
 
 class StepAndSigma(torch.autograd.Function):
@@ -50,6 +61,49 @@ class StepAndSigma(torch.autograd.Function):
         d_log_step = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
         d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - NOISE_MIN) * scale)
         return d_log_step, d_logit, None, None, None
+
+
+class Worth(torch.autograd.Function):
+    """What was quantized, as it is; instead of its gradient the logit of each gate gets minus what its bit is worth
+    (:func:`~cpq_lightning.functional.bit_worth`), and 0 where the bit was not there.
+
+    Without a bit the loss may be far from where it was, and its gradient tells of that. Of a loss that is scaled by S
+    the worth is S² times as large, of all bits alike.
+
+    Args:
+        out: What was quantized.
+        x: What it was before.
+        logits: Of the gates, shape (gates, rows).
+        there: Whether each was open, likewise.
+        steps: Step of each width, the narrowest first, shape (gates + 1, 1 or channels).
+        widths: Bits of each.
+        signed: Whether grids hold negative levels.
+        channel_dim: Dimension of the channels.
+        samples: Whether ``x`` is a batch of samples instead of a weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, logits: Tensor, there: Tensor, steps: Tensor,
+        widths: tuple[int, ...], signed: bool, channel_dim: int, samples: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, there, steps)
+        ctx.settings = widths, signed, channel_dim, samples, logits.shape[1] > 1
+        return out[...]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, there, steps = ctx.saved_tensors
+        widths, signed, channel_dim, samples, by_block = ctx.settings
+        own, of_own, share, blocks = x, grad, 1.0, channel_dim
+        if samples and x.dim():
+            # Those of a batch are many, and the first as good as any.
+            count = -(-len(x) // _PART)
+            own, of_own, share, blocks = x[:count], grad[:count], len(x) / max(1, count), 0
+        worth = bit_worth(own, of_own, steps, widths, signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block)
+        of_logits = torch.where(there, -share * worth.clamp(min=_LEAST), 0.0)
+        return grad, None, of_logits, None, None, None, None, None, None
 
 
 class Connect(torch.autograd.Function):

@@ -15,7 +15,7 @@ from cpq_lightning.functional import Estimator, along_channels, level_bounds, qu
 from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize, quantize_widths
 from cpq_lightning.nn.fitting import weight_steps
 from cpq_lightning.nn.gates import Gates
-from cpq_lightning.nn.gradient import NOISE_MIN, STEP_REACH, Connect, StepAndSigma
+from cpq_lightning.nn.gradient import STEP_REACH, Connect, StepAndSigma, noise_logit
 from cpq_lightning.nn.observer import RangeObserver, UsageRecorder
 from cpq_lightning.nn.widths import Widths
 
@@ -87,7 +87,7 @@ class Quantizer(Widths):
             return torch.full((size,), float(value), dtype=torch.float32, device=device)
 
         self.log_step = nn.Parameter(tensor(0.0, steps))
-        self.noise_logit = nn.Parameter(tensor(_noise_logit(_NOISE_START), steps))
+        self.noise_logit = nn.Parameter(tensor(noise_logit(_NOISE_START), steps))
         self.gates = Gates(
             config,
             count=(widest or 0) - (narrowest or 0),
@@ -165,8 +165,12 @@ class Quantizer(Widths):
             return Connect.of(x, *self.parameters())
         if not self.calibrated:
             self._fit_first(x)  # type: ignore[call-arg]
-        out = self._quantize(x, *self._step_and_sigma(), self._masks(x))
-        if self.gates.logit is not None and not self._gates_learn:
+        masks = self._masks(x)
+        step, sigma = self._step_and_sigma()
+        out = self._quantize(x, step, sigma, masks)
+        if masks is not None and self._gates_learn and self.gates.estimator == "curvature":
+            out = self._with_worth(out, x, masks, step)
+        elif self.gates.logit is not None and not self._gates_learn:
             out = Connect.of(out, self.gates.logit)
         if self.usage is not None:
             self.usage.update(x, out, self.grid()[0])
@@ -216,6 +220,12 @@ class Quantizer(Widths):
             # An optimizer that is toggled off, or a frozen layer, moves no step: then no gate either.
             return self.gates.masks(x, count, with_gradient=self._gates_learn)
         return None
+
+    def _with_worth(self, out: Tensor, x: Tensor, masks: Tensor, step: Tensor) -> Tensor:
+        """``out``, whose backward tells the gates what their bits are worth."""
+        scales = self.width_scale[self.min_bits - 1 : self.bits]
+        steps = step.detach() * (scales if self.nesting == "resolution" else torch.ones_like(scales))
+        return self.gates.with_worth(out, x, masks, steps, self.min_bits, self.signed, samples=self.kind != "weight")
 
     def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None) -> Tensor:
         # Which widths are drawn is read here: from a GPU, or in compiled code, that would cost more than it saves.
@@ -288,7 +298,7 @@ class Quantizer(Widths):
         for k, step in zip(self._fitted_widths, steps, strict=True):
             self.width_scale[k - 1] = step / steps[0]
         self.log_step.zero_()
-        self.noise_logit.fill_(_noise_logit(_NOISE_START))
+        self.noise_logit.fill_(noise_logit(_NOISE_START))
         self.configure(calibrated=True)
         self.fits_next = False
 
@@ -308,8 +318,3 @@ def _span(kind: Kind, config: CPQConfig) -> tuple[int | None, int | None]:
     if kind == "weight":
         return config.weight_bits, config.narrowest_bits
     return config.act_bits, config.narrowest_act_bits
-
-
-def _noise_logit(s: float) -> float:
-    p = (s - NOISE_MIN) / (1 - NOISE_MIN)
-    return math.log(p / (1 - p))

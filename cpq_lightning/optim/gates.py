@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional import WidthCost, expected_bits, open_gates, open_probability
+from cpq_lightning.config import GateEstimator
+from cpq_lightning.functional import WidthCost, expected_bits, expected_slope, open_gates, open_probability
 from cpq_lightning.functional.dropbits import logit_of
 from cpq_lightning.nn import Quantizer
+from cpq_lightning.optim.values import Curved, Drawn, Values
 
-# Adam's running means, with a shorter memory for the square: gates that are nearly decided have rare gradients.
-_MOMENTUM, _VARIANCE = 0.9, 0.99
-_TINY = 1e-12
+_VALUES: dict[GateEstimator, type[Curved] | type[Drawn]] = {"curvature": Curved, "concrete": Drawn}
+# Of the strength that is shown.
+_MOMENTUM = 0.9
 _ROUNDS = 50
 # While widths are learned a logit stays where its gate is open with a probability between these.
 _REACH = (0.02, 0.98)
@@ -47,20 +49,24 @@ class GateTrainer:
     """Moves the logits of learned gates, all at once and at a rate of their own.
 
     Rows are the quantizers' widths, one for each or one a channel, in order; ``theta`` holds a column of logits for
-    each. With ``m`` and ``v`` running means of the loss's gradient and of its square, and ``c`` the gradient of a cost
-    of the expected bits, an update is
+    each. With ``m`` the gradient of the loss and ``s`` its unit (:class:`~cpq_lightning.optim.values.Values`), and
+    ``c`` the gradient of a cost of the expected bits, an update is
 
-        theta <- theta - rate · clip((m + lambda c) / sqrt(v), -1, 1)
+        theta <- theta - rate · clip((m + lambda c) / s, -1, 1)
 
     so a gate closes where what it saves, at the price lambda, outweighs what it is worth to the loss; neither the
-    share of a layer in the model nor the optimizer of the weights sets its pace. ``lambda`` is solved for. Where no
-    gradient came in a step (its optimizer did not step, its layer is frozen), running means stay as they were. Of a row
-    that never had one (a teacher under ``no_grad``, a layer that nothing calls) nothing is known: it follows the mean
-    width of the others, by what it costs, and so neither takes bits from them nor leaves them any.
+    share of a layer in the model nor the optimizer of the weights sets its pace. ``lambda`` is solved for.
+
+    Where no gradient came in a step (its optimizer did not step, its layer is frozen), running means stay as they were.
+    Of a row that never had one (a teacher under ``no_grad``, a layer that nothing calls) nothing is known: it follows
+    the mean width of the others, by what it costs, and so neither takes bits from them nor leaves them any.
 
     Args:
         quantizers: Those whose widths are learned.
         budgets: Costs of the rows' widths; a row belongs to at most one of them.
+
+    Raises:
+        ValueError: gates of several estimators.
     """
 
     def __init__(self, quantizers: Sequence[Quantizer], budgets: Sequence[Budget]) -> None:
@@ -72,9 +78,18 @@ class GateTrainer:
         count = self._per_row([float(c) for c in self.counts])
         self.max_bits = self.min_bits + count
         self.exists = torch.arange(max(self.counts))[:, None] < count
-        self.mean = torch.zeros(self.exists.shape, dtype=torch.float64)
-        self.square = torch.zeros_like(self.mean)
+        self.values: Values = _VALUES[self._estimator](tuple(self.exists.shape))
         self.updates = torch.zeros(len(self.min_bits), dtype=torch.float64)
+
+    @property
+    def _estimator(self) -> GateEstimator:
+        found: set[GateEstimator] = {q.gates.estimator for q in self.quantizers}
+        if len(found) > 1:
+            raise ValueError(
+                f"gate_estimator must be the same for all quantizers that learn their width, whose bits compete; got "
+                f"{sorted(found)}: attach all parts of the module with one."
+            )
+        return next(iter(found))
 
     @property
     def updated(self) -> bool:
@@ -138,18 +153,15 @@ class GateTrainer:
         zeros = (torch.zeros_like(q.gates.logits()) for q in self.quantizers)
         gradient = self._collect([z if g is None else g for g, z in zip(gradients, zeros, strict=True)])
         self.updates += came
-        self.mean.lerp_(gradient, came * (1 - _MOMENTUM))
-        self.square.lerp_(gradient.square(), came * (1 - _VARIANCE))
-        known, count = self.updates > 0, self.updates.clamp(min=1)
-        mean = self.mean / (1 - _MOMENTUM**count)
-        scale = (self.square / (1 - _VARIANCE**count)).sqrt() + _TINY
+        known = self.updates > 0
         theta = self._following(self.theta(), known, rate, noise, beta)
         # A gate that is all but decided stays where noise still reaches it: it can come back.
         low, high = (_logit_at(p, noise, beta) for p in _REACH)
         low, high = torch.minimum(theta, low), torch.maximum(theta, high)
         open_now = self.probabilities(theta, noise, beta)
-        nested = open_now.cumprod(0)
-        slope = nested.flip(0).cumsum(0).flip(0) * (1 - open_now) / noise
+        slope = expected_slope(open_now, noise)
+        self.values.update(gradient, came)
+        mean, scale = self.values.of(open_now, noise)
         widths = expected_bits(open_now, self.min_bits)
 
         def moved(strength: float, price: Tensor) -> Tensor:
@@ -211,15 +223,15 @@ class GateTrainer:
     def state_dict(self) -> dict[str, Any]:
         """The running means and the strengths, for a checkpoint."""
         return {
-            "mean": self.mean.clone(),
-            "square": self.square.clone(),
+            "values": self.values.state_dict(),
             "updates": self.updates.clone(),
             "strengths": [budget.strength for budget in self.budgets],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.mean, self.square, self.updates = (state[name].clone() for name in ("mean", "square", "updates"))
+        self.values.load_state_dict(state["values"])
+        self.updates = state["updates"].clone()
         for budget, strength in zip(self.budgets, state["strengths"], strict=True):
             budget.strength = strength
 

@@ -174,7 +174,9 @@ class Student(pl.LightningModule):
         self.net = nn.Sequential(*parts)
         with torch.no_grad():
             inputs = torch.randn(2048, size)
-            self.pairs = TensorDataset(inputs, self.net(inputs))
+            outputs = self.net(inputs)
+            # What nothing explains: without it no gradient tells anything of a network that starts as its teacher.
+            self.pairs = TensorDataset(inputs, outputs + 0.1 * outputs.std() * torch.randn_like(outputs))
 
     def training_step(self, batch, batch_idx):
         return (self.net(batch[0]) - batch[1]).square().mean()

@@ -56,6 +56,15 @@ def test_where_sizes_permit_nothing_nearer_it_stops_there():
     assert now.tolist() == [3]
 
 
+def test_the_others_make_up_for_a_bit_of_a_large_row():
+    cost = linear([0.8, 0.1, 0.1])
+    now, changes = adjust(widths(3, 8, 8), cost, 4.2)
+    assert cost(now) == pytest.approx(4.2)
+    assert now[0] == 4
+    assert now[1:].sum() == 10
+    assert len(changes) == 7
+
+
 def test_limits_hold():
     now, _ = adjust(widths(2, 2), linear([0.5, 0.5]), 9.0)
     assert now.tolist() == [8, 8]
