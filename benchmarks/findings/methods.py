@@ -34,7 +34,7 @@ ARGMAX, EXPECTATION = "CPQ argmax", "CPQ expectation"
 COOLED, DROPPED = "CPQ expectation, T 1 to 0.2", "CPQ expectation, DropBits"
 PULLED, PULLED_LSQ = "CPQ expectation, ClusterPull", "LSQ, ClusterPull"
 LEARNED, RELEARNED = "learned levels", "learned levels from the start"
-DRAWN = f"{LEARNED}, gates by what is drawn"
+DRAWN = "learned by drawn gates"
 REDRAWN = f"{DRAWN}, from the start"
 RANDOM, BY_ERROR, BY_HESSIAN = "random levels", "levels by error", "levels by Hessian trace"
 # Of the first and last layer, whatever the method.

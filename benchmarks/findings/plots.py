@@ -96,13 +96,13 @@ def draw_allocation(cells: Sequence[Cell], path: Path) -> Path | None:
     image: Any = None
     for axis, c in zip(axes[0], cells, strict=True):
         bits = np.array([[row["levels"][name] for row in c.rows] for name in names])
-        image = axis.imshow(bits, vmin=2, vmax=8, cmap="YlGnBu", aspect="auto")
+        image = axis.imshow(bits, vmin=1, vmax=8, cmap="YlGnBu", aspect="auto")
         for (row, column), value in np.ndenumerate(bits):
             axis.text(column, row, f"{value:g}", ha="center", va="center", color="white" if value > 5 else "black")
         axis.set_xticks(range(len(c.rows)), [str(r["seed"]) for r in c.rows])
         axis.set_xlabel("seed")
         axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [""] * len(names), fontsize=8)
-        axis.set_title(c.method.replace(": ", ":\n"), fontsize=9)
+        axis.set_title(c.method.replace(": ", ":\n").replace(", ", ",\n"), fontsize=9)
     figure.colorbar(image, ax=list(axes[0]), label="bits")
     return _save(figure, path, tight=False)
 

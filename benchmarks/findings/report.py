@@ -17,6 +17,7 @@ from benchmarks.findings.methods import (
     BREVITAS,
     BY_ERROR,
     COOLED,
+    DRAWN,
     DROPPED,
     EXPECTATION,
     FULL,
@@ -208,7 +209,8 @@ def _stakes(found: Mapping[str, Cell]) -> str:
 
 def _allocation(rows: Rows, scale: str, folder: Path) -> str:
     w, a = TWO
-    cells = [c for c in (cell(rows, scale, method, w, a) for method in (LEARNED, UNDRAWN)) if c and len(c.rows) > 1]
+    found = (cell(rows, scale, method, w, a) for method in (LEARNED, UNDRAWN, DRAWN))
+    cells = [c for c in found if c and len(c.rows) > 1]
     if not cells:
         return _NOTHING
     names = list(cells[0].rows[0]["levels"])
@@ -220,8 +222,8 @@ def _allocation(rows: Rows, scale: str, folder: Path) -> str:
     spread = [statistics.mean([statistics.variance(layer) for layer in b]) for b in bits]
     lines.append(["variance over seeds, mean of layers", *(f"{s:.2f}" for s in spread)])
     text = f"Bits of each layer at an average of {w:g}: mean over seeds ± standard deviation.\n\n" + table(lines)
-    if len(cells) > 1 and all(spread):
-        low, high = variance_ratio(*spread, *(len(names) * (len(c.rows) - 1) for c in cells))
+    if [c.method for c in cells[:2]] == [LEARNED, UNDRAWN] and all(spread[:2]):
+        low, high = variance_ratio(*spread[:2], *(len(names) * (len(c.rows) - 1) for c in cells[:2]))
         text += (
             f"\nWith DropBits the variance is {spread[0] / spread[1]:.2f} times that without ({low:.2f} to {high:.2f} "
             "by an F distribution that takes layers for independent).\n"

@@ -30,10 +30,10 @@ class BitBudget(Callback):
     Needs quantizers that learn, ``CPQConfig(weight_bits=8, min_bits=2, learn_bits=True)``. From the first quantized
     step to the freeze the gates' logits are trained by the loss and by a penalty ``lambda · cost`` of the expected bits
     (the paper's), with ``lambda`` solved for in each step (ours), so that the expected cost follows a path from where
-    it starts to the target. Noise and temperature of the gates fall on the way (ours). Then whole widths are decided:
-    those of the open gates, and where their cost is off the target, the cheapest changes by single bits bring it there;
-    the log names them. At ``freeze`` the widths become fixed, and the chosen network trains on. A run that ends earlier
-    fixes them at its end.
+    it starts to the target. What the loss says of a gate is ``CPQConfig(gate_estimator=...)``. Noise and temperature of
+    the gates fall on the way (ours). Then whole widths are decided: those of the open gates, and where their cost is
+    off the target, the cheapest changes by single bits bring it there; the log names them. At ``freeze`` the widths
+    become fixed, and the chosen network trains on. A run that ends earlier fixes them at its end.
 
     Logits are trained beside the module's optimizers, in their rhythm: they are in none of them, and neither the
     learning rate nor gradient clipping reaches them.
@@ -49,7 +49,9 @@ class BitBudget(Callback):
         unit: ``"bits"``, ``"bytes"`` or ``"bops"``.
         act_target: Average bits of learned activations; ``None`` is ``target`` in ``"bits"``. Has to be given in
             ``"bytes"``, where activations cost nothing, and left out in ``"bops"``, which count both.
-        freeze: When the widths become fixed, as a step count or a fraction of the run.
+        freeze: When the widths become fixed, as a step count or a fraction of the run; ``None`` is halfway from the
+            first quantized step to the run's end. With ``gate_estimator="concrete"``, whose gradients are noisier, 0.8
+            served better.
 
     Raises:
         ValueError: an argument out of its range.
@@ -67,7 +69,7 @@ class BitBudget(Callback):
         unit: BudgetUnit = "bits",
         *,
         act_target: float | None = None,
-        freeze: int | float = 0.5,
+        freeze: int | float | None = None,
     ) -> None:
         if unit not in ("bits", "bytes", "bops"):
             raise ValueError(f"unit must be 'bits', 'bytes' or 'bops', got {unit!r}.")
@@ -80,7 +82,8 @@ class BitBudget(Callback):
             raise ValueError(
                 "act_target has no place beside unit='bops', which counts weights and activations together."
             )
-        resolve_point("freeze", freeze, 1)
+        if freeze is not None:
+            resolve_point("freeze", freeze, 1)
         self.target, self.act_target, self.freeze = target, act_target, freeze
         self.unit: BudgetUnit = unit
         self._reset()
@@ -127,9 +130,12 @@ class BitBudget(Callback):
         if not learning_quantizers(pl_module):
             explain_nothing_to_learn(pl_module, self._targets(), self._done)
             return
-        self._freeze = resolve_point(
-            "freeze", self.freeze, run_length(trainer) if isinstance(self.freeze, float) else math.inf
-        )
+        if self.freeze is None:
+            start = quantization_start(trainer)
+            self._freeze = start + max(1, resolve_point("freeze", 0.5, run_length(trainer) - start))
+        else:
+            length = run_length(trainer) if isinstance(self.freeze, float) else math.inf
+            self._freeze = resolve_point("freeze", self.freeze, length)
         # Only where calibration has failed: which layers are first and last shows in the first batch then.
         if auditable(pl_module) and not any(q.order for _, q in quantizers(pl_module)):
             self._awaited = 0
