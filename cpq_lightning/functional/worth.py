@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional.grid import along_channels, level_bounds
+from cpq_lightning.functional.grid import level_bounds
 
 
 def bit_worth(
@@ -55,13 +55,16 @@ def bit_worth(
         tensor([[4.]])
     """
     x, gradient = torch.atleast_1d(x.float()), torch.atleast_1d(gradient.float())
-    within = [d for d in range(x.dim()) if d != blocks % x.dim()]
-    sums = []
-    for bits, step in zip(widths, steps, strict=True):
-        low, high = level_bounds(bits, signed)
-        a = along_channels(step, x.dim(), channel_dim)
-        # From x, not from 0: differences of these sums keep their figures.
-        product = gradient * ((x / a).round().clamp(low, high) * a - x)
-        sums.append(product.sum(within) if within else product)
-    squares = torch.stack(sums).diff(dim=0).square()
+    ones = [1] * x.dim()
+    shape = list(ones)
+    if steps.shape[1] > 1:
+        shape[channel_dim] = -1
+    a = steps.reshape(len(steps), *shape)
+    bounds = torch.tensor([level_bounds(bits, signed) for bits in widths], device=x.device, dtype=x.dtype)
+    low, high = bounds.reshape(len(steps), 2, *ones).unbind(1)
+    # From x, not from 0: differences of these sums keep their figures.
+    products = gradient * ((x / a).round().clamp(low, high) * a - x)
+    within = [d + 1 for d in range(x.dim()) if d != blocks % x.dim()]
+    sums = products.sum(within) if within else products
+    squares = sums.diff(dim=0).square()
     return squares if by_block else squares.sum(1, keepdim=True)

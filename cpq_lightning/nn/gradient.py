@@ -18,8 +18,10 @@ STEP_REACH = math.log(1000.0)
 NOISE_MIN = 0.02
 # What a bit is worth that nothing depends on: less than any other, more than one that was not there.
 _LEAST = 1e-30
-# Of a batch, one in so many samples tells what the bits of an activation are worth.
-_PART = 8
+# Samples of a batch that tell what the bits of an activation are worth.
+_SAMPLES = 8
+# Of a weight with more elements than this some channels do, but no fewer than these.
+_ELEMENTS, _CHANNELS = 2**15, 64
 
 
 def noise_logit(s: float) -> float:
@@ -96,14 +98,24 @@ class Worth(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, there, steps = ctx.saved_tensors
         widths, signed, channel_dim, samples, by_block = ctx.settings
-        own, of_own, share, blocks = x, grad, 1.0, channel_dim
-        if samples and x.dim():
-            # Those of a batch are many, and the first as good as any.
-            count = -(-len(x) // _PART)
-            own, of_own, share, blocks = x[:count], grad[:count], len(x) / max(1, count), 0
-        worth = bit_worth(own, of_own, steps, widths, signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block)
+        blocks = 0 if samples else channel_dim
+        some = slice(None) if by_block or not x.dim() else _looked_at(x, blocks, samples)
+        index = (*[slice(None)] * (blocks % max(1, x.dim())), some)
+        own, of_own = (x[index], grad[index]) if x.dim() else (x, grad)
+        of_own_steps = steps if len(steps[0]) == 1 else steps[:, some]
+        worth = bit_worth(
+            own, of_own, of_own_steps, widths, signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block
+        )
+        share = x.numel() / max(1, own.numel())
         of_logits = torch.where(there, -share * worth.clamp(min=_LEAST), 0.0)
         return grad, None, of_logits, None, None, None, None, None, None
+
+
+def _looked_at(x: Tensor, blocks: int, samples: bool) -> slice:
+    """Which blocks of a tensor are looked at where all have the same bits: as many as tell enough."""
+    if samples:
+        return slice(_SAMPLES)
+    return slice(None, None, max(1, min(x.numel() // _ELEMENTS, x.shape[blocks] // _CHANNELS)))
 
 
 class Connect(torch.autograd.Function):

@@ -43,12 +43,27 @@ def test_gates_of_a_weight_get_what_their_bits_are_worth(sharing, per_channel):
     torch.testing.assert_close(found.reshape(wanted.shape), wanted)
 
 
-def test_gates_of_an_activation_get_it_from_one_sample_in_eight():
+def test_gates_of_an_activation_get_it_from_eight_samples():
     x, gradient = values(32, 3, 4), torch.randn(32, 3, 4)
     q = quantizer("activation")
     q(x)
     _, found = backward(q, x, gradient)
-    torch.testing.assert_close(found[:, None], 8 * expected(q, x[:4], gradient[:4]))
+    torch.testing.assert_close(found[:, None], 4 * expected(q, x[:8], gradient[:8]))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("channel_dim", [0, 1])
+def test_gates_of_a_large_weight_get_it_from_some_of_its_channels(channel_dim, per_channel):
+    shape = (256, 512) if channel_dim == 0 else (512, 256)
+    x, gradient = values(*shape), torch.randn(*shape)
+    config = CPQConfig(**LEARN, per_channel=per_channel)
+    q = Quantizer("weight", config, numel=x.numel(), channels=256, channel_dim=channel_dim)
+    with torch.no_grad():
+        q.gates.logits().fill_(20.0)
+    _, found = backward(q.train(), x, gradient)
+    wanted = expected(q, x, gradient, channel_dim=channel_dim, blocks=channel_dim)
+    torch.testing.assert_close(found[:, None], wanted, rtol=0.5, atol=0)
+    assert not torch.equal(found[:, None], wanted)
 
 
 def test_what_is_quantized_has_the_gradient_that_it_has_at_a_fixed_width():
