@@ -103,15 +103,15 @@ def beside_optimizers(
 
         if own:
             wrappers = [trainer.strategy._lightning_optimizers[index]]
-            found.append(
-                Beside(optimizer, logits, stepped, _grad_scale(trainer), wrappers, _average(trainer), kept_out=gates)
-            )
+            scale = _grad_scale(trainer, 2 if own[0].gates.estimator == "curvature" else 1)
+            found.append(Beside(optimizer, logits, stepped, scale, wrappers, _average(trainer), kept_out=gates))
     return found
 
 
-def _grad_scale(trainer: Trainer) -> Callable[[], float]:
+def _grad_scale(trainer: Trainer, power: int = 1) -> Callable[[], float]:
+    """Reads the factor of gradients, or of what is a power of them."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler.get_scale if scaler is not None else lambda: 1.0
+    return (lambda: scaler.get_scale() ** power) if scaler is not None else lambda: 1.0
 
 
 def _average(trainer: Trainer) -> Callable[[Tensor], None] | None:

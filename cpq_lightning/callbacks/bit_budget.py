@@ -131,8 +131,13 @@ class BitBudget(Callback):
             explain_nothing_to_learn(pl_module, self._targets(), self._done)
             return
         if self.freeze is None:
-            start = quantization_start(trainer)
-            self._freeze = start + max(1, resolve_point("freeze", 0.5, run_length(trainer) - start))
+            start, length = quantization_start(trainer), run_length(trainer)
+            if not math.isfinite(length):
+                raise MisconfigurationException(
+                    "BitBudget: the run has no length to be halfway through: give freeze as a step count, or the "
+                    "Trainer max_steps, or a loader with a length."
+                )
+            self._freeze = start + math.ceil(max(0, length - start) / 2)
         else:
             length = run_length(trainer) if isinstance(self.freeze, float) else math.inf
             self._freeze = resolve_point("freeze", self.freeze, length)

@@ -1,9 +1,9 @@
 """What the bits of a quantizer are worth to the loss: this project's way to tell it.
 
 The gradient through gates that are drawn (the paper's) is by how much the loss rises where a bit is gone, before the
-network has adapted to that. Of the second bit of a large layer this says ten to a hundred times what it costs after
-some training, and widths that are learned by it end far from the best (``benchmarks/results/findings.md``). What the
-loss bends by, to second order, ranks bits as training on does, as it does in HAWQ-V2 (Dong et al., NeurIPS 2020).
+network has adapted to that. What the loss bends by, to second order, is what HAWQ-V2 (Dong et al., NeurIPS 2020) prices
+widths by before training. Where layers may have one bit, widths that are learned by it end where those of Hessian
+traces do, and those by drawn gates behind them (``benchmarks/results/findings.md``, learned levels).
 """
 
 from __future__ import annotations

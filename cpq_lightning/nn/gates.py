@@ -124,7 +124,8 @@ class Gates(nn.Module):
             return out
         logits, widths = self.logits(len(steps) - 1), tuple(range(min_bits, min_bits + len(steps)))
         drawn = masks[1:].reshape(len(masks) - 1, -1)
-        there = (drawn if drawn.shape[1] == self.rows else drawn.mean(1, keepdim=True)) >= 0.5
+        # Where each element has a gate, a bit is always there for some.
+        there = drawn >= 0.5 if drawn.shape[1] == self.rows else drawn.new_ones((len(drawn), 1), dtype=torch.bool)
         return Worth.apply(  # type: ignore[no-any-return]
             out, x.detach(), logits, there, steps, widths, signed, self.channel_dim, samples
         )

@@ -70,7 +70,7 @@ class Worth(torch.autograd.Function):
     (:func:`~cpq_lightning.functional.bit_worth`), and 0 where the bit was not there.
 
     Without a bit the loss may be far from where it was, and its gradient tells of that. Of a loss that is scaled by S
-    the worth is S² times as large, of all bits alike.
+    the worth is S² times as large.
 
     Args:
         out: What was quantized.
@@ -114,7 +114,7 @@ class Worth(torch.autograd.Function):
 def _looked_at(x: Tensor, blocks: int, samples: bool) -> slice:
     """Which blocks of a tensor are looked at where all have the same bits: as many as tell enough."""
     if samples:
-        return slice(_SAMPLES)
+        return slice(None, None, max(1, x.shape[0] // _SAMPLES))
     return slice(None, None, max(1, min(x.numel() // _ELEMENTS, x.shape[blocks] // _CHANNELS)))
 
 

@@ -209,7 +209,7 @@ class Quantizer(Widths):
 
     @property
     def _gates_learn(self) -> bool:
-        """Whether a forward draws gates with a gradient: not those of a layer in evaluation, or of a frozen one."""
+        """Whether a forward tells the gates anything: not those of a layer in evaluation, or of a frozen one."""
         return self.learns_bits and self.training and self.log_step.requires_grad
 
     def _masks(self, x: Tensor) -> Tensor | None:

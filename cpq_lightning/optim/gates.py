@@ -1,8 +1,9 @@
 """Learned widths: the update of all gates of a model, under budgets that it keeps step by step.
 
-The logits move by the loss's gradient and by that of a penalty ``lambda · cost(expected bits)``, as the paper has it
-(arXiv 2109.02100). Here lambda is not chosen: each update solves for the one with which the expected cost arrives
-where the schedule wants it (ours), so that a run can neither overshoot its target nor stop short of it.
+The logits move by what the loss says of them (:mod:`cpq_lightning.optim.values`) and by the gradient of a penalty
+``lambda · cost(expected bits)``, as the paper has it (arXiv 2109.02100). Here lambda is not chosen: each update solves
+for the one with which the expected cost arrives where the schedule wants it (ours), so that a run can neither overshoot
+its target nor stop short of it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Budget:
 
     Attributes:
         cost: Of the widths of all rows.
-        strength: The penalty's strength ``lambda`` in the last update: loss per unit of the cost.
+        strength: The penalty's strength ``lambda``, a running mean over updates: what a unit of the cost has to be
+            worth, in the unit of the loss where gates have its gradient, of its square by the batch where they learn by
+            curvature.
     """
 
     cost: WidthCost
@@ -78,11 +81,11 @@ class GateTrainer:
         count = self._per_row([float(c) for c in self.counts])
         self.max_bits = self.min_bits + count
         self.exists = torch.arange(max(self.counts))[:, None] < count
-        self.values: Values = _VALUES[self._estimator](tuple(self.exists.shape))
+        self.estimator = self._common_estimator()
+        self.values: Values = _VALUES[self.estimator](tuple(self.exists.shape))
         self.updates = torch.zeros(len(self.min_bits), dtype=torch.float64)
 
-    @property
-    def _estimator(self) -> GateEstimator:
+    def _common_estimator(self) -> GateEstimator:
         found: set[GateEstimator] = {q.gates.estimator for q in self.quantizers}
         if len(found) > 1:
             raise ValueError(
@@ -152,7 +155,7 @@ class GateTrainer:
         came = self._per_row([0.0 if g is None else 1.0 for g in gradients])
         zeros = (torch.zeros_like(q.gates.logits()) for q in self.quantizers)
         gradient = self._collect([z if g is None else g for g, z in zip(gradients, zeros, strict=True)])
-        self.updates += came
+        self.updates += self.values.update(gradient, came)
         known = self.updates > 0
         theta = self._following(self.theta(), known, rate, noise, beta)
         # A gate that is all but decided stays where noise still reaches it: it can come back.
@@ -160,7 +163,6 @@ class GateTrainer:
         low, high = torch.minimum(theta, low), torch.maximum(theta, high)
         open_now = self.probabilities(theta, noise, beta)
         slope = expected_slope(open_now, noise)
-        self.values.update(gradient, came)
         mean, scale = self.values.of(open_now, noise)
         widths = expected_bits(open_now, self.min_bits)
 
@@ -223,6 +225,7 @@ class GateTrainer:
     def state_dict(self) -> dict[str, Any]:
         """The running means and the strengths, for a checkpoint."""
         return {
+            "estimator": self.estimator,
             "values": self.values.state_dict(),
             "updates": self.updates.clone(),
             "strengths": [budget.strength for budget in self.budgets],
@@ -230,8 +233,10 @@ class GateTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.values.load_state_dict(state["values"])
-        self.updates = state["updates"].clone()
+        # Means of another estimator's gradients tell nothing here, and are learned anew.
+        if state.get("estimator") == self.estimator:
+            self.values.load_state_dict(state["values"])
+            self.updates = state["updates"].clone()
         for budget, strength in zip(self.budgets, state["strengths"], strict=True):
             budget.strength = strength
 

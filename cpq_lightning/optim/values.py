@@ -13,14 +13,19 @@ from cpq_lightning.functional import expected_slope
 _MOMENTUM, _VARIANCE = 0.9, 0.99
 # What bits are worth changes slowly, and each step tells it anew.
 _MEMORY = 0.98
-_LEAST, _TINY = 1e-36, 1e-36
+# What is worth no more than this is worth nothing: what nothing depends on, for which backward hands over less.
+_NOTHING, _TINY = 1e-28, 1e-36
 
 
 class Values(Protocol):
     """Running means of what gates hand over, as matrices with a column of gates for each row of widths."""
 
-    def update(self, gradient: Tensor, came: Tensor) -> None:
-        """Take a step's gradients; ``came``, one value a row, is 0 where there was none."""
+    def update(self, gradient: Tensor, came: Tensor) -> Tensor:
+        """Take a step's gradients; ``came``, one value a row, is 0 where there was none.
+
+        Returns:
+            Of which rows they tell anything, bool.
+        """
         ...
 
     def of(self, open_now: Tensor, noise: float) -> tuple[Tensor, Tensor]:
@@ -66,10 +71,11 @@ class Drawn(_Means):
     square: Tensor
     count: Tensor
 
-    def update(self, gradient: Tensor, came: Tensor) -> None:
+    def update(self, gradient: Tensor, came: Tensor) -> Tensor:
         self.count += came
         self.mean.lerp_(gradient, (came * (1 - _MOMENTUM)).expand_as(gradient))
         self.square.lerp_(gradient.square(), (came * (1 - _VARIANCE)).expand_as(gradient))
+        return came > 0
 
     def of(self, open_now: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         count = self.count.clamp(min=1)
@@ -78,27 +84,36 @@ class Drawn(_Means):
 
 class Curved(_Means):
     """Of gates with the estimator ``"curvature"``, which hand over minus what their bit is worth: the geometric mean
-    ``w`` of that, over steps in which the bit was there. A batch without some other bits may tell of a thousand times
-    as much; it then counts as one of many.
+    of that, over steps in which the bit was there, times the share of them in which anything depended on it. A batch
+    without some other bits may tell of a thousand times as much; it then counts as one of many.
 
-    The gradient is that of the expected worth, ``-sum_k w_k prod_(j<=k) P(z_j > 0)``, in the logits as they are now,
-    and a logit moves by how much the price is above or below it, in parts of it.
+    The gradient is that of the expected worth ``w``, ``-sum_k w_k prod_(j<=k) P(z_j > 0)``, in the logits as they are
+    now, and a logit moves by how much the price is above or below it, in parts of it.
     """
 
-    _NAMES = ("mean", "count")
+    _NAMES = ("mean", "told", "share", "count")
     mean: Tensor
+    told: Tensor
+    share: Tensor
     count: Tensor
 
-    def update(self, gradient: Tensor, came: Tensor) -> None:
+    def update(self, gradient: Tensor, came: Tensor) -> Tensor:
         seen = (gradient < 0) * came
+        # A layer that is skipped, samples that are dropped: worth nothing in this step, which a mean of logarithms
+        # would never forget.
+        told = (gradient < -_NOTHING) * came
         self.count += seen
-        self.mean.lerp_((-gradient).clamp(min=_LEAST).log(), seen * (1 - _MEMORY))
+        self.told += told
+        self.share.lerp_(told, seen * (1 - _MEMORY))
+        self.mean.lerp_((-gradient).clamp(min=_NOTHING).log(), told * (1 - _MEMORY))
+        return seen.any(0)
 
     def worth(self) -> Tensor:
         """``w``, in the unit of :func:`~cpq_lightning.functional.bit_worth`."""
-        worth = (self.mean / (1 - _MEMORY ** self.count.clamp(min=1))).exp()
+        mean = (self.mean / (1 - _MEMORY ** self.told.clamp(min=1))).exp()
+        worth = mean * self.share / (1 - _MEMORY ** self.count.clamp(min=1))
         for k in range(1, len(worth)):
-            # Of a bit that was never there: its residual is half as large as that of the bit before it.
+            # Of a bit that was never there: its residual is about half as large as that of the bit before it.
             worth[k] = torch.where(self.count[k] > 0, worth[k], worth[k - 1] / 4)
         return worth
 

@@ -65,6 +65,13 @@ def test_the_run_ends_at_the_target_and_the_freeze_changes_nothing(fit, target):
     assert len({q.bits for _, q in quantizers(module) if q.kind == "weight"}) > 2
 
 
+@pytest.mark.parametrize("begin", [0.5, 40])
+def test_widths_are_fixed_halfway_from_the_first_quantized_step(fit, begin):
+    module, watch = Deep(), Watch()
+    fit(module, [*callbacks(4.0, quantize_from=begin), watch], max_epochs=20)
+    assert [learning for learning, *_ in watch.seen].index(False, 40) == 60
+
+
 class Small(Deep):
     """The same for digits of 8 x 8 pixels."""
 
@@ -312,6 +319,7 @@ def test_a_run_that_ends_early_fixes_its_widths(fit):
         (9.0, {}, r"allow 2 to 8"),
         (10, {"unit": "bytes"}, r"bytes is out of reach"),
         (3.0, {"freeze": 0}, "later freeze"),
+        (3.0, {"quantize_from": 10_000}, "earlier quantize_from"),
         (3.0, {"config": {"learn_bits": False}}, "nothing to learn"),
         (9999, {"unit": "bytes", "config": {"act_bits": 8, "learn_act_bits": True}}, "act_target"),
     ],

@@ -79,7 +79,7 @@ def test_each_width_has_the_step_that_fits_it_best(width):
 @pytest.mark.parametrize("sharing", ["tensor", "channel"])
 @pytest.mark.parametrize("nesting", ["range", "resolution"])
 def test_gates_get_the_gradient_of_the_loss(nesting, sharing):
-    q = quantizer(weight_bits=4, nesting=nesting, gate_sharing=sharing).train()
+    q = quantizer(weight_bits=4, nesting=nesting, gate_sharing=sharing, gate_estimator="concrete").train()
     total = torch.zeros_like(q.gates.logit)
     for step in range(30):
         q.noise_step.fill_(step)
@@ -91,7 +91,7 @@ def test_gates_get_the_gradient_of_the_loss(nesting, sharing):
 
 
 def test_a_sparse_evaluation_has_the_gradients_of_all_terms(monkeypatch):
-    q = quantizer().train()
+    q = quantizer(gate_estimator="concrete").train()
     for step in range(20):
         q.noise_step.fill_(step)
         found = []

@@ -9,7 +9,7 @@ from cpq_lightning.functional.dropbits import BETA
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Budget, GateTrainer
 
-CONFIG = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True)
+CONFIG = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, gate_estimator="concrete")
 
 
 def trainer(numels=(100, 100), config=CONFIG, channels=4):

@@ -5,6 +5,7 @@ import torch
 
 from cpq_lightning import CPQConfig
 from cpq_lightning.functional import WidthCost
+from cpq_lightning.functional.dropbits import BETA
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Budget, GateTrainer
 from cpq_lightning.optim.values import Curved, Drawn
@@ -32,6 +33,24 @@ def test_a_rare_step_that_tells_of_a_thousand_times_as_much_is_one_of_many():
     assert values.worth()[0, 0] < 2
 
 
+def test_steps_in_which_nothing_depended_on_a_bit_count_as_their_share():
+    values = Curved((1, 2))
+    for step in range(500):
+        values.update(column(1e-30 if step % 10 == 0 else 1e-9), ALL)
+    assert values.worth()[0, 0] == pytest.approx(0.9e-9, rel=0.1)
+    nothing = Curved((1, 2))
+    assert nothing.update(column(1e-30), ALL).tolist() == [True, True]
+    assert nothing.worth().max() == 0
+
+
+def test_rows_whose_bits_were_never_there_are_told_nothing():
+    values = Curved((3, 2))
+    gradient = column(1.0, 0.2, 0.1).clone()
+    gradient[:, 1] = 0
+    assert values.update(gradient, ALL).tolist() == [True, False]
+    assert values.worth()[:, 1].tolist() == [0, 0, 0]
+
+
 def test_a_bit_that_was_never_there_is_guessed():
     values = Curved((3, 2))
     values.update(column(1.0, 0.0, 0.0), ALL)
@@ -47,15 +66,38 @@ def test_a_step_without_gradients_changes_nothing():
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def trainer(estimator="curvature"):
+    config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, gate_estimator=estimator)
+    kinds = [Quantizer("weight", config, key=key, numel=8) for key in range(2)]
+    cost = WidthCost(torch.tensor([0.5, 0.5]).double(), torch.arange(2), torch.full((2,), 2), 0.0)
+    return GateTrainer(kinds, [Budget(cost)])
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_no_scale_of_the_loss_sets_the_pace(scale):
-    for kind in (Curved, Drawn):
-        values = kind((3, 2))
-        for step in range(20):
-            values.update(scale * column(1.0, 0.5, 0.2 + 0.01 * step), ALL)
-        gradient, unit = values.of(OPEN, 1.0)
-        assert (gradient / unit).abs().min() > 0.5
-        assert (gradient / unit).abs().max() < 1.1
+def test_bits_of_more_worth_stay_open_at_any_scale_of_the_loss(scale):
+    gates = trainer()
+    cost = gates.budgets[0].cost(gates.expected(1.0, BETA))
+    worths = 4.0 ** -torch.arange(6.0)[:, None] * scale
+    for _ in range(200):
+        cost = max(4.0, cost - 0.03)
+        gates.step([-100 * worths, -worths], [cost], 0.2, 1.0, BETA)
+        assert gates.budgets[0].cost(gates.expected(1.0, BETA)) == pytest.approx(cost, abs=1e-3)
+    first, second = gates.expected(1.0, BETA).tolist()
+    # Each bit is worth a quarter of the one before it: a hundred is three bits and a third.
+    assert first - second == pytest.approx(3.32, abs=0.5)
+
+
+def test_means_of_another_estimator_are_learned_anew():
+    drawn, curved = trainer("concrete"), trainer()
+    gradients = [-torch.ones(6, 1), -torch.ones(6, 1)]
+    drawn.step(gradients, [7.0], 0.2, 1.0, BETA)
+    curved.load_state_dict(drawn.state_dict())
+    assert not curved.updated
+    curved.step(gradients, [7.0], 0.2, 1.0, BETA)
+    other = trainer()
+    other.load_state_dict(curved.state_dict())
+    assert other.updated
+    assert other.values.worth().equal(curved.values.worth())
 
 
 def test_a_restored_state_goes_on_as_it_was():
