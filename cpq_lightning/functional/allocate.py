@@ -69,10 +69,10 @@ def adjust_widths(
         # What they may be off the target by is their part of what all may.
         near = tolerance * float(unit[lead].sum() / unit[own].sum())
         low, high = torch.where(lead, narrowest, meant), torch.where(lead, widest, meant)
-        led, changes = adjust_widths(meant, low, high, cost, target, near, price)
+        led, changes = _approach(meant, low, high, cost, target, near, price)
         widths = torch.where(lead, led, widths)
         low, high = torch.where(follow, narrowest, widths), torch.where(follow, widest, widths)
-        widths, more = adjust_widths(widths, low, high, cost, target, tolerance, price)
+        widths, more = _approach(widths, low, high, cost, target, tolerance, price)
         changes += more
     found, more = _approach(widths, narrowest, widest, cost, target, tolerance, price)
     return found, changes + more

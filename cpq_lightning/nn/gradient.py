@@ -98,11 +98,12 @@ class Worth(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, there, steps = ctx.saved_tensors
         widths, signed, channel_dim, samples, by_block = ctx.settings
-        blocks = 0 if samples else channel_dim
-        some = slice(None) if by_block or not x.dim() else _looked_at(x, blocks, samples)
-        index = (*[slice(None)] * (blocks % max(1, x.dim())), some)
-        own, of_own = (x[index], grad[index]) if x.dim() else (x, grad)
-        of_own_steps = steps if len(steps[0]) == 1 else steps[:, some]
+        x, of_x = torch.atleast_1d(x), torch.atleast_1d(grad)
+        blocks = 0 if samples else channel_dim % x.dim()
+        some = slice(None, None, 1 if by_block else _stride(x, blocks, samples))
+        index = (*[slice(None)] * blocks, some)
+        own, of_own = x[index], of_x[index]
+        of_own_steps = steps if steps.shape[1] == 1 else steps[:, some]
         worth = bit_worth(
             own, of_own, of_own_steps, widths, signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block
         )
@@ -111,11 +112,11 @@ class Worth(torch.autograd.Function):
         return grad, None, of_logits, None, None, None, None, None, None
 
 
-def _looked_at(x: Tensor, blocks: int, samples: bool) -> slice:
-    """Which blocks of a tensor are looked at where all have the same bits: as many as tell enough."""
+def _stride(x: Tensor, blocks: int, samples: bool) -> int:
+    """One in how many blocks of a tensor is looked at where all have the same bits: as many as tell enough."""
     if samples:
-        return slice(None, None, max(1, x.shape[0] // _SAMPLES))
-    return slice(None, None, max(1, min(x.numel() // _ELEMENTS, x.shape[blocks] // _CHANNELS)))
+        return max(1, len(x) // _SAMPLES)
+    return max(1, min(x.numel() // _ELEMENTS, x.shape[blocks] // _CHANNELS))
 
 
 class Connect(torch.autograd.Function):

@@ -21,7 +21,7 @@ from cpq_lightning.functional.dropbits import logit_of
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim.values import Curved, Drawn, Values
 
-_VALUES: dict[GateEstimator, type[Curved] | type[Drawn]] = {"curvature": Curved, "concrete": Drawn}
+_VALUES: dict[GateEstimator, type[Values]] = {"curvature": Curved, "concrete": Drawn}
 # Of the strength that is shown.
 _MOMENTUM = 0.9
 _ROUNDS = 50
@@ -82,7 +82,7 @@ class GateTrainer:
         self.max_bits = self.min_bits + count
         self.exists = torch.arange(max(self.counts))[:, None] < count
         self.estimator = self._common_estimator()
-        self.values: Values = _VALUES[self.estimator](tuple(self.exists.shape))
+        self.values = _VALUES[self.estimator](tuple(self.exists.shape))
         self.updates = torch.zeros(len(self.min_bits), dtype=torch.float64)
 
     def _common_estimator(self) -> GateEstimator:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,18 @@ _MEMORY = 0.98
 _NOTHING, _TINY = 1e-28, 1e-36
 
 
-class Values(Protocol):
-    """Running means of what gates hand over, as matrices with a column of gates for each row of widths."""
+class Values:
+    """Running means of what gates hand over, as matrices with a column of gates for each row of widths.
+
+    Args:
+        shape: Gates and rows.
+    """
+
+    _NAMES: tuple[str, ...] = ()
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        for name in self._NAMES:
+            setattr(self, name, torch.zeros(shape, dtype=torch.float64))
 
     def update(self, gradient: Tensor, came: Tensor) -> Tensor:
         """Take a step's gradients; ``came``, one value a row, is 0 where there was none.
@@ -26,7 +34,7 @@ class Values(Protocol):
         Returns:
             Of which rows they tell anything, bool.
         """
-        ...
+        raise NotImplementedError
 
     def of(self, open_now: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         """The loss's gradient in each logit, and the unit that a logit's move by it is measured in.
@@ -35,33 +43,19 @@ class Values(Protocol):
             open_now: Probability of each gate to be open.
             noise: How much of the gates' noise is left.
         """
-        ...
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running means, for a checkpoint."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`."""
-        ...
-
-
-class _Means:
-    _NAMES: tuple[str, ...] = ()
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        for name in self._NAMES:
-            setattr(self, name, torch.zeros(shape, dtype=torch.float64))
-
-    def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).clone() for name in self._NAMES}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`."""
         for name in self._NAMES:
             setattr(self, name, state[name].clone())
 
 
-class Drawn(_Means):
+class Drawn(Values):
     """Of gates with the estimator ``"concrete"``: means ``m`` of the gradient through what was drawn and ``v`` of its
     square, as Adam has them. A logit moves by ``m / sqrt(v)``.
     """
@@ -82,7 +76,7 @@ class Drawn(_Means):
         return self.mean / (1 - _MOMENTUM**count), (self.square / (1 - _VARIANCE**count)).sqrt() + _TINY
 
 
-class Curved(_Means):
+class Curved(Values):
     """Of gates with the estimator ``"curvature"``, which hand over minus what their bit is worth: the geometric mean
     of that, over steps in which the bit was there, times the share of them in which anything depended on it. A batch
     without some other bits may tell of a thousand times as much; it then counts as one of many.
