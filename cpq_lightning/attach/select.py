@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +12,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
-from torchmetrics import Metric
 
 from cpq_lightning.attach.layers import QuantizedLayer
 from cpq_lightning.attach.products import operand_names, operand_path
@@ -111,8 +111,10 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     metrics: list[str] = []
+    # Who has one has imported it, and all others need not wait for that.
+    metric = getattr(sys.modules.get("torchmetrics"), "Metric", ())
     for name, module in model.named_modules():
-        if isinstance(module, Metric):
+        if isinstance(module, metric):
             metrics.append(f"{name}.")
         elif any(name.startswith(prefix) for prefix in metrics):
             continue
