@@ -1,3 +1,4 @@
+import base64
 import os
 import sys
 import warnings
@@ -8,16 +9,34 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
+from cpq_lightning.export.files import write_atomically
 from tests.models import data
 
 # The models here are too small to share, and the suite runs in several processes, those that tests start among them.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# A picture of one grey pixel, as PNG.
+_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _pictures_are_laid_out_but_not_drawn(request, monkeypatch):
+    """Drawing takes as long as much of a small fit, and few tests look at what is drawn: those have the marker."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr("cpq_lightning.export.plots._save", _save_a_pixel)
+
+
+def _save_a_pixel(figure, path):
+    write_atomically(path, _PIXEL)
+    return path
 
 
 @pytest.fixture
@@ -61,7 +80,7 @@ def fit(tmp_path):
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "default_root_dir": tmp_path,
-            "log_every_n_steps": 1,
+            "log_every_n_steps": 10,
         }
         train, val = loaders or (data(), data(shuffle=False))
 

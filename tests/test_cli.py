@@ -12,13 +12,13 @@ import yaml
 from cpq_lightning import QuantizedModule, __version__, levels
 from cpq_lightning.attach import quantizers
 from cpq_lightning.cli import _shipped, main
+from tests.marks import thorough
 
 ROOT = Path(__file__).parent.parent
 CPQ = Path(sys.executable).with_name("cpq")
 ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.mark.slow
 def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
     command = [CPQ, "fit", "--config", "recipes/digits.yaml"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
@@ -36,7 +36,8 @@ def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
     assert {q.bits for _, q in quantizers(restored)} == {4, 8}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.pictures
 def test_the_learned_recipe_ends_at_its_target_and_reports_again(tmp_path, cpq):
     result = cpq("fit", "--config", "recipes/digits_learned.yaml")
     assert result.returncode == 0, result.stderr
@@ -133,7 +134,7 @@ def test_fragments_add_to_another_apps_config(tmp_path):
     assert callbacks[0]["class_path"].endswith("EarlyStopping")
 
 
-@pytest.mark.parametrize("with_optimizer", [False, True])
+@pytest.mark.parametrize("with_optimizer", [True, *thorough(False)])
 def test_a_fragment_quantizes_another_apps_run(tmp_path, with_optimizer):
     (tmp_path / "app.py").write_text(
         "from lightning.pytorch.cli import LightningCLI\n"
@@ -157,7 +158,6 @@ def test_a_fragment_quantizes_another_apps_run(tmp_path, with_optimizer):
     assert (tmp_path / "levels.json").exists()
 
 
-@pytest.mark.slow
 def test_the_wheel_runs_outside_of_the_checkout(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True, text=True)
@@ -214,7 +214,6 @@ def test_python_m_is_the_same_command(tmp_path):
     assert ran.stdout.split() == ["cpq", __version__]
 
 
-@pytest.mark.slow
 def test_completion_in_bash(tmp_path):
     """What pressing the tabulator key would offer."""
     command = [CPQ, "--print_completion=shtab-bash"]

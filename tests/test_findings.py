@@ -325,7 +325,6 @@ def data(tmp_path, monkeypatch):
     return str(tmp_path / "data")
 
 
-@pytest.mark.slow
 def test_runs_from_the_start_to_their_rows(data, tmp_path):
     from benchmarks.findings.runs import SCALES
 
@@ -367,7 +366,6 @@ class Seen(pl.Callback):
         self.batches.append(batch[0].flatten().sum().item())
 
 
-@pytest.mark.slow
 def test_runs_of_one_seed_see_the_same_batches(data, tmp_path):
     seen = {}
     for name, seed in ((FULL, 0), (LSQ, 0), (EXPECTATION, 0), (EXPECTATION, 1)):
@@ -393,7 +391,6 @@ def test_held_out_images_train_nothing(data):
     assert kept.train_dataloader().dataset.images.equal(images[:256])
 
 
-@pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(data, tmp_path):
     rows = Rows(tmp_path / "results" / "findings.jsonl")
     kept = [*searches("tiny", FULL)[1:], *(Run("tiny", FULL, 32, 32, seed) for seed in SEEDS[1:])]

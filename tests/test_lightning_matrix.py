@@ -8,9 +8,9 @@ from benchmarks.lightning_matrix.cells import CELLS
 
 
 def _marks(cell):
-    slow = [pytest.mark.slow] if cell.slow else []
+    marks = [pytest.mark.thorough] if cell.thorough else []
     # Two runs that look for a free port at the same moment may find the same one.
-    return [*slow, pytest.mark.xdist_group("ddp")] if cell.feature == "processes" else slow
+    return [*marks, pytest.mark.xdist_group("ddp")] if cell.feature == "processes" else marks
 
 
 @pytest.mark.parametrize("cell", [pytest.param(c, id=c.name, marks=_marks(c)) for c in CELLS])

@@ -15,6 +15,7 @@ import yaml
 from cpq_lightning import QuantizedModule, load_quantized
 from cpq_lightning.attach import quantizers
 from tests.images import CLASSES, cifar10, image_folder
+from tests.marks import thorough
 
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = (
@@ -33,8 +34,7 @@ def ended(result):
     return QuantizedModule.load_from_checkpoint(checkpoint, weights_only=True), json.loads(path.read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_vgg7"])
+@pytest.mark.parametrize("name", ["cifar10_resnet20", *thorough("cifar10_vgg7")])
 def test_cifar10(cpq, tmp_path, monkeypatch, name):
     root = cifar10(tmp_path / "data", monkeypatch)
     small = ("--data.batch_size=8", f"--data.root={root}", "--data.download=false")
@@ -47,12 +47,11 @@ def test_cifar10(cpq, tmp_path, monkeypatch, name):
     assert all(q.active and torch.isfinite(q.step()).all() for _, q in quantizers(module))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bits", "smaller"),
     [
-        ("imagenet_resnet18", 4, "--data.image_size=64"),
-        ("imagenet_mobilenetv2", 3, "--data.image_size=64"),
+        *thorough(("imagenet_resnet18", 4, "--data.image_size=64")),
+        *thorough(("imagenet_mobilenetv2", 3, "--data.image_size=64")),
         # Of its twelve blocks, which are all alike.
         ("imagenet_vit_small", 4, "--model.backbone_args={depth: 2}"),
     ],
@@ -67,6 +66,10 @@ def test_imagenet(cpq, tmp_path, name, bits, smaller):
     assert all(torch.isfinite(q.step()).all() for _, q in quantizers(module))
     (run,) = (tmp_path / "lightning_logs").iterdir()
     assert (run / "teacher.pt").exists() == attention
+
+
+@pytest.mark.parametrize("name", ["imagenet_resnet18", "imagenet_mobilenetv2", "imagenet_vit_small"])
+def test_the_head_of_a_recipe_says_how_many_images_a_step_has(name):
     trainer = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())["trainer"]
     assert (trainer["strategy"], trainer["precision"]) == ("ddp", "bf16-mixed")
     head = (ROOT / "recipes" / f"{name}.yaml").read_text().split("seed_everything")[0]
@@ -78,7 +81,6 @@ def test_imagenet(cpq, tmp_path, name, bits, smaller):
     assert said == gpus * images * steps
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("ddp")
 def test_two_processes(tmp_path):
     root = image_folder(tmp_path / "imagenet", ("train", "val"), count=8)
@@ -95,7 +97,6 @@ def test_two_processes(tmp_path):
     assert json.loads(path.read_text())["totals"]["weight_bits_avg"] == 4
 
 
-@pytest.mark.slow
 def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     root = image_folder(tmp_path / "images", count=40)
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
@@ -130,7 +131,6 @@ def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     assert "agree on" in exported.stdout
 
 
-@pytest.mark.slow
 def test_the_tutorial(tmp_path):
     """As a reader runs it: a script in a process of its own."""
     command = [sys.executable, "-W", "ignore", ROOT / "recipes" / "tutorial.py", "out"]

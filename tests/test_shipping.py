@@ -79,6 +79,7 @@ def test_a_checkpoint_without_samples_is_verified_on_synthetic_ones(run, capsys)
     assert "of 16 synthetic samples" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_containers(run, capsys):
     sizes = {}
     for container in ("int8", "int4"):

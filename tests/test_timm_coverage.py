@@ -55,6 +55,8 @@ SAMPLE = {
     # Relative positions by einsum.
     "vision_transformer_sam": {"depth": 2, "embed_dim": 96, "num_heads": 3},
 }
+# Of those that take longest, with what the others have too.
+_MARKS = dict.fromkeys(("coat", "efficientvit_msra", "levit", "maxxvit", "rexnet", "swiftformer"), pytest.mark.thorough)
 
 
 def _check(row):
@@ -63,12 +65,11 @@ def _check(row):
     assert {op for _, op, _ in row.unquantized} <= EXCEPTIONS.keys()
 
 
-@pytest.mark.parametrize("module", SAMPLE)
+@pytest.mark.parametrize("module", [pytest.param(m, marks=_MARKS.get(m, ())) for m in SAMPLE])
 def test_the_smallest_model_of_a_module(module, recorded):
     _check(cover(module, recorded[module]["model"], **SAMPLE[module]))
 
 
-@pytest.mark.slow
 @pytest.mark.timm
 @pytest.mark.parametrize("module", timm_modules())
 def test_the_smallest_model_of_any_module(module):

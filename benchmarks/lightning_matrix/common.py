@@ -32,14 +32,14 @@ class Cell:
         feature: What of Lightning it is.
         value: Its setting.
         run: Runs it in a folder, asserts, and says what was seen.
-        slow: Whether it takes more than a few seconds.
+        thorough: Whether other cells show most of it in less time.
         gpu: Why it needs a GPU, where it does.
     """
 
     feature: str
     value: str
     run: Callable[[Path], str]
-    slow: bool = False
+    thorough: bool = False
     gpu: str = ""
 
     @property
@@ -50,11 +50,11 @@ class Cell:
 CELLS: list[Cell] = []
 
 
-def cell(feature: str, value: str, slow: bool = False, gpu: str = "") -> Callable[[Any], Any]:
+def cell(feature: str, value: str, thorough: bool = False, gpu: str = "") -> Callable[[Any], Any]:
     """Put a run into the matrix."""
 
     def register(run: Callable[[Path], str]) -> Callable[[Path], str]:
-        CELLS.append(Cell(feature, value, run, slow, gpu))
+        CELLS.append(Cell(feature, value, run, thorough, gpu))
         return run
 
     return register
@@ -151,7 +151,7 @@ def trainer_in(
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": folder,
-        "log_every_n_steps": 1,
+        "log_every_n_steps": 10,
     }
     return Trainer(callbacks=[*callbacks(quantize_from, narrowest, target), *more], **(defaults | settings))
 

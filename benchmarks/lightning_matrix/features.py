@@ -147,7 +147,7 @@ class Graphs:
         return graph.forward
 
 
-@cell("module", "torch.compile of the network inside", slow=True)
+@cell("module", "torch.compile of the network inside")
 def compiled_inside(folder: Path) -> str:
     torch._dynamo.reset()
     module, graphs = Plain(), Graphs()
@@ -156,7 +156,7 @@ def compiled_inside(folder: Path) -> str:
     return f"{graphs.count} graphs, traced by Dynamo and run in eager mode"
 
 
-@cell("module", "torch.compile of the LightningModule", slow=True)
+@cell("module", "torch.compile of the LightningModule", thorough=True)
 def compiled(folder: Path) -> str:
     torch._dynamo.reset()
     module, graphs = Plain(), Graphs()

@@ -237,7 +237,8 @@ def _scheduled(folder: Path, name: str, interval: str) -> str:
 
 for _name in _SCHEDULERS:
     for _interval in ("step", "epoch"):
-        cell(f"scheduler, each {_interval}", _name)(partial(_scheduled, name=_name, interval=_interval))
+        same = _interval == "epoch" and _name != "ReduceLROnPlateau"
+        cell(f"scheduler, each {_interval}", _name, thorough=same)(partial(_scheduled, name=_name, interval=_interval))
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

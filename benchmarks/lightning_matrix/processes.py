@@ -48,7 +48,7 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
-@cell("processes", "DDP, 2 processes (gloo), and resumed from three of its checkpoints", slow=True)
+@cell("processes", "DDP, 2 processes (gloo), and resumed from three of its checkpoints")
 def ddp(folder: Path) -> str:
     run_job("ddp", folder)
     # Before quantize_from; while widths are learned and both schedules move; after the freeze.
@@ -58,7 +58,7 @@ def ddp(folder: Path) -> str:
     return "parameters, buffers and levels equal on both; each resumed run ends bit for bit like the whole one"
 
 
-@cell("processes", "DDP, 2 processes at half the batch against 1 at the whole", slow=True)
+@cell("processes", "DDP, 2 processes at half the batch against 1 at the whole", thorough=True)
 def follow(folder: Path) -> str:
     one, two = folder / "one", folder / "two"
     for path in (one, two):
@@ -75,7 +75,7 @@ def follow(folder: Path) -> str:
     return f"starting ranges equal to the bit; after 32 steps all state within {apart:.0e}, relative"
 
 
-@cell("processes", "DDP, spawned", slow=True)
+@cell("processes", "DDP, spawned", thorough=True)
 def spawned(folder: Path) -> str:
     trainer = trainer_in(folder, strategy="ddp_spawn", devices=2)
     trainer.fit(Plain(), data(batch_size=8), data())
@@ -85,7 +85,7 @@ def spawned(folder: Path) -> str:
     return f"weights of {content['totals']['weight_bits_avg']:.2f} bits"
 
 
-@cell("processes", "FSDP2 by ModelParallelStrategy, 2 processes, clipped by norm, and resumed", slow=True)
+@cell("processes", "FSDP2 by ModelParallelStrategy, 2 processes, clipped by norm, and resumed")
 def fsdp2(folder: Path) -> str:
     run_job("fsdp2", folder)
     run_job("resumed", folder, CPQ_EPOCHS=json.dumps([0, 5]), CPQ_SHARDED="1")

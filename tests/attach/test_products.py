@@ -158,7 +158,6 @@ def test_copies_and_pickles_compute_the_same():
     assert torch.equal(fresh.eval()(X), net(X))
 
 
-@pytest.mark.slow
 def test_compiled_whole():
     torch.manual_seed(0)
     net = _attached(Outer())

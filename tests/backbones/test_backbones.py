@@ -7,6 +7,7 @@ from cpq_lightning import CPQConfig, QuantizedModule, attach, calibrate, load_qu
 from cpq_lightning.attach import quantizers
 from cpq_lightning.backbones import create_backbone, pretrained_config
 from cpq_lightning.export import export_model
+from tests.marks import thorough
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_networks_are_those_of_the_papers(name, parameters, macs):
     assert timm.create_model(name, num_classes=7, in_chans=1)(torch.randn(2, 1, 32, 32)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_vgg7"])
+@pytest.mark.parametrize("name", ["cifar_resnet20", *thorough("cifar_vgg7")])
 def test_they_ship_and_load_by_their_name(name, tmp_path):
     torch.manual_seed(0)
     module = QuantizedModule(name, num_classes=5, quantization=CPQConfig(weight_bits=3, act_bits=3))

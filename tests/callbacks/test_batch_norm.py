@@ -577,14 +577,12 @@ class Unchanged(pl.Callback):
 
 # Two runs that look for a free port at the same moment may find the same one.
 @pytest.mark.xdist_group("ddp")
-@pytest.mark.slow
 def test_two_processes_average_over_the_batches_of_both(fit):
     callbacks = [*quantized(), BatchNormReestimation(), Agreed()]
     fit(Lopsided(), callbacks, loaders=fixed(), strategy="ddp_fork", devices=2)
 
 
 @pytest.mark.xdist_group("ddp")
-@pytest.mark.slow
 def test_a_failure_in_one_process_is_one_in_all(fit):
     callbacks = [BatchNormReestimation(1), Unchanged()]
     fit(Lopsided(fails=True), callbacks, loaders=fixed(), strategy="ddp_fork", devices=2, limit_val_batches=0)

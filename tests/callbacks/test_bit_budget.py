@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach import learning_quantizers, mean_width, model_costs, quantizers
 from cpq_lightning.callbacks import BitBudget
+from tests.marks import thorough
 from tests.models import IMAGES, LABELS, Classifier, data
 
 LEARN = {"weight_bits": 8, "min_bits": 2, "learn_bits": True, "act_bits": 4}
@@ -52,7 +53,7 @@ class Watch(pl.Callback):
         self.seen.append((learning, costs["expected_weight_bits"], costs["weight_bits"]))
 
 
-@pytest.mark.parametrize("target", [2.4, 3.0, 4.5])
+@pytest.mark.parametrize("target", [3.0, *thorough(2.4, 4.5)])
 def test_the_run_ends_at_the_target_and_the_freeze_changes_nothing(fit, target):
     module, watch = Deep(), Watch()
     fit(module, [*callbacks(target), watch], max_epochs=20)
@@ -65,7 +66,7 @@ def test_the_run_ends_at_the_target_and_the_freeze_changes_nothing(fit, target):
     assert len({q.bits for _, q in quantizers(module) if q.kind == "weight"}) > 2
 
 
-@pytest.mark.parametrize("begin", [0.5, 40])
+@pytest.mark.parametrize("begin", [0.5, *thorough(40)])
 def test_widths_are_fixed_halfway_from_the_first_quantized_step(fit, begin):
     module, watch = Deep(), Watch()
     fit(module, [*callbacks(4.0, quantize_from=begin), watch], max_epochs=20)
@@ -96,7 +97,7 @@ class AroundTheFreeze(pl.Callback):
             pl_module.train()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_freeze_costs_less_than_a_point_of_accuracy(tmp_path):
     from cpq_lightning.data import DigitsDataModule
 
@@ -195,8 +196,7 @@ class Student(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wide", [0, 2, 3])
+@pytest.mark.parametrize("wide", [2, *thorough(0, 3)])
 @pytest.mark.parametrize("estimator", ["curvature", "concrete"])
 def test_one_layer_that_needs_six_bits_gets_them_and_the_others_two(tmp_path, wide, estimator):
     torch.manual_seed(wide)
@@ -353,12 +353,13 @@ def test_arguments_out_of_range_are_refused(arguments, error):
         BitBudget(**arguments)
 
 
+@pytest.mark.pictures
 def test_what_is_logged_and_left_behind(fit, tmp_path):
     module = Deep()
     cpq, budget = callbacks(3.0)
     cpq.levels_file = "levels.json"
     logger = CSVLogger(tmp_path)
-    fit(module, [cpq, budget], max_epochs=14, logger=logger)
+    fit(module, [cpq, budget], max_epochs=14, logger=logger, log_every_n_steps=1)
     folder = tmp_path / "lightning_logs" / "version_0"
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["cpq/weight_bits"]]
@@ -404,6 +405,7 @@ def test_a_logger_that_takes_tables_and_pictures_gets_each_layer_s_bits(fit, tmp
     assert all(images[0].endswith(".png") for _, images, _ in Tables.pictures)
 
 
+@pytest.mark.pictures
 def test_tensorboard_gets_pictures_as_pixels(fit, tmp_path):
     class Experiment:
         pictures = {}  # noqa: RUF012

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import learning_quantizers, mean_width, quantized_layers, quantizers
 from cpq_lightning.callbacks import BitBudget
+from tests.marks import thorough
 from tests.models import Classifier, data
 
 LEARN = {"weight_bits": 8, "min_bits": 2, "learn_bits": True, "first_last_bits": None}
@@ -93,7 +94,7 @@ def test_an_optimizer_without_step_hooks_is_named(fit):
         fit(module, callbacks(4.0), max_epochs=20)
 
 
-@pytest.mark.parametrize("target", [3.5, 4.4])
+@pytest.mark.parametrize("target", [3.5, *thorough(4.4)])
 def test_a_teacher_without_gradients_neither_takes_bits_from_the_network_nor_leaves_it_any(fit, target):
     class Taught(Classifier):
         def __init__(self):
@@ -357,5 +358,5 @@ def test_a_group_by_its_name_is_taken_too(fit):
 
 def test_the_trajectory_stays_short_however_often_is_logged(fit):
     both = callbacks(4.0)
-    fit(Classifier(), both, max_epochs=150, log_every_n_steps=1)
+    fit(Classifier(), both, max_epochs=100, log_every_n_steps=1)
     assert len(both[1].state_dict()["trajectory"]) <= 320

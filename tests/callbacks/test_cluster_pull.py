@@ -65,7 +65,6 @@ def test_a_resumed_run_ends_the_same(fit, tmp_path):
         assert value.equal(resumed.state_dict()[name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("ddp")
 def test_two_processes_stay_equal(fit):
     pull = ClusterPull(start=0.0, strength=0.5)

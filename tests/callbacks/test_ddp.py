@@ -33,7 +33,6 @@ class SameOnAllRanks(pl.Callback):
                 assert gathered[0].equal(gathered[1]), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quantize_from", [0, 0.5])
 def test_two_processes_stay_equal(fit, quantize_from):
     module = Classifier()
@@ -59,7 +58,6 @@ class StartingSteps(pl.Callback):
             torch.save(steps, f"{trainer.default_root_dir}/steps-{trainer.world_size}.pt")
 
 
-@pytest.mark.slow
 def test_starting_ranges_are_those_of_one_process_on_the_union(fit, tmp_path):
     for devices in (1, 2):
         torch.manual_seed(4)
@@ -87,7 +85,6 @@ class DecidedAtTheEnd(pl.Callback):
         assert abs(mean_width(pl_module, "weight") - 3.5) < 0.1
 
 
-@pytest.mark.slow
 def test_two_processes_decide_the_same_widths(fit):
     module = Classifier()
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, first_last_bits=None)
@@ -102,7 +99,6 @@ class Halted(Classifier):
         self.net[3].eval()
 
 
-@pytest.mark.slow
 def test_two_processes_learn_widths_with_a_layer_in_evaluation_mode(fit):
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, first_last_bits=None)
     callbacks = [CPQCallback(config, table=False), BitBudget(3.5), DecidedAtTheEnd(), SameOnAllRanks()]
@@ -134,7 +130,6 @@ class SameCosts(pl.Callback):
         assert all(any(counts) for counts in noted)
 
 
-@pytest.mark.slow
 def test_processes_with_inputs_of_several_sizes_count_the_same_costs(fit):
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, act_bits=4, first_last_bits=None)
     # 576 products a position of the layer in the middle; what two processes disagree on would be refused on one only.

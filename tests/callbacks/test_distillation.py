@@ -14,6 +14,7 @@ from cpq_lightning.attach import is_attached, quantizers
 from cpq_lightning.callbacks import BatchNormReestimation, BitBudget, DistillationCallback
 from cpq_lightning.callbacks._teacher import loaded_teacher
 from cpq_lightning.functional import distillation_loss
+from tests.marks import thorough
 from tests.models import IMAGES, Classifier, convnet, data
 
 
@@ -158,8 +159,7 @@ def test_in_company(fit):
     assert float(trainer.callback_metrics["cpq/distillation"]) > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [False, *thorough(True)])
 def test_compiled(fit, whole):
     module = Forward()
     if not whole:
@@ -170,7 +170,6 @@ def test_compiled(fit, whole):
     assert 0 < float(trainer.callback_metrics["cpq/distillation"]) < 10
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("ddp")
 def test_two_processes(fit, tmp_path):
     callbacks = [CPQCallback(CPQConfig(weight_bits=2), quantize_from=1, table=False), DistillationCallback()]

@@ -17,6 +17,7 @@ from benchmarks.lightning_matrix.common import Plain, check, data, fit, trainer_
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach import learning_quantizers, quantizers
 from cpq_lightning.callbacks import BitBudget
+from tests.marks import thorough
 from tests.models import IMAGES, LABELS, Classifier
 
 
@@ -260,7 +261,7 @@ class Failing(Plain):
         return self.held
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "LBFGS"])
+@pytest.mark.parametrize("kind", ["AdamW", *thorough("LBFGS")])
 def test_a_run_that_failed_leaves_no_hook_behind_and_the_next_one_is_whole(tmp_path, kind):
     make = getattr(torch.optim, kind)
     module = Failing(lambda parameters: make(parameters, lr=1e-2))

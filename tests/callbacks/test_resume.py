@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from benchmarks.lightning_matrix.common import Plain, data, trainer_in
 from cpq_lightning.attach import learning_quantizers
 from cpq_lightning.callbacks import BitBudget
+from tests.marks import thorough
 
 # Of 10 epochs of 4 steps: full precision up to step 8, widths decided from step 29, fixed from step 32.
 QUANTIZE_FROM = 0.2
@@ -64,14 +65,14 @@ def whole(tmp_path_factory):
 
 
 # Full precision; its last epoch; widths learned while both schedules move; decided; fixed.
-@pytest.mark.parametrize("epoch", [0, 1, 4, 6, 7, 8])
+@pytest.mark.parametrize("epoch", [0, 1, 6, 8, *thorough(4, 7)])
 def test_from_the_end_of_an_epoch(whole, tmp_path, epoch):
     folder, wanted = whole
     path = next((folder / "epochs").glob(f"epoch={epoch}-*.ckpt"))
     assert_equal(outcome(*run(tmp_path, data(), ckpt_path=path)), wanted)
 
 
-@pytest.mark.parametrize("step", [3, 9, 15, 21, 30, 33])
+@pytest.mark.parametrize("step", [3, 15, 30, *thorough(9, 21, 33)])
 def test_from_the_middle_of_an_epoch_with_a_loader_that_knows_where_it_was(whole, tmp_path, step):
     folder, wanted = whole
     path = next((folder / "steps").glob(f"*-step={step}.ckpt"))
@@ -113,9 +114,8 @@ def saver(folder):
     return ModelCheckpoint(folder, save_top_k=1, every_n_train_steps=3, filename="last", enable_version_counter=False)
 
 
-@pytest.mark.slow
 # From no checkpoint at the last batch of an epoch: Lightning and torchdata lose an epoch there, without any callback.
-@pytest.mark.parametrize("step", [7, 23, 35])
+@pytest.mark.parametrize("step", [23, *thorough(7, 35)])
 def test_killed_in_the_middle_of_a_step_and_resumed_from_its_last_checkpoint(whole, tmp_path, step):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), str(step)],

@@ -13,6 +13,7 @@ from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach import quantizers, set_active
 from cpq_lightning.callbacks import BitBudget
 from cpq_lightning.optim.bound import BOUND
+from tests.marks import thorough
 from tests.models import Classifier, data
 
 LEARN = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True)
@@ -66,7 +67,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize(("lr_factor", "learn"), [(1e3, True), (1e6, False)])
+@pytest.mark.parametrize(("lr_factor", "learn"), [(1e3, True), *thorough((1e6, False))])
 def test_at_an_absurd_rate_steps_move_within_the_bound_and_levels_stay_usable(fit, kind, lr_factor, learn):
     module, watch = RUNS[kind](), Watch()
     cpq = CPQCallback(LEARN if learn else CPQConfig(), lr_factor=lr_factor, table=False)

@@ -9,8 +9,17 @@ from tests.export.trained import NETWORKS, architecture, network, samples
 
 # Of a graph, whatever the weights.
 GRAPH_BYTES = 40_000
+# Through all formats, and through the one that has most to say.
+EVERY, ONE = ("test_resnet",), (("mobilenetv3_small_050", "onnx", "int8"), ("vit_tiny_patch16_224", "onnx", "int8"))
+
+
+def _marks(name, format, container):
+    usual = name in EVERY or (name, format, container) in ONE
+    return [pytest.mark.xdist_group(f"export-{name}"), *([] if usual else [pytest.mark.thorough])]
+
+
 CASES = [
-    pytest.param(name, format, container, marks=[pytest.mark.slow, pytest.mark.xdist_group(f"export-{name}")])
+    pytest.param(name, format, container, marks=_marks(name, format, container))
     for name in NETWORKS
     for format, container in (("packed", "int8"), ("torch", "int8"), ("onnx", "int8"), ("onnx", "int4"))
     # Each traces the network, which takes a while: some of them stand for the others.

@@ -16,6 +16,7 @@ from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.export.onnx import integer
 from cpq_lightning.export.onnx.runtime import OnnxArtefact
 from cpq_lightning.export.onnx.store import KEY
+from tests.marks import thorough
 
 SIZE = 12
 
@@ -114,7 +115,7 @@ def test_norms_that_something_else_reads_through_stay(tmp_path):
     assert kinds(graph)["BatchNormalization"] == 1
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("affine", [False, *thorough(True)])
 def test_norms_of_every_kind_of_convolution(affine, tmp_path):
     makers = {
         "grouped": lambda: nn.Conv2d(32, 8, 3, groups=4, dilation=2, padding=2),

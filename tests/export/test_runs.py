@@ -80,6 +80,7 @@ def test_runs_are_compared_by_one_metric_under_names_of_their_own(tmp_path):
         compare_runs([tmp_path / "c", tmp_path / "c"])
 
 
+@pytest.mark.pictures
 def test_table_csv_and_picture(tmp_path):
     runs = [read_run(run(tmp_path / "one", full=None)), read_run(run(tmp_path / "two", quantized=None, size=900))]
     console = Console(width=100, record=True, file=io.StringIO())

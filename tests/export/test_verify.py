@@ -12,6 +12,7 @@ from cpq_lightning.export import ship as shipping
 from cpq_lightning.export.coded import InputGrid
 from cpq_lightning.export.runtimes import PackedArtefact
 from cpq_lightning.export.verify import verify
+from tests.marks import thorough
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -86,7 +87,7 @@ def test_each_kind_of_difference_is_found_and_leaves_no_file(format, spoil, mess
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"older"]
 
 
-@pytest.mark.parametrize("container", ["int8", "int4"])
+@pytest.mark.parametrize("container", ["int8", *thorough("int4")])
 @pytest.mark.parametrize("part", ["weight_codes", "weight_scale", "bias", "scale"])
 def test_a_changed_onnx_file_is_found(part, container, model, tmp_path):
     """Each number in the file counts: one changed in any of them, and the file is another model."""
