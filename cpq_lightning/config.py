@@ -54,9 +54,8 @@ class CPQConfig:
             is how much the loss bends along the residual that it adds, as the square of the gradient's product with it
             tells (:func:`~cpq_lightning.functional.bit_worth`). ``"concrete"`` (the paper's): the gradient through the
             gates that are drawn, which is what the loss would rise by at once, without the bit and without training
-            behind it. With accumulated gradients a bit that only some of the micro-batches draw is told a part of its
-            worth; a loss that is zero (a network that starts as its own teacher, and nothing else to learn from) tells
-            nothing of curvature.
+            behind it. A loss that is zero (a network that starts as its own teacher, and nothing else to learn from)
+            tells nothing of curvature.
         ignore: Layers to leave in full precision: patterns of full dotted names (as ``fnmatch`` has them, with case)
             or module types (``"Linear"``).
         overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. Of several

@@ -1,5 +1,6 @@
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cpq_lightning import CPQCallback, CPQConfig
@@ -43,6 +44,33 @@ def test_schedules_follow_optimizer_steps_under_accumulation(fit):
         accumulate_grad_batches=2,
     )
     assert [values[0] for values in record.values] == [1.0, 1.0, 0.875, 0.875, 0.75, 0.75, 0.625, 0.625]
+
+
+class Drawn(pl.Callback):
+    """The masks that a layer was quantized with in each batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_start(self, trainer, pl_module):
+        gates = next(q.gates for _, q in quantizers(pl_module) if q.has_gates)
+        draw = gates.masks
+        gates.masks = lambda *args, **kwargs: self.seen.append(draw(*args, **kwargs)) or self.seen[-1]
+
+
+def test_batches_that_are_accumulated_draw_the_same_gates(fit):
+    """As the batch that they are the parts of."""
+    drawn, config = Drawn(), CPQConfig(weight_bits=6, min_bits=2, keep_prob=0.5, gate_sharing="channel")
+    fit(
+        Classifier(),
+        [CPQCallback(config, table=False), drawn],
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+    )
+    first, again, other, *_ = drawn.seen
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_no_gate_to_drive_is_said(fit):
