@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from benchmarks.findings.methods import (
@@ -29,7 +29,7 @@ from benchmarks.findings.methods import (
     RQ,
 )
 from benchmarks.findings.rows import Rows
-from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
+from benchmarks.findings.runs import RATES, SCALES, SEARCH_SEED, SEEDS, Run
 
 FULL_BITS = 32
 # The scale at which rates are searched, for all others too.
@@ -92,33 +92,45 @@ def _block(scale: str, methods: Sequence[str], widths: Sequence[tuple[float, int
 
 def plan(scale: str) -> list[Run]:
     """All runs at a scale, the most telling first; searches stand before the first run that needs them."""
-    first = WIDTHS[:1]
-    wanted: list[Run] = []
-    wanted += _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
-    wanted += _block(scale, AT_WIDTHS, WIDTHS[:2])
+    full = _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
+    runs = {"resnet": _telling, "separable": _separable}[SCALES[scale].network](scale)
+    more = [] if scale == "60k" or SCALES[scale].network != "resnet" else _others(scale)
+    return _with_searches(scale, [*full, *runs, *more])
+
+
+def _telling(scale: str) -> Iterator[Run]:
+    """What the findings are about."""
+    yield from _block(scale, AT_WIDTHS, WIDTHS[:2])
     # Where allocations differ, and where the paper's hypothesis has been.
-    wanted += _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (TWO,))
-    wanted += _block(scale, _ALLOCATED, (AT_A3,))
-    if scale == "60k":
-        return _with_searches(scale, wanted)
-    wanted += _block(scale, AT_WIDTHS_TOO, first)
-    wanted += _block(scale, (PULLED_LSQ,), first)
-    wanted += _block(scale, _ALLOCATED, (HALF,))
-    wanted += _block(scale, (LSQ, EXPECTATION), (THREE,))
-    wanted += _block(scale, (DRAWN, REDRAWN), (AT_A3, HALF, TWO))
-    wanted += _block(scale, AT_WIDTHS, WIDTHS[2:])
-    wanted += _block(scale, (BREVITAS,), first)
-    wanted += _block(scale, tuple(AT_FIXED), first)
-    wanted += _block(scale, (RQ,), first)
-    wanted += _block(scale, [m for m in AT_LEARNED if m not in AT_THREE_BITS], (TWO,))
-    wanted += _block(scale, (*AT_WIDTHS_TOO, BREVITAS, RQ), WIDTHS[1:])
-    wanted += _block(scale, AT_THREE_BITS, (AT_A3,))
-    wanted += _block(scale, _ALLOCATED, (THREE, FOUR))
-    wanted += _block(scale, (LSQ, EXPECTATION), (FOUR,))
-    return _with_searches(scale, wanted)
+    yield from _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (TWO,))
+    yield from _block(scale, _ALLOCATED, (AT_A3,))
 
 
-def _with_searches(scale: str, wanted: list[Run]) -> list[Run]:
+def _others(scale: str) -> Iterator[Run]:
+    """The rest, at the scale of which all is trained."""
+    first = WIDTHS[:1]
+    yield from _block(scale, AT_WIDTHS_TOO, first)
+    yield from _block(scale, (PULLED_LSQ,), first)
+    yield from _block(scale, _ALLOCATED, (HALF,))
+    yield from _block(scale, (LSQ, EXPECTATION), (THREE,))
+    yield from _block(scale, (DRAWN, REDRAWN), (AT_A3, HALF, TWO))
+    yield from _block(scale, AT_WIDTHS, WIDTHS[2:])
+    yield from _block(scale, (BREVITAS,), first)
+    yield from _block(scale, tuple(AT_FIXED), first)
+    yield from _block(scale, (RQ,), first)
+    yield from _block(scale, [m for m in AT_LEARNED if m not in AT_THREE_BITS], (TWO,))
+    yield from _block(scale, (*AT_WIDTHS_TOO, BREVITAS, RQ), WIDTHS[1:])
+    yield from _block(scale, AT_THREE_BITS, (AT_A3,))
+    yield from _block(scale, _ALLOCATED, (THREE, FOUR))
+    yield from _block(scale, (LSQ, EXPECTATION), (FOUR,))
+
+
+def _separable(scale: str) -> Iterator[Run]:
+    """Levels where three bits everywhere are too few for some layers."""
+    yield from _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (THREE,))
+
+
+def _with_searches(scale: str, wanted: Iterable[Run]) -> list[Run]:
     ordered: dict[Run, None] = {}
     for run in wanted:
         ordered |= dict.fromkeys(searches(scale, METHODS[run.method].family))

@@ -15,17 +15,20 @@ class Scale:
         images: The first so many of the training images.
         epochs: Of every run.
         start_epochs: Of the full-precision network that all runs start from.
+        network: Which it is.
     """
 
     name: str
     images: int
     epochs: int
     start_epochs: int
+    network: str = "resnet"
 
 
 SCALES = {
     "20k": Scale("20k", 20_000, 4, 12),
     "60k": Scale("60k", 60_000, 4, 12),
+    "20k-separable": Scale("20k-separable", 20_000, 4, 12, "separable"),
     # For tests: a campaign in seconds, with figures that mean nothing.
     "tiny": Scale("tiny", 256, 2, 1),
 }

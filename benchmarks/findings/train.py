@@ -27,7 +27,7 @@ from benchmarks.findings.allocation import (
 )
 from benchmarks.findings.data import Images, load
 from benchmarks.findings.methods import METHODS, Made, Task, inner_layers
-from benchmarks.findings.network import SmallResNet
+from benchmarks.findings.network import NETWORKS
 from benchmarks.findings.rows import Row
 from benchmarks.findings.runs import BATCH_SIZE, SCALES, WEIGHT_DECAY, Run, Scale
 from benchmarks.quantized_layer import QuantizedLayer
@@ -91,7 +91,7 @@ def train_start(scale: Scale, root: str, path: Path, device: str = "cpu") -> Non
     if path.is_file():
         return
     seed_everything(0, verbose=False)
-    network = SmallResNet().to(memory_format=torch.channels_last)
+    network = NETWORKS[scale.network]().to(memory_format=torch.channels_last)
     _fit(Made(network), Images(root, scale.images, 1000, BATCH_SIZE), _START_RATE, scale.start_epochs, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
@@ -132,7 +132,7 @@ def train(run: Run, rate: float, start: Path, root: str, learned: Row | None = N
     began = time.perf_counter()
     seed_everything(run.seed, verbose=False)
     scale, method = SCALES[run.scale], METHODS[run.method]
-    network = SmallResNet()
+    network = NETWORKS[scale.network]()
     network.load_state_dict(load_file(start))
     given = given_levels(run, method.levels, learned, network, root)
     network = network.train().to(memory_format=torch.channels_last)
