@@ -36,7 +36,7 @@ from benchmarks.findings.methods import (
     inner_layers,
 )
 from benchmarks.findings.network import SmallResNet
-from benchmarks.findings.plan import done, learned_run, plan, rate_of, rates, ready, searches
+from benchmarks.findings.plan import TWO, done, learned_run, plan, rate_of, rates, ready, searches
 from benchmarks.findings.report import summary, write_report
 from benchmarks.findings.results import cell
 from benchmarks.findings.rows import RESULTS, Rows
@@ -488,6 +488,15 @@ def test_the_report_is_made_of_the_rows(rows):
     table = summary(rows)
     assert "20,000 images; full precision" in table
     assert "**CPQ expectation, ClusterPull**" in table
+
+
+def test_levels_without_any_variance_are_told(rows):
+    _search(rows, EXPECTATION)
+    for seed in SEEDS:
+        rows.append(row(Run("20k", LEARNED, *TWO, seed), levels=LAYERS))
+        rows.append(row(Run("20k", UNDRAWN, *TWO, seed), levels={**LAYERS, "layer1.conv1": 2.0 + seed % 5}))
+    text = write_report(rows).read_text()
+    assert f"all seeds learn the same widths; without, the variance is {2.5 / len(LAYERS):.2f}." in text
 
 
 def test_without_rows_the_report_says_so(rows):

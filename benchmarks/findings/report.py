@@ -235,7 +235,10 @@ def _allocation(rows: Rows, scale: str, folder: Path) -> str:
     spread = [statistics.mean([statistics.variance(layer) for layer in b]) for b in bits]
     lines.append(["variance over seeds, mean of layers", *(f"{s:.2f}" for s in spread)])
     text = f"Bits of each layer at an average of {w:g}: mean over seeds ± standard deviation.\n\n" + table(lines)
-    if [c.method for c in cells[:2]] == [LEARNED, UNDRAWN] and all(spread[:2]):
+    both = [c.method for c in cells[:2]] == [LEARNED, UNDRAWN]
+    if both and all(c.whole for c in cells[:2]) and spread[0] == 0 < spread[1]:
+        text += f"\nWith DropBits all seeds learn the same widths; without, the variance is {spread[1]:.2f}.\n"
+    elif both and all(spread[:2]):
         low, high = variance_ratio(*spread[:2], *(len(names) * (len(c.rows) - 1) for c in cells[:2]))
         text += (
             f"\nWith DropBits the variance is {spread[0] / spread[1]:.2f} times that without ({low:.2f} to {high:.2f} "
