@@ -15,6 +15,9 @@ from benchmarks.train_step.peers import BruteForce
 from cpq_lightning.attach import mean_width, quantizers
 from cpq_lightning.functional import quantize
 
+# What its tests share takes seconds to make.
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
 TINY = Setting("test_resnet", size=32, batch=2, threads=1)
 TINY_VIT = dataclasses.replace(TINY, model="test_vit")
 # What each kind of surgery does to linear layers.

@@ -12,6 +12,9 @@ from cpq_lightning.cli import main
 from cpq_lightning.data import DigitsDataModule
 from cpq_lightning.shipping import fill_in
 
+# What its tests share takes seconds to make.
+pytestmark = pytest.mark.xdist_group("shipping")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -15,6 +15,9 @@ from cpq_lightning.attach import learning_quantizers
 from cpq_lightning.callbacks import BitBudget
 from tests.marks import thorough
 
+# What its tests share takes seconds to make.
+pytestmark = pytest.mark.xdist_group("resume")
+
 # Of 10 epochs of 4 steps: full precision up to step 8, widths decided from step 29, fixed from step 32.
 QUANTIZE_FROM = 0.2
 
