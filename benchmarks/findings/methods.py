@@ -278,5 +278,5 @@ AT_LEARNED = {
 }
 # Those that ask for widths, or activations, that an average of 2 bits at A8 does not leave.
 AT_THREE_BITS = (NARROW, f"{NARROW}: nested by range", f"{LEARNED}: activations too")
-UNDRAWN = f"{LEARNED}: without DropBits: gates at their median"
+UNDRAWN, EARLIER = f"{LEARNED}: without DropBits: gates at their median", f"{LEARNED}: freeze at 0.3"
 METHODS |= {**AT_FIXED, **AT_LEARNED}

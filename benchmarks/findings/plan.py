@@ -16,6 +16,7 @@ from benchmarks.findings.methods import (
     COOLED,
     DRAWN,
     DROPPED,
+    EARLIER,
     EXPECTATION,
     FULL,
     LEARNED,
@@ -27,6 +28,7 @@ from benchmarks.findings.methods import (
     REDRAWN,
     RELEARNED,
     RQ,
+    UNDRAWN,
 )
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import RATES, SCALES, SEARCH_SEED, SEEDS, Run
@@ -128,6 +130,7 @@ def _others(scale: str) -> Iterator[Run]:
 def _separable(scale: str) -> Iterator[Run]:
     """Levels where three bits everywhere are too few for some layers."""
     yield from _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (THREE,))
+    yield from _block(scale, (DRAWN, UNDRAWN, EARLIER), (THREE,))
 
 
 def _with_searches(scale: str, wanted: Iterable[Run]) -> list[Run]:
