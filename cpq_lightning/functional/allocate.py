@@ -45,7 +45,8 @@ def adjust_widths(
         cost: What widths cost. Rows that do not appear in it stay.
         target: What they shall cost.
         tolerance: How far from it they may stay.
-        price: What a change of each row by ``+1`` or ``-1`` costs the network, in any unit: ``price(widths, ±1)``.
+        price: What a change of each row by ``+1`` or ``-1`` costs the network, in any unit: ``price(widths, ±1)``;
+            less than 0 is what it gains.
         follows: Which rows follow the mean of the others, shape (rows,), bool.
 
     Returns:
@@ -105,7 +106,10 @@ def _approach(
             return widths, changes
         nearer = possible & ((gap + by * unit).abs() < abs(gap) - 1e-6 * unit)
         if nearer.any():
-            ranked = torch.where(nearer, price(widths, by).clamp(min=1e-12) / unit.clamp(min=1e-300), torch.inf)
+            prices = price(widths, by)
+            # Of what costs nothing the largest.
+            prices = torch.where(prices >= 0, prices.clamp(min=_LEAST), prices)
+            ranked = torch.where(nearer, prices / unit.clamp(min=1e-300), torch.inf)
             change(int(ranked.argmin()), by)
             continue
         pair = _exchange(widths, narrowest, widest, unit, cost, gap)
@@ -139,6 +143,7 @@ def _common_width(
     return torch.full_like(widths, low).clamp(narrowest, widest)
 
 
+_LEAST = 1e-30
 # Of eight bits, down to far below any tolerance.
 _HALVINGS = 40
 _MOST_TRIED = 8

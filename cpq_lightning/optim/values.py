@@ -45,6 +45,10 @@ class Values:
         """
         raise NotImplementedError
 
+    def worth(self) -> Tensor | None:
+        """What each bit is worth to the loss; ``None`` of gradients that do not tell."""
+        return None
+
     def state_dict(self) -> dict[str, Tensor]:
         """The running means, for a checkpoint."""
         return {name: getattr(self, name).clone() for name in self._NAMES}

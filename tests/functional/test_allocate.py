@@ -42,6 +42,12 @@ def test_a_price_counts_for_what_it_saves():
     assert [(c.row, c.before, c.after) for c in changes] == [(0, 4, 3)]
 
 
+def test_of_what_the_network_gains_the_most_for_its_cost_is_taken():
+    now, changes = adjust(widths(3, 3, 3), linear([0.2, 0.4, 0.4]), 3.4, price=lambda w, by: widths(-2, -5, -1))
+    assert [c.row for c in changes] == [1]
+    assert now.tolist() == [3, 4, 3]
+
+
 def test_an_exchange_of_bits_comes_nearer_where_no_single_bit_does():
     cost = linear([0.6, 0.4])
     now, changes = adjust(widths(3, 3), cost, 2.8, tolerance=0.001)
