@@ -55,7 +55,8 @@ class CPQConfig:
             tells (:func:`~cpq_lightning.functional.bit_worth`). ``"concrete"`` (the paper's): the gradient through the
             gates that are drawn, which is what the loss would rise by at once, without the bit and without training
             behind it. A loss that is zero (a network that starts as its own teacher, and nothing else to learn from)
-            tells nothing of curvature.
+            tells nothing of curvature. A module that accumulates gradients by itself, under manual optimization, draws
+            gates in each batch, and tells a bit that only some of them have a part of its worth.
         ignore: Layers to leave in full precision: patterns of full dotted names (as ``fnmatch`` has them, with case)
             or module types (``"Linear"``).
         overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. Of several

@@ -35,17 +35,18 @@ from benchmarks.findings.methods import (
     Task,
     inner_layers,
 )
-from benchmarks.findings.network import SmallResNet
+from benchmarks.findings.network import NETWORKS, SmallResNet
 from benchmarks.findings.plan import TWO, done, learned_run, plan, rate_of, rates, ready, searches
 from benchmarks.findings.report import summary, write_report
 from benchmarks.findings.results import cell
 from benchmarks.findings.rows import RESULTS, Rows
-from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
+from benchmarks.findings.runs import RATES, SCALES, SEARCH_SEED, SEEDS, Run
 from benchmarks.findings.statistics import estimate, paired
 from benchmarks.findings.train import _fit, clusters, train, train_start, weight_errors
 from benchmarks.quantized_layer import LearnedStep
 from benchmarks.train_step.measure import ROOT
 from cpq_lightning.data import fashion_mnist
+from cpq_lightning.functional import average_bits
 from tests.images import fashion_mnist as make_fashion_mnist
 
 LAYERS = dict.fromkeys(inner_layers(SmallResNet()), 3.0)
@@ -108,8 +109,9 @@ def test_a_file_of_something_else_is_refused_and_left(rows):
 # The plan
 
 
-def test_a_run_stands_behind_all_that_it_waits_for():
-    runs = plan("20k")
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_run_stands_behind_all_that_it_waits_for(scale):
+    runs = plan(scale)
     assert len(runs) == len(set(runs))
     place = {run: i for i, run in enumerate(runs)}
     for run in runs:
@@ -118,7 +120,17 @@ def test_a_run_stands_behind_all_that_it_waits_for():
         needed += [source] if source else []
         assert all(place[other] < place[run] for other in needed), run.title
     assert {run.seed for run in runs if run.rate is None} == set(SEEDS)
-    assert {run.method for run in runs} == METHODS.keys()
+    if scale == "20k":
+        assert {run.method for run in runs} == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_allocations_of_a_network_can_be_tried(name):
+    network = NETWORKS[name]()
+    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    sizes = inner_layers(network)
+    drawn = random_levels(sizes, 3.0, 0)
+    assert average_bits((n, drawn[layer]) for layer, n in sizes.items()) == pytest.approx(3, abs=0.02)
 
 
 def test_the_other_scale_searches_no_rates_of_its_own():
@@ -326,8 +338,6 @@ def data(tmp_path, monkeypatch):
 
 
 def test_runs_from_the_start_to_their_rows(data, tmp_path):
-    from benchmarks.findings.runs import SCALES
-
     start = tmp_path / "start.safetensors"
     train_start(SCALES["tiny"], data, start)
     before = start.read_bytes()

@@ -1,4 +1,4 @@
-"""Every cell of the table of what of Lightning works, run."""
+"""The cells of the table of what of Lightning works, run; some of them with ``-m thorough`` only."""
 
 import warnings
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser("benchmarks.findings", description=__doc__, formatter_class=_Description)
     parser.add_argument("--data", default="data", help="folder with Fashion-MNIST as torchvision has it, or gets it")
-    parser.add_argument("--scale", default="20k", choices=list(SCALES), help="images to train on")
+    parser.add_argument("--scale", default="20k", choices=list(SCALES), help="images to train on, and network")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), metavar="METHOD", help="methods to run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
@@ -79,13 +79,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(runs: list[Run], rows: Rows, options: argparse.Namespace, console: Console) -> int:
     failures: list[str] = []
-    start = rows.path.with_name(f"findings_start_{options.scale}.safetensors")
+
+    def start(scale: str) -> Path:
+        return rows.path.with_name(f"findings_start_{scale}.safetensors")
+
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("full-precision start", total=len(runs), completed=sum(done(run, rows) for run in runs))
-        train_start(SCALES[options.scale], options.data, start, options.device)
+        # Searches may be of another scale.
+        for scale in dict.fromkeys(run.scale for run in runs if not done(run, rows)):
+            train_start(SCALES[scale], options.data, start(scale), options.device)
 
         def finished(run: Run, row: Row) -> None:
             progress.update(bar, advance=1, description=run.method)
@@ -100,7 +105,7 @@ def _run(runs: list[Run], rows: Rows, options: argparse.Namespace, console: Cons
         carry_out(
             runs,
             rows,
-            start=start,
+            start=lambda run: start(run.scale),
             root=options.data,
             workers=options.workers,
             device=options.device,

@@ -30,7 +30,7 @@ def carry_out(
     runs: Sequence[Run],
     rows: Rows,
     *,
-    start: Path,
+    start: Callable[[Run], Path],
     root: str,
     workers: int,
     device: str,
@@ -42,7 +42,7 @@ def carry_out(
     Args:
         runs: The most telling first.
         rows: Where finished runs are, and go.
-        start: File of the full-precision start.
+        start: File of a run's full-precision start.
         root: Folder with the data.
         workers: Runs at a time.
         device: Lightning's accelerator.
@@ -66,7 +66,7 @@ def carry_out(
                     waiting.remove(run)
                     rate, source = rate_of(run, rows), learned_run(run)
                     learned = None if source is None else rows[source]
-                    running[pool.submit(train, run, rate, start, root, learned, device)] = run  # type: ignore[arg-type]
+                    running[pool.submit(train, run, rate, start(run), root, learned, device)] = run  # type: ignore[arg-type]
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

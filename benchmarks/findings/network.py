@@ -70,7 +70,7 @@ class SmallSeparable(nn.Module):
     """Four blocks of depthwise-separable convolutions (Howard et al., *MobileNets*, 2017) behind one of stride
     2: ten layers, from 144 to 8,192 weights.
 
-    Of a ninth of its inner layers' weights each sees one channel alone, and has no others to make up for what it lacks.
+    Of a tenth of its inner layers' weights each sees one channel alone, and has no others to make up for what it lacks.
     """
 
     def __init__(self, num_classes: int = 10) -> None:

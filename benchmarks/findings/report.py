@@ -35,6 +35,7 @@ from benchmarks.findings.plan import (
     AT_AVERAGES,
     AVERAGES,
     FULL_BITS,
+    THREE,
     TWO,
     WIDTHS,
     rate_of,
@@ -221,7 +222,7 @@ def _stakes(found: Mapping[str, Cell]) -> str:
 
 
 def _allocation(rows: Rows, scale: str, folder: Path) -> str:
-    w, a = TWO
+    w, a = TWO if SCALES[scale].network == "resnet" else THREE
     found = (cell(rows, scale, method, w, a) for method in (LEARNED, UNDRAWN, DRAWN))
     cells = [c for c in found if c and len(c.rows) > 1]
     if not cells:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained.
+    """How much is trained, and what.
 
     Attributes:
         name: In rows and tables.

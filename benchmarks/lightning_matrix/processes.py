@@ -75,7 +75,7 @@ def follow(folder: Path) -> str:
     return f"starting ranges equal to the bit; after 32 steps all state within {apart:.0e}, relative"
 
 
-@cell("processes", "DDP, spawned", thorough=True)
+@cell("processes", "DDP, spawned")
 def spawned(folder: Path) -> str:
     trainer = trainer_in(folder, strategy="ddp_spawn", devices=2)
     trainer.fit(Plain(), data(batch_size=8), data())

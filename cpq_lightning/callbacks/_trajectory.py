@@ -24,8 +24,8 @@ class Trajectory:
         self.rows: list[dict[str, float]] = []
 
     def due(self, step: int, length: float) -> bool:
-        """Whether a row is wanted: not more than a few hundred in a run."""
-        interval = max(1, int(length) // _MOST_ROWS) if math.isfinite(length) else 50
+        """Whether a row is wanted: not more than 250 in a run whose length is known."""
+        interval = max(1, math.ceil(length / _MOST_ROWS)) if math.isfinite(length) else 50
         return not self.rows or step - self.rows[-1]["step"] >= interval
 
     def note(self, step: int, values: Mapping[str, float], widths: Mapping[str, tuple[float, float]]) -> None:

@@ -188,7 +188,7 @@ class CPQCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if any(q.has_gates for q in self._quantizers):
             # Forwards within a batch count on from here, and a resumed run draws what this one drew; so do the batches
-            # whose gradients are accumulated, as parts of one.
+            # whose gradients the Trainer accumulates, as parts of one.
             set_noise_step(pl_module, run_step(trainer) << 16)
         if run_step(trainer) >= self.start_step and not all(q.active for q in self._quantizers):
             self._begin(trainer, pl_module)

@@ -73,7 +73,8 @@ def adjust_widths(
         led, changes = _approach(meant, low, high, cost, target, near, price)
         widths = torch.where(lead, led, widths)
         low, high = torch.where(follow, narrowest, widths), torch.where(follow, widest, widths)
-        widths, more = _approach(widths, low, high, cost, target, tolerance, price)
+        # All of them as near to it as whole widths are.
+        widths, more = _approach(widths, low, high, cost, target, tolerance, lambda now, by: (now + by - meant).abs())
         changes += more
     found, more = _approach(widths, narrowest, widest, cost, target, tolerance, price)
     return found, changes + more

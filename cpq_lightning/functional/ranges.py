@@ -10,8 +10,9 @@ from cpq_lightning.functional.grid import level_bounds
 # The error has many local minima where values are few or bunched: the best few of a coarse scan are looked at closely.
 _COARSE, _KEPT, _FINE = 192, 4, 48
 _ROUNDS = 4
-# Elements that are worked on at a time: for short rows many steps at once, for long ones a part of them.
-_BLOCK = 2**16
+# Elements that are worked on at a time, of short rows at many steps, of long ones a part: as many as a cache of the CPU
+# holds, or as make a kernel worth its launch.
+_BLOCK, _DEVICE_BLOCK = 2**16, 2**24
 # A step below float32's smallest normal number would divide to infinity; and a constant-zero tensor has no scale.
 _SMALLEST = 1e-30
 
@@ -82,17 +83,18 @@ def _alternate(values: Tensor, counts: Tensor | None, step: Tensor, low: int, hi
 
 
 def _errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
-    """Squared errors of each row at each of its steps, in float64: in blocks that a processor's cache holds."""
+    """Squared errors of each row at each of its steps, in float64."""
     total = torch.zeros_like(steps, dtype=torch.float64)
-    length = max(1, _BLOCK // max(1, len(values)))
+    block = _BLOCK if values.is_cpu else _DEVICE_BLOCK
+    length = max(1, block // max(1, len(values)))
     for start in range(0, values.shape[1], length):
         part = values[:, None, start : start + length]
         count = None if counts is None else counts[:, None, start : start + length]
-        for at in range(0, steps.shape[1], some := max(1, _BLOCK // max(1, part.numel()))):
+        for at in range(0, steps.shape[1], some := max(1, block // max(1, part.numel()))):
             step = steps[:, at : at + some, None]
             error = (part / step).round_().clamp_(low, high).mul_(step).sub_(part).square_()
-            error = error if count is None else error.mul_(count)
-            total[:, at : at + some] += error.sum(2, dtype=torch.float64)
+            weighted = error if count is None else error * count
+            total[:, at : at + some] += weighted.sum(2, dtype=torch.float64)
     return total
 
 

@@ -211,15 +211,14 @@ class GateTrainer:
         self.write(theta + (goal - theta).clamp(-rate, rate))
 
     def prices(self, widths: Tensor, by: int, beta: float) -> Tensor:
-        """What a change of each width by +1 or -1 costs the network: what the bit is worth, where the loss has told
-        that, and else how far the gate's logit is from its threshold.
+        """What a change of each width by +1 or -1 costs the network: what the bit is worth, of rows whose loss has told
+        that, and of others how far the gate's logit is from its threshold.
         """
         gate = (widths - self.min_bits).long() - (1 if by < 0 else 0)
         gate = gate.clamp(0, len(self.exists) - 1)[None]
+        distance = (self.theta().gather(0, gate)[0] - _logit_at(0.5, 1.0, beta)).abs()
         worth = self.values.worth()
-        if worth is not None:
-            return -by * worth.gather(0, gate)[0]
-        return (self.theta().gather(0, gate)[0] - _logit_at(0.5, 1.0, beta)).abs()
+        return distance if worth is None else torch.where(self.updates > 0, -by * worth.gather(0, gate)[0], distance)
 
     @torch.no_grad()
     def fix(self, widths: Tensor) -> None:

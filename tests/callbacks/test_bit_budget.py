@@ -354,12 +354,12 @@ def test_arguments_out_of_range_are_refused(arguments, error):
 
 
 @pytest.mark.pictures
-def test_what_is_logged_and_left_behind(fit, tmp_path):
+def test_what_is_logged_and_left_behind(fit, cpq, tmp_path):
     module = Deep()
-    cpq, budget = callbacks(3.0)
-    cpq.levels_file = "levels.json"
+    own, budget = callbacks(3.0)
+    own.levels_file = "levels.json"
     logger = CSVLogger(tmp_path)
-    fit(module, [cpq, budget], max_epochs=14, logger=logger, log_every_n_steps=1)
+    fit(module, [own, budget], max_epochs=14, logger=logger, log_every_n_steps=1)
     folder = tmp_path / "lightning_logs" / "version_0"
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["cpq/weight_bits"]]
@@ -368,6 +368,11 @@ def test_what_is_logged_and_left_behind(fit, tmp_path):
     assert abs(float(rows[-1]["cpq/weight_bits"]) - 3) <= 0.05
     for name in ("levels.csv", "levels.png", "clusters.png", "trajectory.png", "trajectory.csv", "clusters.json"):
         assert (folder / name).stat().st_size > 500, name
+    made_again = [folder / "levels.csv", folder / "levels.png"]
+    for path in made_again:
+        path.unlink()
+    assert cpq("report", folder).returncode == 0
+    assert all(path.stat().st_size > 500 for path in made_again)
     content = json.loads((folder / "levels.json").read_text())
     assert content["totals"]["weight_bits_avg"] == mean_width(module, "weight")
     weight = content["layers"][3]["weight"]

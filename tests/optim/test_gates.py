@@ -132,13 +132,16 @@ def test_nothing_moves_before_there_is_any_gradient():
 
 
 def test_a_changed_width_costs_what_its_bit_is_worth_where_that_is_told():
-    gates, _ = trainer(config=CPQConfig(weight_bits=5, min_bits=2, learn_bits=True))
-    told = [-torch.tensor([4.0, 2.0, 1.0]), -torch.tensor([0.4, 0.2, 0.1])]
-    gates.step(told, [4.0], 0.1, 1.0, BETA)
-    widths = torch.tensor([4.0, 3.0]).double()
-    assert gates.prices(widths, -1, BETA).tolist() == pytest.approx([2.0, 0.4])
-    assert gates.prices(widths, 1, BETA).tolist() == pytest.approx([-1.0, -0.2])
+    gates, _ = trainer((100, 100, 100), CPQConfig(weight_bits=5, min_bits=2, learn_bits=True))
+    gates.step([-torch.tensor([4.0, 2.0, 1.0]), -torch.tensor([0.4, 0.2, 0.1]), None], [4.0], 0.1, 1.0, BETA)
+    widths = torch.tensor([4.0, 3.0, 4.0]).double()
+    less, more = gates.prices(widths, -1, BETA), gates.prices(widths, 1, BETA)
+    assert less[:2].tolist() == pytest.approx([2.0, 0.4])
+    assert more[:2].tolist() == pytest.approx([-1.0, -0.2])
+    # Of the third nothing was told.
+    assert less[2] > 0
+    assert more[2] > 0
     # Drawn gates tell how far logits have gone.
     gates, _ = trainer()
     gates.step([g + 1.0 for g in silence(gates)], [4.0], 0.1, 1.0, BETA)
-    assert gates.prices(widths, 1, BETA).min() > 0
+    assert gates.prices(widths[:2], 1, BETA).min() > 0
