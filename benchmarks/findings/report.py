@@ -124,19 +124,30 @@ def summary(rows: Rows) -> str:
         if any(cells):
             ratio = _ratio(cell(rows, scale, method, 3, 3), base)
             lines.append([_mark(method), *(_shown(c) for c in cells), ratio])
-    full = cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
-    text = "" if full is None else f"{SCALES[scale].images:,} images; full precision {full.accuracy.shown()}.\n\n"
-    text += table(lines)
-    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
-    if averages:
-        lines = [["", *(f"{w:g} bits on average, A{a}" for w, a in averages)]]
-        for method in (*AT_AVERAGES, LSQ, EXPECTATION):
-            cells = [cell(rows, scale, method, w, a) for w, a in averages]
-            if any(cells):
-                name = method if method in AT_AVERAGES else f"{method}, one level"
-                lines.append([name, *(_shown(c) for c in cells)])
-        text += "\n" + table(lines)
+    text = f"{SCALES[scale].images:,} images{_full(rows, scale)}\n\n{table(lines)}"
+    if levels := _levels(rows, scale):
+        text += f"\n{levels}"
+    for other in scales(rows):
+        if SCALES[other].network != SCALES[scale].network and (levels := _levels(rows, other)):
+            text += f"\nThe same of {_KINDS[SCALES[other].network]}{_full(rows, other)}\n\n{levels}"
     return text
+
+
+def _full(rows: Rows, scale: str) -> str:
+    found = cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
+    return "." if found is None else f"; full precision {found.accuracy.shown()}."
+
+
+def _levels(rows: Rows, scale: str) -> str:
+    """Ways to spend the same bits, a column each average."""
+    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
+    lines = [["", *(f"{w:g} bits on average, A{a}" for w, a in averages)]]
+    for method in (*AT_AVERAGES, LSQ, EXPECTATION):
+        cells = [cell(rows, scale, method, w, a) for w, a in averages]
+        if any(cells):
+            name = method if method in AT_AVERAGES else f"{method}, one level"
+            lines.append([name, *(_shown(c) for c in cells)])
+    return table(lines) if averages else ""
 
 
 def _scale(rows: Rows, scale: str, folder: Path) -> str:
