@@ -33,7 +33,8 @@ class BitBudget(Callback):
     it starts to the target. What the loss says of a gate is ``CPQConfig(gate_estimator=...)``. Noise and temperature of
     the gates fall on the way (ours). Then whole widths are decided: those of the open gates, and where their cost is
     off the target, changes by single bits bring it there, of those that are worth least for what they cost; the log
-    names them. At ``freeze`` the widths become fixed, and the chosen network trains on. A run that ends earlier fixes them at its end.
+    names them. At ``freeze`` the widths become fixed, and the chosen network trains on. A run that ends earlier fixes
+    them at its end.
 
     Logits are trained beside the module's optimizers, in their rhythm: they are in none of them, and neither the
     learning rate nor gradient clipping reaches them.
