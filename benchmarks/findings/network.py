@@ -6,6 +6,12 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 
+def _initialize(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 class _Block(nn.Module):
     """Two 3 x 3 convolutions, and a 1 x 1 convolution around them where the shape changes (He et al., 2016, type B)."""
 
@@ -41,9 +47,7 @@ class SmallResNet(nn.Module):
         self.layer1, self.layer2, self.layer3 = _Block(16, 16), _Block(16, 32), _Block(32, 64)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = relu(self.bn1(self.conv1(images)))
@@ -81,9 +85,7 @@ class SmallSeparable(nn.Module):
         self.blocks = nn.Sequential(_Separable(16, 32), _Separable(32, 64, 2), _Separable(64, 64), _Separable(64, 128))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(128, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.pool(self.blocks(relu(self.bn1(self.conv1(images))))))
