@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 
 from benchmarks.findings.methods import (
@@ -31,7 +31,7 @@ from benchmarks.findings.methods import (
     UNDRAWN,
 )
 from benchmarks.findings.rows import Rows
-from benchmarks.findings.runs import RATES, SCALES, SEARCH_SEED, SEEDS, Run
+from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
 
 FULL_BITS = 32
 # The scale at which rates are searched, for all others too.
@@ -94,10 +94,10 @@ def _block(scale: str, methods: Sequence[str], widths: Sequence[tuple[float, int
 
 def plan(scale: str) -> list[Run]:
     """All runs at a scale, the most telling first; searches stand before the first run that needs them."""
-    full = _block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))
-    runs = {"resnet": _telling, "separable": _separable}[SCALES[scale].network](scale)
-    more = [] if scale == "60k" or SCALES[scale].network != "resnet" else _others(scale)
-    return _with_searches(scale, [*full, *runs, *more])
+    wanted = [*_block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))]
+    for part in _PARTS[scale]:
+        wanted += part(scale)
+    return _with_searches(scale, wanted)
 
 
 def _telling(scale: str) -> Iterator[Run]:
@@ -105,12 +105,13 @@ def _telling(scale: str) -> Iterator[Run]:
     yield from _block(scale, AT_WIDTHS, WIDTHS[:2])
     # Where allocations differ, and where the paper's hypothesis has been.
     yield from _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (TWO,))
-    yield from _block(scale, _ALLOCATED, (AT_A3,))
+    yield from _block(scale, (LEARNED, RANDOM), (AT_A3,))
 
 
 def _others(scale: str) -> Iterator[Run]:
     """The rest, at the scale of which all is trained."""
     first = WIDTHS[:1]
+    yield from _block(scale, (RELEARNED, BY_ERROR, BY_HESSIAN), (AT_A3,))
     yield from _block(scale, AT_WIDTHS_TOO, first)
     yield from _block(scale, (PULLED_LSQ,), first)
     yield from _block(scale, _ALLOCATED, (HALF,))
@@ -131,6 +132,15 @@ def _separable(scale: str) -> Iterator[Run]:
     """Levels where three bits everywhere are too few for some layers."""
     yield from _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (THREE,))
     yield from _block(scale, (DRAWN, UNDRAWN, EARLIER), (THREE,))
+
+
+# At the other scales is done what is told by few runs.
+_PARTS: dict[str, tuple[Callable[[str], Iterator[Run]], ...]] = {
+    "20k": (_telling, _others),
+    "60k": (_telling,),
+    "20k-separable": (_separable,),
+    "tiny": (_telling, _others),
+}
 
 
 def _with_searches(scale: str, wanted: Iterable[Run]) -> list[Run]:
