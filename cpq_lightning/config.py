@@ -158,18 +158,18 @@ class CPQConfig:
             if not isinstance(settings, Mapping):
                 raise TypeError(f"overrides[{pattern!r}] must map settings to values, got {settings!r}.")
             for key in settings:
-                if key not in LAYER_SETTINGS and key in (f.name for f in dataclasses.fields(self)):
+                if key in LAYER_SETTINGS:
+                    continue
+                if key in (f.name for f in dataclasses.fields(self)):
                     raise ValueError(
                         f"overrides[{pattern!r}] has {key!r}, which is one for the whole model: set it outside of "
                         f"overrides; a layer can have {LAYER_SETTINGS}."
                     )
-                if key not in LAYER_SETTINGS:
-                    near = difflib.get_close_matches(str(key), LAYER_SETTINGS, n=1)
-                    hint = f" Did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(
-                        f"overrides[{pattern!r}] has the unknown setting {key!r}; a layer can have "
-                        f"{LAYER_SETTINGS}.{hint}"
-                    )
+                near = difflib.get_close_matches(str(key), LAYER_SETTINGS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"overrides[{pattern!r}] has the unknown setting {key!r}; a layer can have {LAYER_SETTINGS}.{hint}"
+                )
             try:
                 dataclasses.replace(self, overrides={}, **_widened(self, settings))
             except (TypeError, ValueError) as error:

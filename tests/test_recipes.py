@@ -50,8 +50,9 @@ def test_cifar10(cpq, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "bits", "smaller"),
     [
-        *thorough(("imagenet_resnet18", 4, "--data.image_size=64")),
-        *thorough(("imagenet_mobilenetv2", 3, "--data.image_size=64")),
+        *thorough(
+            ("imagenet_resnet18", 4, "--data.image_size=64"), ("imagenet_mobilenetv2", 3, "--data.image_size=64")
+        ),
         # Of its twelve blocks, which are all alike.
         ("imagenet_vit_small", 4, "--model.backbone_args={depth: 2}"),
     ],

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.timm_coverage import RESULTS, cover, smallest_model, timm_modules
+from tests.marks import thorough
 
 # Products with a weight that stay in full precision: the operation, and why.
 EXCEPTIONS = {
@@ -55,8 +56,8 @@ SAMPLE = {
     # Relative positions by einsum.
     "vision_transformer_sam": {"depth": 2, "embed_dim": 96, "num_heads": 3},
 }
-# Of those that take longest, with what the others have too.
-_MARKS = dict.fromkeys(("coat", "efficientvit_msra", "levit", "maxxvit", "rexnet", "swiftformer"), pytest.mark.thorough)
+# Those that take longest, with what the others have too.
+LONG = ("coat", "efficientvit_msra", "levit", "maxxvit", "rexnet", "swiftformer")
 
 
 def _check(row):
@@ -65,7 +66,7 @@ def _check(row):
     assert {op for _, op, _ in row.unquantized} <= EXCEPTIONS.keys()
 
 
-@pytest.mark.parametrize("module", [pytest.param(m, marks=_MARKS.get(m, ())) for m in SAMPLE])
+@pytest.mark.parametrize("module", [*(m for m in SAMPLE if m not in LONG), *thorough(*LONG)])
 def test_the_smallest_model_of_a_module(module, recorded):
     _check(cover(module, recorded[module]["model"], **SAMPLE[module]))
 
