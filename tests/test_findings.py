@@ -137,6 +137,11 @@ def test_the_other_scale_searches_no_rates_of_its_own():
     assert {run.scale for run in plan("60k") if run.rate is not None} == {"20k"}
 
 
+def test_the_larger_scale_finishes_a_seed_before_the_next():
+    seeds = [run.seed for run in plan("60k") if run.rate is None and run.method != FULL]
+    assert seeds == sorted(seeds)
+
+
 def test_the_rate_with_the_best_held_out_mean_is_taken(rows):
     run = Run("20k", LSQ, 3, 3, 0)
     assert not ready(run, rows)
