@@ -501,7 +501,7 @@ def test_the_report_is_made_of_the_rows(rows):
     assert "With DropBits the variance is 1.00 times that without" in text
     assert "| nested by range |" in text
     table = summary(rows)
-    assert "20,000 images; full precision" in table
+    assert "20,000 images, a ResNet; full precision" in table
     assert "**CPQ expectation, ClusterPull**" in table
 
 

@@ -44,7 +44,7 @@ _SEARCHED = ((2, 2), (4, 4))
 # Average bits of the weights, with the bits of the activations. Where these have three bits too, it makes no difference
 # which weights have how many (findings.md): what they are worth shows where activations have enough.
 AT_A3, HALF, TWO, THREE, FOUR = (3.0, 3), (2.5, 8), (2.0, 8), (3.0, 8), (4.0, 8)
-AVERAGES = (AT_A3, HALF, TWO, THREE, FOUR)
+AVERAGES = (FOUR, THREE, HALF, TWO, AT_A3)
 AT_WIDTHS = (LSQ, EXPECTATION, PULLED)
 AT_WIDTHS_TOO = (ARGMAX, DROPPED, COOLED)
 _ALLOCATED = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks.findings.methods import (
     RQ,
 )
 from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, WIDTHS
-from benchmarks.findings.results import DEFAULT, Cell, cell
+from benchmarks.findings.results import Cell, cell
 from benchmarks.findings.rows import Rows
 
 matplotlib.use("Agg")
@@ -30,6 +31,8 @@ import matplotlib.pyplot as plt
 _CLUSTERED = (LSQ, BREVITAS, RQ, EXPECTATION, COOLED, PULLED_LSQ, PULLED, ARGMAX)
 _BLUE, _GREY = "#2b6cb0", "#8a94a3"
 _DPI = 110
+# Panels side by side in a picture.
+_COLUMNS = 3
 
 
 def draw_clusters(rows: Rows, scale: str, path: Path) -> Path | None:
@@ -56,37 +59,46 @@ def draw_clusters(rows: Rows, scale: str, path: Path) -> Path | None:
 
 def draw_averages(rows: Rows, scale: str, path: Path) -> Path | None:
     """Accuracy of the ways to spend the same bits, a dot a seed; ``None`` without rows."""
-    found = []
-    for w, a in AVERAGES:
-        methods = dict.fromkeys((*AT_AVERAGES, LSQ, DEFAULT))
-        cells = [c for c in (cell(rows, scale, method, w, a) for method in methods) if c]
-        if any(c.method == LEARNED for c in cells):
-            found.append((w, a, cells))
-    if not found:
+    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
+    if not averages:
         return None
-    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found) + 1.6, 3.2), squeeze=False)
-    for number, (axis, (w, a, cells)) in enumerate(zip(axes[0], found, strict=True)):
-        for at, c in enumerate(cells):
-            values = list(c.by_seed.values())
-            color = _BLUE if c.method == LEARNED else _GREY
-            axis.plot(values, [at] * len(values), "o", color=color, alpha=0.45, markersize=5)
-            axis.errorbar(
-                c.accuracy.mean, at, xerr=c.accuracy.half or 0, fmt="|", color=color, markersize=12, capsize=3
-            )
-        axis.set_yticks(range(len(cells)), [_short(c) for c in cells], fontsize=8)
-        axis.invert_yaxis()
-        axis.set_title(f"{w:g} bits on average, A{a}", fontsize=9)
+    known = {
+        (method, average): c
+        for method in (*AT_AVERAGES, LSQ, EXPECTATION)
+        for average in averages
+        if (c := cell(rows, scale, method, *average))
+    }
+    methods = list(dict.fromkeys(method for method, _ in known))
+    columns = min(len(averages), _COLUMNS)
+    lines = -(-len(averages) // columns)
+    size = (3.4 * columns + 1.6, (0.24 * len(methods) + 0.9) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+    for axis, average in zip_longest(axes.flat, averages):
+        if average is None:
+            axis.set_visible(False)
+            continue
+        for at, method in enumerate(methods):
+            if c := known.get((method, average)):
+                values = list(c.by_seed.values())
+                color = _BLUE if method == LEARNED else _GREY
+                axis.plot(values, [at] * len(values), "o", color=color, alpha=0.45, markersize=5)
+                half = c.accuracy.half or 0
+                axis.errorbar(c.accuracy.mean, at, xerr=half, fmt="|", color=color, markersize=12, capsize=3)
+        axis.set_title(f"{average[0]:g} bits on average, A{average[1]}", fontsize=9)
         axis.set_xlabel("test accuracy, %", fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-        if number and [c.method for c in cells] == [c.method for c in found[0][2]]:
-            axis.set_yticklabels([])
+    # All share it.
+    axes[0, 0].set_yticks(range(len(methods)), [_short(method) for method in methods])
+    axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
+    for axis in axes[:, 0]:
+        axis.tick_params(axis="y", labelsize=8)
     return _save(figure, path)
 
 
-def _short(c: Cell) -> str:
-    return c.method if c.method in AT_AVERAGES else f"{c.method.removeprefix('CPQ expectation, ')}, one level"
+def _short(method: str) -> str:
+    return method if method in AT_AVERAGES else f"{method}, one level"
 
 
 def draw_allocation(cells: Sequence[Cell], path: Path) -> Path | None:

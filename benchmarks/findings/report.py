@@ -111,11 +111,22 @@ def _weights(network: str) -> int:
 
 
 def summary(rows: Rows) -> str:
-    """The tables of the README, of the largest scale that has what they are about."""
+    """The tables of the README: of each scale that has what they are about, then the levels of other networks."""
     complete = [s for s in scales(rows) if all((c := cell(rows, s, m, 3, 3)) and c.whole for m in (LSQ, DEFAULT))]
     if not complete:
         return _NOTHING
-    scale = complete[-1]
+    text = []
+    for scale in complete:
+        text += [_head(rows, scale), _by_width(rows, scale), _levels(rows, scale)]
+    networks = {SCALES[s].network for s in complete}
+    for other in scales(rows):
+        if SCALES[other].network not in networks and (levels := _levels(rows, other)):
+            text += [_head(rows, other), levels]
+    return "\n".join(part for part in text if part)
+
+
+def _by_width(rows: Rows, scale: str) -> str:
+    """Accuracies where all layers have the same bits, a column each width."""
     widths = [(w, a) for w, a in sorted(WIDTHS, reverse=True) if cell(rows, scale, LSQ, w, a)]
     lines = [["", *(f"W{w}A{a}" for w, a in widths), "weight error at W3A3, of LSQ's"]]
     base = cell(rows, scale, LSQ, 3, 3)
@@ -124,18 +135,13 @@ def summary(rows: Rows) -> str:
         if any(cells):
             ratio = _ratio(cell(rows, scale, method, 3, 3), base)
             lines.append([_mark(method), *(_shown(c) for c in cells), ratio])
-    text = f"{SCALES[scale].images:,} images{_full(rows, scale)}\n\n{table(lines)}"
-    if levels := _levels(rows, scale):
-        text += f"\n{levels}"
-    for other in scales(rows):
-        if SCALES[other].network != SCALES[scale].network and (levels := _levels(rows, other)):
-            text += f"\nThe same of {_KINDS[SCALES[other].network]}{_full(rows, other)}\n\n{levels}"
-    return text
+    return table(lines)
 
 
-def _full(rows: Rows, scale: str) -> str:
-    found = cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
-    return "." if found is None else f"; full precision {found.accuracy.shown()}."
+def _head(rows: Rows, scale: str) -> str:
+    known, found = SCALES[scale], cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
+    full = "" if found is None else f"; full precision {_shown(found)}"
+    return f"{known.images:,} images, {_KINDS[known.network]}{full}.\n"
 
 
 def _levels(rows: Rows, scale: str) -> str:
