@@ -36,7 +36,7 @@ from benchmarks.findings.methods import (
     inner_layers,
 )
 from benchmarks.findings.network import NETWORKS, SmallResNet
-from benchmarks.findings.plan import TWO, done, learned_run, plan, rate_of, rates, ready, searches
+from benchmarks.findings.plan import THREE, TWO, done, learned_run, plan, rate_of, rates, ready, searches
 from benchmarks.findings.report import summary, write_report
 from benchmarks.findings.results import cell
 from benchmarks.findings.rows import RESULTS, Rows
@@ -503,6 +503,22 @@ def test_the_report_is_made_of_the_rows(rows):
     table = summary(rows)
     assert "20,000 images, a ResNet; full precision" in table
     assert "**CPQ expectation, ClusterPull**" in table
+
+
+def test_the_summary_has_each_scale_and_of_another_network_its_levels(rows):
+    _search(rows, EXPECTATION)
+    _search(rows, LSQ)
+    for seed in SEEDS:
+        for scale, method in product(("20k", "60k"), (LSQ, PULLED)):
+            rows.append(row(Run(scale, method, 3, 3, seed)))
+        rows.append(row(Run("20k-separable", LEARNED, *THREE, seed)))
+    heads = [line for line in summary(rows).splitlines() if line.endswith(".")]
+    assert heads == [
+        "20,000 images, a ResNet.",
+        "60,000 images, a ResNet.",
+        "20,000 images, depthwise-separable convolutions.",
+    ]
+    assert summary(rows).count("| learned levels |") == 1
 
 
 def test_levels_without_any_variance_are_told(rows):
