@@ -67,10 +67,10 @@ accuracy on held-out training images, at two widths; variants and ablations have
 larger scale and the other network. Settings of our own were chosen by held-out accuracy too.
 
 **Figures.** Accuracies are of the test images, in percent, "held-out" ones of 10,000 training images that no run
-trains on: means over {seeds} seeds with their 95 % interval (Student's t). A seed is the order of the images, the
-augmentation and what a method draws; runs of one seed see the same batches, and differences are paired by it.
-Intervals know nothing of other starts, networks or data. Weight error is `|w - q(w)|^2 / |w|^2` over the inner
-layers, `w` the weights that were trained.
+of 20,000 trains on (one of 60,000 leaves none): means over {seeds} seeds with their 95 % interval (Student's t). A seed
+is the order of the images, the augmentation and what a method draws; runs of one seed see the same batches, and
+differences are paired by it. Intervals know nothing of other starts, networks or data. Weight error is
+`|w - q(w)|^2 / |w|^2` over the inner layers, `w` the weights that were trained.
 
 **Peers.** LSQ is torch's learnable fake-quantize with the step's logarithm as what trains (the raw step moves by
 up to a third of itself in an update of Adam) and a start at the least squared error. Brevitas has learned scales
