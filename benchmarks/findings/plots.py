@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from benchmarks.findings.methods import (
     PULLED_LSQ,
     RQ,
 )
-from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, WIDTHS
-from benchmarks.findings.results import Cell, cell
+from benchmarks.findings.plan import WIDTHS
+from benchmarks.findings.results import Cell, by_average, cell
 from benchmarks.findings.rows import Rows
 
 matplotlib.use("Agg")
@@ -59,46 +58,33 @@ def draw_clusters(rows: Rows, scale: str, path: Path) -> Path | None:
 
 def draw_averages(rows: Rows, scale: str, path: Path) -> Path | None:
     """Accuracy of the ways to spend the same bits, a dot a seed; ``None`` without rows."""
-    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
+    averages, ways = by_average(rows, scale)
     if not averages:
         return None
-    known = {
-        (method, average): c
-        for method in (*AT_AVERAGES, LSQ, EXPECTATION)
-        for average in averages
-        if (c := cell(rows, scale, method, *average))
-    }
-    methods = list(dict.fromkeys(method for method, _ in known))
     columns = min(len(averages), _COLUMNS)
     lines = -(-len(averages) // columns)
-    size = (3.4 * columns + 1.6, (0.24 * len(methods) + 0.9) * lines)
+    size = (3.4 * columns + 1.6, (0.24 * len(ways) + 0.9) * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
-    for axis, average in zip_longest(axes.flat, averages):
-        if average is None:
-            axis.set_visible(False)
-            continue
-        for at, method in enumerate(methods):
-            if c := known.get((method, average)):
+    for axis in axes.flat[len(averages) :]:
+        axis.set_visible(False)
+    for number, (w, a) in enumerate(averages):
+        axis = axes.flat[number]
+        for at, (way, cells) in enumerate(ways.items()):
+            if c := cells[number]:
                 values = list(c.by_seed.values())
-                color = _BLUE if method == LEARNED else _GREY
+                color = _BLUE if way == LEARNED else _GREY
                 axis.plot(values, [at] * len(values), "o", color=color, alpha=0.45, markersize=5)
                 half = c.accuracy.half or 0
                 axis.errorbar(c.accuracy.mean, at, xerr=half, fmt="|", color=color, markersize=12, capsize=3)
-        axis.set_title(f"{average[0]:g} bits on average, A{average[1]}", fontsize=9)
+        axis.set_title(f"{w:g} bits on average, A{a}", fontsize=9)
         axis.set_xlabel("test accuracy, %", fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
+        axis.tick_params(labelsize=8)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     # All share it.
-    axes[0, 0].set_yticks(range(len(methods)), [_short(method) for method in methods])
-    axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
-    for axis in axes[:, 0]:
-        axis.tick_params(axis="y", labelsize=8)
+    axes[0, 0].set_yticks(range(len(ways)), list(ways))
+    axes[0, 0].set_ylim(len(ways) - 0.5, -0.5)
     return _save(figure, path)
-
-
-def _short(method: str) -> str:
-    return method if method in AT_AVERAGES else f"{method}, one level"
 
 
 def draw_allocation(cells: Sequence[Cell], path: Path) -> Path | None:

@@ -43,7 +43,7 @@ from benchmarks.findings.plan import (
     search_scale,
     searches,
 )
-from benchmarks.findings.results import DEFAULT, Cell, cell, scales
+from benchmarks.findings.results import DEFAULT, Cell, by_average, cell, scales
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import BATCH_SIZE, RATES, SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate, no_worse, paired, variance_ratio
@@ -146,13 +146,9 @@ def _head(rows: Rows, scale: str) -> str:
 
 def _levels(rows: Rows, scale: str) -> str:
     """Ways to spend the same bits, a column each average."""
-    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
+    averages, ways = by_average(rows, scale)
     lines = [["", *(f"{w:g} bits on average, A{a}" for w, a in averages)]]
-    for method in (*AT_AVERAGES, LSQ, EXPECTATION):
-        cells = [cell(rows, scale, method, w, a) for w, a in averages]
-        if any(cells):
-            name = method if method in AT_AVERAGES else f"{method}, one level"
-            lines.append([name, *(_shown(c) for c in cells)])
+    lines += [[way, *(_shown(c) for c in cells)] for way, cells in ways.items()]
     return table(lines) if averages else ""
 
 

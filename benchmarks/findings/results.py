@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.findings.methods import PULLED
-from benchmarks.findings.plan import done
+from benchmarks.findings.methods import EXPECTATION, LEARNED, LSQ, PULLED
+from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, done
 from benchmarks.findings.rows import Row, Rows
 from benchmarks.findings.runs import SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate
@@ -66,6 +66,17 @@ def cell(rows: Rows, scale: str, method: str, weight_bits: float, act_bits: int)
     runs = [Run(scale, method, weight_bits, act_bits, seed) for seed in SEEDS]
     found = [rows[run] for run in runs if done(run, rows)]
     return Cell(method, found) if found else None
+
+
+def by_average(rows: Rows, scale: str) -> tuple[list[tuple[float, int]], dict[str, list[Cell | None]]]:
+    """Averages at which levels were learned, and for each way to spend these bits its cells there."""
+    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
+    ways = {}
+    for method in (*AT_AVERAGES, LSQ, EXPECTATION):
+        cells = [cell(rows, scale, method, w, a) for w, a in averages]
+        if any(cells):
+            ways[method if method in AT_AVERAGES else f"{method}, one level"] = cells
+    return averages, ways
 
 
 def scales(rows: Rows) -> list[str]:
