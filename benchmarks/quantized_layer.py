@@ -90,13 +90,13 @@ class StepAtFirst(nn.Module):
     def __init__(self, bits: int, signed: bool) -> None:
         super().__init__()
         self.low, self.high = level_bounds(bits, signed)
-        self.log_step = nn.Parameter(torch.zeros(1))
+        self.log_scale = nn.Parameter(torch.zeros(1))
         self._started = False
 
     @property
     def step(self) -> Tensor:
         """In the unit of what is quantized, shape (1,)."""
-        return self.log_step.exp()
+        return self.log_scale.exp()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._started:
@@ -107,7 +107,7 @@ class StepAtFirst(nn.Module):
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
         """Fit the step to the first values."""
-        self.log_step.copy_((2 * x.abs().mean() / max(1, self.high) ** 0.5).log())
+        self.log_scale.copy_((2 * x.abs().mean() / max(1, self.high) ** 0.5).log())
 
     def quantize(self, x: Tensor) -> Tensor:
         """Quantize ``x`` with the step as it is."""
@@ -142,7 +142,7 @@ class LearnedStep(StepAtFirst):
         super().start(x)
         if self.least_error:
             flat = x.flatten()[:: max(1, x.numel() // _FITTED)]
-            self.log_step.copy_(fit_step(flat[None], self.bits, self.signed).log())
+            self.log_scale.copy_(fit_step(flat[None], self.bits, self.signed).log())
 
     def quantize(self, x: Tensor) -> Tensor:
         factor = 1 / (x.numel() * max(1, self.high)) ** 0.5

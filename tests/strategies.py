@@ -274,10 +274,11 @@ class QuantizerCase:
         quantizer = self.fresh()
         quantizer(self.x())
         with torch.no_grad():
-            for p, reach in ((quantizer.log_step, 0.3), (quantizer.noise_logit, 1.0), (quantizer.gates.logit, 2.0)):
+            for p, reach in ((quantizer.log_scale, 0.3), (quantizer.noise_logit, 1.0), (quantizer.gates.logit, 2.0)):
                 if p is not None:
                     p += reach * torch.randn(p.shape, generator=generator)
-            quantizer.noise_step.fill_(self.seed)
+            if quantizer.has_gates:
+                quantizer.noise_step.fill_(self.seed)
         return quantizer
 
     def upstream(self) -> torch.Tensor:

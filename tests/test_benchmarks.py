@@ -66,7 +66,7 @@ def test_brute_force_is_the_same_quantizer(signed):
     brute(x)
     own = quantize(x, brute.step, brute.sigma, bits=4, signed=signed, estimator="expectation")
     assert torch.equal(brute(x), own)
-    weight, inputs = torch.rand_like(x), [x, brute.log_step, brute.sigma]
+    weight, inputs = torch.rand_like(x), [x, brute.log_scale, brute.sigma]
     grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (brute(x), own)]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

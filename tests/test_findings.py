@@ -281,7 +281,7 @@ def test_learned_steps_are_lsqs(signed):
     assert x.grad.equal(inside.float())
     by_step = torch.where(inside, u.round() - u, u.clamp(low, high)).sum() / math.sqrt(64 * high)
     # Of the logarithm, that is times the step.
-    torch.testing.assert_close(quantizer.log_step.grad[0], by_step * step, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantizer.log_scale.grad[0], by_step * step, rtol=1e-4, atol=1e-5)
 
 
 def test_a_start_at_the_least_error_has_less_of_it():

@@ -183,8 +183,8 @@ def check(trainer: Trainer, module: nn.Module, target: float = TARGET) -> None:
     assert len(found) == 10
     for name, quantizer in found.items():
         assert quantizer.active, name
-        assert quantizer.calibrated, name
-        assert float(quantizer.log_step.detach().abs().max()) > 0, f"{name} has not been trained"
+        assert quantizer.fitted, name
+        assert float(quantizer.log_scale.detach().abs().max()) > 0, f"{name} has not been trained"
         assert abs(float(quantizer.temperature) - 0.5) < 0.05, name
         assert all(value.isfinite().all() for value in quantizer.state_dict().values()), name
     dropped = found[next(name for name in found if name.endswith("net.3.weight_quantizer"))]

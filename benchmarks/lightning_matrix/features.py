@@ -67,7 +67,7 @@ def finetuning(folder: Path) -> str:
     assert not learning_quantizers(module)
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert not any(id(q.gates.logit) in held for _, q in quantizers(module) if q.gates.logit is not None)
-    assert all(float(q.log_step.detach().abs().max()) > 0 for _, q in quantizers(module))
+    assert all(float(q.log_scale.detach().abs().max()) > 0 for _, q in quantizers(module))
     return "widths are learned from the unfreezing on; no gate lands in the optimizer"
 
 

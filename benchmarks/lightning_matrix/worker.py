@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from benchmarks.lightning_matrix.common import Plain, check, data, trainer_in
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach import quantizers
-from cpq_lightning.nn import whole
+from cpq_lightning.nn import full_tensor
 
 # Batch norm's running statistics are each process's own until the next forward hands the first one's on.
 _OWN = ("running_mean", "running_var", "num_batches_tracked")
@@ -38,7 +38,7 @@ class Same(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.compare(trainer, pl_module)
         if trainer.is_global_zero:
-            torch.save({n: q.start_step.clone() for n, q in quantizers(pl_module)}, self.folder / "ranges.pt")
+            torch.save({n: q.start_scale.clone() for n, q in quantizers(pl_module)}, self.folder / "ranges.pt")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.compare(trainer, pl_module)
@@ -47,7 +47,7 @@ class Same(pl.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(everybody, records)
             assert all(other == records for other in everybody)
-        state = {name: whole(value) for name, value in pl_module.state_dict().items()}
+        state = {name: full_tensor(value) for name, value in pl_module.state_dict().items()}
         if trainer.is_global_zero:
             torch.save(state, self.folder / "state.pt")
 

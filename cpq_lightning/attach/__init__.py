@@ -1,12 +1,8 @@
 """Model surgery, without Lightning: which layers, how they are switched, their ranges, and what a forward shows."""
 
 from cpq_lightning.attach.attach import attach as attach
-from cpq_lightning.attach.attach import correct_ends as correct_ends
 from cpq_lightning.attach.attach import detach as detach
 from cpq_lightning.attach.attach import full_precision_copy as full_precision_copy
-from cpq_lightning.attach.attach import is_attached as is_attached
-from cpq_lightning.attach.attach import quantized_layers as quantized_layers
-from cpq_lightning.attach.attach import quantizers as quantizers
 from cpq_lightning.attach.attach import refit as refit
 from cpq_lightning.attach.attach import set_active as set_active
 from cpq_lightning.attach.attach import set_noise_step as set_noise_step
@@ -28,10 +24,15 @@ from cpq_lightning.attach.costs import width_cost as width_cost
 from cpq_lightning.attach.costs import widths_by_name as widths_by_name
 from cpq_lightning.attach.first_forward import agreed as agreed
 from cpq_lightning.attach.first_forward import auditable as auditable
-from cpq_lightning.attach.first_forward import forget_first_forward as forget_first_forward
+from cpq_lightning.attach.first_forward import forget_first_forwards as forget_first_forwards
 from cpq_lightning.attach.first_forward import note_forward as note_forward
 from cpq_lightning.attach.first_forward import report_audit as report_audit
+from cpq_lightning.attach.first_forward import set_audited as set_audited
+from cpq_lightning.attach.first_last import correct_first_and_last as correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer as QuantizedLayer
+from cpq_lightning.attach.layers import is_attached as is_attached
+from cpq_lightning.attach.layers import quantized_layers as quantized_layers
+from cpq_lightning.attach.layers import quantizers as quantizers
 from cpq_lightning.attach.products import Operand as Operand
 from cpq_lightning.attach.products import QuantizedProducts as QuantizedProducts
 from cpq_lightning.attach.products import modules_with_products as modules_with_products
@@ -39,8 +40,10 @@ from cpq_lightning.attach.products import operand_names as operand_names
 from cpq_lightning.attach.products import operand_path as operand_path
 from cpq_lightning.attach.products import quantize_products as quantize_products
 from cpq_lightning.attach.products import quantized_operands as quantized_operands
+from cpq_lightning.attach.reading import avoid_fused_paths as avoid_fused_paths
 from cpq_lightning.attach.select import attached_config as attached_config
 from cpq_lightning.attach.select import quantizable_layers as quantizable_layers
 from cpq_lightning.attach.timm_layers import call_projections as call_projections
+from cpq_lightning.attach.timm_layers import weight_parameters as weight_parameters
 from cpq_lightning.attach.widths import read_levels as read_levels
 from cpq_lightning.attach.widths import with_levels_read as with_levels_read

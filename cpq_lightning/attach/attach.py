@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from cpq_lightning.attach.find_products import find_products
-from cpq_lightning.attach.first_forward import audit_first_forward, forget_first_forward
-from cpq_lightning.attach.layers import QuantizedLayer, switch, switch_back
+from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
+from cpq_lightning.attach.layers import (
+    QuantizedLayer,
+    is_attached,
+    quantized_layers,
+    quantizers,
+    switch,
+    switch_back,
+)
 from cpq_lightning.attach.products import (
     leave_products,
     modules_with_products,
@@ -19,15 +26,13 @@ from cpq_lightning.attach.products import (
     quantize_products,
     quantized_operands,
 )
+from cpq_lightning.attach.reading import avoid_fused_paths, leave_weights, read_weights, restore_fused_paths
 from cpq_lightning.attach.select import (
     Site,
-    attached_config,
     chosen_operands,
-    first_and_last,
-    layer_settings,
     select,
 )
-from cpq_lightning.attach.timm_layers import call_projections, restore_projections
+from cpq_lightning.attach.timm_layers import call_projections, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
@@ -85,13 +90,15 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
             switch(site.layer, weight_quantizer, input_quantizer)
         call_projections(model)
+        read_weights(model, QuantizedLayer)
+        avoid_fused_paths(model, QuantizedLayer)
     except Exception:
         for _, layer in list(quantized_layers(model)):
             switch_back(layer, written=False)
         _take_back(model)
         raise
     model.__dict__["_cpq_config"] = config
-    audit_first_forward(model)
+    audit_first_forwards(model)
     if any(quantizer.has_gates for _, quantizer in quantizers(model)):
         model.register_forward_pre_hook(_advance_noise)
     return model
@@ -106,11 +113,11 @@ def _advance_noise(model: nn.Module, args: object) -> None:
 
 
 def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quantizer, Quantizer | None]:
-    weight = site.layer._parameters["weight"]
-    assert weight is not None
+    weight = cast(Tensor, site.layer.weight)
     # A Parameter that several layers share is one tensor when it ships: it has one quantizer.
-    if id(weight) not in shared:
-        shared[id(weight)] = Quantizer(
+    owner = id(shared_weight(site.layer))
+    if owner not in shared:
+        shared[owner] = Quantizer(
             "weight",
             site.config,
             key=2 * index,
@@ -123,16 +130,17 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
         )
         widths = read_weight_widths(site.config, site.name)
         if widths is not None:
-            channels = len(shared[id(weight)].widths)
+            channels = len(shared[owner].widths)
             if len(widths) not in (1, channels):
                 raise ValueError(
                     f"levels_from: layer {site.name!r} has {len(widths)} widths, one a channel, and {channels} "
                     "channels: read the levels of a run of the same network."
                 )
-            shared[id(weight)].fix_widths(widths)
+            shared[owner].fix_widths(widths)
         if not weight.is_meta:
-            shared[id(weight)].fit_weight(weight)
-    weights = shared[id(weight)]
+            # Whoever initializes or loads weights behind this has them fitted again: see calibrate.
+            shared[owner].fit_weight(weight, settled=False)
+    weights = shared[owner]
     inputs = None
     if site.config.act_bits is not None:
         inputs = Quantizer(
@@ -166,6 +174,8 @@ def _build_operands(
 
 def _take_back(model: nn.Module) -> None:
     """What attach has changed beside layers."""
+    leave_weights(model)
+    restore_fused_paths(model)
     for _, module in list(modules_with_products(model)):
         leave_products(module)
     restore_projections(model)
@@ -188,7 +198,7 @@ def detach(model: M) -> M:
     plain = [module for module in model.modules() if not isinstance(module, QuantizedLayer)]
     read_elsewhere = {id(p) for module in plain for p in module._parameters.values() if p is not None}
     for layer in layers.values():
-        switch_back(layer, shared=id(layer.full_precision_weight()) in read_elsewhere)
+        switch_back(layer, shared=id(layer._parameters.get("weight")) in read_elsewhere)
     _forget(model)
     return model
 
@@ -196,7 +206,7 @@ def detach(model: M) -> M:
 def _forget(model: nn.Module) -> None:
     """Everything of an attached model that is not in its layers."""
     _take_back(model)
-    forget_first_forward(model)
+    forget_first_forwards(model)
     model.__dict__.pop("_cpq_config", None)
     for handle, hook in list(model._forward_pre_hooks.items()):
         if hook is _advance_noise:
@@ -215,25 +225,6 @@ def full_precision_copy(model: M) -> M:
     return copied
 
 
-def is_attached(model: nn.Module) -> bool:
-    """Whether any layer of the model is quantized."""
-    return any(isinstance(module, QuantizedLayer) for module in model.modules())
-
-
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """The quantized layers of a model with their names, in registration order."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            yield name, module
-
-
-def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """The quantizers of a model with their names, in registration order."""
-    for name, module in model.named_modules():
-        if isinstance(module, Quantizer):
-            yield name, module
-
-
 def set_active(model: nn.Module, active: bool) -> None:
     """Quantize, or pass weights and activations on in full precision."""
     for _, quantizer in quantizers(model):
@@ -243,7 +234,7 @@ def set_active(model: nn.Module, active: bool) -> None:
 def refit(model: nn.Module) -> None:
     """Fit all weight steps to the weights as they are now, and let the next training batch set activation ranges."""
     for _, layer in quantized_layers(model):
-        layer.weight_quantizer.fit_weight(layer.full_precision_weight())
+        layer.weight_quantizer.fit_weight(layer.weight)
         if layer.input_quantizer is not None:
             layer.input_quantizer.refit_next()
     for _, quantizer in quantized_operands(model):
@@ -253,41 +244,5 @@ def refit(model: nn.Module) -> None:
 def set_noise_step(model: nn.Module, step: int) -> None:
     """Set the counter that DropBits' noise is drawn at; quantizers draw the same gates at the same counter."""
     for _, quantizer in quantizers(model):
-        quantizer.noise_step.fill_(step)
-
-
-def _decided(layers: Iterable[QuantizedLayer]) -> bool:
-    """Whether learned widths have been fixed: an earlier forward has settled then which layers are the ends."""
-    weights = (layer.weight_quantizer for layer in layers)
-    return any(q.gates.learned and not q.learns_bits and not q.exempt for q in weights)
-
-
-def correct_ends(model: nn.Module, order: list[str]) -> list[str]:
-    """Move ``first_last_bits`` to the layers that truly run first and last, where timm did not name them.
-
-    Args:
-        model: The model that was attached; where only a part of it was, nothing changes.
-        order: Names of its quantized layers in the order in which a forward called them.
-
-    Returns:
-        Names of the layers whose width changed. Their weights' steps are fitted anew, their activations' by the next
-        calibration.
-    """
-    layers = dict(quantized_layers(model))
-    called = [name for name in order if name in layers]
-    config = attached_config(model)
-    if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
-        return []
-    ends = first_and_last(model, list(layers), called)
-    changed = []
-    for name, layer in layers.items():
-        settings, exempt = layer_settings(name, layer, config, name in ends)
-        if exempt == layer.weight_quantizer.exempt:
-            continue
-        changed.append(name)
-        layer.weight_quantizer.configure(bits=settings.weight_bits, min_bits=settings.narrowest_bits, exempt=exempt)
-        layer.weight_quantizer.fit_weight(layer.full_precision_weight())
-        if layer.input_quantizer is not None and settings.act_bits is not None:
-            bits, narrowest = settings.act_bits, settings.narrowest_act_bits or settings.act_bits
-            layer.input_quantizer.configure(bits=bits, min_bits=narrowest, exempt=exempt, calibrated=False)
-    return changed
+        if quantizer.has_gates:
+            quantizer.noise_step.fill_(step)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.layers import QuantizedLayer
@@ -20,18 +22,21 @@ from cpq_lightning.attach.operations import (
     WITH_WEIGHT,
     WITHOUT_WEIGHT,
     keeps_values,
+    may_multiply,
     multiply_accumulates,
     product_operands,
 )
 from cpq_lightning.attach.products import QuantizedProducts
 from cpq_lightning.attach.select import attached_config, matches
 from cpq_lightning.attach.timm_layers import holds_weight
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn import Quantizer, Watcher
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+# Their names say that they multiply, and they do not.
+_NO_PRODUCTS: set[Any] = {torch.conj, Tensor.conj}
 _UNAUDITED: ContextVar[bool] = ContextVar("unaudited", default=False)
 
 
@@ -72,20 +77,18 @@ class AuditReport:
     macs: dict[str, int] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
 
-    def messages(self) -> list[str]:
-        """One sentence a finding."""
+    def messages(self, forward: str = "the first forward") -> list[str]:
+        """One sentence a finding, of the forward that is named."""
         found = []
         if self.never_called:
             found.append(
-                f"{len(self.never_called)} quantizers were never called in the first forward: "
+                f"{len(self.never_called)} quantizers were never called in {forward}: "
                 f"{_some(self.never_called)}. Their layers run in full precision or not "
                 "at all; leave such layers out with ignore."
             )
         if self.unquantized:
             lines = [f"{module or 'the model itself'} ({op}: {what})" for module, op, what in self.unquantized]
-            found.append(
-                f"{len(lines)} matrix products with a weight stayed unquantized in the first forward: {_some(lines)}."
-            )
+            found.append(f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_some(lines)}.")
         if self.overlooked:
             found.append(
                 f"attention=True: {len(self.overlooked)} products of two activations stayed unquantized, of modules "
@@ -108,13 +111,14 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-class Audit(TorchFunctionMode):
-    """Watch one forward of an attached model; used as a context, it leaves its :attr:`report`.
+class Audit(TorchFunctionMode, Watcher):
+    """Watch one forward of an attached model, in this thread; used as a context, it leaves its :attr:`report`.
 
-    It sees functions as Python calls them, before casts by autocast. Which of their tensors are quantized it knows by
-    following the quantizers' outputs through operations that only move values. A quantized weight that is standardized
-    (as timm's ``StdConv2d`` does) stays quantized: its levels are moved by one affine map a channel. So does a mixture
-    of quantized weights (``CondConv2d``): the product with it is the mixture of the products with each.
+    It sees functions as Python calls them, before casts by autocast, and changes none of them. Which of their tensors
+    are quantized it is told by the quantizers, and follows through operations that only move values. A quantized weight
+    that is standardized (as timm's ``StdConv2d`` does) or scaled stays quantized: its levels are moved by one affine
+    map a channel. So does a mixture of quantized weights (``CondConv2d``): the product with it is the mixture of the
+    products with each.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -126,48 +130,44 @@ class Audit(TorchFunctionMode):
         self._left_out = _left_out(model)
         config = attached_config(model)
         self._all_products = config is not None and config.attention
-        self._stack: list[nn.Module] = []
         # Which quantizer a tensor came from.
         self._quantized = WeakTensorKeyDictionary()
-        # Parameters, and what moves their values.
+        # Parameters, and what is made of their values.
         self._parameters = WeakTensorKeyDictionary()
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
-        self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        # Hooks of all modules rather than of each: they can be removed while a forward is failing.
-        self._handles = [
-            register_module_forward_pre_hook(self._push),
-            register_module_forward_hook(self._pop, always_call=True),
-        ]
         self._parameters.update((parameter, True) for parameter in self.model.parameters())
-        super().__enter__()
+        Watcher.__enter__(self)
+        TorchFunctionMode.__enter__(self)
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        for handle in self._handles:
-            handle.remove()
+        TorchFunctionMode.__exit__(self, *exc)
+        Watcher.__exit__(self)
         self.report.never_called = [
             name for module, name in self._names.items() if isinstance(module, Quantizer) and module not in self._called
         ]
 
-    def _push(self, module: nn.Module, args: Any) -> None:
-        if module not in self._names:
-            return
-        self._stack.append(module)
-        if isinstance(module, QuantizedLayer) and self._names[module] not in self.report.order:
-            self.report.order.append(self._names[module])
+    def on_layer(self, layer: nn.Module) -> None:
+        name = self._names.get(layer)
+        if name is not None and name not in self.report.order:
+            self.report.order.append(name)
 
-    def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack and self._stack[-1] is module:
-            self._stack.pop()
-        if isinstance(module, Quantizer) and output is not None:
-            self._called.add(module)
-            self._quantized[output] = module
-            if module.kind == "activation":
-                self.report.numel[self._names[module]] = output.numel() // self._samples(output)
+    def on_quantized(self, quantizer: Quantizer, x: Tensor, out: Tensor | None) -> None:
+        if quantizer not in self._names or _UNAUDITED.get():
+            return
+        self._called.add(quantizer)
+        if quantizer.kind == "activation":
+            self.report.numel[self._names[quantizer]] = x.numel() // self._samples(x)
+        if out is not None:
+            self._quantized[out] = quantizer
+
+    def on_product(self, layer: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        if layer in self._names and isinstance(layer, QuantizedLayer) and not _UNAUDITED.get():
+            places = out.numel() * (weight.numel() // weight.shape[0])
+            self._note_macs(layer.weight_quantizer, places // self._samples(x), self._names[layer])
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -181,17 +181,46 @@ class Audit(TorchFunctionMode):
         elif func in WITHOUT_WEIGHT:
             self._product_of_two(func, args, kwargs, out)
         elif func in FUSED:
-            self.report.unquantized.append((self._where(), func.__name__, "input and weight"))
-        elif args and isinstance(args[0], Tensor) and self._keeps(func, args[0]):
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                for known in (self._quantized, self._parameters):
-                    if isinstance(tensor, Tensor) and args[0] in known:
-                        known[tensor] = known[args[0]]
+            self._note_unquantized(func.__name__, "input and weight")
+        elif may_multiply(func):
+            self._unknown_product(func, args, kwargs)
+        elif isinstance(out, Tensor | tuple | list):
+            self._follow(func, args, out)
         return out
 
-    def _keeps(self, func: Callable[..., Any], source: Tensor) -> bool:
-        standardizes = func is F.batch_norm and source in self._quantized and self._quantized[source].kind == "weight"
-        return keeps_values(func) or standardizes
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+        """What is made of a quantized tensor's values, or of a Parameter's, by an operation that multiplies nothing."""
+        for known in (self._quantized, self._parameters):
+            source = next((value for value in args[:2] if isinstance(value, Tensor) and value in known), None)
+            if source is None:
+                continue
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor) and tensor is not source and self._keeps(func, args, source, tensor):
+                    known[tensor] = known[source]
+
+    def _keeps(self, func: Callable[..., Any], args: tuple[Any, ...], source: Tensor, out: Tensor) -> bool:
+        if keeps_values(func):
+            return bool(args) and args[0] is source
+        # A matrix that is standardized, scaled or masked is one still.
+        weight = self._kind(source)[1] == "weight" and source.dim() > 1
+        return weight and (func is F.batch_norm or out.shape == source.shape)
+
+    def _unknown_product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An operation that is in no list: named where it is handed a matrix of weights."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        weights = [t for t in tensors if t.dim() > 1 and self._kind(t)[1] == "weight"]
+        if len(tensors) < 2 or not weights or func in _NO_PRODUCTS:
+            return
+        missing = {"weight" for t in weights if not self._is_quantized(t)}
+        missing |= {"input" for t in tensors if t.is_floating_point() and self._kind(t) == (None, "input")}
+        if missing:
+            name = getattr(func, "__name__", "").partition(".")[0].strip("_") or str(func)
+            self._note_unquantized(name, " and ".join(sorted(missing)))
+
+    def _note_unquantized(self, operation: str, missing: str) -> None:
+        finding = (self._where(), operation, missing)
+        if finding not in self.report.unquantized:
+            self.report.unquantized.append(finding)
 
     def _product_of_two(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A product that no layer stands for: of two activations, or of an activation and a Parameter."""
@@ -200,16 +229,16 @@ class Audit(TorchFunctionMode):
         kinds = [self._kind(operand) for operand in operands]
         if len(kinds) < 2:
             return
-        layer = self._stack[-1] if self._stack else None
+        layer = self._module()
         mixed = [quantizer for quantizer, kind in kinds if quantizer is not None and kind == "weight"]
         if mixed and isinstance(layer, QuantizedLayer):
             self._quantized[out] = mixed[0]
         missing = {kind for quantizer, kind in kinds if quantizer is None}
         left = kinds[0][0]
         if not missing and left is not None and left.kind == "activation":
-            self._note_macs(left, multiply_accumulates(func, args, operands, out) // self._samples(operands[0]))
+            self._note_macs(left, multiply_accumulates(func, args, operands, out) // self._samples(operands[0]), where)
         if missing and any(kind == "weight" for _, kind in kinds):
-            self.report.unquantized.append((where, name, " and ".join(sorted(missing))))
+            self._note_unquantized(name, " and ".join(sorted(missing)))
         elif missing:
             self.report.activation_products.append((where, name))
             if self._all_products and not isinstance(layer, QuantizedProducts):
@@ -223,7 +252,7 @@ class Audit(TorchFunctionMode):
 
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
-        layer = self._stack[-1] if self._stack else None
+        layer = self._module()
         self._count(func, operands[0], operands[1], out, layer)
         expected = ["input", "weight"]
         if isinstance(layer, QuantizedLayer):
@@ -237,7 +266,7 @@ class Audit(TorchFunctionMode):
             if name in expected and not self._is_quantized(operand)
         ]
         if missing:
-            self.report.unquantized.append((self._where(), func.__name__, " and ".join(missing)))
+            self._note_unquantized(func.__name__, " and ".join(missing))
 
     def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
         """Multiply-accumulates of a product with a quantized weight."""
@@ -249,12 +278,13 @@ class Audit(TorchFunctionMode):
         if quantizer is None or quantizer.kind != "weight":
             return
         places = (input if "transpose" in func.__name__ else out).numel()
-        self._note_macs(quantizer, places * (weight.numel() // weight.shape[0]) // self._samples(input))
+        macs = places * (weight.numel() // weight.shape[0]) // self._samples(input)
+        self._note_macs(quantizer, macs, self._where())
 
-    def _note_macs(self, quantizer: Quantizer, macs: int) -> None:
+    def _note_macs(self, quantizer: Quantizer, macs: int, where: str) -> None:
         """Once a module, however often it is called."""
-        if (self._where(), quantizer) not in self._counted:
-            self._counted.add((self._where(), quantizer))
+        if (where, quantizer) not in self._counted:
+            self._counted.add((where, quantizer))
             name = self._names[quantizer]
             self.report.macs[name] = self.report.macs.get(name, 0) + macs
 
@@ -266,8 +296,21 @@ class Audit(TorchFunctionMode):
     def _is_quantized(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value in self._quantized
 
+    def _module(self) -> nn.Module | None:
+        """The innermost module of the model whose code is running, as Python's own stack tells: no hook is needed."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_argcount:
+                own = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(own, nn.Module) and own in self._names:
+                    return own
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
+
     def _where(self) -> str:
-        return self._names[self._stack[-1]] if self._stack else ""
+        module = self._module()
+        return "" if module is None else self._names[module]
 
 
 def _left_out(model: nn.Module) -> set[nn.Module]:

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpq_lightning.attach.attach import correct_ends, is_attached, quantizers
 from cpq_lightning.attach.audit import Audit
-from cpq_lightning.attach.first_forward import agreed, forget_first_forward, note_forward, report_audit
-from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder, pool
+from cpq_lightning.attach.first_forward import agreed, note_forward, report_audit, set_audited
+from cpq_lightning.attach.first_last import correct_first_and_last
+from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
+from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder, Watcher, pool
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +32,8 @@ def calibrate(
     Activations pass in full precision while they are observed, weights are quantized. Each range is the step of
     least squared error on a histogram over all batches (and, under ``torch.distributed``, all ranks). The first
     batch also shows which layers truly run first and last and what they multiply, and is audited as a first forward
-    is; where no activation is to be observed, it is the only one. The model runs in the mode it is in, without
+    is; where no activation is to be observed, it is the only one. Weights that were fitted at attachment are fitted
+    again: they may have been initialized or loaded since. The model runs in the mode it is in, without
     gradients; its buffers (batch norm's statistics) and the random state are afterwards what they were.
 
     Args:
@@ -54,39 +56,51 @@ def calibrate(
     if not held:
         raise ValueError("calibrate got no batch: expected an iterable of at least one batch of training data.")
     run = forward or (lambda batch: _call(model, batch))
+    for _, layer in quantized_layers(model):
+        if not layer.weight_quantizer.settled:
+            # Fitted at attachment: the weights may have been initialized or loaded since.
+            layer.weight_quantizer.fit_weight(layer.weight)
     observed = [q for _, q in quantizers(model) if q.kind == "activation" and q.active]
-    observers = [RangeObserver() for _ in observed]
+    observing = _Observing(observed)
     with _untouched(model), torch.no_grad(), _uncompiled():
-        for quantizer, observer in zip(observed, observers, strict=True):
-            quantizer.observer = observer
-        try:
-            forget_first_forward(model)
-            audit = Audit(model)
+        set_audited(model, model.training)
+        audit = Audit(model)
 
-            def first_pass() -> None:
-                with audit:
-                    run(held[0])
-                for batch in held[1:] if observed else ():
-                    run(batch)
+        def first_pass() -> None:
+            with audit:
+                run(held[0])
+            for batch in held[1:] if observed else ():
+                run(batch)
 
-            def second_pass() -> None:
-                for batch in held if observed else ():
-                    run(batch)
+        def second_pass() -> None:
+            for batch in held if observed else ():
+                run(batch)
 
+        with observing:
             _on_all(first_pass, model)
-            for quantizer, observer in zip(observed, observers, strict=True):
-                observer.close_range(quantizer.start_step.device)
+            for quantizer, observer in observing.observers.items():
+                observer.close_range(quantizer.state.device)
             _on_all(second_pass, model)
-        finally:
-            for quantizer in observed:
-                quantizer.observer = None
     report = agreed(audit.report)
-    correct_ends(model, report.order)
+    correct_first_and_last(model, report.order)
     note_forward(model, report)
-    for quantizer, observer in zip(observed, observers, strict=True):
+    for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)
     report_audit(report)
     return model
+
+
+class _Observing(Watcher):
+    """Activations pass in full precision, and are observed."""
+
+    def __init__(self, quantizers: Iterable[Quantizer]) -> None:
+        self.observers = {quantizer: RangeObserver() for quantizer in quantizers}
+
+    def passes(self, quantizer: Quantizer, x: Tensor) -> bool:
+        observer = self.observers.get(quantizer)
+        if observer is not None:
+            observer.update(x)
+        return observer is not None
 
 
 class FailedElsewhere(RuntimeError):
@@ -150,15 +164,27 @@ def recording(model: nn.Module) -> Iterator[None]:
     Example:
         ``with recording(model): model(batch)``, then ``levels(model)``.
     """
-    watched: list[Quantizer] = [q for _, q in quantizers(model) if q.kind == "activation" and q.active and q.calibrated]
-    for quantizer in watched:
-        _, low, high = quantizer.grid()
-        quantizer.usage = UsageRecorder(int(low), int(high))
+    watched = [q for _, q in quantizers(model) if q.kind == "activation" and q.active and q.fitted]
+    usage = _Recording(watched)
     try:
-        with _uncompiled():
+        with _uncompiled(), usage:
             yield
     finally:
-        for quantizer in watched:
-            if quantizer.usage is not None and quantizer.usage.used_levels:
-                quantizer.measured = (quantizer.usage.used_levels, quantizer.usage.relative_error)
-            quantizer.usage = None
+        for quantizer, recorder in usage.recorders.items():
+            if recorder.used_levels:
+                quantizer.measured = (recorder.used_levels, recorder.relative_error)
+
+
+class _Recording(Watcher):
+    """What activations are quantized to is counted, as evaluation quantizes them."""
+
+    def __init__(self, quantizers: Iterable[Quantizer]) -> None:
+        grids = {quantizer: quantizer.grid() for quantizer in quantizers}
+        self.steps = {quantizer: step.detach() for quantizer, (step, _, _) in grids.items()}
+        self.recorders = {quantizer: UsageRecorder(int(low), int(high)) for quantizer, (_, low, high) in grids.items()}
+
+    def on_quantized(self, quantizer: Quantizer, x: Tensor, out: Tensor | None) -> None:
+        if quantizer in self.recorders:
+            with torch.no_grad():
+                values = quantizer.nearest(x) if out is None else out
+                self.recorders[quantizer].update(x, values, self.steps[quantizer])

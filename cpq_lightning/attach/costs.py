@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach.attach import quantized_layers, quantizers
-from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.products import quantized_operands
 from cpq_lightning.functional import WidthCost, average_bits, packed_bytes
 from cpq_lightning.nn import Quantizer
@@ -29,8 +28,8 @@ def unquantized_bytes(model: nn.Module) -> tuple[int, int]:
     own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
     full = 4 * sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    weights = {id(layer.full_precision_weight()): layer for _, layer in quantized_layers(model)}
-    return full, full - 4 * sum(layer.full_precision_weight().numel() for layer in weights.values())
+    weights = {layer.weight_id: layer for _, layer in quantized_layers(model)}
+    return full, full - 4 * sum(layer.weight.numel() for layer in weights.values())
 
 
 def size_bytes(model: nn.Module) -> int:
@@ -51,7 +50,7 @@ def weight_bytes(quantizer: Quantizer) -> int:
 
 def mean_width(model: nn.Module, kind: str, expected: bool = False) -> float | None:
     """Average bits over the elements of all weights or activations that are not exempt; ``None`` of nothing."""
-    found = [q for _, q in quantizers(model) if q.kind == kind and not q.exempt]
+    found = [q for _, q in quantizers(model) if q.kind == kind and not q.first_or_last]
     widths = [(q.expected_widths() if expected else q.decided_widths()).double().mean() for q in found]
     return average_bits((q.numel, float(width)) for q, width in zip(found, widths, strict=True))
 
@@ -125,7 +124,7 @@ def width_cost(model: nn.Module, learners: Sequence[Quantizer], unit: CostUnit) 
         _add_bops(model, add)
     else:
         kind = "activation" if unit == "act_bits" else "weight"
-        counted = [q for _, q in quantizers(model) if q.kind == kind and (unit == "bytes" or not q.exempt)]
+        counted = [q for _, q in quantizers(model) if q.kind == kind and (unit == "bytes" or not q.first_or_last)]
         whole = 8.0 if unit == "bytes" else float(sum(q.numel for q in counted)) or 1.0
         for quantizer in counted:
             add(quantizer, quantizer.numel / whole)
@@ -140,7 +139,7 @@ def width_cost(model: nn.Module, learners: Sequence[Quantizer], unit: CostUnit) 
 def _overhead(quantizer: Quantizer) -> int:
     """Bytes of a quantizer's steps in float32 and, where channels have widths of their own, of those."""
     widths = quantizer.gates.rows if quantizer.learns_bits else len(quantizer.decided_widths())
-    return 4 * max(len(quantizer.log_step), widths) + (widths if widths > 1 else 0)
+    return 4 * max(len(quantizer.log_scale), widths) + (widths if widths > 1 else 0)
 
 
 def _rows(quantizer: Quantizer | None, first: dict[Quantizer, int], one: int) -> tuple[Tensor | None, float]:

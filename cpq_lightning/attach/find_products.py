@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.first_forward import auditable
 from cpq_lightning.attach.operations import product_operands
 from cpq_lightning.attach.timm_layers import holds_weight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # A call's arguments.
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -144,6 +147,8 @@ class _Finder(Audit):
         super().__init__(model)
         self.found: dict[str, Products] = {}
         self._calls: list[list[bool]] = []
+        self._stack: list[nn.Module] = []
+        self._handles: list[Any] = []
         # Whether a tensor depends on the input, of those that are known.
         self._depending = WeakTensorKeyDictionary()
         self.mark([*model.parameters(), *model.buffers()], depending=False)
@@ -168,21 +173,32 @@ class _Finder(Audit):
         self.mark(args[0] if func is Tensor.__setitem__ else out, depends)
         return out
 
+    def __enter__(self) -> Self:
+        # Hooks of these modules alone: whatever else runs in the process is not seen.
+        for module in self._names:
+            self._handles.append(module.register_forward_pre_hook(self._push))
+            self._handles.append(module.register_forward_hook(self._pop, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for handle in self._handles:
+            handle.remove()
+
     def _push(self, module: nn.Module, args: Any) -> None:
-        super()._push(module, args)
-        if module in self._names:
-            self._calls.append([])
+        self._stack.append(module)
+        self._calls.append([])
 
     def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self._names:
-            made = self._calls.pop()
-            name = self._names[module]
-            # A module that is called again may go another way.
-            products = self.found.setdefault(name, Products())
-            longest = itertools.zip_longest(products.plan, made, fillvalue=False)
-            products.plan = [before or now for before, now in longest]
-            products.counts.add(len(made))
-        super()._pop(module, args, output)
+        # A forward that fails leaves those within it behind.
+        while self._stack and self._stack.pop() is not module:
+            self._calls.pop()
+        made = self._calls.pop()
+        # A module that is called again may go another way.
+        products = self.found.setdefault(self._names[module], Products())
+        longest = itertools.zip_longest(products.plan, made, fillvalue=False)
+        products.plan = [before or now for before, now in longest]
+        products.counts.add(len(made))
 
     def _product_of_two(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         fused = func is F.scaled_dot_product_attention

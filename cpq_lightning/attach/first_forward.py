@@ -1,8 +1,14 @@
-"""The audit of an attached model's first forward: when it is made, what is noted of it, and how it is reported."""
+"""The audits of an attached model's first forwards: when they are made, what is noted, and how it is reported.
+
+The first forward in training is audited, and the first in evaluation: the one may call what the other does not.
+Nothing is changed between a forward and its backward: what a forward has shown of the layers' order is acted on when
+the weights have been updated since.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from typing import Any
 
@@ -11,21 +17,43 @@ import torch.distributed as dist
 from torch import nn
 
 from cpq_lightning.attach.audit import Audit, AuditReport
-from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.first_last import correct_first_and_last
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
+from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.nn import Quantizer
 
 log = logging.getLogger("cpq_lightning")
 
 
-def audit_first_forward(model: nn.Module) -> None:
-    """Audit the model's next forward and report it with warnings; products of activations go to the log."""
+_PENDING, _SHOWN = "_cpq_unaudited", "_cpq_shown"
+
+
+class _Started(threading.local):
+    """The audits under way in a thread, with their models."""
+
+    def __init__(self) -> None:
+        self.audits: list[tuple[nn.Module, Audit]] = []
+
+
+_started = _Started()
+
+
+def audit_first_forwards(model: nn.Module) -> None:
+    """Audit the model's next forwards in training and in evaluation, and report them with warnings.
+
+    The hooks stay, so that none is removed while another thread walks over them.
+    """
+    forget_first_forwards(model)
+    # Modes of which no forward has been seen yet: whichever thread takes one out makes the audit.
+    model.__dict__[_PENDING] = [True, False]
     model.register_forward_pre_hook(_start)
     model.register_forward_hook(_finish, always_call=True)
 
 
-def forget_first_forward(model: nn.Module) -> None:
-    """Take back :func:`audit_first_forward`, whether it has run or not."""
-    model.__dict__.pop("_cpq_audit", None)
+def forget_first_forwards(model: nn.Module) -> None:
+    """Take back :func:`audit_first_forwards`."""
+    model.__dict__.pop(_PENDING, None)
+    model.__dict__.pop(_SHOWN, None)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for handle, hook in list(hooks.items()):
             if hook in (_start, _finish):
@@ -33,20 +61,38 @@ def forget_first_forward(model: nn.Module) -> None:
                 model._forward_hooks_always_called.pop(handle, None)
 
 
-def note_forward(model: nn.Module, report: AuditReport) -> None:
-    """Write into the quantizers what a forward showed: the order of the layers, and what their weights multiply."""
+def set_audited(model: nn.Module, training: bool) -> bool:
+    """Note that a forward in training, or in evaluation, has been audited otherwise; whether it had not been before."""
+    try:
+        model.__dict__.get(_PENDING, []).remove(training)
+    except ValueError:
+        return False
+    return True
+
+
+def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> None:
+    """Write into the quantizers what a forward showed: the order of the layers, and what their weights multiply.
+
+    Args:
+        model: The model that made it.
+        report: What it showed.
+        counts: Whether to take its count of an activation's elements, which gradients depend on.
+    """
     modules = dict(model.named_modules())
+    facts: dict[Quantizer, dict[str, int]] = {}
     for place, name in enumerate(report.order, start=1):
         layer = modules.get(name)
         if isinstance(layer, QuantizedLayer):
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
                 if quantizer is not None:
-                    quantizer.configure(order=place)
-    for what, counts in (("macs", report.macs), ("numel", report.numel)):
-        for name, count in counts.items():
+                    facts.setdefault(quantizer, {})["execution_index"] = place
+    for what, found in (("macs", report.macs), ("numel", report.numel)):
+        for name, count in found.items():
             quantizer = modules.get(name)
-            if isinstance(quantizer, Quantizer):
-                quantizer.configure(**{what: count})
+            if isinstance(quantizer, Quantizer) and (counts or what != "numel"):
+                facts.setdefault(quantizer, {})[what] = count
+    for quantizer, values in facts.items():
+        quantizer.configure(has_facts=True, **values)
 
 
 def agreed(report: AuditReport) -> AuditReport:
@@ -62,9 +108,9 @@ def agreed(report: AuditReport) -> AuditReport:
     return held[0]
 
 
-def report_audit(report: AuditReport) -> None:
-    """Say what an audit found: a warning for what is amiss, the log for what is only worth knowing."""
-    for message in report.messages():
+def report_audit(report: AuditReport, forward: str = "the first forward") -> None:
+    """Say what an audit of the forward that is named found: a warning for what is amiss, else the log."""
+    for message in report.messages(forward):
         if message.startswith(f"{len(report.activation_products)} products of two"):
             log.info(message)
         else:
@@ -74,30 +120,46 @@ def report_audit(report: AuditReport) -> None:
 def _start(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    state = model.__dict__.get("_cpq_audit")
-    if state == "done":
-        # Not when it was done: torch may be walking over the hooks there.
-        forget_first_forward(model)
-    elif state is None and not auditable(model):
-        # A part of it is compiled.
-        model.__dict__["_cpq_audit"] = "done"
-    elif state is None:
-        audit = model.__dict__["_cpq_audit"] = Audit(model)
+    if model.training and torch.is_grad_enabled():
+        _act_on_what_was_shown(model)
+    if model.__dict__.get(_PENDING) and auditable(model) and set_audited(model, model.training):
+        audit = Audit(model)
+        _started.audits.append((model, audit))
         audit.__enter__()
 
 
 def _finish(model: nn.Module, args: Any, output: Any) -> None:
-    audit = model.__dict__.get("_cpq_audit")
-    if not isinstance(audit, Audit):
+    if torch.compiler.is_compiling() or not _started.audits or _started.audits[-1][0] is not model:
         return
+    _, audit = _started.audits.pop()
     audit.__exit__(None, None, None)
     if output is None:
         # The forward raised: the next one is the first.
-        del model.__dict__["_cpq_audit"]
+        model.__dict__.setdefault(_PENDING, []).append(model.training)
         return
-    model.__dict__["_cpq_audit"] = "done"
-    note_forward(model, audit.report)
-    report_audit(audit.report)
+    note_forward(model, audit.report, counts=False)
+    if model.training:
+        model.__dict__[_SHOWN] = (audit.report, _versions(model))
+    report_audit(audit.report, "the first forward" if model.training else "the first forward in evaluation")
+
+
+def _act_on_what_was_shown(model: nn.Module) -> None:
+    """Give first and last layer their widths, where the first forward in training has shown others than were guessed.
+
+    Once a weight has been updated there has been a backward: nothing of that forward is computed again.
+    """
+    shown = model.__dict__.get(_SHOWN)
+    if shown is None:
+        return
+    report, versions = shown
+    if _versions(model) != versions:
+        del model.__dict__[_SHOWN]
+        correct_first_and_last(model, report.order)
+        note_forward(model, report)
+
+
+def _versions(model: nn.Module) -> list[int]:
+    return [p._version for _, layer in quantized_layers(model) for p in weight_parameters(layer)]
 
 
 def auditable(module: nn.Module) -> bool:

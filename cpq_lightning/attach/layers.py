@@ -1,11 +1,12 @@
-"""The surgery on one layer: its class is switched to a subclass whose ``weight`` reads quantized.
+"""The surgery on one layer: its class is switched to a subclass whose forward multiplies by the quantized weight.
 
-Parameters keep their identity and their names in ``state_dict``, ``isinstance`` keeps working, and code that reads
-``layer.weight`` without calling the layer gets the quantized weight as well.
+``weight`` stays what it was: the Parameter, or what a parametrization or a pruning mask makes of one. Whoever writes to
+it writes to what is quantized, ``isinstance`` keeps working, and so do names in ``state_dict``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,50 +14,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from cpq_lightning.attach.reading import ReadQuantized
 from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
 from cpq_lightning.kernels import Convolution, Operand, product
-from cpq_lightning.nn import Quantizer, is_sharded, whole
+from cpq_lightning.nn import Quantizer, full_tensor, is_sharded, watchers
 
 
 class QuantizedLayer(Switched):
     """Mixed in before a layer's own class by :func:`switch`."""
 
+    weight: Tensor
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
 
     @property
-    def weight(self) -> Tensor:
-        """The quantized weight. The full-precision Parameter is :meth:`full_precision_weight`."""
-        weight = self._parameters["weight"]
-        # Outside of a forward FSDP2 reads, through this property, the Parameter that it has sharded.
-        return weight if is_sharded(weight) else self.weight_quantizer(weight)  # type: ignore[return-value]
-
-    def full_precision_weight(self) -> nn.Parameter:
-        """The Parameter that the optimizer updates."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
+    def weight_id(self) -> int:
+        """The same for layers that share a Parameter and what quantizes it."""
+        parameter = self._parameters.get("weight")
+        return hash((id(self if parameter is None else parameter), id(self.weight_quantizer)))
 
     def fit_if_needed(self) -> None:
         """Fit the weight's step where full-precision weights were loaded over what it was fitted to."""
-        if not self.weight_quantizer.calibrated:
-            self.weight_quantizer.fit_weight(self.full_precision_weight())
+        if not self.weight_quantizer.fitted:
+            self.weight_quantizer.fit_weight(self.weight)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        quantized = self.input_quantizer is not None and not args and not kwargs
-        if quantized and type(input) is Tensor and _is_plain_product(self, input):
+        for watcher in watchers():
+            watcher.on_layer(self)
+        stock = None if args or kwargs else _stock_class(self)
+        if stock is not None and type(input) is Tensor and _is_plain_product(self, stock, input):
             return self._product(input)
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        return super().forward(input, *args, **kwargs)
+        weight = self.weight
+        if stock is not None and not is_sharded(weight):
+            quantized = self.weight_quantizer(weight)
+            bias: Tensor | None = self.bias  # type: ignore[assignment]
+            return (
+                F.linear(input, quantized, bias) if stock is nn.Linear else self._conv_forward(input, quantized, bias)
+            )  # type: ignore[operator]
+        with ReadQuantized([(weight, self.weight_quantizer)]):
+            return super().forward(input, *args, **kwargs)
 
     def _product(self, input: Tensor) -> Tensor:
         """What torch's own forward computes; where kernels quantize, without keeping quantized tensors for backward."""
-        assert self.input_quantizer is not None
-        x = self.input_quantizer.operand(input)
-        parameter = self.full_precision_weight()
-        weight = Operand(parameter) if is_sharded(parameter) else self.weight_quantizer.operand(parameter)
+        x = Operand(input) if self.input_quantizer is None else self.input_quantizer.operand(input)
+        tensor = self.weight
+        weight = Operand(tensor) if is_sharded(tensor) else self.weight_quantizer.operand(tensor)
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         convolution = None
         if isinstance(self, _ConvNd):
@@ -64,42 +70,53 @@ class QuantizedLayer(Switched):
             stride, padding, dilation = (_each_place(v, places) for v in (self.stride, self.padding, self.dilation))
             convolution = Convolution(stride, padding, dilation, self.groups)
         if x.ring is not None or weight.ring is not None:
-            return product(x, weight, bias, convolution)
+            watching = watchers()
+            if not watching:
+                return product(x, weight, bias, convolution)
+            # What computes it is no function of the user's.
+            with torch._C.DisableTorchFunction():
+                out = product(x, weight, bias, convolution)
+            for watcher in watching:
+                watcher.on_product(self, x.value, weight.value, out)
+            return out
         if convolution is None:
             return F.linear(x.value, weight.value, bias)
         return self._conv_forward(x.value, weight.value, bias)  # type: ignore[operator]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        given = any(key.startswith(prefix) for key in state_dict)
         for name in ("weight_quantizer", "input_quantizer"):
             quantizer = getattr(self, name)
-            if (
-                quantizer is not None
-                and f"{prefix}weight" in state_dict
-                and f"{prefix}{name}.start_step" not in state_dict
-            ):
+            if quantizer is not None and given and f"{prefix}{name}.state" not in state_dict:
+                if quantizer.state.is_meta and not self.weight.is_meta:
+                    # Plain weights that were assigned to a model on the meta device.
+                    quantizer.to_empty(device=self.weight.device)
                 # Weights of a full-precision checkpoint: ranges fitted to other weights do not belong to them.
-                quantizer.configure(calibrated=False)
+                quantizer.configure(fitted=False, settled=False)
 
 
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_plain_classes: dict[type[nn.Module], bool] = {}
+_stock_classes: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
-def _is_plain_product(layer: QuantizedLayer, input: Tensor) -> bool:
-    """Whether a layer computes the product that torch's own class of its kind computes, and nothing more."""
+def _stock_class(layer: QuantizedLayer) -> type[nn.Module] | None:
+    """torch's own class whose forward a layer has: one that multiplies by ``weight``, and nothing more."""
     base = layer.base_class
-    if base not in _plain_classes:
-        _plain_classes[base] = any(
-            issubclass(base, stock)
-            and all(getattr(base, name, None) is getattr(stock, name, None) for name in ("forward", "_conv_forward"))
-            for stock in _STOCK
-        )
-    if not _plain_classes[base] or "_conv_forward" in layer.__dict__ or not input.numel():
+    if base not in _stock_classes:
+        own = (stock for stock in _STOCK if issubclass(base, stock) and base.forward is stock.forward)
+        _stock_classes[base] = next(own, None)
+    return None if "forward" in layer.__dict__ else _stock_classes[base]
+
+
+def _is_plain_product(layer: QuantizedLayer, stock: type[nn.Module], input: Tensor) -> bool:
+    """Whether a layer computes on an input what :func:`product` computes."""
+    if not input.numel():
         return False
     if isinstance(layer, _ConvNd):
+        changed = "_conv_forward" in layer.__dict__ or layer.base_class._conv_forward is not stock._conv_forward  # type: ignore[attr-defined]
         unpadded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return unpadded and input.dim() == len(layer.kernel_size) + 2
+        return not changed and unpadded and input.dim() == len(layer.kernel_size) + 2
     # Of what lies in memory otherwise torch multiplies in another order.
     return input.dim() > 1 and input.is_contiguous()
 
@@ -132,16 +149,49 @@ def switch_back(layer: QuantizedLayer, shared: bool = False, written: bool = Tru
 
 def _write(layer: QuantizedLayer, shared: bool) -> None:
     with torch.no_grad():
-        weight = layer.full_precision_weight()
-        training = layer.weight_quantizer.training
-        layer.weight_quantizer.eval()
+        weight, bits = layer.weight, layer.weight_quantizer
+        training = bits.training
+        bits.eval()
         try:
-            value = layer.weight_quantizer(whole(weight))
+            value = bits(full_tensor(weight))
             if isinstance(weight, DTensor):
                 value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            if shared:
-                layer._parameters["weight"] = nn.Parameter(value, requires_grad=weight.requires_grad)
-            else:
-                weight.copy_(value)
+            _put(layer, value, shared)
         finally:
-            layer.weight_quantizer.train(training)
+            bits.train(training)
+
+
+def _put(layer: QuantizedLayer, value: Tensor, shared: bool) -> None:
+    """Write a weight into the Parameter that a layer has, or will have once what computes its weight is gone."""
+    if is_parametrized(layer, "weight"):
+        remove_parametrizations(layer, "weight", leave_parametrized=True)
+    for handle, hook in list(layer._forward_pre_hooks.items()):
+        # Pruning, and the older normalizations of weights: they compute the weight anew before each forward.
+        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == "weight" and hasattr(hook, "remove"):
+            hook.remove(layer)
+            layer._forward_pre_hooks.pop(handle, None)
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if shared:
+        layer._parameters["weight"] = nn.Parameter(value, requires_grad=weight.requires_grad)
+    else:
+        weight.copy_(value)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether any layer of the model is quantized."""
+    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """The quantized layers of a model with their names, in registration order."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield name, module
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """The quantizers of a model with their names, in registration order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module

@@ -27,7 +27,12 @@ _ADDED_FIRST: set[Any] = {
 # Operations that multiply by weights inside.
 FUSED: set[Any] = {
     torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, F.multi_head_attention_forward,  # type: ignore[attr-defined]
+    torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+    torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd,  # type: ignore[attr-defined]
 }  # fmt: skip
+# Parts of the names of operations that multiply matrices: of those that are in no list here, such as
+# ``torch._grouped_mm`` and ``torchvision::deform_conv2d``.
+_MULTIPLYING = ("mm", "matmul", "linear", "conv", "einsum", "attention", "lstm", "gru", "rnn", "mv", "dot", "gemm")
 # What leaves a quantized tensor quantized: it moves values, or adds zeros, which every grid holds.
 _KEEPING = {
     "reshape", "view", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "expand",
@@ -43,6 +48,22 @@ _TURNING: set[Any] = {
 def keeps_values(func: Any) -> bool:
     """Whether an operation only moves the values of its first argument."""
     return getattr(func, "__name__", "") in _KEEPING or func in _TURNING
+
+
+def may_multiply(func: Any) -> bool:
+    """Whether an operation that is in no list here may multiply by a weight: by its name, or as nobody knows what an
+    operator does that is not torch's own.
+    """
+    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        name = str(func)
+        namespace, _, operation = name.partition(".")
+        return namespace not in ("aten", "prims", "cpq_lightning", "torchvision") or _is_product(operation)
+    return _is_product(getattr(func, "__name__", ""))
+
+
+def _is_product(name: str) -> bool:
+    words = name.lower().strip("_").split("_")
+    return any(part in word for word in words for part in _MULTIPLYING) and not name.endswith("_")
 
 
 def flat_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec, list[int]]:

@@ -7,18 +7,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from cpq_lightning.attach.layers import QuantizedLayer
 from cpq_lightning.attach.products import operand_names, operand_path
-from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.timm_layers import holds_weight, shared_weight, weight_parameters
 from cpq_lightning.attach.widths import at_read_widths
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.nn import whole
+from cpq_lightning.nn import full_tensor
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,10 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
-    weight = layer._parameters["weight"]
+    weight = cast(Tensor, layer.weight)
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
-    assert weight is not None
-    finite = weight.new_ones(1) if weight.is_meta else whole(weight.detach()).isfinite()
+    finite = weight.new_ones(1) if weight.is_meta else full_tensor(weight.detach()).isfinite()
     if not weight.is_meta and not finite.all():
         bad = int((~finite).sum())
         raise ValueError(
@@ -144,9 +143,9 @@ def first_and_last(model: nn.Module, names: list[str], called: list[str] | None 
     """
     timm_first, timm_last = timm_ends(model, names)
     order = called or names
-    weights = {name: model.get_submodule(name)._parameters["weight"] for name in names}
+    weights = {name: shared_weight(model.get_submodule(name)) for name in names}
     # A teacher that runs behind the network that trains takes nothing from that one's last layer.
-    trained = [name for name in order if (weight := weights[name]) is not None and weight.requires_grad]
+    trained = [name for name in order if any(p.requires_grad for p in weight_parameters(model.get_submodule(name)))]
     ends = (timm_first or {order[0]}) | (timm_last or {order[-1], *trained[-1:]})
     # Layers that share a weight share its width.
     shared = {id(weights[name]) for name in ends}

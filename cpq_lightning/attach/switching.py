@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 S = TypeVar("S", bound="Switched")
 
@@ -50,13 +52,25 @@ def switched_class(mixin: type[S], base: type[nn.Module]) -> type[S]:
 
 def switch_class(module: nn.Module, mixin: type[S]) -> S:
     """Give a module the mixin's behaviour, in place."""
-    module.__class__ = switched_class(mixin, type(module))
+    _change_class(module, lambda own: switched_class(mixin, own))
     return cast(S, module)
 
 
 def switch_class_back(module: Switched) -> None:
-    """Give a module its own class back, in place."""
-    cast(nn.Module, module).__class__ = module.base_class
+    """Give a module the class back that it had before :func:`switch_class`, in place."""
+    _change_class(cast(nn.Module, module), lambda own: cast(type[Switched], own).base_class)
+
+
+def _change_class(module: nn.Module, change: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+    own = type(module)
+    if not is_parametrized(module) or own.__name__ != f"Parametrized{own.__bases__[0].__name__}":
+        module.__class__ = change(own)
+        return
+    # torch has put a class of its own in front, with a property for each parametrized tensor, and takes its first base
+    # for the one to give back: it stays in front.
+    below = change(own.__bases__[0])
+    properties = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(f"Parametrized{below.__name__}", (below,), properties)
 
 
 def _rebuild(mixins: tuple[type[Switched], ...], base: type[nn.Module]) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from timm.layers import CondConv2d  # type: ignore[attr-defined]
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 # What the module did before, kept on it.
@@ -16,8 +16,24 @@ def holds_weight(module: nn.Module) -> bool:
     """Whether a module is a layer with a weight to quantize: convolutions, transposed and conditional ones too, and
     linear layers.
     """
-    layer = isinstance(module, nn.Linear | _ConvNd | CondConv2d)
-    return layer and module._parameters.get("weight") is not None
+    if not isinstance(module, nn.Linear | _ConvNd | CondConv2d):
+        return False
+    # A Parameter, or what a parametrization or a pruning mask makes of one.
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point()
+
+
+def shared_weight(layer: nn.Module) -> object:
+    """The Parameter that a layer may share with others; the layer itself, where its weight is computed from one."""
+    parameter = layer._parameters.get("weight")
+    return layer if parameter is None else parameter
+
+
+def weight_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """The Parameters that a layer's weight is, or is computed from by a parametrization or a pruning mask."""
+    own = layer._parameters.get("weight")
+    computed = (p for n, p in layer.named_parameters() if n != "bias" and "_quantizer." not in n)
+    return list(computed) if own is None else [own]
 
 
 def call_projections(model: nn.Module) -> None:

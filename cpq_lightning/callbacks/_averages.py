@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,9 +28,7 @@ def share_with_averages(trainer: Trainer, pl_module: LightningModule, parameters
             copy = copies.get(name)
             if copy is None:
                 continue
-            pairs = zip(quantizer.buffers(), copy.buffers(), strict=True)
+            copy.take_state(quantizer)
             if parameters:
-                pairs = chain(pairs, zip(quantizer.parameters(), copy.parameters(), strict=True))
-            for own, other in pairs:
-                other.copy_(own)
-            copy.take_integers(quantizer)
+                for own, other in zip(quantizer.parameters(), copy.parameters(), strict=True):
+                    other.copy_(own)

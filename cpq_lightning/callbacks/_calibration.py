@@ -86,8 +86,8 @@ def lacks_ranges(quantizers: Sequence[Quantizer], resumed: bool) -> bool:
     active = [q for q in quantizers if q.active]
     # In a resumed run what still has no range belongs to a layer that is never called: to calibrate for its sake would
     # fit all others anew.
-    seen = resumed and any(q.calibrated for q in active if q.kind == "activation")
-    return not seen and not all(q.calibrated for q in active)
+    seen = resumed and any(q.fitted for q in active if q.kind == "activation")
+    return not seen and not all(q.fitted for q in active)
 
 
 def training_batches(trainer: Trainer, most: int) -> list[Any] | None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from cpq_lightning.attach import modules_with_products, quantized_layers, quantizers
+from cpq_lightning.attach import modules_with_products, quantized_layers, quantizers, weight_parameters
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Beside, Companion, UpdateBound, adopt, release, takes_quantizers
 
@@ -141,7 +141,7 @@ def _holders(pl_module: LightningModule, optimizers: list[Any], default: int) ->
     trained = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     holders: dict[Quantizer, int] = {}
     for _, layer in quantized_layers(pl_module):
-        index = trained.get(id(layer.full_precision_weight()), default)
+        index = next((trained[id(p)] for p in weight_parameters(layer) if id(p) in trained), default)
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None:
                 holders.setdefault(quantizer, index)

@@ -87,7 +87,7 @@ class WidthSearch:
     def _can_begin(self, step: int) -> bool:
         if not all(q.active for q in self.quantizers):
             return False
-        frozen = [name for name, q in zip(self.names, self.quantizers, strict=True) if not q.log_step.requires_grad]
+        frozen = [name for name, q in zip(self.names, self.quantizers, strict=True) if not q.log_scale.requires_grad]
         if not frozen:
             return True
         # A callback that unfreezes the backbone in mid-run: what its bits are worth shows from there on.
@@ -108,7 +108,7 @@ class WidthSearch:
     def take_gradient(self, quantizer: Quantizer, gradient: Tensor | None) -> None:
         """Hold the gradient of a quantizer's logits until the step is left."""
         self._stepped = True
-        if gradient is not None and quantizer.log_step.requires_grad:
+        if gradient is not None and quantizer.log_scale.requires_grad:
             self._gradients[quantizer] = gradient.detach().clone()
 
     def leave(self, step: int) -> None:

@@ -143,7 +143,7 @@ class BitBudget(Callback):
             length = run_length(trainer) if isinstance(self.freeze, float) else math.inf
             self._freeze = resolve_point("freeze", self.freeze, length)
         # Only where calibration has failed: which layers are first and last shows in the first batch then.
-        if auditable(pl_module) and not any(q.order for _, q in quantizers(pl_module)):
+        if auditable(pl_module) and not any(q.execution_index for _, q in quantizers(pl_module)):
             self._awaited = 0
         else:
             self._start(trainer, pl_module)

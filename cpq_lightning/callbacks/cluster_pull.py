@@ -65,7 +65,7 @@ class ClusterPull(Callback):
     def pulled(self, pl_module: LightningModule) -> Mapping[int, Quantizer]:
         """What pulls each weight, by the weight's ``id``."""
         need_quantizers(self, pl_module)
-        return {id(layer.full_precision_weight()): layer.weight_quantizer for _, layer in quantized_layers(pl_module)}
+        return {id(layer.weight): layer.weight_quantizer for _, layer in quantized_layers(pl_module)}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.teardown(trainer, pl_module, stage)

@@ -14,8 +14,8 @@ from cpq_lightning.attach import (
     Audit,
     agreed,
     auditable,
-    correct_ends,
-    forget_first_forward,
+    correct_first_and_last,
+    forget_first_forwards,
     note_forward,
     quantizable_layers,
     quantizers,
@@ -169,13 +169,13 @@ class CPQCallback(Callback):
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
         # What is learned has to know before training which layers are first and last, and what they multiply.
         learned = counts_operations(trainer) or any(q.gates.learned for q in self._quantizers)
-        unmeasured = learned and not any(q.order for q in self._quantizers)
+        unmeasured = learned and not any(q.execution_index for q in self._quantizers)
         if unmeasured or lacks_ranges(self._quantizers, self._resumed):
             self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What a forward shows has been noted in the run that is resumed, of its first batch.
-        self._audited = self._audited or (self._resumed and any(q.order for q in self._quantizers))
+        self._audited = self._audited or (self._resumed and any(q.execution_index for q in self._quantizers))
         self.start_step = quantization_start(trainer)
         length = run_length(trainer) if self.quantize_from else math.inf
         if self.quantize_from and self.start_step >= length:
@@ -195,7 +195,7 @@ class CPQCallback(Callback):
         if not self._before and all(q.active for q in self._quantizers):
             self._before = weight_histograms(pl_module)
         if not self._audited and self._audit is None:
-            forget_first_forward(pl_module)
+            forget_first_forwards(pl_module)
             self._audit = Audit(pl_module)
             self._audit.__enter__()
 
@@ -306,7 +306,7 @@ class CPQCallback(Callback):
         audit, self._audit, self._audited = self._audit, None, True
         audit.__exit__(None, None, None)
         report = agreed(audit.report)
-        correct_ends(pl_module, report.order)
+        correct_first_and_last(pl_module, report.order)
         note_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
             report_audit(report)

@@ -13,7 +13,7 @@ from torch import nn
 from cpq_lightning.attach import quantized_layers
 from cpq_lightning.export.files import write_atomically
 from cpq_lightning.functional import histogram
-from cpq_lightning.nn import whole
+from cpq_lightning.nn import full_tensor
 
 # Dozens of cells for each level of a 4-bit grid.
 _BINS = 720
@@ -24,7 +24,7 @@ def weight_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Of each layer's full-precision weight in units of its step: range and counts in equal cells, by layer."""
     found = {}
     for name, layer in quantized_layers(model):
-        quantizer, weight = layer.weight_quantizer, whole(layer.full_precision_weight().detach())
+        quantizer, weight = layer.weight_quantizer, full_tensor(layer.weight.detach())
         step, low, high = quantizer.grid()
         levels = weight.float() / quantizer.along_channels(step, weight)
         bottom, top = (limit.float() for limit in (low.min() - 1, high.max() + 1))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cpq_lightning.attach import (
     QuantizedLayer,
+    avoid_fused_paths,
     call_projections,
     detach,
     is_attached,
@@ -130,6 +131,7 @@ def coded(
         layer.register_buffer("weight_codes", codes)
         layer.register_buffer("weight_step", step)
         layer.add_module("input_grid", grid)
+    avoid_fused_paths(copied, CodedLayer)
     return copied
 
 
@@ -140,7 +142,7 @@ def _parts(layer: QuantizedLayer, grid_class: type[InputGrid]) -> tuple[Tensor, 
 
 
 def _grid(quantizer: Quantizer | None, grid_class: type[InputGrid]) -> InputGrid | None:
-    return None if quantizer is None or not quantizer.calibrated else grid_class(*grid_of(quantizer))
+    return None if quantizer is None or not quantizer.fitted else grid_class(*grid_of(quantizer))
 
 
 def grid_of(quantizer: Quantizer) -> tuple[Tensor, int, int]:
@@ -180,7 +182,7 @@ def check_exportable(model: nn.Module) -> None:
         )
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
-        if is_sharded(layer.full_precision_weight()):
+        if is_sharded(layer.weight):
             raise ValueError(
                 f"The weight of layer {name!r} is spread over processes: load a checkpoint of the run in one process "
                 "and export that."
@@ -198,7 +200,7 @@ def check_exportable(model: nn.Module) -> None:
 
 def uncalled(model: nn.Module) -> list[str]:
     """Names of the layers whose input no forward has quantized (only their weight is read), and of such operands."""
-    return [name for name, _, quantizer in quantized_inputs(model) if not quantizer.calibrated]
+    return [name for name, _, quantizer in quantized_inputs(model) if not quantizer.fitted]
 
 
 def quantized_inputs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:

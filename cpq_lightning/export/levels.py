@@ -24,7 +24,7 @@ from cpq_lightning.attach.costs import FULL_BITS
 from cpq_lightning.attach.widths import FORMAT
 from cpq_lightning.export.files import write_atomically
 from cpq_lightning.functional import average_bits
-from cpq_lightning.nn import Quantizer, whole
+from cpq_lightning.nn import Quantizer, full_tensor
 
 VERSION = 1
 
@@ -101,7 +101,7 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
     records = []
-    for name, layer in sorted(layers.items(), key=lambda item: item[1].weight_quantizer.order):
+    for name, layer in sorted(layers.items(), key=lambda item: item[1].weight_quantizer.execution_index):
         layer.fit_if_needed()
         inputs = layer.input_quantizer
         record = _weight_record(name, layer)
@@ -131,7 +131,7 @@ def _record(name: str, quantizer: Quantizer, used: int | None, error: float | No
         numel=quantizer.numel,
         used_levels=used,
         relative_error=error,
-        exempt=quantizer.exempt,
+        exempt=quantizer.first_or_last,
         quantizing=quantizer.active,
         **more,
     )
@@ -140,7 +140,7 @@ def _record(name: str, quantizer: Quantizer, used: int | None, error: float | No
 @torch.no_grad()
 def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     """Levels in use, their shares, and the relative squared error, of a weight as it evaluates."""
-    quantizer, weight = layer.weight_quantizer, whole(layer.full_precision_weight().detach())
+    quantizer, weight = layer.weight_quantizer, full_tensor(layer.weight.detach())
     codes = _codes(quantizer, weight)
     step, low, high = quantizer.grid()
     power = weight.double().square().sum()
@@ -161,7 +161,7 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
 @torch.no_grad()
 def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
     """The levels of a layer's weights in evaluation, as integers (int16) of the weight's shape."""
-    return _codes(layer.weight_quantizer, whole(layer.full_precision_weight().detach()))
+    return _codes(layer.weight_quantizer, full_tensor(layer.weight.detach()))
 
 
 def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:

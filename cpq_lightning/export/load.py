@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import Operand, call_projections, quantize_products
+from cpq_lightning.attach import Operand, avoid_fused_paths, call_projections, quantize_products
 from cpq_lightning.backbones import create_backbone, known_backbone
 from cpq_lightning.export.coded import InputGrid, canonical_names, input_of, with_input
 from cpq_lightning.export.packed import PackedFile
@@ -73,6 +73,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
         grids = {operand: _grid(described, content) for operand, described in entry["operands"].items()}
         module = _module(network, entry["module"], path)
         quantize_products(module, entry["plan"], entry["counts"], grids, "input_grid")
+    avoid_fused_paths(network, nn.Linear)
     return network.eval().requires_grad_(False)
 
 

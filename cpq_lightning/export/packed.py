@@ -79,9 +79,7 @@ def _content(model: nn.Module, architecture: Mapping[str, Any] | None) -> tuple[
     network = coded(model)
     # A weight that layers share is stored once.
     owners: dict[int, str] = {}
-    sources = {
-        name: owners.setdefault(id(layer.full_precision_weight()), name) for name, layer in quantized_layers(model)
-    }
+    sources = {name: owners.setdefault(layer.weight_id, name) for name, layer in quantized_layers(model)}
     widths = {name: layer.weight_quantizer.decided_widths().tolist() for name, layer in quantized_layers(model)}
     own: set[str] = set()
     tensors: dict[str, Tensor] = {}

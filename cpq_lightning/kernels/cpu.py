@@ -77,7 +77,7 @@ def backward(
 def chain(
     d_step: Tensor, d_sigma: Tensor, saved: tuple[Tensor, ...], root: float, noise_min: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in ``log_step`` and ``noise_logit`` from those in step and sigma.
+    """Gradients in ``log_scale`` and ``noise_logit`` from those in step and sigma.
 
     Args:
         d_step: Gradient in the step, float32, one-dimensional.
@@ -86,11 +86,11 @@ def chain(
         root: The square root in LSQ's scale.
         noise_min: The smallest noise, in steps.
     """
-    d_log_step, d_logit = torch.empty_like(saved[0]), torch.empty_like(saved[0])
+    d_log_scale, d_logit = torch.empty_like(saved[0]), torch.empty_like(saved[0])
     tensors = [t.contiguous() for t in (d_step, d_sigma, *saved)]
-    pointers = [t.data_ptr() for t in (*tensors, d_log_step, d_logit)]
-    _library().cpq_chain(*pointers, len(d_log_step), root, noise_min)
-    return d_log_step, d_logit
+    pointers = [t.data_ptr() for t in (*tensors, d_log_scale, d_logit)]
+    _library().cpq_chain(*pointers, len(d_log_scale), root, noise_min)
+    return d_log_scale, d_logit
 
 
 def _library() -> ctypes.CDLL:

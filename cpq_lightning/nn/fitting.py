@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from cpq_lightning.functional import fit_step, max_step
-from cpq_lightning.nn.sharding import whole
+from cpq_lightning.nn.sharding import full_tensor
 
 # Enough values for a step within half a percent of the best one.
 _SAMPLE = 2**15
 
 
 @torch.no_grad()
-def weight_steps(weight: Tensor, channel_dim: int | None, widths: Sequence[int], rule: str) -> list[Tensor]:
+def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int], rule: str) -> list[Tensor] | None:
     """The starting step of each width for a weight, by the rule ``"mse"`` or ``"max"``.
 
     Args:
@@ -25,17 +25,26 @@ def weight_steps(weight: Tensor, channel_dim: int | None, widths: Sequence[int],
         rule: Least squared error, or nothing clipped.
 
     Returns:
-        For each width steps of shape (channels,) or (1,), float32.
+        For each width steps of shape (channels,) or (1,), float32; a channel of zeros has the mean of the others.
+        ``None`` of a weight that holds zeros alone: there is no step to fit to it yet.
     """
-    rows = whole(weight.detach()).float()
+    rows = full_tensor(weight.detach()).float()
     rows = rows.reshape(1, -1) if channel_dim is None else rows.movedim(channel_dim, 0).flatten(1)
     if not rows.numel():
         return [rows.new_ones(len(rows)) for _ in widths]
+    known = rows.any(1)
+    if not known.any():
+        return None
     if rule == "max":
         low, high = rows.amin(1), rows.amax(1)
-        return [max_step(low, high, bits, signed=True) for bits in widths]
-    sample = rows[:, :: _stride(rows.shape[1])]
-    return [fit_step(sample, bits, signed=True) for bits in widths]
+        scales = [max_step(low, high, bits, signed=True) for bits in widths]
+    else:
+        sample = rows[:, :: _stride(rows.shape[1])]
+        if not sample.any(1).equal(known):
+            # A few values among zeros, of which the sample holds none.
+            sample = rows
+        scales = [fit_step(sample, bits, signed=True) for bits in widths]
+    return [torch.where(known, scale, scale[known].mean()) for scale in scales]
 
 
 def _stride(n: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.config import CPQConfig, GateEstimator, GateSharing
+from cpq_lightning.config import GateEstimator, GateSharing
 from cpq_lightning.functional import (
     hard_concrete,
     keyed_uniform,
@@ -16,6 +18,7 @@ from cpq_lightning.functional import (
 )
 from cpq_lightning.functional.dropbits import BETA
 from cpq_lightning.nn.gradient import Worth
+from cpq_lightning.nn.state import Settings
 
 # Learned gates start near open: a closed one gets no gradient that could open it.
 _OPEN = 0.95
@@ -30,13 +33,8 @@ class Gates(nn.Module):
     function of (seed, step, key).
 
     Args:
-        config: The layer's settings.
-        count: Gates that may ever be used.
-        learned: Whether they are learned.
-        sharing: What shares one gate.
-        key: Which quantizer of the model this is.
-        channels: Output channels of the weight, 1 for an activation.
-        channel_dim: The weight's dimension that holds them.
+        settings: Of the quantizer.
+        keep_prob: Probability at the beginning with which a gate is open.
         device: Where the state lives.
     """
 
@@ -45,38 +43,34 @@ class Gates(nn.Module):
     noise: Tensor
     beta: Tensor
 
-    def __init__(
-        self,
-        config: CPQConfig,
-        *,
-        count: int,
-        learned: bool,
-        sharing: GateSharing,
-        key: int,
-        channels: int,
-        channel_dim: int,
-        device: torch.device | None,
-    ) -> None:
+    def __init__(self, settings: Settings, *, keep_prob: float, device: torch.device | None) -> None:
         super().__init__()
-        self.seed, self.key = config.seed, key
-        self.sharing: GateSharing = sharing
-        self.estimator: GateEstimator = config.gate_estimator
-        self.channel_dim = channel_dim
-        self.rows = channels if learned and sharing == "channel" else 1
-
-        def value(number: float) -> Tensor:
-            # Whatever the default type of the run is: a logit in bfloat16 could not move by less than a percent.
-            return torch.full((1,), float(number), dtype=torch.float32, device=device)
-
-        self.register_buffer("keep_prob", value(config.keep_prob))
-        self.register_buffer("noise_step", torch.zeros(1, dtype=torch.int64, device=device))
-        self.register_buffer("noise", value(1.0))
-        self.register_buffer("beta", value(BETA))
+        self.seed, self.key = settings.seed, settings.key
+        self.sharing = cast(GateSharing, settings.gate_sharing)
+        self.estimator = cast(GateEstimator, settings.gate_estimator)
+        self.channel_dim = settings.channel_dim
+        self.rows = settings.gate_rows
+        self._keep_prob = keep_prob
         self.logit: nn.Parameter | None = None
-        if learned and count:
-            start = logit_of(value(min(config.keep_prob, _OPEN)))
+        if not settings.gate_count:
+            return
+        # Whatever the default type of the run is: a logit in bfloat16 could not move by less than a percent.
+        for name in ("keep_prob", "noise", "beta"):
+            self.register_buffer(name, torch.empty(1, dtype=torch.float32, device=device))
+        self.register_buffer("noise_step", torch.empty(1, dtype=torch.int64, device=device))
+        if settings.gates_learned:
             # One-dimensional: some recipes decay whatever has more dimensions.
-            self.logit = nn.Parameter(start.repeat(count * self.rows))
+            logit = torch.empty(settings.gate_count * self.rows, dtype=torch.float32, device=device)
+            self.logit = nn.Parameter(logit)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Every value as it is at the beginning."""
+        for name, buffer in self.named_buffers():
+            buffer.fill_({"keep_prob": self._keep_prob, "noise": 1.0, "beta": BETA, "noise_step": 0}[name])
+        if self.logit is not None:
+            start = logit_of(torch.tensor([min(self._keep_prob, _OPEN)], device=self.logit.device))
+            self.logit.copy_(start.expand_as(self.logit))
 
     @property
     def learned(self) -> bool:

@@ -33,16 +33,16 @@ def noise_logit(s: float) -> float:
 class StepAndSigma(torch.autograd.Function):
     """A quantizer's step and noise from its two parameters, as one node of the graph.
 
-    ``step = start exp(R tanh(log_step / R))`` and ``sigma = step s T``, ``s`` from NOISE_MIN to 1 by a sigmoid.
+    ``step = start exp(R tanh(log_scale / R))`` and ``sigma = step s T``, ``s`` from NOISE_MIN to 1 by a sigmoid.
     Gradients are multiplied by ``1 / (start root)``, ``root`` the square root in LSQ's scale: see
     :class:`~cpq_lightning.nn.Quantizer`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, log_step: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
+        ctx: Any, log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
     ) -> tuple[Tensor, Tensor]:
-        bend = torch.tanh(log_step / STEP_REACH)
+        bend = torch.tanh(log_scale / STEP_REACH)
         step = start * torch.exp(STEP_REACH * bend)
         p = torch.sigmoid(noise_logit)
         sigma = step * (NOISE_MIN + (1 - NOISE_MIN) * p) * temperature
@@ -60,9 +60,9 @@ class StepAndSigma(torch.autograd.Function):
             return *chain(d_step, d_sigma, saved, ctx.root, NOISE_MIN), None, None, None
         start, bend, step, p, sigma, temperature = saved
         scale = 1 / (start * ctx.root)
-        d_log_step = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
+        d_log_scale = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
         d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - NOISE_MIN) * scale)
-        return d_log_step, d_logit, None, None, None
+        return d_log_scale, d_logit, None, None, None
 
 
 class Worth(torch.autograd.Function):

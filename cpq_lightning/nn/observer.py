@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpq_lightning.functional import bin_centers, fit_step, histogram, max_step
+from cpq_lightning.functional import bin_centers, fit_step, histogram, level_bounds, max_step
 
 BINS = 2**14
 # Rounding in a kernel that cannot give negative values in exact arithmetic must not cost half of the grid.
@@ -60,29 +61,59 @@ class RangeObserver:
             self.low, self.high = low, high
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
 
+    @property
+    def has_values(self) -> bool:
+        """Whether there was any value, once the range is closed."""
+        return self.counts is not None and self.low is not None and self.high is not None
+
     def fit(self, widths: Sequence[int], rule: str) -> tuple[list[Tensor], bool] | None:
         """End the second pass: a starting step of each width, shape (1,), and whether the grid is signed; ``None`` of
-        no value.
+        no value, or of zeros alone.
+
+        Of the two kinds of grid it is the one with less error, over all widths; by the rule ``"max"``, which clips
+        nothing, the unsigned one only where no value is negative.
         """
         if self.counts is None or self.low is None or self.high is None:
             return None
         counts = pool(self.counts, dist.ReduceOp.SUM)
         low, high = self.low, self.high
-        signed = bool(low < -_NEGLIGIBLE * high.abs())
+        if not low and not high:
+            return None
         if rule == "max":
+            signed = bool(low < -_NEGLIGIBLE * high.abs())
             return [max_step(low, high, bits, signed).reshape(1) for bits in widths], signed
-        centers = bin_centers(low, high, BINS)
-        return [fit_step(centers[None], bits, signed, counts[None].double()) for bits in widths], signed
+        centers, weights = bin_centers(low, high, BINS)[None], counts[None].double()
+        grids = [signed for signed in (False, True) if signed or high > 0]
+        fits = {signed: [fit_step(centers, bits, signed, weights) for bits in widths] for signed in grids}
+        errors = {
+            signed: sum(
+                math.log(_error(centers, weights, step, bits, signed))
+                for bits, step in zip(widths, fits[signed], strict=True)
+            )
+            for signed in grids
+        }
+        signed = min(grids, key=lambda kind: errors[kind])
+        return fits[signed], signed
+
+
+def _error(values: Tensor, counts: Tensor, step: Tensor, bits: int, signed: bool) -> float:
+    """Squared error over that of zeros, at least what is no error to float32."""
+    quantized = (values / step[:, None]).round().clamp(*level_bounds(bits, signed)) * step[:, None]
+    error = ((values - quantized).double().square() * counts).sum() / (values.double().square() * counts).sum()
+    return max(float(error), 1e-14)
 
 
 class UsageRecorder:
-    """Which levels an activation quantizer uses, and its relative squared error, over the batches it is shown."""
+    """Which levels an activation quantizer uses, its relative squared error, and what lies beyond its grid, over the
+    batches it is shown.
+    """
 
     def __init__(self, low: int, high: int) -> None:
-        self.low = low
+        self.low, self.high = low, high
         self.counts = torch.zeros(high - low + 1, dtype=torch.int64)
         self.error = 0.0
         self.power = 0.0
+        self.clipped = 0
 
     def update(self, x: Tensor, quantized: Tensor, step: Tensor) -> None:
         """Take in one batch and what it was quantized to."""
@@ -91,6 +122,7 @@ class UsageRecorder:
         self.counts += torch.bincount(level.clamp(0, len(self.counts) - 1), minlength=len(self.counts)).cpu()
         self.error += float((x - quantized).square().sum(dtype=torch.float64))
         self.power += float(x.square().sum(dtype=torch.float64))
+        self.clipped += int(((x / step > self.high + 0.5) | (x / step < self.low - 0.5)).sum())
 
     @property
     def used_levels(self) -> int:
@@ -101,3 +133,8 @@ class UsageRecorder:
     def relative_error(self) -> float:
         """``sum (x - x_hat)^2 / sum x^2``."""
         return self.error / self.power if self.power else 0.0
+
+    @property
+    def clipped_share(self) -> float:
+        """The share of values more than half a step outside of the last level."""
+        return self.clipped / max(1, int(self.counts.sum()))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor of a sharded one, gathered by all its processes at once; any other as it is.
 
     A quantizer's own parameters are never sharded: they are few, and each process has them all.

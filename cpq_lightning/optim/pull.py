@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from cpq_lightning.nn import Quantizer, whole
+from cpq_lightning.nn import Quantizer, full_tensor
 from cpq_lightning.optim.beside import stepping
 
 
@@ -53,7 +53,7 @@ class GridPull:
 
 
 def _nearest(weight: nn.Parameter, quantizer: Quantizer) -> Tensor:
-    found = quantizer.nearest(whole(weight.detach()))
+    found = quantizer.nearest(full_tensor(weight.detach()))
     if isinstance(weight, DTensor):
         # Every process has computed all of it: each keeps its part, and nothing is sent.
         return distribute_tensor(found, weight.device_mesh, weight.placements, src_data_rank=None)

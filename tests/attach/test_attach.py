@@ -60,13 +60,16 @@ def test_timm_backbones_train_evaluate_and_detach(name):
     assert not is_attached(weights_only)
 
 
-def test_reading_the_weight_gives_its_quantized_values():
-    model = attached(CPQConfig(weight_bits=2, first_last_bits=None))
+def test_a_layer_multiplies_by_its_weight_quantized():
+    model = attached(CPQConfig(weight_bits=2, first_last_bits=None)).eval()
     layer = model[3]
     assert isinstance(layer, nn.Conv2d)
     assert isinstance(layer, QuantizedLayer)
-    assert len(layer.weight.unique()) <= 4
-    assert layer.full_precision_weight().unique().numel() > 4
+    assert layer.weight is dict(model.named_parameters())["3.weight"]
+    quantized = layer.weight_quantizer(layer.weight)
+    assert len(quantized.unique()) <= 4
+    x = torch.randn(2, 8, 8, 8)
+    assert layer(x).equal(layer._conv_forward(layer.input_quantizer(x), quantized, layer.bias))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict"])
@@ -89,26 +92,27 @@ def test_copies_evaluate_alike(how):
         copied = attach(convnet()).eval()
         copied.load_state_dict(torch.load(file, weights_only=True))
     assert copied(x).equal(model(x))
-    copied[0].full_precision_weight().data.zero_()
+    copied[0].weight.data.zero_()
     assert not copied(x).equal(model(x))
 
 
 def test_a_checkpoint_before_its_first_forward_pickles_and_audits_once():
     model = pickle.loads(pickle.dumps(attach(convnet())))
-    for _ in range(2):
-        model(torch.randn(2, 3, 8, 8))
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    model(torch.randn(2, 3, 8, 8))
+    again = pickle.loads(pickle.dumps(model))
+    for mode in (True, False):
+        again.train(mode)(torch.randn(2, 3, 8, 8))
+    assert again.__dict__["_cpq_unaudited"] == []
 
 
 def test_full_precision_checkpoints_load_both_ways_with_the_keys_named():
     plain, model = convnet(), attached()
-    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight_quantizer\.log_step"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight_quantizer\.log_scale"):
         model.load_state_dict(plain.state_dict())
     missing, extra = model.load_state_dict(plain.state_dict(), strict=False)
     assert not extra
     assert all("_quantizer." in key for key in missing)
-    assert model[3].full_precision_weight().equal(plain[3].weight)
+    assert model[3].weight.equal(plain[3].weight)
     _, extra = plain.load_state_dict(model.state_dict(), strict=False)
     assert extra
     assert all("_quantizer." in key for key in extra)
@@ -133,10 +137,10 @@ def test_evaluation_before_calibration_says_what_to_do():
 def test_a_training_forward_sets_ranges_from_its_first_batch():
     model = attach(convnet())
     model(torch.randn(4, 3, 8, 8))
-    first = [q.start_step.clone() for _, q in quantizers(model)]
+    first = [q.start_scale.clone() for _, q in quantizers(model)]
     model(100 * torch.randn(4, 3, 8, 8))
-    assert all(q.calibrated for _, q in quantizers(model))
-    assert all(a.equal(q.start_step) for a, (_, q) in zip(first, quantizers(model), strict=True))
+    assert all(q.fitted for _, q in quantizers(model))
+    assert all(a.equal(q.start_scale) for a, (_, q) in zip(first, quantizers(model), strict=True))
 
 
 def test_activation_signs_follow_the_data():
@@ -163,7 +167,7 @@ def test_inactive_is_full_precision_with_gradients_for_all_parameters():
     assert out.equal(expected)
     out.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert all(q.log_step.grad.abs().sum() == 0 for _, q in quantizers(model))
+    assert all(q.log_scale.grad.abs().sum() == 0 for _, q in quantizers(model))
 
 
 def test_detach_writes_inactive_weights_unquantized():
@@ -184,8 +188,8 @@ def test_per_channel_steps_reduce_the_error_of_uneven_channels():
             model[2].weight.mul_(torch.tensor([1.0, 1000]).reshape(1, -1, 1, 1))
         records = levels(attach(model, CPQConfig(per_channel=per_channel, act_bits=None)))
         # The largest channel fills a per-tensor grid, so errors are compared on the smallest.
-        rows = [(model[i].weight - model[i].full_precision_weight()).movedim(d, 0)[0] for i, d in ((1, 0), (2, 1))]
-        scale = [model[i].full_precision_weight().movedim(d, 0)[0].norm() for i, d in ((1, 0), (2, 1))]
+        rows = [(m.weight - m.weight_quantizer(m.weight)).movedim(d, 0)[0] for m, d in ((model[1], 0), (model[2], 1))]
+        scale = [model[i].weight.movedim(d, 0)[0].norm() for i, d in ((1, 0), (2, 1))]
         return [(r.norm() / s).item() for r, s in zip(rows, scale, strict=True)], records
 
     together, _ = error(False)
@@ -199,7 +203,7 @@ def test_a_shared_weight_is_quantized_in_both_places():
     model[1].weight = model[2].weight
     attach(model, CPQConfig(weight_bits=2, first_last_bits=None, act_bits=None))
     model(torch.randn(2, 4)).sum().backward()
-    assert model[1].full_precision_weight() is model[2].full_precision_weight()
+    assert model[1].weight is model[2].weight
     assert model[1].weight.equal(model[2].weight)
     x = torch.randn(2, 4)
     expected = model(x)
@@ -278,7 +282,7 @@ def test_the_last_override_that_matches_wins_setting_by_setting():
     model = attach(convnet(), config)
     assert bits(model) == {"0": 3, "3": 2, "6": 3}
     assert model[3].input_quantizer.bits == 5
-    assert len(model[3].weight_quantizer.log_step) == 8
+    assert len(model[3].weight_quantizer.log_scale) == 8
     assert not any(r.exempt for r in levels(model))
 
 

@@ -25,7 +25,7 @@ def test_ranges_do_not_depend_on_how_samples_are_batched():
     for batches in ([x], x.split(8), x.split(4)):
         torch.manual_seed(0)
         model = calibrate(attach(convnet().eval()), batches)
-        steps.append([q.start_step for _, q in quantizers(model)])
+        steps.append([q.start_scale for _, q in quantizers(model)])
     for other in steps[1:]:
         assert all(a.equal(b) for a, b in zip(steps[0], other, strict=True))
 
@@ -50,7 +50,7 @@ def test_forms_of_batches(form):
         "loader": DataLoader(TensorDataset(x, torch.zeros(4)), 2),
     }[form]
     model = calibrate(attach(Net()), batches)
-    assert all(q.calibrated for _, q in quantizers(model))
+    assert all(q.fitted for _, q in quantizers(model))
 
 
 def test_buffers_mode_and_random_state_are_left_alone():
@@ -72,7 +72,7 @@ def test_a_failure_half_way_changes_nothing():
     with pytest.raises(RuntimeError):
         calibrate(model, [torch.randn(4, 3, 8, 8), torch.randn(4, 5, 8, 8)])
     activations = [q for _, q in quantizers(model) if q.kind == "activation"]
-    assert not any(q.calibrated or q.observer for q in activations)
+    assert not any(q.fitted for q in activations)
 
 
 @pytest.mark.parametrize("batches", [[], iter(()), DataLoader(TensorDataset(torch.zeros(0, 3)), 2)])

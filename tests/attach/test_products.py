@@ -101,7 +101,7 @@ def test_every_product_of_activations_is_quantized(make):
     assert len(report.activation_products) == {Attention: 1, Outer: 2}.get(net.base_class, 0)
     assert report.never_called == []
     net.train()(X).square().sum().backward()
-    assert [n for n, q in quantizers(net) if q.log_step.grad is None or not q.log_step.grad.any()] == []
+    assert [n for n, q in quantizers(net) if q.log_scale.grad is None or not q.log_scale.grad.any()] == []
 
 
 def test_what_is_multiplied_lies_on_the_grids():

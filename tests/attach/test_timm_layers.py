@@ -198,7 +198,7 @@ def test_a_standardized_weight_has_no_more_values_a_channel_than_levels():
     calibrate(attach(net, CPQConfig(weight_bits=2, first_last_bits=None)), [torch.randn(4, 8, 9, 9)])
     seen = []
     with torch.no_grad():
-        weight = conv.weight.flatten(1)
+        weight = conv.weight_quantizer(conv.weight).flatten(1)
         standardized = (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)
     for row in standardized:
         values = row.unique()
@@ -237,7 +237,7 @@ def test_attention_that_multiplies_by_itself_quantizes_its_input(name):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             calibrate(model, [x])
-    assert all(m.qkv.input_quantizer.calibrated for m in attentions)
+    assert all(m.qkv.input_quantizer.fitted for m in attentions)
 
 
 def test_mobilevits_cross_attention_does_not_run_in_timm_itself():

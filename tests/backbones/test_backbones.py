@@ -83,7 +83,7 @@ def test_a_checkpoint_from_before_quantization_began(tmp_path):
         quantizer.configure(active=False)
     torch.save({"state_dict": module.state_dict()}, tmp_path / "w.ckpt")
     network = create_backbone("test_resnet", pretrained=str(tmp_path / "w.ckpt"), num_classes=3)
-    assert network.fc.weight.equal(module.model.fc.full_precision_weight())
+    assert network.fc.weight.equal(module.model.fc.weight)
 
 
 def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):

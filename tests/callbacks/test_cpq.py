@@ -96,13 +96,13 @@ def test_quantize_from_a_fraction_switches_in_the_run(fit):
 
     fit(module, [CPQCallback(quantize_from=0.5, table=False), Watch()], max_epochs=2)
     assert seen == [False] * 4 + [True] * 4
-    assert all(q.calibrated for _, q in quantizers(module))
+    assert all(q.fitted for _, q in quantizers(module))
 
 
 def test_ranges_are_calibrated_before_the_sanity_check(fit):
     class Watch(pl.Callback):
         def on_sanity_check_start(self, trainer, pl_module):
-            self.ready = all(q.calibrated for _, q in quantizers(pl_module))
+            self.ready = all(q.fitted for _, q in quantizers(pl_module))
 
     module, watch = Classifier(), Watch()
     module.net[1].momentum = 0.5
@@ -156,7 +156,7 @@ def test_a_training_step_that_fails_outside_the_loop_falls_back(fit):
     module = Needy()
     with pytest.warns(UserWarning, match=r"(?s)AssertionError: on_train_start has not run.*first training batch"):
         fit(module, [CPQCallback(table=False)], max_epochs=1)
-    assert all(q.active and q.calibrated for _, q in quantizers(module))
+    assert all(q.active and q.fitted for _, q in quantizers(module))
 
 
 def test_manual_optimization_with_two_optimizers(fit):
@@ -182,10 +182,10 @@ def test_manual_optimization_with_two_optimizers(fit):
     trainer = fit(module, callbacks(quantize_from=0.5), max_epochs=2)
     groups = [[g for g in o.param_groups if g.get("name") == GROUP_NAME] for o in trainer.optimizers]
     assert [len(g) for g in groups] == [1, 1]
-    assert id(module.net[0].weight_quantizer.log_step) in {id(p) for p in groups[0][0]["params"]}
-    assert id(module.net[3].weight_quantizer.log_step) in {id(p) for p in groups[1][0]["params"]}
-    assert all(q.active and q.log_step.item() != 0 for _, q in quantizers(module))
-    assert not start["net.0.weight"].equal(module.net[0].full_precision_weight())
+    assert id(module.net[0].weight_quantizer.log_scale) in {id(p) for p in groups[0][0]["params"]}
+    assert id(module.net[3].weight_quantizer.log_scale) in {id(p) for p in groups[1][0]["params"]}
+    assert all(q.active and q.log_scale.item() != 0 for _, q in quantizers(module))
+    assert not start["net.0.weight"].equal(module.net[0].weight)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -194,9 +194,9 @@ def test_precisions(fit, precision):
     trainer = fit(module, callbacks(), precision=precision, accumulate_grad_batches=2, gradient_clip_val=0.5)
     assert trainer.state.finished
     for name, quantizer in quantizers(module):
-        assert quantizer.log_step.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+        assert quantizer.log_scale.dtype == (torch.float64 if precision == "64-true" else torch.float32)
         assert torch.isfinite(quantizer.step()).all(), name
-        assert quantizer.log_step.item() != 0, name
+        assert quantizer.log_scale.item() != 0, name
 
 
 def test_layers_made_in_configure_model_are_quantized(fit):
@@ -229,7 +229,7 @@ def test_pytorch_lightning_modules_and_trainers_work(fit):
 
     module = Theirs()
     fit(module, callbacks(), trainer_class=other.Trainer)
-    assert all(q.calibrated and q.log_step.item() != 0 for _, q in quantizers(module))
+    assert all(q.fitted and q.log_scale.item() != 0 for _, q in quantizers(module))
 
 
 def test_resumed_run_ends_where_the_uninterrupted_one_does(fit, tmp_path):
@@ -300,7 +300,7 @@ def test_averaged_weights_keep_the_quantizers_state(fit, tmp_path, quantize_from
     for model in (module, restored):
         for name, quantizer in quantizers(model):
             assert quantizer.active, name
-            assert quantizer.calibrated, name
+            assert quantizer.fitted, name
             assert quantizer.bits in (4, 8), name
             assert quantizer.numel > 0, name
     assert restored.eval().net(x).equal(module.eval().net(x))

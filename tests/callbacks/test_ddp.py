@@ -23,7 +23,7 @@ class SameOnAllRanks(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         self.check(trainer, pl_module)
-        assert all(q.calibrated and q.active for _, q in quantizers(pl_module))
+        assert all(q.fitted and q.active for _, q in quantizers(pl_module))
 
     def check(self, trainer, pl_module):
         assert trainer.world_size == 2
@@ -54,7 +54,7 @@ def test_two_processes_stay_equal(fit, quantize_from):
 class StartingSteps(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         if trainer.is_global_zero:
-            steps = {name: q.start_step for name, q in quantizers(pl_module)}
+            steps = {name: q.start_scale for name, q in quantizers(pl_module)}
             torch.save(steps, f"{trainer.default_root_dir}/steps-{trainer.world_size}.pt")
 
 
@@ -123,7 +123,7 @@ class Sizes(Classifier):
 
 class SameCosts(pl.Callback):
     def on_train_start(self, trainer, pl_module):
-        noted = [(q.macs, q.numel, q.order) for _, q in quantizers(pl_module)]
+        noted = [(q.macs, q.numel, q.execution_index) for _, q in quantizers(pl_module)]
         everybody = [None, None]
         torch.distributed.all_gather_object(everybody, noted)
         assert everybody[0] == everybody[1]

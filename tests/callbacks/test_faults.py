@@ -88,7 +88,7 @@ def test_a_first_batch_of_nothing_but_nan_sets_no_range(tmp_path):
     trainer.callbacks = [spoiled, CPQCallback(quantize_from=0.0, table=False, calibration_batches=1)]
     trainer.fit(module, copied(), data())
     assert all(v.isfinite().all() for v in module.state_dict().values())
-    assert all(q.calibrated for _, q in quantizers(module))
+    assert all(q.fitted for _, q in quantizers(module))
 
 
 def test_a_gradient_that_is_not_finite_moves_no_gate_without_amp_either(tmp_path):
@@ -148,7 +148,7 @@ def test_a_backbone_that_is_frozen_from_the_start_learns_its_widths_all_the_same
     module = Frozen()
     before = module.net[5].weight.clone()
     fit(tmp_path, module)
-    assert torch.equal(module.net[5].full_precision_weight(), before)
+    assert torch.equal(module.net[5].weight, before)
     assert len({r.bits for r in levels(module) if r.kind == "weight" and not r.exempt}) >= 1
 
 
@@ -171,12 +171,12 @@ def test_a_shared_weight_and_a_layer_that_is_called_twice(tmp_path):
     trainer = trainer_in(tmp_path)
     trainer.fit(module, data(), data())
     assert module.twin.weight_quantizer is module.net[3].weight_quantizer
-    assert module.twin.full_precision_weight() is module.net[3].full_precision_weight()
+    assert module.twin.weight is module.net[3].weight
     held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     assert not learning_quantizers(module)
     # It is counted once in the size, and in the average.
-    weights = {id(q): q.numel for _, q in quantizers(module) if q.kind == "weight" and not q.exempt}
+    weights = {id(q): q.numel for _, q in quantizers(module) if q.kind == "weight" and not q.first_or_last}
     assert sum(weights.values()) == 576 + 864 + 3072
 
 
@@ -308,7 +308,7 @@ def test_a_frozen_backbone_in_evaluation_mode_gets_its_ranges(tmp_path, quantize
 
     trainer, module = trainer_in(tmp_path, quantize_from=quantize_from), Halted()
     trainer.fit(module, data(), data())
-    assert all(q.calibrated for _, q in quantizers(module))
+    assert all(q.fitted for _, q in quantizers(module))
 
 
 def test_layers_that_are_built_anew_behind_the_quantization_are_refused(fit):

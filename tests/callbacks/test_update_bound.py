@@ -85,7 +85,7 @@ def test_a_network_learns_at_a_rate_at_which_steps_would_run_away(fit):
     trainer = fit(module, [CPQCallback(LEARN, table=False), BitBudget(4.0)], max_epochs=15)
     # A guess among four classes has log 4.
     assert trainer.callback_metrics["train_loss"] < 0.5
-    assert all(q.log_step.abs().max() < 5 for _, q in quantizers(module))
+    assert all(q.log_scale.abs().max() < 5 for _, q in quantizers(module))
 
 
 def test_lookahead_goes_back_among_values_that_were_within_the_bound(fit):
@@ -124,7 +124,7 @@ def test_ranges_that_are_fitted_anew_within_an_update_are_kept(fit):
 
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            seen.append([q.log_step.item() for _, q in quantizers(pl_module)])
+            seen.append([q.log_scale.item() for _, q in quantizers(pl_module)])
 
     fit(module, [CPQCallback(quantize_from=4, table=False), Look()], max_epochs=2)
     assert all(values == [5.0] * 6 for values in seen[:4])

@@ -97,7 +97,7 @@ def test_three_bits_are_three_bits_on_disk(tmp_path):
     path = write_packed(model.eval(), tmp_path / "resnet18.safetensors")
     size = path.stat().st_size
     rest = sum(4 * p.numel() for n, p in model.state_dict().items() if "quantizer" not in n and "bn" in n)
-    weights = sum(layer.full_precision_weight().numel() for _, layer in quantized_layers(model))
+    weights = sum(layer.weight.numel() for _, layer in quantized_layers(model))
     # All but what is not a quantized weight: batch norms, biases and the header are the 'rest'.
     content = read_packed(path)
     codes = sum(t.numel() for n, t in content.tensors.items() if n.endswith("weight_codes"))

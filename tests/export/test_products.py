@@ -90,7 +90,7 @@ def test_ranges_that_are_not_known_are_named(tmp_path):
     net = attach(Outer(), CONFIG, example_inputs=X)
     calibrate(net, [X])
     for name in ("0_left", "1_right"):
-        net.product_operands[name].input_quantizer.configure(calibrated=False)
+        net.product_operands[name].input_quantizer.configure(fitted=False)
     assert uncalled(net) == ["product_operands.0_left", "product_operands.1_right"]
 
 

@@ -121,9 +121,9 @@ def test_channels_last(config, monkeypatch):
 
 def test_an_input_without_a_gradient_and_a_frozen_weight():
     model, x = quantized(*LAYERS["conv2d"])
-    model[0].full_precision_weight().requires_grad_(False)
+    model[0].weight.requires_grad_(False)
     model(x).sum().backward()
-    assert model[0].full_precision_weight().grad is None
+    assert model[0].weight.grad is None
     assert all(
         p.grad is not None for q in (model[0].weight_quantizer, model[0].input_quantizer) for p in q.parameters()
     )
@@ -215,7 +215,7 @@ def test_a_recomputed_forward_takes_the_same_way_as_the_first_one_that_fits_rang
     model = attach(nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), CONFIGS["default"]).train()
     model(x)
     for layer in (model[0], model[2]):
-        layer.input_quantizer.configure(calibrated=False)
+        layer.input_quantizer.configure(fitted=False)
     checkpoint(model, x, use_reentrant=False).sum().backward()
     assert x.grad.isfinite().all()
 
@@ -434,7 +434,7 @@ def test_what_a_linear_layer_returns_may_be_changed_in_place(shape, bias):
     y += torch.ones(6)
     torch.testing.assert_close(y.detach(), expected)
     y.square().sum().backward()
-    found = layer.full_precision_weight().grad.clone()
-    layer.full_precision_weight().grad = None
+    found = layer.weight.grad.clone()
+    layer.weight.grad = None
     (net(x) + 1).square().sum().backward()
-    torch.testing.assert_close(found, layer.full_precision_weight().grad)
+    torch.testing.assert_close(found, layer.weight.grad)

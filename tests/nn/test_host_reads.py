@@ -26,7 +26,7 @@ def test_nothing_is_read_on_the_host(config, training):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     attach(model.to("meta"), CONFIGS[config]).train(training)
     for _, quantizer in quantizers(model):
-        quantizer.configure(calibrated=True)
+        quantizer.configure(fitted=True)
     for _ in range(2):
         out = model(torch.empty(2, 3, 8, 8, device="meta"))
         out.sum().backward()

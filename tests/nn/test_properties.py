@@ -49,7 +49,8 @@ def test_training_gives_a_finite_value_like_x_and_a_finite_gradient_to_x_and_to_
     quantizer, x = case.fresh(), case.x()
     for step in range(2):
         # The first forward fits, the second finds what was fitted.
-        quantizer.noise_step.fill_(step)
+        if quantizer.has_gates:
+            quantizer.noise_step.fill_(step)
         out, gradients = differentiate(quantizer, x, case.upstream())
         assert (out.shape, out.dtype) == (x.shape, x.dtype)
         assert out.isfinite().all()
@@ -69,7 +70,7 @@ def test_the_layout_in_memory_changes_neither_the_fit_nor_values_nor_gradients(c
     odd, even = case.fresh(), case.fresh()
     odd(x)
     even(plain)
-    torch.testing.assert_close(odd.start_step, even.start_step, rtol=1e-5, atol=0)
+    torch.testing.assert_close(odd.start_scale, even.start_scale, rtol=1e-5, atol=0)
     torch.testing.assert_close(odd.width_scale, even.width_scale, rtol=1e-5, atol=0)
     quantizer = case.trained().train(training)
     got, gradients = differentiate(quantizer, x, case.upstream())
@@ -89,8 +90,8 @@ def test_dense_layouts_are_kept(case, training):
 @given(quantizer_cases(), st.booleans())
 def test_what_a_quantizer_hands_on_meets_the_conditions_that_quantize_checks(case, training):
     quantizer, x = case.trained().train(training), case.x()
-    step, sigma = (quantizer.along_channels(t.detach(), x) for t in quantizer._step_and_sigma())
-    masks = quantizer._masks(x)
+    step, sigma = (quantizer.along_channels(t.detach(), x) for t in quantizer._step_and_sigma(quantizer.settings))
+    masks = quantizer._masks(x, quantizer.settings)
     min_bits = quantizer.bits if masks is None else quantizer.min_bits
     grid = {"bits": quantizer.bits, "signed": quantizer.signed, "estimator": quantizer.estimator}
     out = quantize(x, step, sigma, masks, **grid, min_bits=min_bits)
@@ -141,7 +142,7 @@ def test_while_inactive_x_passes_unchanged_and_every_parameter_gets_zeros(case, 
     for name, p in quantizer.named_parameters():
         assert gradients[name].shape == p.shape, name
         assert not gradients[name].any(), name
-    assert not quantizer.calibrated
+    assert not quantizer.fitted
 
 
 COPIES = ("state_dict", "deepcopy", "pickle")

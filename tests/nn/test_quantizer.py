@@ -13,6 +13,7 @@ from torch import nn
 from cpq_lightning import CPQConfig
 from cpq_lightning.functional import fit_step, level_bounds, quantize
 from cpq_lightning.nn import Quantizer, RangeObserver
+from cpq_lightning.nn.state import read
 
 SHARINGS = ("tensor", "channel", "element")
 NESTINGS = ("range", "resolution")
@@ -48,35 +49,35 @@ def least_error(values, bits, signed):
 # Step and noise ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("log_step", [1e9, -1e9, math.inf, -math.inf, 50.0, -50.0, 0.0])
+@pytest.mark.parametrize("log_scale", [1e9, -1e9, math.inf, -math.inf, 50.0, -50.0, 0.0])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
-def test_the_step_stays_positive_and_finite_wherever_an_update_throws_its_parameter(scale, log_step):
+def test_the_step_stays_positive_and_finite_wherever_an_update_throws_its_parameter(scale, log_scale):
     weight = weights() * scale
     q = weight_quantizer(weight, per_channel=True)
-    q.log_step.data.fill_(log_step)
+    q.log_scale.data.fill_(log_scale)
     out = q(weight)
     assert (q.step() > 0).all()
     assert q.step().isfinite().all()
     assert out.isfinite().all()
-    factor = q.step() / q.start_step
+    factor = q.step() / q.start_scale
     assert ((factor >= 1 / 1001) & (factor <= 1001)).all()
 
 
 def test_a_small_move_of_the_parameter_is_a_relative_move_of_the_step():
     q = weight_quantizer(weights(), per_channel=True)
     before = q.step().detach()
-    q.log_step.data.add_(0.01)
+    q.log_scale.data.add_(0.01)
     torch.testing.assert_close(q.step().detach(), before * math.exp(0.01), rtol=1e-5, atol=0)
 
 
 def sigma_of(q):
-    return q._step_and_sigma()[1].detach()
+    return q._step_and_sigma(q.settings)[1].detach()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.01])
 def test_the_noise_is_positive_and_at_most_the_step(temperature):
     q = Quantizer("weight", CPQConfig(per_channel=True, temperature=temperature), numel=4000, channels=1000)
-    q.start_step.copy_(torch.rand(1000) * torch.logspace(-6, 6, 1000))
+    q._write_ranges(torch.rand(1000) * torch.logspace(-6, 6, 1000), q.width_scale)
     for logit in (-math.inf, -1e9, -20.0, -1.0, 0.0, 3.0, 10.0, 17.0, 20.0, 1e9, math.inf):
         q.noise_logit.data.fill_(logit)
         assert (sigma_of(q) > 0).all()
@@ -115,7 +116,7 @@ def test_both_parameters_learn():
     """A few updates against the squared error: the step finds back from twice what it should be."""
     weight = torch.randn(6, 50)
     q = weight_quantizer(weight, weight_bits=3)
-    q.log_step.data.fill_(math.log(2))
+    q.log_scale.data.fill_(math.log(2))
     optimizer = torch.optim.Adam(q.parameters(), lr=0.05)
     errors = []
     for _ in range(60):
@@ -125,7 +126,7 @@ def test_both_parameters_learn():
         optimizer.step()
         errors.append(loss.item())
     assert min(errors[-10:]) < 0.6 * errors[0]
-    assert abs(q.log_step.item()) < 0.4
+    assert abs(q.log_scale.item()) < 0.4
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def test_the_range_max_clips_no_weight_and_wastes_no_level(bits, per_channel):
 
 def test_a_new_fit_forgets_what_was_learned():
     q = weight_quantizer(weights())
-    q.log_step.data.fill_(0.7)
+    q.log_scale.data.fill_(0.7)
     q.noise_logit.data.fill_(2.0)
     weight = weights() * 3
     q.fit_weight(weight)
@@ -204,7 +205,7 @@ def test_an_evaluation_before_the_range_is_known_says_what_to_do(mode):
         q(torch.randn(3, 4))
     for word in ("range", "calibrate(model, batches)", "checkpoint", "train for one step"):
         assert word in str(raised.value)
-    assert not q.calibrated
+    assert not q.fitted
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6])
@@ -217,7 +218,7 @@ def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_step(batch
     x = batch()
     q = act_quantizer(act_bits=bits)
     out = q(x)
-    assert q.calibrated
+    assert q.fitted
     assert q.signed is signed
     assert q.numel == 35
     assert (out - x).square().sum().item() <= 1.02 * least_error(x, bits, signed)
@@ -225,9 +226,9 @@ def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_step(batch
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
     assert levels.min() >= level_bounds(bits, signed)[0]
 
-    start = q.start_step.clone()
+    start = q.start_scale.clone()
     q(x * 100 - 50)
-    assert torch.equal(q.start_step, start)
+    assert torch.equal(q.start_scale, start)
     assert q.signed is signed
     assert torch.equal(q.eval()(x), out)
 
@@ -244,7 +245,7 @@ def test_batches_seen_one_by_one_give_the_range_of_all_of_them_together(rule):
             if observer.counts is None:
                 observer.close_range(torch.device("cpu"))
         q.fit_activation(observer)
-    assert torch.equal(whole.start_step, parts.start_step)
+    assert torch.equal(whole.start_scale, parts.start_scale)
     assert whole.signed is parts.signed is True
 
 
@@ -274,39 +275,39 @@ def test_a_quantizer_for_no_bits_is_refused():
 
 # State ---------------------------------------------------------------------------------------------------------------
 
-INTEGERS = ("bits", "min_bits", "signed", "calibrated", "active", "numel", "exempt")
+INTEGERS = ("bits", "min_bits", "signed", "fitted", "active", "numel", "first_or_last")
 
 
 def test_a_state_dict_restores_everything_in_a_quantizer_of_other_settings():
     weight = weights()
     q = weight_quantizer(weight, weight_bits=5, min_bits=3, temperature=0.3, keep_prob=0.8, per_channel=True)
-    q.configure(bits=4, min_bits=2, signed=False, exempt=True, numel=123)
-    q.log_step.data.normal_()
+    q.configure(bits=4, min_bits=2, signed=False, first_or_last=True, numel=123)
+    q.log_scale.data.normal_()
     q.noise_logit.data.normal_()
     q.noise_step.fill_(2**40)
     buffer = io.BytesIO()
     torch.save(q.state_dict(), buffer)
     buffer.seek(0)
 
-    other = weight_quantizer(weight_bits=8, per_channel=True)
-    assert not other.calibrated
+    other = weight_quantizer(weight_bits=8, min_bits=6, per_channel=True)
+    assert not other.fitted
     other.load_state_dict(torch.load(buffer, weights_only=True))
     for name in INTEGERS:
         assert getattr(other, name) == getattr(q, name), name
         assert type(getattr(other, name)) is type(getattr(q, name)), name
-    assert (other.bits, other.min_bits, other.signed, other.exempt, other.numel) == (4, 2, False, True, 123)
+    assert (other.bits, other.min_bits, other.signed, other.first_or_last, other.numel) == (4, 2, False, True, 123)
     for name, value in q.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
     assert torch.equal(other(weight), q(weight))
     assert torch.equal(other.eval()(weight), q.eval()(weight))
 
 
-def test_the_host_s_integers_are_those_of_the_state_dict():
+def test_the_host_reads_what_the_state_says():
     q = weight_quantizer(weights())
-    q.configure(bits=3, min_bits=1, signed=0, calibrated=0, active=0, numel=7, exempt=1)
-    state = q.state_dict()
-    assert [getattr(q, name) for name in INTEGERS] == [3, 1, False, False, False, 7, True]
-    assert [state[f"{name}_"].item() for name in INTEGERS] == [3, 1, 0, 0, 0, 7, 1]
+    q.configure(bits=3, min_bits=1, signed=False, fitted=False, active=False, numel=7, first_or_last=True)
+    settings, _ = read(q.state_dict()["state"])
+    assert [getattr(settings, name) for name in INTEGERS] == [3, 1, False, False, False, 7, True]
+    assert settings == q.settings
 
 
 def test_an_inactive_uncalibrated_quantizer_is_restored_as_such():
@@ -315,7 +316,7 @@ def test_an_inactive_uncalibrated_quantizer_is_restored_as_such():
     other = act_quantizer()
     other(torch.randn(4, 4))
     other.load_state_dict(q.state_dict())
-    assert not other.calibrated
+    assert not other.fitted
     assert not other.active
 
 
@@ -345,13 +346,14 @@ def test_double_widens_the_state_and_the_values_survive_the_way_back():
     q = weight_quantizer(weight)
     step = q.step().detach()
     q.double()
-    floating = [t for t in q.state_dict().values() if t.is_floating_point()]
-    assert all(t.dtype == torch.float64 for t in floating)
-    assert q.noise_step.dtype == torch.int64
+    dtypes = {name: t.dtype for name, t in q.state_dict().items()}
+    # The state is whole numbers and starting steps, read as float32.
+    assert dtypes.pop("state") == torch.float32
+    assert set(dtypes.values()) == {torch.float64}
     out = q(weight.double())
     assert out.dtype == torch.float64
     out.sum().backward()
-    assert q.log_step.grad.dtype == torch.float64
+    assert q.log_scale.grad.dtype == torch.float64
     torch.testing.assert_close(q.step().detach(), step.double(), rtol=1e-6, atol=0)
     q.float()
     torch.testing.assert_close(q.step().detach().float(), step, rtol=1e-6, atol=0)
@@ -362,15 +364,15 @@ def test_double_widens_the_state_and_the_values_survive_the_way_back():
 def test_copies_behave_alike_and_share_nothing(clone, training):
     weight = weights()
     q = weight_quantizer(weight, weight_bits=4, min_bits=2, keep_prob=0.5, per_channel=True).train(training)
-    q.log_step.data.normal_()
+    q.log_scale.data.normal_()
     twin = clone(q)
     before = q(weight)
     assert torch.equal(twin(weight), before)
     assert twin.training is training
     twin.configure(bits=2, min_bits=1)
-    twin.log_step.data.add_(1)
-    twin.start_step.mul_(3)
-    assert (q.bits, q.min_bits, q.state_dict()["bits_"].item()) == (4, 2, 4)
+    twin.log_scale.data.add_(1)
+    twin.state.mul_(3)
+    assert (q.bits, q.min_bits, read(q.state_dict()["state"])[0].bits) == (4, 2, 4)
     assert torch.equal(q(weight), before)
 
 
@@ -462,8 +464,8 @@ def test_without_a_gap_between_the_widths_nothing_is_random():
     q = weight_quantizer(weight, keep_prob=0.1)
     assert not q.has_gates
     want = q(weight)
-    for step in range(5):
-        q.noise_step.fill_(step)
+    assert "noise_step" not in dict(q.gates.named_buffers())
+    for _ in range(5):
         assert torch.equal(q(weight), want)
 
 
@@ -484,7 +486,7 @@ def test_while_inactive_x_passes_and_parameters_get_gradients_of_zero(kind, trai
         assert p.grad is not None, name
         assert p.grad.shape == p.shape
         assert not p.grad.any(), name
-    assert not q.calibrated
+    assert not q.fitted
 
 
 def test_what_is_active_again_goes_on_where_it_was():

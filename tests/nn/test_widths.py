@@ -29,7 +29,7 @@ def decide(q, width):
 def test_fixing_a_width_changes_nothing_in_evaluation(width, nesting):
     q = quantizer(nesting=nesting).eval()
     with torch.no_grad():
-        q.log_step.fill_(0.1)
+        q.log_scale.fill_(0.1)
     decide(q, width)
     assert q.decided_widths().tolist() == [width]
     before, grid = q(WEIGHT), q.grid()
@@ -60,7 +60,7 @@ def test_channels_of_widths_of_their_own_evaluate_as_fixed(nesting, per_channel)
         assert len(row.unique()) <= 2**width
     # And trains.
     q.train()(WEIGHT).square().sum().backward()
-    assert q.log_step.grad.abs().sum() > 0
+    assert q.log_scale.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 6])

@@ -15,9 +15,9 @@ def pulled(strength, config=THREE, lr=0.0, prepare=lambda model: None, steps=1):
     model = calibrate(attach(convnet(), config, example_inputs=IMAGES[:4]), [IMAGES])
     prepare(model)
     layers = [layer for _, layer in quantized_layers(model)]
-    before = [(layer.full_precision_weight().detach().clone(), layer.weight.detach().clone()) for layer in layers]
+    before = [(layer.weight.detach().clone(), layer.weight.detach().clone()) for layer in layers]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    owners = {id(layer.full_precision_weight()): layer.weight_quantizer for layer in layers}
+    owners = {id(layer.weight): layer.weight_quantizer for layer in layers}
     pull = GridPull(optimizer, owners, lambda: strength)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -30,7 +30,7 @@ def pulled(strength, config=THREE, lr=0.0, prepare=lambda model: None, steps=1):
 def test_weights_move_by_their_part_of_the_way(per_channel):
     layers, before, _ = pulled(0.25, CPQConfig(weight_bits=3, per_channel=per_channel))
     for layer, (weight, points) in zip(layers, before, strict=True):
-        torch.testing.assert_close(layer.full_precision_weight(), weight + 0.25 * (points - weight))
+        torch.testing.assert_close(layer.weight, weight + 0.25 * (points - weight))
         # And stay on the same level.
         torch.testing.assert_close(layer.weight, points)
 
@@ -38,15 +38,15 @@ def test_weights_move_by_their_part_of_the_way(per_channel):
 def test_a_strength_of_one_puts_weights_on_the_grid():
     layers, before, _ = pulled(1.0)
     for layer, (_, points) in zip(layers, before, strict=True):
-        torch.testing.assert_close(layer.full_precision_weight(), points)
+        torch.testing.assert_close(layer.weight, points)
 
 
 def test_nothing_is_pulled_without_strength_or_behind_the_end():
     layers, before, _ = pulled(0.0)
-    assert all(layer.full_precision_weight().equal(w) for layer, (w, _) in zip(layers, before, strict=True))
+    assert all(layer.weight.equal(w) for layer, (w, _) in zip(layers, before, strict=True))
     layers, before, pull = pulled(0.5, steps=0)
     pull.remove()
-    assert all(layer.full_precision_weight().equal(w) for layer, (w, _) in zip(layers, before, strict=True))
+    assert all(layer.weight.equal(w) for layer, (w, _) in zip(layers, before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_nothing_is_pulled_without_strength_or_behind_the_end():
 )
 def test_what_is_in_no_place_yet_is_left_alone(config, prepare):
     layers, before, _ = pulled(0.5, config, prepare=prepare)
-    assert all(layer.full_precision_weight().equal(w) for layer, (w, _) in zip(layers, before, strict=True))
+    assert all(layer.weight.equal(w) for layer, (w, _) in zip(layers, before, strict=True))
 
 
 def test_widths_that_are_fixed_are_pulled_to_their_own_grid():
@@ -73,35 +73,35 @@ def test_widths_that_are_fixed_are_pulled_to_their_own_grid():
     layers, before, _ = pulled(1.0, config, prepare=fix)
     for layer, (_, points) in zip(layers, before, strict=True):
         assert len(points.unique()) <= 4
-        torch.testing.assert_close(layer.full_precision_weight(), points)
+        torch.testing.assert_close(layer.weight, points)
 
 
 def test_a_group_that_is_added_later_is_pulled():
     model = calibrate(attach(convnet(), CPQConfig(weight_bits=3), example_inputs=IMAGES[:4]), [IMAGES])
     first, *_, last = [layer for _, layer in quantized_layers(model)]
-    optimizer = torch.optim.SGD([first.full_precision_weight()], lr=0.0)
-    GridPull(optimizer, {id(last.full_precision_weight()): last.weight_quantizer}, lambda: 1.0)
-    optimizer.add_param_group({"params": [last.full_precision_weight()]})
+    optimizer = torch.optim.SGD([first.weight], lr=0.0)
+    GridPull(optimizer, {id(last.weight): last.weight_quantizer}, lambda: 1.0)
+    optimizer.add_param_group({"params": [last.weight]})
     points = last.weight.detach().clone()
     nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
     optimizer.step()
-    torch.testing.assert_close(last.full_precision_weight(), points)
+    torch.testing.assert_close(last.weight, points)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_mixed_precision_skips_pulls_nothing(fused):
     model = calibrate(attach(convnet(), THREE, example_inputs=IMAGES[:4]), [IMAGES])
     layers = [layer for _, layer in quantized_layers(model)]
-    owners = {id(layer.full_precision_weight()): layer.weight_quantizer for layer in layers}
-    optimizer = torch.optim.AdamW([layer.full_precision_weight() for layer in layers], fused=fused)
+    owners = {id(layer.weight): layer.weight_quantizer for layer in layers}
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers], fused=fused)
     GridPull(optimizer, owners, lambda: 0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    before = [layer.full_precision_weight().detach().clone() for layer in layers]
+    before = [layer.weight.detach().clone() for layer in layers]
     for finite in (False, True):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(IMAGES), LABELS)
         scaler.scale(loss if finite else loss * float("inf")).backward()
         scaler.step(optimizer)
         scaler.update()
-        moved = [not layer.full_precision_weight().equal(w) for layer, w in zip(layers, before, strict=True)]
+        moved = [not layer.weight.equal(w) for layer, w in zip(layers, before, strict=True)]
         assert all(moved) if finite else not any(moved)

@@ -245,7 +245,7 @@ class Watch(pl.Callback):
         self.calibrated_away = [name for name, value in self.before.items() if not torch.equal(value, now[name])]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        gradients = {name: q.log_step.grad for name, q in quantizers(pl_module)}
+        gradients = {name: q.log_scale.grad for name, q in quantizers(pl_module)}
         self.reached |= {name for name, grad in gradients.items() if grad is not None and grad.any()}
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
@@ -295,11 +295,11 @@ def test_a_published_module_trains_quantized_and_its_checkpoint_loads(name, mode
     assert len(watch.losses) == trainer.global_step > 0
     assert torch.tensor(watch.losses).isfinite().all()
     assert all(len(set(rates)) == 1 and rates[0] > 0 for rates in watch.rates)
-    assert not [n for n, q in quantizers(module) if not (q.active and q.calibrated)]
-    moved = {n for n, q in quantizers(module) if q.log_step.any()}
+    assert not [n for n, q in quantizers(module) if not (q.active and q.fitted)]
+    moved = {n for n, q in quantizers(module) if q.log_scale.any()}
     idle = {n.rpartition(".")[0] for n, _ in quantizers(module) if n not in moved | watch.reached}
     assert idle == case.unused
-    weights = {n: layer.full_precision_weight() for n, layer in quantized_layers(module)}
+    weights = {n: layer.weight for n, layer in quantized_layers(module)}
     assert {n for n, weight in weights.items() if torch.equal(weight, watch.before[f"{n}.weight"])} == case.still
 
     records = levels(module)
@@ -339,7 +339,7 @@ def test_augmentation_within_the_step_does_not_multiply_what_layers_compute(name
     module, _, _ = begin(name, tmp_path)
     first = next(layer for _, layer in quantized_layers(module))
     side = 112 if name == "byol" else 16
-    assert first.weight_quantizer.macs == first.full_precision_weight().numel() * side**2
+    assert first.weight_quantizer.macs == first.weight.numel() * side**2
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco_v3", "byol"])
@@ -358,7 +358,7 @@ def test_levels_measure_no_activation_where_validation_runs_no_forward(tmp_path)
 def test_the_last_layer_that_trains_is_exempt_although_a_teacher_runs_behind_it(name, head, tmp_path):
     module, _, _ = begin(name, tmp_path)
     last = list(quantized_layers(getattr(module, head)))[-1][1]
-    assert last.weight_quantizer.exempt
+    assert last.weight_quantizer.first_or_last
 
 
 @pytest.mark.parametrize("target", [3.5, TARGET])

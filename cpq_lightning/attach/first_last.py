@@ -1,0 +1,51 @@
+"""Which layers are the first and the last, once a forward has shown it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
+from cpq_lightning.attach.select import attached_config, first_and_last, layer_settings
+
+
+def _decided(layers: Iterable[QuantizedLayer]) -> bool:
+    """Whether learned widths have been fixed: an earlier forward has settled then which layers are the ends."""
+    weights = (layer.weight_quantizer for layer in layers)
+    return any(q.gates.learned and not q.learns_bits and not q.first_or_last for q in weights)
+
+
+def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
+    """Move ``first_last_bits`` to the layers that truly run first and last, where timm did not name them.
+
+    Args:
+        model: The model that was attached; where only a part of it was, nothing changes. No backward may be due of a
+            forward that it has made: what that one computes again would have other widths.
+        order: Names of its quantized layers in the order in which a forward called them.
+
+    Returns:
+        Names of the layers whose width changed. Their weights' steps are fitted anew, their activations' by the next
+        calibration.
+    """
+    layers = dict(quantized_layers(model))
+    called = [name for name in order if name in layers]
+    config = attached_config(model)
+    if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
+        return []
+    ends = first_and_last(model, list(layers), called)
+    changed = []
+    for name, layer in layers.items():
+        settings, first_or_last = layer_settings(name, layer, config, name in ends)
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        if first_or_last == weights.first_or_last:
+            continue
+        changed.append(name)
+        widths = {"bits": settings.weight_bits, "min_bits": settings.narrowest_bits}
+        weights.configure(**widths, first_or_last=first_or_last)
+        weights.fit_weight(layer.weight, settled=weights.settled)
+        if inputs is not None and settings.act_bits is not None:
+            bits, narrowest = settings.act_bits, settings.narrowest_act_bits or settings.act_bits
+            inputs.configure(bits=bits, min_bits=narrowest, first_or_last=first_or_last)
+            inputs.refit_next()
+    return changed
