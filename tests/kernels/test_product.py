@@ -230,7 +230,7 @@ def test_what_is_begun_with_kernels_ends_with_them():
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     q = quantized(*LAYERS["conv2d"])[0][0].weight_quantizer
-    (grad,) = torch.autograd.grad((q._step_and_sigma()[1] ** 2).sum(), q.noise_logit, create_graph=True)
+    (grad,) = torch.autograd.grad((q._step_and_sigma(q.settings)[1] ** 2).sum(), q.noise_logit, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -370,7 +370,7 @@ def test_a_quantizer_costs_few_calls_and_one_of_the_tensor_s_size_each_way():
     # The quantized input, once for the product and once for its backward; gradients take each other's places.
     assert [a - b for a, b in zip(*large, strict=True)] == [1, 1]
     # Steps and noises of two quantizers are a few numbers each, but each number takes a call.
-    assert forward - plain_forward <= 2 * 17
+    assert forward - plain_forward <= 2 * 18
     assert backward - plain_backward <= 2 * 32
 
 
