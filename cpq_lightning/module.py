@@ -21,7 +21,7 @@ from cpq_lightning.backbones import create_backbone
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.callbacks.distillation import DistillationCallback, check_distillation
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import ORIGINS, load_samples, save_samples
+from cpq_lightning.export import ORIGINS
 
 
 class QuantizedModule(LightningModule):
@@ -198,12 +198,7 @@ class QuantizedModule(LightningModule):
             return None
         return {"timm": name, "arguments": arguments, "version": timm.__version__}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        load_samples(self.model, checkpoint)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Of weights alone callbacks are not asked.
-        save_samples(self.model, checkpoint)
         # Restoring needs no download: the checkpoint has the weights.
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "pretrained": False}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -11,14 +12,24 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpq_lightning.callbacks._network import shipped_name
-from cpq_lightning.callbacks._ship import known_samples
-from cpq_lightning.export import Container, Format, Samples, export_model, export_table
+from cpq_lightning.export import (
+    SAMPLES_FILE,
+    Container,
+    Format,
+    Samples,
+    export_model,
+    export_table,
+    read_samples,
+)
 from cpq_lightning.module import QuantizedModule
 
-_SYNTHETIC_SAMPLES = 16
+# What lies in a run's own folder, and neither in that of its checkpoints nor in one of many runs.
+_RUN_FILES = ("config.yaml", "hparams.yaml", "levels.json")
+# Folders above that of a checkpoint: a logger may keep checkpoints in project/run/checkpoints of the run's folder.
+_MOST_PARENTS = 3
 
 
 def export(
@@ -26,8 +37,9 @@ def export(
     format: Format = "packed",
     out: str = ".",
     container: Container = "int8",
+    samples: str | None = None,
     data: str | None = None,
-    samples: int = 512,
+    data_samples: int = 512,
     verify: bool = True,
 ) -> None:
     """Write the model of a checkpoint as one file, and prove that it is that model.
@@ -37,16 +49,27 @@ def export(
         format: packed (safetensors, each weight's codes at its own width), onnx, or torch (a torch.export program).
         out: Folder for the file, which is named after the model.
         container: Of onnx: int8 runs as integer kernels on ONNX Runtime, int4 is the smaller file.
+        samples: File with samples of the input, to trace and verify with; by default samples.safetensors in the run's
+            folder, found from the checkpoint.
         data: Config with the run's data (its config.yaml, or class_path and init_args alone), for verification on
-            more than the samples in the checkpoint.
-        samples: How many samples of it.
+            more samples: batches of its validation data.
+        data_samples: How many samples of it.
         verify: Whether to load the file in its own runtime and compare it with the model.
     """
     try:
+        if samples is not None and data is not None:
+            raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
         module = load_module(ckpt)
-        chosen = samples_of(data, samples) if data is not None else _own_samples(module)
+        network = module.export_module()
+        if samples is None and data is None and format == "packed" and not verify:
+            # Nothing is traced and nothing compared: nothing of the input is looked at.
+            chosen = Samples.synthetic([[1]], 1)
+        else:
+            chosen, source = _choose_samples(ckpt, samples, data, data_samples)
+            _check_fit(network, chosen, source, shipped_name(module))
+            Console().print(f"Samples of the input: {len(chosen)}, of {source}", soft_wrap=True, highlight=False)
         written = export_model(
-            module.export_module(),
+            network,
             out,
             format=format,
             samples=chosen,
@@ -88,14 +111,54 @@ def load_module(path: str) -> QuantizedModule:
     return QuantizedModule.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
-def _own_samples(module: QuantizedModule) -> Samples:
+def _choose_samples(ckpt: str, samples: str | None, data: str | None, count: int) -> tuple[Samples, str]:
+    """Samples, and where they are from: as given, or of the run."""
+    if data is not None:
+        return samples_of(data, count), f"data={data}"
+    if samples is None:
+        samples = str(find_samples(ckpt))
+    return read_samples(samples), f"samples={samples}"
+
+
+def find_samples(ckpt: str) -> Path:
+    """The file of samples in the folder of the run that has saved a checkpoint.
+
+    It is looked for in the checkpoint's folder and in those above, up to the run's: the first with a file that every
+    run's folder has, and three folders at most.
+
+    Raises:
+        FileNotFoundError: there is none; with what to give instead.
+    """
+    folder = Path(os.path.abspath(ckpt)).parent
+    seen = []
+    for above in (folder, *folder.parents)[: 1 + _MOST_PARENTS]:
+        # Named as the checkpoint is.
+        candidate = above if Path(ckpt).is_absolute() else Path(os.path.relpath(above))
+        if (candidate / SAMPLES_FILE).is_file():
+            return candidate / SAMPLES_FILE
+        seen.append(str(candidate))
+        if any((candidate / name).is_file() for name in _RUN_FILES):
+            break
+    raise FileNotFoundError(
+        f"ckpt={ckpt} comes without samples of its input, which an export is traced and verified with: there is no "
+        f"{SAMPLES_FILE} in {', '.join(seen)}. A run leaves it in its folder, unless its CPQCallback has samples=0 or "
+        f"writes no files. Give --samples FILE ({SAMPLES_FILE} of this run, or one of "
+        "cpq_lightning.export.write_samples), or --data CONFIG (the run's config.yaml) for batches of its data module. "
+        "A packed file can be written with neither, unverified: --verify false."
+    )
+
+
+@torch.no_grad()
+def _check_fit(network: nn.Module, samples: Samples, source: str, name: str) -> None:
     try:
-        return known_samples(module)
-    except ValueError:
-        # An older checkpoint; timm knows what its models take.
-        shape = getattr(module.model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-        channels = module.hparams["backbone_args"].get("in_chans", shape[0])
-        return Samples.synthetic([[channels, *shape[1:]]], _SYNTHETIC_SAMPLES)
+        network(*samples.pair())
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape[1:])) for t in samples.inputs)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{source} does not fit the model {name}, whose forward refuses a batch of it: {reason}. Each sample has "
+            f"the shape {shapes}: expected samples of the data that the model was trained on."
+        ) from None
 
 
 def data_module(settings: Any) -> LightningDataModule:
@@ -145,7 +208,7 @@ def samples_of(config: str, count: int) -> Samples:
         ValueError: it names no data module, or that has no validation data.
     """
     if count < 1:
-        raise ValueError(f"samples must be at least 1, got {count}.")
+        raise ValueError(f"data_samples must be at least 1, got {count}.")
     if not Path(config).is_file():
         raise FileNotFoundError(f"data={config} is no file: expected a YAML config, such as the run's config.yaml.")
     content = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}

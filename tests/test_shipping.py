@@ -1,5 +1,6 @@
 """cpq export: from a checkpoint alone to a file, and what it says."""
 
+import shutil
 import warnings
 
 import lightning.pytorch as pl
@@ -10,7 +11,8 @@ import yaml
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
 from cpq_lightning.cli import main
 from cpq_lightning.data import DigitsDataModule
-from cpq_lightning.shipping import fill_in
+from cpq_lightning.export import Samples, write_samples
+from cpq_lightning.shipping import fill_in, find_samples
 
 # What its tests share takes seconds to make.
 pytestmark = pytest.mark.xdist_group("shipping")
@@ -64,7 +66,7 @@ def test_the_packed_file_is_the_checkpoint(run, capsys):
 
 @pytest.mark.parametrize("config", ["config.yaml", "data.yaml"])
 def test_verification_on_the_runs_own_data(run, capsys, config):
-    text = export(run, capsys, "--data", str(run[0] / config), "--samples", "100")
+    text = export(run, capsys, "--data", str(run[0] / config), "--data_samples", "100")
     assert "of 100 samples" in text
     assert "synthetic" not in text
 
@@ -73,13 +75,89 @@ def test_switching_verification_off_says_so(run, capsys):
     assert "switched off: nothing says that this file" in export(run, capsys, "--verify", "false")
 
 
-def test_a_checkpoint_without_samples_is_verified_on_synthetic_ones(run, capsys):
-    folder, _ = run
-    content = torch.load(folder / "last.ckpt", weights_only=True)
-    del content["cpq_lightning_samples"]
-    torch.save(content, folder / "bare.ckpt")
-    main(["export", "--ckpt", str(folder / "bare.ckpt"), "--out", str(folder / "bare")])
-    assert "of 16 synthetic samples" in capsys.readouterr().out
+def test_the_samples_are_found_from_the_checkpoint_and_named(run, capsys):
+    assert f"Samples of the input: 16, of samples={run[0] / 'samples.safetensors'}" in export(run, capsys)
+
+
+@pytest.fixture
+def alone(run, tmp_path):
+    """The run's checkpoint, away from its folder."""
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    return str(shutil.copy(run[0] / "last.ckpt", tmp_path / "a" / "b" / "c" / "last.ckpt"))
+
+
+def test_without_samples_an_export_is_refused_with_what_to_give(alone, tmp_path):
+    text = refusal(["--ckpt", alone, "--out", str(tmp_path / "out")])
+    for words in ("comes without samples of its input", "--samples FILE", "--data CONFIG", "--verify false"):
+        assert words in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_may_be_given_as_a_file(run, alone, tmp_path, capsys):
+    path = write_samples(Samples.of(torch.rand(5, 1, 16, 16)), tmp_path / "own.safetensors")
+    main(["export", "--ckpt", alone, "--out", str(tmp_path / "out"), "--samples", str(path)])
+    assert "of 5 samples" in capsys.readouterr().out
+    both = ["--ckpt", alone, "--samples", str(path), "--data", str(run[0] / "data.yaml")]
+    assert "both give samples of the input" in refusal(both)
+
+
+def test_what_needs_no_samples_is_written_without(alone, tmp_path, capsys):
+    unverified = ["--ckpt", alone, "--out", str(tmp_path / "out"), "--verify", "false"]
+    main(["export", *unverified])
+    assert "switched off" in capsys.readouterr().out
+    assert load_quantized(tmp_path / "out" / "test_resnet.safetensors")(torch.rand(1, 1, 16, 16)).shape == (1, 10)
+    # These are traced with samples.
+    assert "--samples FILE" in refusal([*unverified, "--format", "torch"])
+
+
+def test_samples_of_another_model_are_refused(run, tmp_path):
+    known = ["--ckpt", str(run[0] / "last.ckpt"), "--out", str(tmp_path / "out"), "--samples"]
+    for inputs, shape in (([torch.rand(3, 3, 16, 16)], "(3, 16, 16)"), ([torch.rand(3, 1, 16, 16)] * 2, "(1, 16, 16)")):
+        path = write_samples(Samples.of(inputs), tmp_path / "other.safetensors")
+        text = refusal([*known, str(path)])
+        assert f"samples={path} does not fit the model test_resnet" in text
+        assert f"the shape {shape}" in text
+    assert "is no file: expected a file of samples" in refusal([*known, str(tmp_path / "nothing")])
+    path.write_bytes(b"junk")
+    assert "is no file of samples, or is damaged" in refusal([*known, str(path)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "mark", "found"),
+    [
+        ("version_0/checkpoints", None, True),
+        ("version_0", None, True),
+        # A logger's own folder of checkpoints, within the run's.
+        (".", None, True),
+        # The samples of another run, whose folder holds this one's.
+        (".", "version_0/hparams.yaml", False),
+        ("version_0", "version_0/hparams.yaml", True),
+        ("../..", None, False),
+    ],
+)
+def test_samples_are_looked_for_up_to_the_runs_folder(tmp_path, monkeypatch, there, mark, found):
+    root = tmp_path / "home" / "work" / "logs"
+    (root / "version_0" / "checkpoints").mkdir(parents=True)
+    path = (root / there / "samples.safetensors").resolve()
+    path.touch()
+    if mark:
+        (root / mark).touch()
+    monkeypatch.chdir(root)
+    if found:
+        assert find_samples("version_0/checkpoints/last.ckpt").resolve() == path
+        assert find_samples(str(root / "version_0" / "checkpoints" / "last.ckpt")) == path
+    else:
+        with pytest.raises(FileNotFoundError, match="comes without samples"):
+            find_samples("version_0/checkpoints/last.ckpt")
+
+
+def test_a_checkpoint_that_carries_samples_loads_and_they_are_not_read(alone, tmp_path):
+    content = torch.load(alone, weights_only=True)
+    assert "cpq_lightning_samples" not in content
+    torch.save({**content, "cpq_lightning_samples": [torch.rand(2, 1, 16, 16)]}, alone)
+    QuantizedModule.load_from_checkpoint(alone, weights_only=True)
+    assert "comes without samples" in refusal(["--ckpt", alone, "--out", str(tmp_path)])
 
 
 @pytest.mark.thorough
@@ -114,7 +192,8 @@ def test_what_is_wrong_is_a_sentence(run, tmp_path):
     assert "has neither 'data:' nor 'class_path:'" in refusal([*known, "--data", str(other)])
     other.write_text("class_path: cpq_lightning.data.DigitsDataModule\ninit_args: {sides: 3}")
     assert "sides" in refusal([*known, "--data", str(other)])
-    assert "samples must be at least 1" in refusal([*known, "--data", str(folder / "data.yaml"), "--samples", "0"])
+    none = ["--data", str(folder / "data.yaml"), "--data_samples", "0"]
+    assert "data_samples must be at least 1" in refusal([*known, *none])
 
 
 def test_a_full_precision_run_has_nothing_to_export(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import nn
 
@@ -16,6 +16,7 @@ from cpq_lightning.callbacks._finish import nothing_is_lost
 from cpq_lightning.callbacks._network import part_with, shipped_name
 from cpq_lightning.callbacks._run import overrides
 from cpq_lightning.export import (
+    SAMPLES_FILE,
     Format,
     MismatchError,
     Samples,
@@ -25,10 +26,11 @@ from cpq_lightning.export import (
     record_samples,
     recorded_samples,
     stop_recording_samples,
+    write_samples,
 )
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def check_settings(formats: Sequence[str], samples: int) -> None:
@@ -64,16 +66,56 @@ def _architecture(pl_module: LightningModule) -> dict[str, Any] | None:
     return None if known is None else known()
 
 
-def begin_recording(pl_module: LightningModule, most: int) -> None:
-    """Let the first forward leave its samples."""
-    for part in _candidates(pl_module) if most else ():
-        record_samples(part, most)
+class RunSamples:
+    """Samples of a run's input: recorded in its first forward, and left in its folder, where ``cpq export`` looks."""
 
+    def __init__(self) -> None:
+        # Parts whose samples are not in the folder yet.
+        self._waiting: list[nn.Module] = []
 
-def end_recording(pl_module: LightningModule) -> None:
-    """Leave no hook behind."""
-    for part in _candidates(pl_module):
-        stop_recording_samples(part)
+    def begin(self, pl_module: LightningModule, most: int) -> None:
+        """Let the first forward of a fit leave its samples."""
+        parts = _candidates(pl_module)
+        for part in parts:
+            record_samples(part, most)
+        # Data that nobody needs are not written: a module that the command cannot build again is exported in its fit.
+        known = hasattr(pl_module, "export_architecture") and pl_module.hparams.get("backbone") is not None
+        self._waiting = parts if most and known else []
+
+    def leave(self, trainer: Trainer, folder: Path | None) -> None:
+        """Write them into the run's folder, on one process, once; to be called after each batch.
+
+        So the checkpoints of a run that is interrupted can be exported too. What cannot be written costs a warning, and
+        no training.
+
+        Args:
+            trainer: The run's.
+            folder: The run's; ``None`` where it writes nothing.
+        """
+        found = next((s for p in self._waiting if (s := recorded_samples(p)) is not None), None)
+        if found is None or folder is None:
+            return
+        self._waiting = []
+        if not trainer.is_global_zero:
+            return
+        path = folder / SAMPLES_FILE
+        try:
+            write_samples(found, path)
+        except OSError as error:
+            rank_zero_warn(
+                f"{path} could not be written ({error}): 'cpq export' of this run's checkpoints will need --samples or "
+                "--data."
+            )
+            return
+        rank_zero_info(
+            f"{len(found)} inputs of the run's data written to {path}, for 'cpq export'; CPQCallback(samples=0) keeps "
+            "none."
+        )
+
+    def end(self, pl_module: LightningModule) -> None:
+        """Leave no hook behind."""
+        for part in _candidates(pl_module):
+            stop_recording_samples(part)
 
 
 def known_samples(pl_module: LightningModule) -> Samples:

@@ -42,7 +42,7 @@ from cpq_lightning.callbacks._company import (
 from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
 from cpq_lightning.callbacks._optimizers import train_quantizers
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
-from cpq_lightning.callbacks._ship import begin_recording, check_settings, end_recording, ship
+from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import Format, weight_histograms
 from cpq_lightning.functional import resolve_point
@@ -76,8 +76,8 @@ class CPQCallback(Callback):
         table: Whether to print the tables at the end.
         export: Formats that the model is written in at the end, into the run's folder, each verified first:
             ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``.
-        samples: Inputs of the first batch that stay with the module, to trace and verify exports with; checkpoints of a
-            QuantizedModule carry them (8 MB at most). 0 keeps none.
+        samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. Of a QuantizedModule they
+            lie in ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
 
     Raises:
         ImportError: a format needs a package that is not installed.
@@ -131,6 +131,7 @@ class CPQCallback(Callback):
         self._restored: Mapping[str, Any] = {}
         self._resumed = False
         self._folder: Path | None = None
+        self._run_samples = RunSamples()
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class CPQCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole(quantizers(pl_module))
         check_layers(pl_module, self._layers)
-        begin_recording(pl_module, self.samples)
+        self._run_samples.begin(pl_module, self.samples)
         self._audited = not auditable(pl_module)
         saved = self._restored.get("companions", [])
         self._companions, self._bounds = train_quantizers(trainer, pl_module, self.lr_factor, saved)
@@ -176,6 +177,8 @@ class CPQCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What a forward shows has been noted in the run that is resumed, of its first batch.
         self._audited = self._audited or (self._resumed and any(q.execution_index for q in self._quantizers))
+        quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
+        self._folder = None if quiet else run_folder(trainer)
         self.start_step = quantization_start(trainer)
         length = run_length(trainer) if self.quantize_from else math.inf
         if self.quantize_from and self.start_step >= length:
@@ -208,6 +211,7 @@ class CPQCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._finish_audit(pl_module)
+        self._run_samples.leave(trainer, self._folder)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -247,8 +251,6 @@ class CPQCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share_with_averages(trainer, pl_module)
-        quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
-        self._folder = None if quiet else run_folder(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "quantization had begun: it is a full-precision one")
@@ -281,7 +283,7 @@ class CPQCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         forget_configured(pl_module)
-        end_recording(pl_module)
+        self._run_samples.end(pl_module)
         # Companions stay: a checkpoint may be saved after the fit.
         for hooked in (*self._companions, *self._bounds):
             hooked.remove()

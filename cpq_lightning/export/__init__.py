@@ -27,11 +27,12 @@ from cpq_lightning.export.runs import expand_runs as expand_runs
 from cpq_lightning.export.runs import read_run as read_run
 from cpq_lightning.export.runs import sibling_runs as sibling_runs
 from cpq_lightning.export.runs import write_runs as write_runs
+from cpq_lightning.export.sample_file import SAMPLES_FILE as SAMPLES_FILE
+from cpq_lightning.export.sample_file import read_samples as read_samples
+from cpq_lightning.export.sample_file import write_samples as write_samples
 from cpq_lightning.export.samples import Samples as Samples
-from cpq_lightning.export.samples import load_samples as load_samples
 from cpq_lightning.export.samples import record_samples as record_samples
 from cpq_lightning.export.samples import recorded_samples as recorded_samples
-from cpq_lightning.export.samples import save_samples as save_samples
 from cpq_lightning.export.samples import stop_recording_samples as stop_recording_samples
 from cpq_lightning.export.ship import Export as Export
 from cpq_lightning.export.ship import export_model as export_model

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 _MOST_BYTES = 1 << 23
-_KEY, _COUNT = "_cpq_samples", "_cpq_samples_wanted"
-# In a checkpoint.
-CHECKPOINT_KEY = "cpq_lightning_samples"
+
+
+@dataclass
+class _Recording:
+    most: int
+    inputs: list[Tensor] = field(default_factory=list)
+
+
+# Beside the modules, not in them: a module may be pickled into a checkpoint, as a hyperparameter of another, and a
+# checkpoint carries no data.
+_recordings: WeakKeyDictionary[nn.Module, _Recording] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,15 @@ class Samples:
 
 
 def record_samples(model: nn.Module, most: int = 16) -> None:
-    """Let the model's next forward leave a few of its inputs with the model; see :func:`recorded_samples`."""
-    model.__dict__[_COUNT] = most
-    if _KEY not in model.__dict__ and _record not in model._forward_pre_hooks.values():
+    """Let the model's next forward leave a few of its inputs; see :func:`recorded_samples`.
+
+    Those of an earlier run are forgotten, which is all that is done where ``most`` is 0.
+    """
+    _recordings.pop(model, None)
+    if not most:
+        return
+    _recordings[model] = _Recording(most)
+    if _record not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_record)  # type: ignore[arg-type]
 
 
@@ -86,34 +101,24 @@ def _record(model: nn.Module, args: tuple[Any, ...]) -> None:
         return
     if len({len(a) for a in args}) != 1 or not len(args[0]):
         return
-    each = sum(math.prod(a.shape[1:]) * a.element_size() for a in args)
-    count = max(1, min(model.__dict__.get(_COUNT, 16), _MOST_BYTES // max(1, each)))
-    model.__dict__[_KEY] = [a[:count].detach().cpu().clone() for a in args]
+    # A copy of a model that records has its hook, and records nothing.
+    if (recording := _recordings.get(model)) is not None:
+        each = sum(math.prod(a.shape[1:]) * a.element_size() for a in args)
+        count = max(1, min(recording.most, _MOST_BYTES // max(1, each)))
+        recording.inputs = [a[:count].detach().cpu().clone() for a in args]
     stop_recording_samples(model)
 
 
 def recorded_samples(model: nn.Module) -> Samples | None:
     """What :func:`record_samples` has recorded."""
-    found = model.__dict__.get(_KEY)
-    return None if found is None else Samples(tuple(found))
+    found = _recordings.get(model)
+    return Samples(tuple(found.inputs)) if found is not None and found.inputs else None
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """On the CPU, in float32 as artefacts compute, whatever precision the run had."""
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def save_samples(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Put the recorded samples into a checkpoint, as plain tensors."""
-    if _KEY in model.__dict__:
-        checkpoint[CHECKPOINT_KEY] = model.__dict__[_KEY]
-
-
-def load_samples(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Give the model the samples of a checkpoint, where it has any."""
-    if CHECKPOINT_KEY in checkpoint:
-        model.__dict__[_KEY] = list(checkpoint[CHECKPOINT_KEY])
 
 
 def flat_outputs(value: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
-from cpq_lightning.export import MismatchError
+from cpq_lightning.export import MismatchError, read_samples, recorded_samples
 from cpq_lightning.export import ship as shipping
 from tests.models import IMAGES, Classifier, convnet, data
 
@@ -52,7 +52,8 @@ def test_a_module_with_a_forward_ships_as_a_whole(fit, tmp_path):
     fit(module, [exported()])
     loaded = load_quantized(tmp_path / "WithForward.safetensors", WithForward())
     assert (loaded(IMAGES) - module.eval()(IMAGES)).abs().max() <= 1e-4
-    assert "_cpq_samples" not in module.__dict__
+    assert recorded_samples(module) is None
+    assert recorded_samples(module.net) is not None
     assert not module._forward_pre_hooks
 
 
@@ -183,13 +184,27 @@ def run(tmp_path_factory):
     return folder, module
 
 
+def images_in(value):
+    """How many tensors within a value hold an image of the data."""
+    if isinstance(value, torch.Tensor):
+        rows = value.reshape(-1, IMAGES[0].numel()) if value.numel() % IMAGES[0].numel() == 0 else torch.zeros(0, 192)
+        return sum(bool((IMAGES.flatten(1) == row).all(1).any()) for row in rows)
+    if isinstance(value, dict):
+        return sum(map(images_in, value.values()))
+    return sum(map(images_in, value)) if isinstance(value, list | tuple) else 0
+
+
 @pytest.mark.parametrize("name", ["whole", "last", "weights"])
-def test_a_checkpoint_carries_samples_as_plain_tensors(run, name):
+def test_no_checkpoint_carries_data(run, name):
     folder, _ = run
-    content = torch.load(folder / f"{name}.ckpt", weights_only=True)
-    (samples,) = content["cpq_lightning_samples"]
-    assert samples.shape == (16, 3, 8, 8)
-    assert any(torch.equal(samples[0], image) for image in IMAGES)
+    assert images_in(torch.load(folder / f"{name}.ckpt", weights_only=True)) == 0
+
+
+def test_the_samples_lie_in_the_runs_folder(run):
+    samples = read_samples(run[0] / "samples.safetensors")
+    assert samples.real
+    assert [t.shape for t in samples.inputs] == [(16, 3, 8, 8)]
+    assert images_in(samples.inputs) == 16
 
 
 def test_the_file_builds_its_own_network(run):
@@ -199,8 +214,85 @@ def test_the_file_builds_its_own_network(run):
     assert (loaded(IMAGES) - module.eval()(IMAGES)).abs().max() <= 1e-5
 
 
-def test_no_samples_where_none_are_wanted(fit, tmp_path):
-    module = QuantizedModule("test_resnet", num_classes=4, quantization=CPQConfig())
-    trainer = fit(module, [CPQCallback(samples=0, table=False)], max_epochs=1)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    assert "cpq_lightning_samples" not in torch.load(tmp_path / "x.ckpt", weights_only=True)
+def quantized():
+    return QuantizedModule("test_resnet", num_classes=4, quantization=CPQConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer"),
+    [({"samples": 0}, {}), ({"levels_file": None}, {}), ({}, {"fast_dev_run": True})],
+    ids=["none wanted", "no files", "fast_dev_run"],
+)
+def test_no_samples_are_written(fit, tmp_path, settings, trainer):
+    fit(quantized(), [CPQCallback(table=False, **settings)], **{"max_epochs": 1, "limit_train_batches": 1, **trainer})
+    assert not (tmp_path / "samples.safetensors").exists()
+
+
+def test_none_are_written_of_an_earlier_fit_of_the_module(fit, tmp_path):
+    module = quantized()
+    for samples in (16, 0):
+        settings = {"default_root_dir": tmp_path / str(samples), "max_epochs": 1, "limit_train_batches": 1}
+        fit(module, [CPQCallback(table=False, samples=samples)], **settings)
+    assert (tmp_path / "16" / "samples.safetensors").exists()
+    assert not (tmp_path / "0" / "samples.safetensors").exists()
+
+
+def test_a_module_that_the_command_cannot_build_leaves_none(fit, tmp_path):
+    for module in (Classifier(), QuantizedModule(convnet(), num_classes=4)):
+        fit(module, [CPQCallback(table=False)], max_epochs=1, limit_train_batches=1)
+        assert (tmp_path / "levels.json").exists()
+        assert not (tmp_path / "samples.safetensors").exists()
+
+
+class HoldsItsNetwork(Classifier):
+    """As many do: the network is a hyperparameter, which Lightning pickles."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+
+def test_a_network_that_is_a_hyperparameter_takes_no_data_into_the_checkpoint(fit, tmp_path):
+    trainer = fit(HoldsItsNetwork(convnet()), [exported()], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    net = torch.load(tmp_path / "a.ckpt", weights_only=False)["hyper_parameters"]["net"]
+    assert images_in([module.__dict__ for module in net.modules()]) == 0
+    assert recorded_samples(net) is None
+
+
+class Interrupts(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:
+            raise RuntimeError("interrupted")
+
+
+def test_an_interrupted_run_has_left_them_and_says_where(fit, tmp_path, caplog):
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="interrupted"):
+        fit(quantized(), [CPQCallback(table=False), Interrupts()])
+    assert len(read_samples(tmp_path / "samples.safetensors")) == 16
+    told = next(text for text in caplog.messages if "samples.safetensors" in text)
+    assert "16 inputs of the run's data written to" in told
+    assert "samples=0" in told
+
+
+def test_a_run_that_is_resumed_elsewhere_leaves_its_own(fit, tmp_path):
+    trainer = fit(quantized(), [CPQCallback(table=False)], default_root_dir=tmp_path / "first", max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    second = tmp_path / "second"
+    fit(quantized(), [CPQCallback(table=False, samples=3)], default_root_dir=second, ckpt_path=tmp_path / "a.ckpt")
+    assert len(read_samples(second / "samples.safetensors")) == 3
+
+
+def test_samples_that_cannot_be_written_cost_a_warning(fit, tmp_path):
+    (tmp_path / "samples.safetensors").mkdir()
+    with pytest.warns(UserWarning, match=r"samples\.safetensors could not be written .*will need --samples or --data"):
+        trainer = fit(quantized(), [CPQCallback(table=False)], max_epochs=1, limit_train_batches=1)
+    assert trainer.state.finished
+
+
+@pytest.mark.xdist_group("ddp")
+def test_of_several_processes_the_first_writes_its_samples(fit, tmp_path):
+    module = quantized()
+    fit(module, [CPQCallback(table=False)], strategy="ddp_fork", devices=2, max_epochs=1, limit_train_batches=1)
+    assert len(read_samples(tmp_path / "samples.safetensors")) == 16

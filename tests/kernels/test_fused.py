@@ -2,8 +2,11 @@
 
 import itertools
 import os
+import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,7 +177,6 @@ def test_open_masks_that_nobody_learns_are_none():
     [
         ({"CPQ_KERNELS": "off"}, "switched off"),
         ({"CC": "/nowhere/cc", "PATH": "/nowhere"}, "no C compiler"),
-        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "functional"),
     ],
 )
 def test_without_kernels_functional_computes_and_says_why(environment, words):
@@ -203,6 +205,179 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
     assert "no such thing" in reason
     assert not list((tmp_path / "cache").rglob("*.so"))
     assert _library() is library()
+
+
+@pytest.fixture
+def loaded_from(monkeypatch, tmp_path):
+    """Load the kernels in a cache of the test's; returns the library, as a new process would find it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(counting_compiler(tmp_path)))
+
+    def load():
+        found = _library.__wrapped__()
+        assert not isinstance(found, str), found
+        monkeypatch.setattr(library_module, "_library", lambda: found)
+        return found
+
+    return load
+
+
+def counting_compiler(folder):
+    """A compiler that notes what it links, and optimizes nothing, which takes most of the time."""
+    compiler = folder / "cc"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -shared ] && echo linked >> {folder}/log\nexec gcc "$@" -O0\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
+def builds(tmp_path):
+    return len((tmp_path / "log").read_text().split())
+
+
+def is_alone(found, *words):
+    """Whether it was built for this process, nothing of it is left behind, and the doctor's line says why."""
+    path = Path(found._name)
+    assert path.parent.parent == Path(tempfile.gettempdir())
+    assert not path.parent.exists()
+    line = library_module.describe()
+    assert "compiled kernels, built for this process alone (" in line
+    assert all(str(word) in line for word in words), line
+    x, step, sigma = (torch.tensor([value]) for value in (0.26, 0.25, 0.08))
+    with use_kernels(True):
+        out = quantize(x, step, sigma, None, bits=3, min_bits=3, signed=True, estimator="argmax")
+    return out.item() == 0.25
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o000])
+def test_a_cache_of_ones_own_is_built_once_and_used(loaded_from, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        names = {loaded_from()._name for _ in range(2)}
+    finally:
+        os.umask(before)
+    (path,) = (tmp_path / "cpq_lightning").iterdir()
+    assert names == {str(path)}
+    assert builds(tmp_path) == 1
+    assert "compiled kernels, /" in library_module.describe()
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (path, path.parent)] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_cache_that_others_may_write_to_is_not_used(loaded_from, tmp_path, mode, linked):
+    loaded_from()
+    folder = tmp_path / "cpq_lightning"
+    if linked:
+        folder = folder.rename(tmp_path / "elsewhere")
+        (tmp_path / "cpq_lightning").symlink_to(folder)
+    folder.chmod(mode)
+    assert is_alone(loaded_from(), f"others may write to {folder}: chmod go-w")
+    assert builds(tmp_path) == 2
+
+
+def test_a_library_that_others_may_write_to_is_not_loaded(loaded_from, tmp_path):
+    path = Path(loaded_from()._name)
+    path.chmod(0o720)
+    # Loading what is in it would fail.
+    path.write_bytes(b"of somebody else")
+    assert is_alone(loaded_from(), f"others may write to {path}")
+
+
+def test_a_library_that_is_a_link_is_not_loaded(loaded_from, tmp_path):
+    path = Path(loaded_from()._name)
+    path.unlink()
+    path.symlink_to(tmp_path / "nothing")
+    assert is_alone(loaded_from(), f"{path} is not what this package has put there")
+
+
+@pytest.mark.parametrize("what", ["cpq_lightning", "quantize"])
+def test_what_belongs_to_somebody_else_is_not_used(loaded_from, monkeypatch, what):
+    path = Path(loaded_from()._name)
+    foreign = path if what == "quantize" else path.parent
+    lstat = os.lstat
+
+    def of_somebody_else(asked, **settings):
+        found = lstat(asked, **settings)
+        if Path(asked) != foreign:
+            return found
+        values = list(found)
+        values[stat.ST_UID] = os.geteuid() + 1
+        return os.stat_result(values)
+
+    monkeypatch.setattr(library_module.os, "lstat", of_somebody_else)
+    assert is_alone(loaded_from(), f"{foreign} belongs to user {os.geteuid() + 1}, not to user {os.geteuid()}")
+
+
+def test_a_user_who_runs_as_another_does_not_use_the_others_cache(loaded_from, monkeypatch, tmp_path):
+    loaded_from()
+    monkeypatch.setattr(library_module.os, "geteuid", lambda: 12345)
+    assert is_alone(loaded_from(), tmp_path / "cpq_lightning", "not to user 12345 who runs this")
+
+
+@pytest.mark.parametrize(("mode", "used"), [(0o777, False), (0o1777, True), (0o775, True)])
+def test_a_cache_is_not_used_where_everybody_may_put_another_in_its_place(loaded_from, tmp_path, mode, used):
+    tmp_path.chmod(mode)
+    found = loaded_from()
+    assert bool(found.alone) != used
+    assert used or is_alone(found, "others may replace")
+
+
+def test_without_users_as_on_windows_nothing_is_kept(loaded_from, monkeypatch, tmp_path):
+    monkeypatch.delattr(library_module.os, "geteuid")
+    assert is_alone(loaded_from(), "nothing tells whether others may write to")
+    assert not list((tmp_path / "cpq_lightning").iterdir())
+
+
+def no_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(library_module.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+
+
+def absent_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+
+
+def file_in_the_way(monkeypatch, tmp_path):
+    (tmp_path / "cpq_lightning").touch()
+
+
+def read_only(monkeypatch, tmp_path):
+    mkdtemp = tempfile.mkdtemp
+
+    def refusing(suffix=None, prefix=None, dir=None):
+        if dir is not None:
+            raise OSError(30, "Read-only file system", str(dir))
+        return mkdtemp(suffix, prefix, dir)
+
+    # The tests may run as root, whom no permission stops.
+    monkeypatch.setattr(tempfile, "mkdtemp", refusing)
+
+
+@pytest.mark.parametrize(
+    ("hinder", "words"),
+    [
+        (no_home, "the cache cannot be made: no home directory"),
+        (absent_home, "the cache cannot be made"),
+        (file_in_the_way, "the cache cannot be made"),
+        (read_only, "the cache cannot be written"),
+    ],
+)
+def test_without_a_cache_kernels_are_built_for_the_process(loaded_from, monkeypatch, tmp_path, caplog, hinder, words):
+    hinder(monkeypatch, tmp_path)
+    with caplog.at_level("INFO", "cpq_lightning"):
+        found = loaded_from()
+    assert is_alone(found, words)
+    assert any(words in text for text in caplog.messages)
+
+
+def test_where_neither_the_cache_nor_a_folder_for_the_process_will_do_both_reasons_are_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    # As in a folder for temporary files that is mounted noexec.
+    monkeypatch.setattr(library_module, "_build", lambda folder, *settings: folder / "nothing.so")
+    reason = library_module._library.__wrapped__()
+    assert isinstance(reason, str)
+    assert "nothing.so" in reason
+    assert "the cache cannot be made" in reason
 
 
 def test_two_processes_that_build_at_once_both_have_it(monkeypatch, tmp_path):

@@ -44,7 +44,7 @@ CONFIGS = {
 @contextmanager
 def ordinary_path(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "_is_plain_product", lambda layer, input: False)
+        patch.setattr(layers, "_is_plain_product", lambda layer, stock, input: False)
         yield
 
 
