@@ -28,6 +28,11 @@ def convnet(width=8):
     )
 
 
+def quantized_weight(layer):
+    """What a quantized layer multiplies by."""
+    return layer.weight_quantizer(layer.weight).detach()
+
+
 class Classifier(pl.LightningModule):
     """A LightningModule as anybody writes one: it knows nothing of quantization."""
 

@@ -179,7 +179,7 @@ def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     with torch.no_grad():
         for name, layer in network.named_modules():
             if isinstance(layer, CPQLayer):
-                found.append((name, layer.weight.detach(), layer.weight.detach()))
+                found.append((name, layer.weight.detach(), layer.weight_quantizer(layer.weight).detach()))
             elif isinstance(layer, QuantizedLayer):
                 found.append((name, *layer.weights()))
             elif hasattr(layer, "quant_weight"):

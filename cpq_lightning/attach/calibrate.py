@@ -86,7 +86,7 @@ def calibrate(
     note_forward(model, report)
     for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)
-    report_audit(report)
+    report_audit(model, report)
     return model
 
 

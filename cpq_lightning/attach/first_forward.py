@@ -25,7 +25,7 @@ from cpq_lightning.nn import Quantizer
 log = logging.getLogger("cpq_lightning")
 
 
-_PENDING, _SHOWN = "_cpq_unaudited", "_cpq_shown"
+_PENDING, _SHOWN, _SAID = "_cpq_unaudited", "_cpq_shown", "_cpq_said"
 
 
 class _Started(threading.local):
@@ -52,8 +52,8 @@ def audit_first_forwards(model: nn.Module) -> None:
 
 def forget_first_forwards(model: nn.Module) -> None:
     """Take back :func:`audit_first_forwards`."""
-    model.__dict__.pop(_PENDING, None)
-    model.__dict__.pop(_SHOWN, None)
+    for name in (_PENDING, _SHOWN, _SAID):
+        model.__dict__.pop(name, None)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for handle, hook in list(hooks.items()):
             if hook in (_start, _finish):
@@ -108,10 +108,17 @@ def agreed(report: AuditReport) -> AuditReport:
     return held[0]
 
 
-def report_audit(report: AuditReport, forward: str = "the first forward") -> None:
-    """Say what an audit of the forward that is named found: a warning for what is amiss, else the log."""
-    for message in report.messages(forward):
-        if message.startswith(f"{len(report.activation_products)} products of two"):
+def report_audit(model: nn.Module, report: AuditReport, forward: str = "the first forward") -> None:
+    """Say what an audit of the forward that is named found: a warning for what is amiss, else the log.
+
+    What an earlier one of the same model has said is not said again.
+    """
+    said: set[Any] = model.__dict__.setdefault(_SAID, set())
+    names = ("never_called", "unquantized", "activation_products", "overlooked")
+    new = {name: [found for found in getattr(report, name) if (name, found) not in said] for name in names}
+    said.update((name, found) for name in names for found in new[name])
+    for message in AuditReport(**new).messages(forward):
+        if message.startswith(f"{len(new['activation_products'])} products of two"):
             log.info(message)
         else:
             warnings.warn(message, stacklevel=2)
@@ -140,7 +147,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
     note_forward(model, audit.report, counts=False)
     if model.training:
         model.__dict__[_SHOWN] = (audit.report, _versions(model))
-    report_audit(audit.report, "the first forward" if model.training else "the first forward in evaluation")
+    report_audit(model, audit.report, "the first forward" if model.training else "the first forward in evaluation")
 
 
 def _act_on_what_was_shown(model: nn.Module) -> None:

@@ -44,9 +44,9 @@ class QuantizedLayer(Switched):
         for watcher in watchers():
             watcher.on_layer(self)
         stock = None if args or kwargs else _stock_class(self)
-        if stock is not None and type(input) is Tensor and _is_plain_product(self, stock, input):
-            return self._product(input)
         if self.input_quantizer is not None:
+            if stock is not None and type(input) is Tensor and _is_plain_product(self, stock, input):
+                return self._product(input, self.input_quantizer)
             input = self.input_quantizer(input)
         weight = self.weight
         if stock is not None and not is_sharded(weight):
@@ -58,9 +58,9 @@ class QuantizedLayer(Switched):
         with ReadQuantized([(weight, self.weight_quantizer)]):
             return super().forward(input, *args, **kwargs)
 
-    def _product(self, input: Tensor) -> Tensor:
+    def _product(self, input: Tensor, quantizer: Quantizer) -> Tensor:
         """What torch's own forward computes; where kernels quantize, without keeping quantized tensors for backward."""
-        x = Operand(input) if self.input_quantizer is None else self.input_quantizer.operand(input)
+        x = quantizer.operand(input)
         tensor = self.weight
         weight = Operand(tensor) if is_sharded(tensor) else self.weight_quantizer.operand(tensor)
         bias: Tensor | None = self.bias  # type: ignore[assignment]

@@ -311,7 +311,7 @@ class CPQCallback(Callback):
         correct_first_and_last(pl_module, report.order)
         note_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
-            report_audit(report)
+            report_audit(pl_module, report)
 
     def _stop_recording(self) -> None:
         if self._recording is not None:

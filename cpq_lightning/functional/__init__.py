@@ -26,7 +26,9 @@ from cpq_lightning.functional.grid import ring_bounds as ring_bounds
 from cpq_lightning.functional.packing import pack_codes as pack_codes
 from cpq_lightning.functional.packing import unpack_codes as unpack_codes
 from cpq_lightning.functional.ranges import bin_centers as bin_centers
+from cpq_lightning.functional.ranges import clipped_share as clipped_share
 from cpq_lightning.functional.ranges import fit_step as fit_step
+from cpq_lightning.functional.ranges import grid_errors as grid_errors
 from cpq_lightning.functional.ranges import histogram as histogram
 from cpq_lightning.functional.ranges import max_step as max_step
 from cpq_lightning.functional.resolution import quantize_resolution as quantize_resolution

@@ -46,11 +46,11 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
     exponent = full.frexp().exponent - 1
     full, values = full.ldexp(-exponent), values.ldexp(-exponent[:, None])
     coarse = full[:, None] * torch.logspace(-8, 1, _COARSE, base=2).to(full)
-    kept = coarse.gather(1, _errors(values, counts, coarse, low, high).topk(_KEPT, largest=False).indices)
+    kept = coarse.gather(1, grid_errors(values, counts, coarse, low, high).topk(_KEPT, largest=False).indices)
     ratio = 2 ** (9 / (_COARSE - 1))
     around = torch.linspace(1 / ratio, ratio, _FINE).to(full)
     fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None]], 1)
-    best = fine.gather(1, _errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
+    best = fine.gather(1, grid_errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
     step = _alternate(values, counts, best, low, high).ldexp(exponent).clamp(max=torch.finfo(torch.float32).max)
     return torch.where(empty, 1.0, step)
 
@@ -82,8 +82,19 @@ def _alternate(values: Tensor, counts: Tensor | None, step: Tensor, low: int, hi
     return step
 
 
-def _errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
-    """Squared errors of each row at each of its steps, in float64."""
+def grid_errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
+    """Squared errors ``sum_i c_i (v_i - a clamp(round(v_i / a), low, high))^2`` of each row at each of its steps.
+
+    Args:
+        values: Shape ``(rows, n)``.
+        counts: Weights ``c``, same shape; ``None`` means 1.
+        steps: Shape ``(rows, steps)``.
+        low: Lowest level.
+        high: Highest level.
+
+    Returns:
+        Shape of ``steps``, float64.
+    """
     total = torch.zeros_like(steps, dtype=torch.float64)
     block = _BLOCK if values.is_cpu else _DEVICE_BLOCK
     length = max(1, block // max(1, len(values)))
@@ -96,6 +107,27 @@ def _errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high
             weighted = error if count is None else error * count
             total[:, at : at + some] += weighted.sum(2, dtype=torch.float64)
     return total
+
+
+def clipped_share(values: Tensor, counts: Tensor | None, step: Tensor, low: Tensor, high: Tensor) -> float:
+    """The share of values that lie more than half a step outside of the last level.
+
+    Args:
+        values: Shape ``(rows, n)``.
+        counts: How often each occurs, same shape; ``None`` means once.
+        step: Of each row, or one.
+        low: Lowest level, likewise.
+        high: Highest level, likewise.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> clipped_share(torch.tensor([[0.0, 1.4, 1.6, 9.0]]), None, one, 0 * one, one)
+        0.5
+    """
+    levels = values / step[..., None]
+    outside = (levels > high[..., None] + 0.5) | (levels < low[..., None] - 0.5)
+    weights = torch.ones_like(values, dtype=torch.float64) if counts is None else counts.double()
+    return float((outside * weights).sum() / weights.sum().clamp(min=1))
 
 
 def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:

@@ -561,14 +561,16 @@ class Quantizer(nn.Module):
         """
         settings = self.settings
         channel_dim = settings.channel_dim if settings.channels > 1 else None
-        scales = weight_scales(weight, channel_dim, self._fitted_widths(settings), settings.range_rule)
+        scales = weight_scales(weight, channel_dim, self.fitted_widths, settings.range_rule)
         if scales is None:
             self.configure(fitted=False, settled=settled)
             return
         self._begin(scales, settled=settled)
 
-    def _fitted_widths(self, settings: Settings) -> list[int]:
+    @property
+    def fitted_widths(self) -> list[int]:
         """Widths that need a step of their own, the widest one first."""
+        settings = self.settings
         narrower = range(settings.min_bits, settings.bits) if settings.nesting == "resolution" else ()
         return [settings.bits, *narrower]
 
@@ -581,7 +583,7 @@ class Quantizer(nn.Module):
             return
         # An audit, which knows how many samples a batch has, counts better.
         numel = settings.numel or observer.per_sample
-        fitted = observer.fit(self._fitted_widths(settings), settings.range_rule)
+        fitted = observer.fit(self.fitted_widths, settings.range_rule)
         if fitted is None:
             self.configure(numel=numel, fitted=False, settled=True)
             return
@@ -592,12 +594,29 @@ class Quantizer(nn.Module):
         """Start from the given steps, of each fitted width, and forget what was learned."""
         self.configure(**settings)
         width_scale = self._doubling(self._host.bits).clone()
-        for k, scale in zip(self._fitted_widths(self._host), scales, strict=True):
+        for k, scale in zip(self.fitted_widths, scales, strict=True):
             width_scale[k - 1] = scale / scales[0]
         self._write_ranges(scales[0], width_scale)
         self.log_scale.zero_()
         self.noise_logit.fill_(noise_logit(_NOISE_START))
         self.fits_next = False
+
+    @torch.no_grad()
+    def renew(self, scales: Sequence[Tensor], where: Tensor, signed: bool) -> None:
+        """Start anew from other steps, where a range is stale; the noise that was learned stays.
+
+        Args:
+            scales: Of each of :attr:`fitted_widths`, shape (1,) or (channels,).
+            where: Which of them are taken, same shape, bool.
+            signed: Whether the grid holds negative levels.
+        """
+        self.configure(signed=signed)
+        width_scale = self.width_scale.clone()
+        for k, scale in zip(self.fitted_widths, scales, strict=True):
+            width_scale[k - 1] = torch.where(where, scale / scales[0], width_scale[k - 1])
+        self._write_ranges(torch.where(where, scales[0], self._start()), width_scale)
+        self.log_scale.masked_fill_(where, 0.0)
+        self.measured = None
 
     def refit_next(self) -> None:
         """Fit the range anew to the next values that come, in evaluation mode too: frozen layers train so."""

@@ -13,7 +13,7 @@ from cpq_lightning import CPQCallback, CPQConfig, attach, levels
 from cpq_lightning.attach import is_attached, quantizers
 from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
 from cpq_lightning.optim.groups import GROUP_NAME
-from tests.models import Classifier, convnet, data
+from tests.models import Classifier, convnet, data, quantized_weight
 
 CONFIG = CPQConfig(weight_bits=4, act_bits=4, min_bits=3)
 
@@ -42,7 +42,7 @@ def test_exported_levels_are_those_of_the_evaluated_weights(fit):
     for record in levels(module):
         if record.kind == "weight":
             layer = module.get_submodule(record.name)
-            codes = layer.weight / record.step
+            codes = quantized_weight(layer) / record.step
             torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
             assert record.low <= codes.round().min()
             assert codes.round().max() <= record.high

@@ -8,7 +8,7 @@ from rich.console import Console
 from cpq_lightning import CPQConfig, attach, calibrate, levels
 from cpq_lightning.attach import recording, set_active
 from cpq_lightning.export import levels_table, manifest, metrics_table, write_levels
-from tests.models import convnet
+from tests.models import convnet, quantized_weight
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_record_a_quantizer(model):
 
 def test_relative_error_and_levels_are_those_of_the_weight_itself(model):
     record = levels(model)[2]
-    weight, quantized = model[3].weight.detach(), model[3].weight.detach()
+    weight, quantized = model[3].weight.detach(), quantized_weight(model[3])
     assert record.relative_error == pytest.approx(
         ((weight - quantized).norm() / weight.norm()).square().item(), rel=1e-5
     )

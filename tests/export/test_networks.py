@@ -6,6 +6,7 @@ import torch
 from cpq_lightning import export_model, load_quantized
 from cpq_lightning.attach import quantized_layers
 from tests.export.trained import NETWORKS, architecture, network, samples
+from tests.models import quantized_weight
 
 # Of a graph, whatever the weights.
 GRAPH_BYTES = 40_000
@@ -61,7 +62,7 @@ def test_a_packed_network_is_the_trained_one(name, tmp_path):
     ).path
     loaded, x = load_quantized(path), samples(name, 32)
     for layer_name, layer in quantized_layers(model):
-        assert torch.equal(loaded.get_submodule(layer_name).weight, layer.weight)
+        assert torch.equal(loaded.get_submodule(layer_name).weight, quantized_weight(layer))
     assert (loaded(x) - model(x)).abs().max() <= 1e-5
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training

@@ -20,7 +20,7 @@ from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quant
 from cpq_lightning.attach import quantized_layers
 from cpq_lightning.export.packed import KEY, write_packed
 from cpq_lightning.export.read import read_packed
-from tests.models import convnet
+from tests.models import convnet, quantized_weight
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 MIXED = CPQConfig(weight_bits=8, min_bits=1, learn_bits=True, act_bits=4, first_last_bits=None)
@@ -58,7 +58,7 @@ def test_weights_are_identical_and_outputs_equal(config, tmp_path):
     model = quantized(config=config)
     loaded = load_quantized(write_packed(model, tmp_path / "net.safetensors"), convnet())
     for name, layer in quantized_layers(model):
-        assert torch.equal(loaded.get_submodule(name).weight, layer.weight)
+        assert torch.equal(loaded.get_submodule(name).weight, quantized_weight(layer))
     assert (loaded(IMAGES) - model(IMAGES)).abs().max() <= 1e-5
 
 
