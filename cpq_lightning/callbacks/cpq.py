@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import (
@@ -27,13 +27,12 @@ from cpq_lightning.attach import (
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.callbacks._attachment import attach_module, check_layers, forget_configured
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
+from cpq_lightning.callbacks._batches import correct_loader_states
 from cpq_lightning.callbacks._company import (
     Bests,
     check_company,
     check_learners,
     check_whole,
-    counts_operations,
     last_saved,
     monitored_bests,
     quantization_start,
@@ -41,6 +40,7 @@ from cpq_lightning.callbacks._company import (
 )
 from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
 from cpq_lightning.callbacks._optimizers import train_quantizers
+from cpq_lightning.callbacks._ranges import FindsRanges
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import begin_recording, check_settings, end_recording, ship
 from cpq_lightning.config import CPQConfig
@@ -52,7 +52,7 @@ from cpq_lightning.optim import Companion, UpdateBound
 _CHECKPOINT_KEY = "cpq_lightning"
 
 
-class CPQCallback(Callback):
+class CPQCallback(FindsRanges):
     """Train any LightningModule with Cluster-Promoting Quantization, its code unchanged.
 
     In ``setup`` the module's convolutions and linear layers are quantized in place (a module that is quantized
@@ -70,7 +70,7 @@ class CPQCallback(Callback):
             trains in full precision; at it all ranges are fitted afresh, the same on every rank.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
             rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
-        calibration_batches: Training batches for the activation ranges.
+        calibration_batches: Training batches for the activation ranges, which training gets all the same.
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
             of the levels and of the weights' clusters. ``None`` writes none.
         table: Whether to print the tables at the end.
@@ -167,13 +167,10 @@ class CPQCallback(Callback):
         self._companions, self._bounds = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
-        # What is learned has to know before training which layers are first and last, and what they multiply.
-        learned = counts_operations(trainer) or any(q.gates.learned for q in self._quantizers)
-        unmeasured = learned and not any(q.order for q in self._quantizers)
-        if unmeasured or lacks_ranges(self._quantizers, self._resumed):
-            self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
+        self._begin_calibration(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._calibrate(trainer, pl_module)
         # What a forward shows has been noted in the run that is resumed, of its first batch.
         self._audited = self._audited or (self._resumed and any(q.order for q in self._quantizers))
         self.start_step = quantization_start(trainer)
@@ -235,6 +232,7 @@ class CPQCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
+        correct_loader_states(trainer, checkpoint)
         checkpoint[_CHECKPOINT_KEY] = {
             "metrics": self._metrics,
             "before": self._before,
