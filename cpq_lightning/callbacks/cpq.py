@@ -25,7 +25,7 @@ from cpq_lightning.attach import (
     set_noise_step,
 )
 from cpq_lightning.attach.calibrate import recording
-from cpq_lightning.callbacks._attachment import attach_module, check_layers, forget_configured
+from cpq_lightning.callbacks._attachment import check_layers, forget_configured
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._batches import correct_loader_states
 from cpq_lightning.callbacks._company import (
@@ -70,7 +70,8 @@ class CPQCallback(FindsRanges):
             trains in full precision; at it all ranges are fitted afresh, the same on every rank.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
             rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
-        calibration_batches: Training batches for the activation ranges, which training gets all the same.
+        calibration_batches: Training batches for the activation ranges, which training gets all the same. Of a module
+            that was never fitted, so many of what is validated, tested or predicted, for that one evaluation.
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
             of the levels and of the weights' clusters. ``None`` writes none.
         table: Whether to print the tables at the end.
@@ -142,7 +143,7 @@ class CPQCallback(FindsRanges):
             self._companions = []
             self._metrics, self._before, self._bests, self._restored = {}, {}, {}, {}
             self._folder, self._audit, self._resumed = None, None, False
-        fresh = attach_module(trainer, pl_module, self.config)
+        fresh = self._attach(trainer, pl_module, stage)
         self._layers = set(quantizable_layers(pl_module))
         if self.quantize_from > 0 and (stage == "fit" or fresh):
             # A checkpoint that is restored after this knows better.
@@ -209,6 +210,7 @@ class CPQCallback(FindsRanges):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        self.on_test_batch_start(trainer)
         if batch_idx == 0 and dataloader_idx == 0 and not trainer.sanity_checking:
             self._recording = recording(pl_module)
             self._recording.__enter__()
@@ -229,6 +231,7 @@ class CPQCallback(FindsRanges):
             return
         quantized = all(q.active for _, q in quantizers(pl_module))
         self._metrics["quantized" if quantized else "full precision"] = validation_metrics(trainer)
+        self._take_back_ranges()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
@@ -278,6 +281,7 @@ class CPQCallback(FindsRanges):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._take_back_ranges()
         forget_configured(pl_module)
         end_recording(pl_module)
         # Companions stay: a checkpoint may be saved after the fit.
