@@ -15,7 +15,8 @@ from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.first_forward import agreed, note_forward, report_audit, set_audited
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
-from cpq_lightning.nn import Quantizer, RangeObserver, UsageRecorder, Watcher, pool
+from cpq_lightning.attach.range_tracking import InputSampler, outgrown, sampled_inputs
+from cpq_lightning.nn import Quantizer, RangeObserver, Usage, UsageRecorder, Watcher, pool
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -170,21 +171,31 @@ def recording(model: nn.Module) -> Iterator[None]:
         with _uncompiled(), usage:
             yield
     finally:
-        for quantizer, recorder in usage.recorders.items():
-            if recorder.used_levels:
-                quantizer.measured = (recorder.used_levels, recorder.relative_error)
+        usage.note()
 
 
-class _Recording(Watcher):
+class _Recording(InputSampler):
     """What activations are quantized to is counted, as evaluation quantizes them."""
 
     def __init__(self, quantizers: Iterable[Quantizer]) -> None:
+        quantizers = list(quantizers)
+        super().__init__(quantizers)
         grids = {quantizer: quantizer.grid() for quantizer in quantizers}
         self.steps = {quantizer: step.detach() for quantizer, (step, _, _) in grids.items()}
         self.recorders = {quantizer: UsageRecorder(int(low), int(high)) for quantizer, (_, low, high) in grids.items()}
 
     def on_quantized(self, quantizer: Quantizer, x: Tensor, out: Tensor | None) -> None:
+        super().on_quantized(quantizer, x, out)
         if quantizer in self.recorders:
             with torch.no_grad():
                 values = quantizer.nearest(x) if out is None else out
                 self.recorders[quantizer].update(x, values, self.steps[quantizer])
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Leave with the quantizers what was measured."""
+        fresh = {q: outgrown(q, rows, counts)[1] for q, rows, counts in sampled_inputs(self, pooled=False)}
+        for quantizer, recorder in self.recorders.items():
+            if recorder.used_levels:
+                error, clipped = recorder.relative_error, recorder.clipped_share
+                quantizer.measured = Usage(recorder.used_levels, error, clipped, fresh.get(quantizer, 0.0))

@@ -19,13 +19,14 @@ from torch import nn
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
+from cpq_lightning.attach.range_tracking import RangeTracker
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.nn import Quantizer
 
 log = logging.getLogger("cpq_lightning")
 
 
-_PENDING, _SHOWN, _SAID = "_cpq_unaudited", "_cpq_shown", "_cpq_said"
+_PENDING, _SHOWN, _SAID, _TRACKING = "_cpq_unaudited", "_cpq_shown", "_cpq_said", "_cpq_tracking"
 
 
 class _Started(threading.local):
@@ -46,13 +47,14 @@ def audit_first_forwards(model: nn.Module) -> None:
     forget_first_forwards(model)
     # Modes of which no forward has been seen yet: whichever thread takes one out makes the audit.
     model.__dict__[_PENDING] = [True, False]
+    model.__dict__[_TRACKING] = _Tracking(model)
     model.register_forward_pre_hook(_start)
     model.register_forward_hook(_finish, always_call=True)
 
 
 def forget_first_forwards(model: nn.Module) -> None:
     """Take back :func:`audit_first_forwards`."""
-    for name in (_PENDING, _SHOWN, _SAID):
+    for name in (_PENDING, _SHOWN, _SAID, _TRACKING):
         model.__dict__.pop(name, None)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for handle, hook in list(hooks.items()):
@@ -129,6 +131,8 @@ def _start(model: nn.Module, args: Any) -> None:
         return
     if model.training and torch.is_grad_enabled():
         _act_on_what_was_shown(model)
+        if _TRACKING in model.__dict__:
+            model.__dict__[_TRACKING].before_forward()
     if model.__dict__.get(_PENDING) and auditable(model) and set_audited(model, model.training):
         audit = Audit(model)
         _started.audits.append((model, audit))
@@ -136,7 +140,11 @@ def _start(model: nn.Module, args: Any) -> None:
 
 
 def _finish(model: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or not _started.audits or _started.audits[-1][0] is not model:
+    if torch.compiler.is_compiling():
+        return
+    if _TRACKING in model.__dict__:
+        model.__dict__[_TRACKING].tracker.pause()
+    if not _started.audits or _started.audits[-1][0] is not model:
         return
     _, audit = _started.audits.pop()
     audit.__exit__(None, None, None)
@@ -167,6 +175,32 @@ def _act_on_what_was_shown(model: nn.Module) -> None:
 
 def _versions(model: nn.Module) -> list[int]:
     return [p._version for _, layer in quantized_layers(model) for p in weight_parameters(layer)]
+
+
+class _Tracking:
+    """Ranges that training outgrows, in a loop that knows nothing of them: a step is what has updated a weight.
+
+    How many there were is kept with the first quantizer, so that a run that is resumed goes on with it. Where there are
+    several processes only weights are looked at: they are the same on all, and inputs are not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.tracker = RangeTracker(model, inputs=not several)
+        self._layers = [layer for _, layer in quantized_layers(model)]
+        self._versions: list[int] | None = None
+
+    def before_forward(self) -> None:
+        """Called ahead of a forward in training."""
+        first = self._layers[0].weight_quantizer
+        versions = [p._version for layer in self._layers for p in weight_parameters(layer)]
+        step = first.settings.steps
+        if self._versions is not None and versions != self._versions:
+            self.tracker.after_step(step)
+            step += 1
+            first.configure(has_facts=True, steps=step)
+        self._versions = versions
+        self.tracker.before_batch(step)
 
 
 def auditable(module: nn.Module) -> bool:

@@ -91,16 +91,13 @@ class RangeTracker:
 
     def before_batch(self, step: int) -> None:
         """Watch what activations the forwards that follow in this thread quantize, where ``step`` is due."""
-        if self._sampling is None and self.inputs and is_due(step):
+        if not self.inputs or not is_due(step):
+            return
+        self.pause()
+        if self._sampling is None:
             found = [q for _, q in quantizers(self.model) if q.kind == "activation" and _renewable(q)]
             self._sampling = InputSampler(found)
-            self._sampling.__enter__()
-
-    def stop(self) -> None:
-        """Watch no longer, and forget what was seen."""
-        if self._sampling is not None:
-            self._sampling.__exit__(None, None, None)
-            self._sampling = None
+        self._sampling.__enter__()
 
     def pause(self) -> None:
         """Watch no longer; what was seen counts at the next :meth:`after_step`."""
@@ -114,17 +111,26 @@ class RangeTracker:
         Returns:
             Names of the quantizers whose range is another now.
         """
-        sampled = None if self._sampling is None else self._sampling
-        self.stop()
+        self.pause()
+        sampled, self._sampling = self._sampling, None
         if not is_due(step):
             return []
-        # A weight that is shared is looked at once.
-        weights = {layer.weight_quantizer: layer for _, layer in quantized_layers(self.model)}
-        found = {q for q, layer in weights.items() if _renewable(q) and self._renew(q, weight_rows(q, layer), None)}
-        for q, rows, counts in pooled_inputs(sampled) if sampled is not None else ():
+        found = self.renew_weights()
+        for q, rows, counts in sampled_inputs(sampled) if sampled is not None else ():
             if self._renew(q, rows, counts):
                 found.add(q)
         return [name for name, q in quantizers(self.model) if q in found]
+
+    @torch.no_grad()
+    def renew_weights(self) -> set[Quantizer]:
+        """Look at the weights alone, whatever the step: quantizers whose range is another now."""
+        # A weight that is shared is looked at once.
+        weights = {layer.weight_quantizer: layer for _, layer in quantized_layers(self.model)}
+        return {
+            q
+            for q, layer in weights.items()
+            if _renewable(q) and self._renew(q, weight_rows(layer, len(q.log_scale)), None)
+        }
 
     def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None) -> bool:
         if not rows.numel():
@@ -189,10 +195,10 @@ def _least(q: Quantizer, rows: Tensor, counts: Tensor | None, there: Tensor, sig
     return torch.maximum(least, there * ladder.gather(1, at[:, None])[:, 0].double().square() / 12)
 
 
-def weight_rows(q: Quantizer, layer: QuantizedLayer) -> Tensor:
-    """Values of a layer's weight, shape (rows, n): some of them, a row for each scale."""
+def weight_rows(layer: QuantizedLayer, count: int) -> Tensor:
+    """Values of a layer's weight, shape (rows, n): some of them, in one row or in one for each of its channels."""
     weight = full_tensor(layer.weight.detach()).float()
-    rows = weight.reshape(1, -1) if len(q.log_scale) == 1 else weight.movedim(q.channel_dim, 0).flatten(1)
+    rows = weight.reshape(1, -1) if count == 1 else weight.movedim(layer.weight_quantizer.channel_dim, 0).flatten(1)
     return rows[:, :: _stride(rows.shape[1], _WEIGHTS)] if rows.numel() else rows
 
 
@@ -222,11 +228,15 @@ class _Sample:
         self.values.append(x[:: _stride(len(x), _INPUTS)].float())
 
 
-def pooled_inputs(sampler: InputSampler) -> Iterator[tuple[Quantizer, Tensor, Tensor]]:
-    """Values of what each activation quantizer has seen and how often, over all processes: shape (1, cells) each.
+def sampled_inputs(sampler: InputSampler, pooled: bool = True) -> Iterator[tuple[Quantizer, Tensor, Tensor]]:
+    """Values of what each activation quantizer has seen and how often, shape (1, cells) each.
 
-    There are three collectives for all of them together. Processes that called other layers take part all the same.
     What was not finite, or nothing, is left out.
+
+    Args:
+        sampler: What it was seen by.
+        pooled: Whether over all processes, in three collectives for all of them together. Processes that called other
+            layers take part all the same.
     """
     samples = sampler.samples
     if not samples:
@@ -237,13 +247,15 @@ def pooled_inputs(sampler: InputSampler) -> Iterator[tuple[Quantizer, Tensor, Te
     highs = torch.stack([-infinity if s.high is None else s.high for s in samples.values()])
     # A NaN would pass through the pool differently on different backends: infinity stands for it.
     lows, highs = lows.nan_to_num(-math.inf, math.inf, -math.inf), highs.nan_to_num(math.inf, math.inf, -math.inf)
-    lows, highs = pool(lows, dist.ReduceOp.MIN), pool(highs, dist.ReduceOp.MAX)
+    if pooled:
+        lows, highs = pool(lows, dist.ReduceOp.MIN), pool(highs, dist.ReduceOp.MAX)
     usable = (lows.isfinite() & highs.isfinite()).tolist()
     counts = torch.zeros(len(samples), _BINS, dtype=torch.int64, device=device)
     for i, sample in enumerate(samples.values()):
         for values in sample.values if usable[i] else ():
             counts[i] += histogram(values, lows[i], highs[i], _BINS)
-    counts = pool(counts, dist.ReduceOp.SUM)
+    if pooled:
+        counts = pool(counts, dist.ReduceOp.SUM)
     for i, q in enumerate(samples):
         if usable[i]:
             low = torch.where(lows[i] < -_NEGLIGIBLE * highs[i].abs(), lows[i], lows[i].clamp(min=0))
@@ -262,6 +274,12 @@ def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, 
     fresh = fit_step(rows, bits, signed, counts)
     lowest, highest = (torch.tensor(float(bound), device=rows.device) for bound in level_bounds(bits, signed))
     return now, clipped_share(rows, counts, fresh, lowest, highest)
+
+
+def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
+    """:func:`outgrown` of a layer's weight."""
+    quantizer = layer.weight_quantizer
+    return outgrown(quantizer, weight_rows(layer, len(quantizer.grid()[0])), None)
 
 
 def _stride(n: int, most: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def share_with_averages(trainer: Trainer, pl_module: LightningModule, parameters: bool = False) -> None:
+def share_with_averages(trainer: Trainer, pl_module: LightningModule, refitted: Container[str] = ()) -> None:
     """Give the copies that Lightning's averaging callbacks keep the quantizers' buffers as they are.
 
     A width, a sign or a starting step has no average: between two of them lies neither. Learned parameters are
-    averaged, but where ranges are fitted afresh (``parameters=True``), what was learned before belongs to other steps.
+    averaged, but of quantizers that were ``refitted``, by name, what was learned before belongs to other steps.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
@@ -29,6 +30,6 @@ def share_with_averages(trainer: Trainer, pl_module: LightningModule, parameters
             if copy is None:
                 continue
             copy.take_state(quantizer)
-            if parameters:
+            if name in refitted:
                 for own, other in zip(quantizer.parameters(), copy.parameters(), strict=True):
                     other.copy_(own)

@@ -7,11 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
 from cpq_lightning.attach import FailedElsewhere, calibrate, quantizers, set_active
+from cpq_lightning.callbacks._batches import Item, copied, on_device, read_training_ahead
 from cpq_lightning.nn import Quantizer
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: int) -> bool:
-    """Calibrate on the first training batches, run through ``training_step``.
+    """Calibrate on the first training batches, run through ``training_step``; training gets them all the same.
 
     Args:
         trainer: A trainer whose fit has begun.
@@ -36,86 +37,93 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
         most: Batches.
 
     Returns:
-        Whether it was done, or there was nothing to do it with. Where ``training_step`` fails before training the
-        quantizers are inactive, and a warning has said so.
+        Whether it was done, or there was nothing to do it with. Where there is no batch to be had before training, or
+        ``training_step`` fails there, the quantizers are inactive, and a warning has said so.
+
+    Raises:
+        MisconfigurationException: calibration itself fails, or the training data are empty.
+    """
+    items = read_training_ahead(trainer, most)
+    if items is None:
+        return False
+    takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+    if not takes_iterator and not trainer.strategy.reduce_boolean_decision(bool(items), all=False):
+        raise MisconfigurationException(
+            "CPQCallback cannot calibrate: the training data have no batch. Give fit at least one, or "
+            "limit_train_batches=0 to train nothing."
+        )
+    if trainer.strategy.reduce_boolean_decision(bool(items)):
+        error = run_calibration(trainer, pl_module, items, lambda item, batch: forward_training_step(trainer, batch))
+        if error is None:
+            return True
+        # Somebody's training_step may rely on what the training loop has not set up yet. If it is truly broken, it
+        # fails again in a moment, with nothing of ours around it.
+        reason = f"training_step failed there with {type(error).__name__}: {error}"
+    else:
+        reason = "training_step takes the data's iterator" if takes_iterator else "a process has no batch"
+    rank_zero_warn(
+        f"Activation ranges could not be calibrated before training, because {reason}. The sanity check runs in full "
+        "precision, and the first training batch sets the ranges."
+    )
+    set_active(pl_module, False)
+    return False
+
+
+def run_calibration(
+    trainer: Trainer, pl_module: LightningModule, items: Sequence[Item], step: Callable[[Item, Any], Any]
+) -> Exception | None:
+    """Calibrate on batches as they come from a loader, which are left as they are.
+
+    Args:
+        trainer: The module's trainer.
+        pl_module: The attached module.
+        items: The batches.
+        step: Runs one for its forward, given what came from the loader and a copy of it on the device.
+
+    Returns:
+        What a step, or a hook that prepares batches, failed with.
 
     Raises:
         MisconfigurationException: calibration itself fails.
     """
-    batches = training_batches(trainer, most)
-    if batches is None:
-        return False
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     failed: list[Exception] = []
-    with late_progress("Calibrating activation ranges", 2 * len(batches), shown) as advance:
+    ready: dict[int, Any] = {}
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with late_progress("Calibrating activation ranges", 2 * len(items), shown) as advance:
 
-        def forward(batch: Any) -> None:
+        def forward(place: int) -> None:
             try:
-                forward_training_step(trainer, batch)
+                if place not in ready:
+                    ready[place] = on_device(trainer, copied(items[place]))
+                step(items[place], copied(ready[place]))
             except Exception as error:
                 failed.append(error)
                 raise
             advance()
 
         try:
-            with without_effects(trainer):
-                calibrate(pl_module, batches, forward=forward, most=len(batches))
+            with isolate_rng(), without_effects(trainer):
+                calibrate(pl_module, range(len(items)), forward=forward, most=len(items))
         except Exception as error:
             if isinstance(error, FailedElsewhere):
                 failed.append(error)
             if not failed:
                 raise MisconfigurationException(f"CPQCallback cannot calibrate: {error}") from error
-            # Somebody's training_step may rely on what the training loop has not set up yet. If it is truly broken, it
-            # fails again in a moment, with nothing of ours around it.
-            rank_zero_warn(
-                "Activation ranges could not be calibrated before training, because training_step failed there "
-                f"with {type(error).__name__}: {error}. The sanity check runs in full precision, and the "
-                "first training batch sets the ranges."
-            )
-            set_active(pl_module, False)
         finally:
             for module in pl_module.modules():
                 # A forward leaves FSDP2's root whole until a backward; a checkpoint is restored into its shards.
                 if isinstance(module, FSDPModule):
                     module.reshard()
-    return not failed
+    return failed[0] if failed else None
 
 
 def lacks_ranges(quantizers: Sequence[Quantizer], resumed: bool) -> bool:
-    """Whether a range is missing that a calibration would find."""
+    """Whether a range is missing that a calibration would find, or is still that of the weights at attachment."""
     active = [q for q in quantizers if q.active]
     # In a resumed run what still has no range belongs to a layer that is never called: to calibrate for its sake would
     # fit all others anew.
-    seen = resumed and any(q.fitted for q in active if q.kind == "activation")
-    return not seen and not all(q.fitted for q in active)
-
-
-def training_batches(trainer: Trainer, most: int) -> list[Any] | None:
-    """The first batches of the training data; ``None`` where the run has no training data at all."""
-    trainer.fit_loop.setup_data()
-    if trainer.fit_loop._combined_loader is None or trainer.fit_loop._data_fetcher is None:
-        return None
-    return list(draw_batches(trainer, most))
-
-
-def draw_batches(trainer: Trainer, most: int) -> Iterator[Any]:
-    """The first batches of the training data, one by one, on the device, as the training loop would hand them over.
-
-    They are drawn in a random state of their own, and the training loop's iterator starts again behind them.
-    """
-    loop, module = trainer.fit_loop, trainer.lightning_module
-    loop.setup_data()
-    loader, fetcher = loop._combined_loader, loop._data_fetcher
-    if loader is None or fetcher is None:
-        return
-    try:
-        with isolate_rng():
-            for batch, _, dataloader_idx in islice(iter(copy.copy(loader)), most):
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-                yield trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-    finally:
-        iter(fetcher)
+    seen = resumed and any(q.settled for q in active)
+    return not seen and not all(q.fitted and q.settled for q in active)
 
 
 def forward_training_step(trainer: Trainer, batch: Any) -> None:

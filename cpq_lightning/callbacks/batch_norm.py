@@ -17,12 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from cpq_lightning.attach import learning_quantizers
-from cpq_lightning.callbacks._calibration import (
-    draw_batches,
-    forward_training_step,
-    late_progress,
-    without_effects,
-)
+from cpq_lightning.callbacks._batches import keep_training_batches, training_batches
+from cpq_lightning.callbacks._calibration import forward_training_step, late_progress, without_effects
 from cpq_lightning.callbacks._company import last_saved
 from cpq_lightning.callbacks._renewal import renew, saved_now
 
@@ -46,6 +42,9 @@ class BatchNormReestimation(Callback):
     widths that BitBudget fixes only then). What ModelCheckpoint had saved of the last step by then gets the new
     statistics, and no other change, unless a metric has chosen it: that one holds what was measured, and so do all
     checkpoints of earlier steps.
+
+    The batches are those of another epoch, read without moving any loader or sampler on. A stream, and a loader that is
+    not PyTorch's, gives none without a trace: of these the last batches of training are kept in memory, on the host.
 
     Batch norms that do not train (in evaluation mode, or frozen by a finetuning callback) keep their statistics, and so
     do those that no batch reaches. Where a step fails all keep them, a warning says so, and the run goes on.
@@ -74,7 +73,6 @@ class BatchNormReestimation(Callback):
         self._names: set[str] = set()
         # Checkpoints of the same weights that were written before that.
         self._outdated: list[str] = []
-        self._loader_states: list[Any] = []
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
 
@@ -89,6 +87,13 @@ class BatchNormReestimation(Callback):
                 f"BatchNormReestimation found no batch norm in {type(pl_module).__name__}, and does nothing: leave it "
                 "out."
             )
+        else:
+            keep_training_batches(trainer, self.batches)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Loaders may have been made anew.
+        if any(isinstance(module, _BatchNorm) for module in pl_module.modules()):
+            keep_training_batches(trainer, self.batches)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_validation_start: averaging callbacks put their weights in place in this hook.
@@ -96,11 +101,6 @@ class BatchNormReestimation(Callback):
             return
         if _run_ends_here(trainer) and not learning_quantizers(pl_module):
             self._estimate(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._loader_states and self._estimated_at == trainer.fit_loop.total_batch_idx:
-            # Stateful loaders have started over for our batches: a resumed run goes on where training stopped.
-            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._estimated_at != trainer.fit_loop.total_batch_idx:
@@ -166,8 +166,6 @@ class BatchNormReestimation(Callback):
         return False
 
     def _forward(self, trainer: Trainer, pl_module: LightningModule, norms: Sequence[Any]) -> None:
-        loader = trainer.fit_loop._combined_loader
-        self._loader_states = [] if loader is None else loader._state_dicts()
         most = min(self.batches, trainer.num_training_batches)
         bar = trainer.progress_bar_callback
         # Older versions of rich show one bar at a time.
@@ -179,7 +177,7 @@ class BatchNormReestimation(Callback):
             with late_progress("Estimating batch norms", int(most), shown) as advance, eager, torch.no_grad():
                 with _averaging(pl_module, norms), without_effects(trainer):
                     seen = 0
-                    for batch in draw_batches(trainer, int(most)):
+                    for batch in training_batches(trainer, int(most)):
                         with _evaluating(pl_module, norms):
                             forward_training_step(trainer, batch)
                         seen += 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import (
@@ -27,13 +27,12 @@ from cpq_lightning.attach import (
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.callbacks._attachment import attach_module, check_layers, forget_configured
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
+from cpq_lightning.callbacks._batches import correct_loader_states
 from cpq_lightning.callbacks._company import (
     Bests,
     check_company,
     check_learners,
     check_whole,
-    counts_operations,
     last_saved,
     monitored_bests,
     quantization_start,
@@ -41,6 +40,7 @@ from cpq_lightning.callbacks._company import (
 )
 from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
 from cpq_lightning.callbacks._optimizers import train_quantizers
+from cpq_lightning.callbacks._ranges import FindsRanges
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
 from cpq_lightning.config import CPQConfig
@@ -52,7 +52,7 @@ from cpq_lightning.optim import Companion, UpdateBound
 _CHECKPOINT_KEY = "cpq_lightning"
 
 
-class CPQCallback(Callback):
+class CPQCallback(FindsRanges):
     """Train any LightningModule with Cluster-Promoting Quantization, its code unchanged.
 
     In ``setup`` the module's convolutions and linear layers are quantized in place (a module that is quantized
@@ -70,7 +70,8 @@ class CPQCallback(Callback):
             trains in full precision; at it all ranges are fitted afresh, the same on every rank.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
             rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
-        calibration_batches: Training batches for the activation ranges.
+        calibration_batches: Training batches for the activation ranges, which training gets all the same. Of a module
+            that was never fitted, so many of what is validated, tested or predicted, for that one evaluation.
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
             of the levels and of the weights' clusters. ``None`` writes none.
         table: Whether to print the tables at the end.
@@ -164,17 +165,16 @@ class CPQCallback(Callback):
         check_layers(pl_module, self._layers)
         self._run_samples.begin(pl_module, self.samples)
         self._audited = not auditable(pl_module)
+        # What its hooks do in a loop of somebody's own is done here.
+        forget_first_forwards(pl_module)
         saved = self._restored.get("companions", [])
         self._companions, self._bounds = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
-        # What is learned has to know before training which layers are first and last, and what they multiply.
-        learned = counts_operations(trainer) or any(q.gates.learned for q in self._quantizers)
-        unmeasured = learned and not any(q.execution_index for q in self._quantizers)
-        if unmeasured or lacks_ranges(self._quantizers, self._resumed):
-            self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
+        self._begin_calibration(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._calibrate(trainer, pl_module)
         # What a forward shows has been noted in the run that is resumed, of its first batch.
         self._audited = self._audited or (self._resumed and any(q.execution_index for q in self._quantizers))
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
@@ -197,25 +197,27 @@ class CPQCallback(Callback):
             self._begin(trainer, pl_module)
         if not self._before and all(q.active for q in self._quantizers):
             self._before = weight_histograms(pl_module)
+        self._track(trainer, pl_module)
         if not self._audited and self._audit is None:
-            forget_first_forwards(pl_module)
             self._audit = Audit(pl_module)
             self._audit.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
         # A manually optimized step may go forward again behind its first backward.
-        if pl_module.automatic_optimization:
-            self._finish_audit(pl_module)
+        if pl_module.automatic_optimization and self._audit is not None:
+            self._audit.__exit__(None, None, None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._finish_audit(pl_module)
+        self._renew_ranges(trainer, pl_module)
         self._run_samples.leave(trainer, self._folder)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        self.on_test_batch_start(trainer)
         if batch_idx == 0 and dataloader_idx == 0 and not trainer.sanity_checking:
             self._recording = recording(pl_module)
             self._recording.__enter__()
@@ -236,9 +238,11 @@ class CPQCallback(Callback):
             return
         quantized = all(q.active for _, q in quantizers(pl_module))
         self._metrics["quantized" if quantized else "full precision"] = validation_metrics(trainer)
+        self._take_back_ranges()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
+        correct_loader_states(trainer, checkpoint)
         checkpoint[_CHECKPOINT_KEY] = {
             "metrics": self._metrics,
             "before": self._before,
@@ -282,6 +286,8 @@ class CPQCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._take_back_ranges()
+        self._stop_tracking()
         forget_configured(pl_module)
         self._run_samples.end(pl_module)
         # Companions stay: a checkpoint may be saved after the fit.
@@ -294,7 +300,7 @@ class CPQCallback(Callback):
         set_active(pl_module, True)
         refit(pl_module)
         self._bests = monitored_bests(trainer)
-        share_with_averages(trainer, pl_module, parameters=True)
+        share_with_averages(trainer, pl_module, dict(quantizers(pl_module)))
         owned = {id(p) for q in self._quantizers for p in q.parameters()}
         for optimizer in (*trainer.optimizers, *(companion.optimizer for companion in self._companions)):
             # Momentum of a step that was fitted anew belongs to the old one.
@@ -303,6 +309,7 @@ class CPQCallback(Callback):
         rank_zero_info(f"Quantization begins at step {run_step(trainer)}: all ranges are fitted afresh.")
 
     def _finish_audit(self, pl_module: LightningModule) -> None:
+        """Act on what the first training batch has shown, once its backward is done."""
         if self._audit is None:
             return
         audit, self._audit, self._audited = self._audit, None, True

@@ -9,6 +9,7 @@ from cpq_lightning.export.formats import check_formats as check_formats
 from cpq_lightning.export.levels import LevelsRecord as LevelsRecord
 from cpq_lightning.export.levels import levels as levels
 from cpq_lightning.export.levels import manifest as manifest
+from cpq_lightning.export.levels import range_warnings as range_warnings
 from cpq_lightning.export.levels import write_levels as write_levels
 from cpq_lightning.export.levels import write_manifest as write_manifest
 from cpq_lightning.export.load import ORIGINS as ORIGINS

@@ -21,10 +21,11 @@ from cpq_lightning.attach import (
     weight_bytes,
 )
 from cpq_lightning.attach.costs import FULL_BITS
+from cpq_lightning.attach.range_tracking import outgrown_weight
 from cpq_lightning.attach.widths import FORMAT
 from cpq_lightning.export.files import write_atomically
 from cpq_lightning.functional import average_bits
-from cpq_lightning.nn import Quantizer, full_tensor
+from cpq_lightning.nn import Quantizer, Usage, full_tensor
 
 VERSION = 1
 
@@ -49,6 +50,7 @@ class LevelsRecord:
         numel: Elements of the weight, or of the activation in one sample; 0 before a range is known.
         used_levels: How many levels occur; ``None`` for an activation that was not measured.
         relative_error: ``sum (x - x_hat)^2 / sum x^2``; ``None`` likewise.
+        clipped: Share of values more than half a step outside of the last level; ``None`` likewise.
         exempt: Whether it is a first or last layer, at ``first_last_bits``.
         quantizing: ``False`` while values pass in full precision.
         level_shares: Of a weight, the share of its elements at each level from ``low`` to ``high``.
@@ -68,6 +70,7 @@ class LevelsRecord:
     numel: int
     used_levels: int | None
     relative_error: float | None
+    clipped: float | None
     exempt: bool
     quantizing: bool
     level_shares: list[float] | None = None
@@ -108,15 +111,15 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
         if inputs is None:
             records.append(replace(record, bops=float((record.macs or 0) * record.mean_bits * FULL_BITS)))
             continue
-        activation = _record(name, inputs, *(inputs.measured or (None, None)))
+        activation = _record(name, inputs, inputs.measured)
         bops = float((record.macs or 0) * record.mean_bits * activation.mean_bits)
         records += [replace(record, bops=bops), activation]
     for name, quantizer in quantized_operands(model):
-        records.append(_record(name, quantizer, *(quantizer.measured or (None, None))))
+        records.append(_record(name, quantizer, quantizer.measured))
     return records
 
 
-def _record(name: str, quantizer: Quantizer, used: int | None, error: float | None, **more: Any) -> LevelsRecord:
+def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -> LevelsRecord:
     step, low, high = quantizer.grid()
     widths, steps = quantizer.decided_widths().tolist(), step.detach().tolist()
     return LevelsRecord(
@@ -129,8 +132,9 @@ def _record(name: str, quantizer: Quantizer, used: int | None, error: float | No
         low=int(low.min()),
         high=int(high.max()),
         numel=quantizer.numel,
-        used_levels=used,
-        relative_error=error,
+        used_levels=None if usage is None else usage.used_levels,
+        relative_error=None if usage is None else usage.relative_error,
+        clipped=None if usage is None else usage.clipped,
         exempt=quantizer.first_or_last,
         quantizing=quantizer.active,
         **more,
@@ -147,11 +151,12 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     error = (weight.double() - (codes.float() * quantizer.along_channels(step, weight)).double()).square().sum()
     bottom = int(low.min())
     counts = torch.bincount(codes.flatten().long() - bottom, minlength=int(high.max()) - bottom + 1)
+    now, fresh = outgrown_weight(layer)
+    usage = Usage(int((counts > 0).sum()), float(error / power) if power > 0 else 0.0, now, fresh)
     return _record(
         name,
         quantizer,
-        int((counts > 0).sum()),
-        float(error / power) if power > 0 else 0.0,
+        usage,
         level_shares=[round(share, 6) for share in (counts / counts.sum()).tolist()],
         bytes=weight_bytes(quantizer),
         macs=quantizer.macs,
@@ -240,3 +245,43 @@ def write_manifest(content: dict[str, Any], path: str | Path) -> Path:
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
     write_atomically(path, text + "\n")
     return path
+
+
+# A share clipped from which on it is told, where it is also twice what a fresh fit would clip.
+_CLIPPED = 0.01
+
+
+@torch.no_grad()
+def range_warnings(model: nn.Module) -> list[str]:
+    """What is wrong with the ranges of an attached model, a sentence a finding, with the quantizers' names.
+
+    Of activations it is known after a forward under :func:`cpq_lightning.attach.recording`.
+    """
+    outside, single = [], []
+    for name, layer in quantized_layers(model):
+        weights = layer.weight_quantizer
+        if weights.active and weights.fitted:
+            now, fresh = outgrown_weight(layer)
+            if now > max(_CLIPPED, 2 * fresh):
+                outside.append(f"{name} (weight, {now:.1%})")
+    activations = [(name, layer.input_quantizer) for name, layer in quantized_layers(model)]
+    for name, quantizer in (*activations, *quantized_operands(model)):
+        if quantizer is None or quantizer.measured is None:
+            continue
+        usage = quantizer.measured
+        if usage.clipped > max(_CLIPPED, 2 * usage.fresh_clipped):
+            outside.append(f"{name} (input, {usage.clipped:.1%})")
+        if usage.used_levels == 1:
+            single.append(name)
+    found = []
+    if outside:
+        found.append(
+            f"Of {len(outside)} quantizers more values lie outside of the grid than after a fresh fit: "
+            f"{', '.join(outside)}. Calibrate again, train for longer, or give CPQCallback a larger lr_factor."
+        )
+    if single:
+        found.append(
+            f"All inputs of {len(single)} layers fall on one level, so that nothing passes through them: "
+            f"{', '.join(single)}. Calibrate again on batches like those that are evaluated, or give them more bits."
+        )
+    return found

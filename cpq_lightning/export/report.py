@@ -15,8 +15,8 @@ from cpq_lightning.export.plots import draw_clusters, draw_levels, draw_trajecto
 
 CLUSTERS_FILE = "clusters.json"
 _COLUMNS = (
-    "layer", "kind", "bits", "signed", "levels", "used_levels", "step", "relative_error", "numel", "bytes", "macs",
-    "bops", "exempt", "level_shares",
+    "layer", "kind", "bits", "signed", "levels", "used_levels", "step", "relative_error", "clipped", "numel",
+    "bytes", "macs", "bops", "exempt", "level_shares",
 )  # fmt: skip
 
 _SHOWN = (

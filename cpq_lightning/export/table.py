@@ -28,7 +28,7 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
     table.add_column("layer", overflow="fold", min_width=22)
     for kind in ("weight", "input"):
         table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
-        for name in ("step", "used", "error"):
+        for name in ("step", "used", "error", "clip"):
             table.add_column(f"\n{name}", justify="right", no_wrap=True)
     exempt = False
     for layer in manifest["layers"]:
@@ -41,7 +41,9 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         module, _, side = operand["name"].rpartition("product_operands.")
         name = f"{module.rstrip('.')} {side.replace('_', ' ')}"
         table.add_row(name, *_cells(None), *_cells(operand))
-    notes = ["used: levels that occur; error: relative squared error; u: unsigned"]
+    notes = [
+        "used: levels that occur; error: relative squared error; clip: share of values outside of the levels; u: unsigned"
+    ]
     if any(isinstance(layer["weight"]["step"], list) for layer in manifest["layers"]):
         notes.append("~ mean over the channels, each of which has a step of its own")
     if exempt:
@@ -52,10 +54,11 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
 
 def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
     if quantizer is None:
-        return ["-", "", "", ""]
+        return ["-", "", "", "", ""]
     if not quantizer["quantizing"]:
-        return ["fp32", "", "", ""]
+        return ["fp32", "", "", "", ""]
     used, error, step = quantizer["used_levels"], quantizer["relative_error"], quantizer["step"]
+    clipped = quantizer.get("clipped")
     steps = f"~{sum(step) / len(step):#.2g}" if isinstance(step, list) else f"{step:#.3g}"
     sign = "" if quantizer["signed"] else "u"
     return [
@@ -63,6 +66,7 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
         steps,
         "" if used is None else f"{used}",
         "" if error is None else "<0.01%" if 0 < error < 5e-5 else f"{error:.2%}",
+        "" if clipped is None else "0%" if clipped == 0 else "<0.1%" if clipped < 5e-4 else f"{clipped:.1%}",
     ]
 
 

@@ -1,6 +1,7 @@
 """Quantizers as modules: they hold the state, the mathematics is in :mod:`cpq_lightning.functional`."""
 
 from cpq_lightning.nn.observer import RangeObserver as RangeObserver
+from cpq_lightning.nn.observer import Usage as Usage
 from cpq_lightning.nn.observer import UsageRecorder as UsageRecorder
 from cpq_lightning.nn.observer import pool as pool
 from cpq_lightning.nn.quantizer import Quantizer as Quantizer

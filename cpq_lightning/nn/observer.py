@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,22 @@ def _error(values: Tensor, counts: Tensor, step: Tensor, bits: int, signed: bool
     quantized = (values / step[:, None]).round().clamp(*level_bounds(bits, signed)) * step[:, None]
     error = ((values - quantized).double().square() * counts).sum() / (values.double().square() * counts).sum()
     return max(float(error), 1e-14)
+
+
+class Usage(NamedTuple):
+    """What was measured of an activation quantizer.
+
+    Attributes:
+        used_levels: How many levels have occurred.
+        relative_error: ``sum (x - x_hat)^2 / sum x^2``.
+        clipped: Share of values more than half a step outside of the last level.
+        fresh_clipped: The same after a fresh fit to these values at the same bits.
+    """
+
+    used_levels: int
+    relative_error: float
+    clipped: float
+    fresh_clipped: float
 
 
 class UsageRecorder:

@@ -16,7 +16,7 @@ from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize, quantize_
 from cpq_lightning.nn.fitting import weight_scales
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.gradient import STEP_REACH, Connect, StepAndSigma, noise_logit
-from cpq_lightning.nn.observer import RangeObserver
+from cpq_lightning.nn.observer import RangeObserver, Usage
 from cpq_lightning.nn.state import HEADER, Kind, Settings, encode, places, read, size, weight_of_ranges
 from cpq_lightning.nn.watch import watchers
 
@@ -129,7 +129,7 @@ class Quantizer(nn.Module):
         # The buffer that the host's copy was read from, its version, and on a CPU its content.
         self._seen: tuple[Tensor | None, int, bytes] = (None, -1, b"")
         self.fits_next = False
-        self.measured: tuple[int, float] | None = None
+        self.measured: Usage | None = None
         self._initialize()
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ class Quantizer(nn.Module):
         before = self.settings
         after = before._replace(**values)
         self._host = after
-        facts = ("execution_index", "macs", "has_facts", "fitted")
+        facts = ("execution_index", "macs", "steps", "has_facts", "fitted")
         changed = any(getattr(after, name) != getattr(before, name) for name in before._fields if name not in facts)
         if changed:
             widths = self.widths if after.width_count else None

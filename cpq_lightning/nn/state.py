@@ -63,9 +63,10 @@ class Settings(NamedTuple):
         key: Which quantizer of the model this is.
         seed: Of the gates' noise.
         numel: Elements of the weight, or of the activation in one sample.
-        has_facts: Whether the two below are known.
+        has_facts: Whether the three below are known.
         execution_index: Place of the layer in a forward, from 1.
         macs: Multiply-accumulates of the weight in one sample.
+        steps: Of the model's first quantizer, steps of training that its forwards have seen.
         fitted: Whether the range is known.
     """
 
@@ -98,6 +99,7 @@ class Settings(NamedTuple):
     has_facts: bool = False
     execution_index: int = 0
     macs: int = 0
+    steps: int = 0
     fitted: bool = False
 
 
@@ -109,9 +111,19 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate_sharing": _SHARINGS,
     "gate_estimator": _GATE_ESTIMATORS,
 }
-_FACTS = ("execution_index", "macs")
+_FACTS = ("execution_index", "macs", "steps")
 # How many places a number takes; one where none is given.
-_PLACES = {"channels": 2, "group_size": 2, "width_count": 2, "gate_rows": 2, "key": 2, "seed": 4, "numel": 3, "macs": 3}
+_PLACES = {
+    "channels": 2,
+    "group_size": 2,
+    "width_count": 2,
+    "gate_rows": 2,
+    "key": 2,
+    "seed": 4,
+    "numel": 3,
+    "macs": 3,
+    "steps": 2,
+}
 _SETTINGS = tuple(name for name in Settings._fields if name not in (*_FACTS, "has_facts", "fitted"))
 _BOOLEANS = frozenset(name for name, default in Settings._field_defaults.items() if isinstance(default, bool))
 

@@ -1,0 +1,284 @@
+"""Batches of a Lightning loop that callbacks look at, and that the loop gets all the same."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+# A batch, its index, and the index of its loader, as a CombinedLoader gives them.
+Item: TypeAlias = tuple[Any, int, int]
+
+
+class Relay:
+    """Stands between a loop's fetcher and its loader.
+
+    It reads batches ahead and hands them to the loop in front of the rest, so that the loader is iterated as often, and
+    gives the same, as without it: a stream that can be read once loses nothing, and a sampler's state is what it would
+    be. What ends the data while it is read ahead ends it for the loop in the same place. Global random numbers that the
+    loader draws for a batch are drawn when the loop gets it, where nothing else has drawn any since.
+    Loaders with a ``state_dict`` have, for a checkpoint, the state of the last batch that the loop has got.
+
+    Only a run that ends before it has trained on what was read leaves a stream further on than it would.
+    """
+
+    def __init__(self, fetcher: _DataFetcher) -> None:
+        self._loader = fetcher.combined_loader
+        self._source: Iterator[Item] = iter(()) if fetcher.iterator is None else fetcher.iterator
+        # The fetcher itself holds batches ahead where the data have no length.
+        self._items: list[Any] = list(getattr(fetcher, "batches", ()))
+        self._fetched = self._next = len(self._items)
+        self._draws: list[Any] = [None] * len(self._items)
+        self._states: list[Any] = []
+        self._end: Exception | None = None
+        # Whether something was read ahead, and whether the loop has had anything of it.
+        self._ahead = self._begun = False
+        self._kept: deque[Item] | None = None
+        fetcher.iterator = self
+        fetcher._combined_loader = self  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, fetcher: _DataFetcher) -> Relay:
+        """The one that a fetcher has, or else a new one."""
+        held: Any = fetcher._combined_loader
+        return held if isinstance(held, Relay) else cls(fetcher)
+
+    def read_ahead(self, most: int, one_loader: bool = False) -> list[Item]:
+        """Up to ``most`` batches that the loop will get first.
+
+        Args:
+            most: Batches, those that the fetcher holds already among them.
+            one_loader: Whether to stop behind the first of several loaders that come one after another.
+        """
+        self._ahead = True
+        with isolate_rng():
+            self._states = self._states or [self._loader_states()]
+            while len(self._items) < most and self._end is None and not (one_loader and self._has_two()):
+                before = _collect_rng_states()
+                try:
+                    item = next(self._source)
+                except Exception as error:
+                    self._end = error
+                    break
+                self._items.append(item)
+                self._draws.append((before, _collect_rng_states()))
+                self._states.append(self._loader_states())
+        items = [item for item in self._items[:most] if item[0] is not None]
+        return [item for item in items if item[2] == items[0][2]] if one_loader else items
+
+    def keep(self, most: int) -> None:
+        """Keep copies of the ``most`` batches that the loop gets last, for :attr:`kept`."""
+        if self._kept is None:
+            self._kept = deque((copied(item) for item in self._items[: self._fetched]), most)
+
+    @property
+    def kept(self) -> list[Item]:
+        return list(self._kept or ())
+
+    def states(self) -> list[Any] | None:
+        """The states of stateful loaders where the loop is; ``None`` where the loaders themselves tell."""
+        if not self._states or self._next >= len(self._items):
+            return None
+        return self._states[max(0, self._next - self._fetched)]
+
+    def __iter__(self) -> Iterator[Item]:
+        if self._ahead and not self._begun:
+            # Lightning begins the data anew before it has taken a batch, as read_training_ahead has foreseen.
+            self._next = 0
+            return self
+        self._forget()
+        self._source = iter(self._loader)
+        return self
+
+    def __next__(self) -> Item:
+        item = self._following()
+        if self._kept is not None:
+            self._kept.append(copied(item))
+        return item
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def reset(self) -> None:
+        """Called by the fetcher when the loop is over."""
+        self._forget()
+        self._kept = None
+        self._loader.reset()
+
+    def _following(self) -> Item:
+        self._begun = self._begun or self._next >= self._fetched
+        if self._next < len(self._items):
+            item = self._items[self._next]
+            _retrace(self._draws[self._next])
+            if self._begun:
+                self._items[self._next] = None
+            self._next += 1
+            return item  # type: ignore[no-any-return]
+        if self._end is not None:
+            raise self._end
+        return next(self._source)
+
+    def _has_two(self) -> bool:
+        return bool(self._items) and self._items[0][2] != self._items[-1][2]
+
+    def _loader_states(self) -> list[Any]:
+        states = self._loader._state_dicts()
+        try:
+            return copy.deepcopy(states)
+        except Exception:
+            # Somebody's state that cannot be copied is not changed in place, one hopes.
+            return states
+
+    def _forget(self) -> None:
+        self._items, self._draws, self._states, self._end = [], [], [], None
+        self._fetched = self._next = 0
+
+
+def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
+    """The first batches that training will get; it gets them all the same.
+
+    Returns:
+        Fewer where the data, or the Trainer's limits, end before: none at all where ``training_step`` takes the
+        iterator itself. ``None`` where the run has no training data.
+    """
+    loop = trainer.fit_loop
+    loop.setup_data()
+    fetcher = loop._data_fetcher
+    if loop._combined_loader is None or fetcher is None:
+        return None
+    if isinstance(fetcher, _DataLoaderIterDataFetcher):
+        return []
+    if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
+        # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
+        iter(fetcher)
+    return Relay.of(fetcher).read_ahead(_limited(trainer, most))
+
+
+def _limited(trainer: Trainer, most: int) -> int:
+    """How many batches training is certain to read, ``most`` at most."""
+    loop = trainer.fit_loop
+    limits: list[float] = [most, loop.max_batches]
+    if loop.epoch_loop.restarting and loop.max_batches > loop.epoch_loop.batch_progress.current.ready:
+        limits.append(loop.max_batches - loop.epoch_loop.batch_progress.current.ready)
+    steps = loop.max_steps - trainer.global_step
+    if loop.max_steps != -1 and steps > 0:
+        # Manual optimization counts a step of each optimizer.
+        automatic = trainer.lightning_module.automatic_optimization
+        limits.append(
+            steps * trainer.accumulate_grad_batches if automatic else -(-steps // max(1, len(trainer.optimizers)))
+        )
+    return int(min(limits))
+
+
+def correct_loader_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a checkpoint say of stateful loaders where training is, not how far was read ahead of it."""
+    fetcher = trainer.fit_loop._data_fetcher
+    relay: Any = None if fetcher is None else fetcher._combined_loader
+    states = relay.states() if isinstance(relay, Relay) else None
+    if states:
+        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
+
+
+def keep_training_batches(trainer: Trainer, most: int) -> None:
+    """Keep copies of the last training batches, where :func:`training_batches` could not get any without a trace."""
+    loop = trainer.fit_loop
+    fetcher, loader = loop._data_fetcher, loop._combined_loader
+    if fetcher is None or loader is None or isinstance(fetcher, _DataLoaderIterDataFetcher):
+        return
+    if _independent(loader) is None:
+        Relay.of(fetcher).keep(most)
+
+
+def training_batches(trainer: Trainer, most: int) -> Iterator[Any]:
+    """Up to ``most`` batches of the training data, on the device as training gets them; for when training is over.
+
+    They are those of another epoch where all loaders are PyTorch's with samplers that can be copied: the data set is
+    read again, and no loader or sampler moves on. Else they are the last ones of training, where
+    :func:`keep_training_batches` has seen to it.
+    """
+    loop = trainer.fit_loop
+    if loop._combined_loader is None or loop._data_fetcher is None:
+        return
+    held: Any = loop._data_fetcher._combined_loader
+    kept = held.kept[-most:] if isinstance(held, Relay) else []
+    loader = None if kept else _independent(loop._combined_loader)
+    with isolate_rng():
+        for item in islice(iter(kept if loader is None else loader), most):
+            if item[0] is not None:
+                yield on_device(trainer, copied(item))
+
+
+def _independent(loader: CombinedLoader) -> CombinedLoader | None:
+    """A loader of the same data that can be iterated without a trace in the first one; ``None`` where there is none."""
+    memo: dict[int, Any] = {}
+    copies: list[Any] = []
+    for one in loader.flattened:
+        dataset = getattr(one, "dataset", None)
+        owner = next((cls for cls in type(one).__mro__ if "__iter__" in cls.__dict__), object)
+        # Whoever iterates in a way of their own may keep count anywhere.
+        torch_s = isinstance(one, DataLoader) and owner.__module__.split(".")[0] in ("torch", "torchdata")
+        if not torch_s or isinstance(dataset, IterableDataset):
+            return None
+        memo[id(dataset)] = dataset
+        # Workers that stay belong to the other loader.
+        fresh = {"_iterator": None, "next_iter_state": None, "persistent_workers": False}
+        fresh["_initial_iter_for_state_dict"] = False
+        try:
+            own = {name: copy.deepcopy(vars(one).get(name), memo) for name in ("sampler", "batch_sampler", "generator")}
+        except Exception:
+            return None
+        copies.append(copy.copy(one))
+        # Not by setattr: a loader refuses another sampler.
+        vars(copies[-1]).update({name: value for name, value in (fresh | own).items() if name in vars(one)})
+    independent = copy.copy(loader)
+    independent._iterator = None
+    independent.flattened = copies
+    return independent
+
+
+def on_device(trainer: Trainer, item: Item) -> Any:
+    """A batch as a loop hands it to a step: through the hooks of the transfer, which may change it in place."""
+    batch, _, dataloader_idx = item
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def copied(batch: Any) -> Any:
+    """A copy that may be changed in place."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        # Tensors with a graph behind them, and objects that hold a file or a lock.
+        return apply_to_collection(batch, Tensor, torch.clone)
+
+
+def _retrace(draw: Any) -> None:
+    """Draw the random numbers that a batch took, from each generator that is where it was."""
+    if draw is None:
+        return
+    now, (before, after) = _collect_rng_states(), draw
+    drawn = {name for name in now if not _same(before[name], after[name]) and _same(now[name], before[name])}
+    if drawn:
+        _set_rng_states({name: after[name] if name in drawn else value for name, value in now.items()})
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    same = one == other
+    return bool(same.all() if hasattr(same, "all") else same)

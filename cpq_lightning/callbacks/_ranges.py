@@ -1,0 +1,125 @@
+"""When CPQCallback finds activation ranges: before training, and for the evaluation of a module never fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from cpq_lightning.attach import RangeTracker, is_due, refit
+from cpq_lightning.callbacks._averages import share_with_averages
+from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
+from cpq_lightning.callbacks._company import counts_operations
+from cpq_lightning.callbacks._evaluation import LentRanges, lend_ranges
+from cpq_lightning.callbacks._run import run_step
+from cpq_lightning.config import CPQConfig
+from cpq_lightning.nn import Quantizer
+from cpq_lightning.optim import Companion
+
+
+class FindsRanges(Callback):
+    """The hooks of CPQCallback that have to do with finding ranges only."""
+
+    config: CPQConfig
+    quantize_from: int | float
+    calibration_batches: int
+    _quantizers: list[Quantizer]
+    _audited: bool
+    _resumed: bool
+    start_step: int
+    _companions: list[Companion]
+    _uncalibrated = False
+    _tracker: RangeTracker | None = None
+    _tracked = 0
+    _stance: Any = None
+    _lent: LentRanges | None = None
+
+    # Before training --------------------------------------------------------------------------------------------------
+
+    def _begin_calibration(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._uncalibrated = True
+        # The loaders of a run that is resumed get their state later, with which they have to begin.
+        if not self._resumed and trainer.ckpt_path is None:
+            self._calibrate(trainer, pl_module)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate a fit that has not been yet, where it lacks anything."""
+        if self._uncalibrated and _lacks(trainer, self._quantizers, self._resumed):
+            self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
+        self._uncalibrated = False
+
+    # While it goes on -------------------------------------------------------------------------------------------------
+
+    def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a training batch: look at its activations, where ranges may have been outgrown."""
+        step = run_step(trainer) - self.start_step
+        if step < 0 or not all(q.active for q in self._quantizers):
+            return
+        if self._tracker is None:
+            optimizers = [*trainer.optimizers, *(companion.optimizer for companion in self._companions)]
+            self._tracker = RangeTracker(pl_module, optimizers)
+            if step == 0 and self._tracker.renew_weights():
+                # Somebody has initialized weights since they were calibrated: inputs are others as well.
+                refit(pl_module)
+        self._tracked = step
+        if is_due(step):
+            # Compiled code runs as it was written meanwhile, so that it shows its values.
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+        self._tracker.before_batch(step)
+
+    def _renew_ranges(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Behind a training batch: fit stale ranges anew, where it has ended a step."""
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+        if self._tracker is None:
+            return
+        self._tracker.pause()
+        if run_step(trainer) - self.start_step > self._tracked:
+            renewed = self._tracker.after_step(self._tracked)
+            if renewed:
+                share_with_averages(trainer, pl_module, set(renewed))
+
+    def _stop_tracking(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+        if self._tracker is not None:
+            self._tracker.pause()
+        self._tracker = self._stance = None
+
+    # Without training -------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._lent = lend_ranges(trainer, pl_module, self.calibration_batches, self.quantize_from)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._lent is not None:
+            self._lent.calibrate(trainer)
+
+    on_predict_batch_start = on_test_batch_start
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_back_ranges()
+
+    on_predict_end = on_test_end
+
+    def _take_back_ranges(self) -> None:
+        if self._lent is not None:
+            self._lent.take_back()
+            self._lent = None
+
+
+def _lacks(trainer: Trainer, quantizers: Sequence[Quantizer], resumed: bool) -> bool:
+    # What is learned has to know before training which layers are first and last, and what they multiply.
+    learned = counts_operations(trainer) or any(q.gates.learned for q in quantizers)
+    unmeasured = learned and not any(q.execution_index for q in quantizers)
+    return unmeasured or lacks_ranges(quantizers, resumed)
