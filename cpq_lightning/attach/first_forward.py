@@ -110,17 +110,21 @@ def agreed(report: AuditReport) -> AuditReport:
     return held[0]
 
 
-def report_audit(model: nn.Module, report: AuditReport, forward: str = "the first forward") -> None:
-    """Say what an audit of the forward that is named found: a warning for what is amiss, else the log.
+def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False) -> None:
+    """Say what an audit of a first forward found: a warning for what is amiss, else the log.
 
-    What an earlier one of the same model has said is not said again.
+    What an earlier one of the same model has said is not said again, nor that evaluation leaves out what only training
+    calls, such as a second head.
     """
+    forward = "the first forward in evaluation" if evaluation else "the first forward"
     said: set[Any] = model.__dict__.setdefault(_SAID, set())
     names = ("never_called", "unquantized", "activation_products", "overlooked")
-    new = {name: [found for found in getattr(report, name) if (name, found) not in said] for name in names}
-    said.update((name, found) for name in names for found in new[name])
-    for message in AuditReport(**new).messages(forward):
-        if message.startswith(f"{len(new['activation_products'])} products of two"):
+    new = AuditReport()
+    for name in names[1:] if evaluation else names:
+        setattr(new, name, [found for found in getattr(report, name) if (name, found) not in said])
+        said.update((name, found) for found in getattr(new, name))
+    for message in new.messages(forward):
+        if message.startswith(f"{len(new.activation_products)} products of two"):
             log.info(message)
         else:
             warnings.warn(message, stacklevel=2)
@@ -155,7 +159,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
     note_forward(model, audit.report, counts=False)
     if model.training:
         model.__dict__[_SHOWN] = (audit.report, _versions(model))
-    report_audit(model, audit.report, "the first forward" if model.training else "the first forward in evaluation")
+    report_audit(model, audit.report, evaluation=not model.training)
 
 
 def _act_on_what_was_shown(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -47,14 +48,20 @@ class ReadQuantized(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _ASKING or name == "__set__" or (name == "__get__" and func not in _COMPUTED):
+        if not self._reads((args, kwargs)) or _asks(func):
             return func(*args, **kwargs)
-        if writes(name):
+        if writes(func):
             # To its first argument; the others are read.
             return func(*args[:1], *self._quantized(args[1:]), **self._quantized(kwargs))
         out = {"out": kwargs["out"]} if "out" in kwargs else {}
         return func(*self._quantized(args), **{**self._quantized(kwargs), **out})
+
+    def _reads(self, values: Any) -> bool:
+        if isinstance(values, dict):
+            values = tuple(values.values())
+        if isinstance(values, tuple | list):
+            return any(self._reads(value) for value in values)
+        return any(values is weight for weight, _ in self.weights)
 
     def _quantized(self, values: Any) -> Any:
         return tree_map(self._one, values)
@@ -66,8 +73,17 @@ class ReadQuantized(TorchFunctionMode):
         return value
 
 
-def writes(name: str) -> bool:
-    """Whether an operation of this name writes to its first argument."""
+@torch.compiler.assume_constant_result
+def _asks(func: Any) -> bool:
+    """Whether a function only tells about its argument, or names its memory otherwise."""
+    name = getattr(func, "__name__", "")
+    return name in _ASKING or name == "__set__" or (name == "__get__" and func not in _COMPUTED)
+
+
+@torch.compiler.assume_constant_result
+def writes(func: Any) -> bool:
+    """Whether a function writes to its first argument."""
+    name = getattr(func, "__name__", "")
     if name.endswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     return name.endswith("_")

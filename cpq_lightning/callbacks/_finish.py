@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
     """What the last validation has logged."""
-    values = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+    metrics = trainer.callback_metrics.items()
+    values = {k: float(v) for k, v in metrics if v.numel() == 1 and not k.startswith("cpq/")}
     return {k: v for k, v in values.items() if "val" in k} or values
 
 

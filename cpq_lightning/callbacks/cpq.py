@@ -44,7 +44,7 @@ from cpq_lightning.callbacks._ranges import FindsRanges
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import Format, weight_histograms
+from cpq_lightning.export import Format, clipped_shares, range_warnings, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion, UpdateBound
@@ -123,6 +123,9 @@ class CPQCallback(FindsRanges):
         self._layers: set[str] = set()
         self._audit: Audit | None = None
         self._audited = False
+        # Of the first forward in evaluation.
+        self._evaluation_audit: Audit | None = None
+        self._audits_evaluation = True
         self._companions: list[Companion] = []
         self._bounds: list[UpdateBound] = []
         self._recording: Any = None
@@ -218,9 +221,14 @@ class CPQCallback(FindsRanges):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self.on_test_batch_start(trainer)
-        if batch_idx == 0 and dataloader_idx == 0 and not trainer.sanity_checking:
+        if batch_idx or dataloader_idx:
+            return
+        if not trainer.sanity_checking:
             self._recording = recording(pl_module)
             self._recording.__enter__()
+        if self._audits_evaluation and auditable(pl_module):
+            self._evaluation_audit = Audit(pl_module)
+            self._evaluation_audit.__enter__()
 
     def on_validation_batch_end(
         self,
@@ -231,7 +239,20 @@ class CPQCallback(FindsRanges):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        audit, self._evaluation_audit = self._evaluation_audit, None
+        if audit is not None:
+            self._audits_evaluation = False
+            audit.__exit__(None, None, None)
+            if trainer.is_global_zero:
+                report_audit(pl_module, audit.report, evaluation=True)
         self._stop_recording()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        shares = clipped_shares(pl_module)
+        if shares:
+            pl_module.log_dict({f"cpq/clipped_{kind}": share for kind, share in shares.items()}, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -263,6 +284,8 @@ class CPQCallback(FindsRanges):
         try:
             # On all ranks: where weights are sharded each holds a part.
             content = run_manifest(trainer, pl_module, self._metrics)
+            for warning in range_warnings(pl_module):
+                rank_zero_warn(warning)
             after = weight_histograms(pl_module) if self._folder else {}
         except Exception as error:
             rank_zero_warn(
@@ -278,9 +301,10 @@ class CPQCallback(FindsRanges):
             ship(pl_module, self.export, self._folder, last_saved(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._audit is not None:
-            self._audit.__exit__(None, None, None)
-            self._audit = None
+        for audit in (self._audit, self._evaluation_audit):
+            if audit is not None:
+                audit.__exit__(None, None, None)
+        self._audit = self._evaluation_audit = None
         self._stop_recording()
         # Lightning calls no teardown then.
         self.teardown(trainer, pl_module, "fit")

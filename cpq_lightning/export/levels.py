@@ -247,6 +247,26 @@ def write_manifest(content: dict[str, Any], path: str | Path) -> Path:
     return path
 
 
+@torch.no_grad()
+def clipped_shares(model: nn.Module) -> dict[str, float]:
+    """The share of values outside of the last level, of all quantized ``weights`` and of the ``inputs`` that were
+    measured; nothing of what is not quantized yet.
+    """
+    weights = [
+        (layer.weight_quantizer.numel, outgrown_weight(layer)[0])
+        for _, layer in quantized_layers(model)
+        if layer.weight_quantizer.active and layer.weight_quantizer.fitted
+    ]
+    inputs = [layer.input_quantizer for _, layer in quantized_layers(model)]
+    measured = [(q.numel or 1, q.measured.clipped) for q in inputs if q is not None and q.active and q.measured]
+    found = {"weights": weights, "inputs": measured}
+    return {
+        kind: sum(count * share for count, share in shares) / sum(count for count, _ in shares)
+        for kind, shares in found.items()
+        if shares
+    }
+
+
 # A share clipped from which on it is told, where it is also twice what a fresh fit would clip.
 _CLIPPED = 0.01
 

@@ -41,9 +41,7 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         module, _, side = operand["name"].rpartition("product_operands.")
         name = f"{module.rstrip('.')} {side.replace('_', ' ')}"
         table.add_row(name, *_cells(None), *_cells(operand))
-    notes = [
-        "used: levels that occur; error: relative squared error; clip: share of values outside of the levels; u: unsigned"
-    ]
+    notes = ["used: levels that occur; error: relative squared error; clip: share beyond the levels; u: unsigned"]
     if any(isinstance(layer["weight"]["step"], list) for layer in manifest["layers"]):
         notes.append("~ mean over the channels, each of which has a step of its own")
     if exempt:

@@ -12,10 +12,17 @@ from torch.autograd.function import once_differentiable
 from cpq_lightning.functional import bit_worth
 from cpq_lightning.kernels import chain, has_kernel
 
-# A step can move by a factor of 1000 from where it was fitted: far more than training ever asks for, and no learning
-# rate can take it to zero, below zero, or out of float32.
-STEP_REACH = math.log(1000.0)
-NOISE_MIN = 0.02
+
+def _constants() -> tuple[float, float]:
+    """The reach of a step and the least noise, as literals: ``torch.compile(dynamic=True)`` takes a global float for
+    one that may change, and cannot hand that to an autograd.Function.
+    """
+    # log 1000: a step can move by a factor of 1000 from where it was fitted. That is far more than training ever asks
+    # for, and no learning rate can take it to zero, below zero, or out of float32.
+    return 6.907755278982137, 0.02
+
+
+STEP_REACH, NOISE_MIN = _constants()
 # What a bit is worth that nothing depends on: less than any other, more than one that was not there.
 _LEAST = 1e-30
 # Samples of a batch that tell what the bits of an activation are worth.
@@ -42,10 +49,11 @@ class StepAndSigma(torch.autograd.Function):
     def forward(
         ctx: Any, log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
     ) -> tuple[Tensor, Tensor]:
-        bend = torch.tanh(log_scale / STEP_REACH)
-        step = start * torch.exp(STEP_REACH * bend)
+        reach, least = _constants()
+        bend = torch.tanh(log_scale / reach)
+        step = start * torch.exp(reach * bend)
         p = torch.sigmoid(noise_logit)
-        sigma = step * (NOISE_MIN + (1 - NOISE_MIN) * p) * temperature
+        sigma = step * (least + (1 - least) * p) * temperature
         ctx.save_for_backward(start, bend, step, p, sigma, temperature)
         ctx.root = root
         return step, sigma
@@ -61,7 +69,7 @@ class StepAndSigma(torch.autograd.Function):
         start, bend, step, p, sigma, temperature = saved
         scale = 1 / (start * ctx.root)
         d_log_scale = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
-        d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - NOISE_MIN) * scale)
+        d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - _constants()[1]) * scale)
         return d_log_scale, d_logit, None, None, None
 
 

@@ -328,7 +328,7 @@ class Quantizer(nn.Module):
 
     @property
     def width_scale(self) -> Tensor:
-        """Step of each width over that of the widest, shape (8, 1 or channels); unless fitted it doubles with each bit."""
+        """Step of each width over that of the widest, shape (8, 1 or channels); before a fit, twice per bit."""
         settings = self.settings
         if not settings.fitted:
             return self._doubling(settings.bits)

@@ -1,0 +1,132 @@
+"""Compiled code computes what eager code does: outputs, gradients, and for any batch."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cpq_lightning import CPQConfig, attach, calibrate
+from cpq_lightning.attach import set_noise_step
+from tests.models import convnet
+
+
+def _encoder():
+    return nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), nn.Linear(8, 2))
+
+
+class Pruned(nn.Sequential):
+    """Layers whose weights are computed: by a parametrization, by a mask, by the layer's own forward."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        nn.utils.parametrizations.weight_norm(self[0])
+        nn.utils.prune.l1_unstructured(self[2], "weight", 0.3)
+
+
+NETWORKS = {
+    "convolutions": (convnet, (3, 8, 8), CPQConfig(first_last_bits=None)),
+    "own forwards": (
+        lambda: nn.Sequential(timm.layers.ScaledStdConv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 2, 2)),
+        (3, 8, 8),
+        CPQConfig(first_last_bits=None),
+    ),
+    "computed weights": (Pruned, (6,), CPQConfig(first_last_bits=None)),
+    "encoder": (_encoder, (5, 6), CPQConfig()),
+    "learned widths": (convnet, (3, 8, 8), CPQConfig(weight_bits=6, min_bits=2, learn_bits=True)),
+    "a scale a channel": (convnet, (3, 8, 8), CPQConfig(per_channel=True)),
+}
+
+
+def _attached(name, weights_only=False):
+    make, shape, config = NETWORKS[name]
+    torch.manual_seed(0)
+    model = make()
+    with pytest.warns() if name == "encoder" else _nothing():
+        calibrate(attach(model, config), [torch.randn(4, *shape)])
+    set_noise_step(model, 7)
+    # Draws of gates go on with each forward of the model: here each is the first one.
+    for handle, hook in list(model._forward_pre_hooks.items()):
+        if hook.__name__ == "_advance_noise":
+            del model._forward_pre_hooks[handle]
+    return model.train(), shape
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return None
+
+
+def _step(model, x, run):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = run(x)
+    out.square().sum().backward()
+    return out.detach(), x.grad, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False], ids=["automatic", "dynamic", "static"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compiled_whole(name, dynamic):
+    model, shape = _attached(name)
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+    for batch in (4, 3, 5):
+        x = torch.randn(batch, *shape)
+        own, other = _step(model, x, model), _step(twin, x, compiled)
+        torch.testing.assert_close(other, own, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        x = torch.randn(6, *shape)
+        torch.testing.assert_close(compiled.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_block_by_block():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(3)]
+    model = attach(nn.Sequential(*blocks), CPQConfig(first_last_bits=None))
+    calibrate(model, [torch.randn(4, 6)])
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for block in twin:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for batch in (4, 3):
+        x = torch.randn(batch, 6)
+        torch.testing.assert_close(_step(twin, x, twin), _step(model, x, model), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_before_its_ranges_are_known():
+    model, twin = (attach(convnet(), CPQConfig()).train() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(4, 3, 8, 8)
+        torch.testing.assert_close(_step(twin, x, compiled), _step(model, x, model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_by_inductor(mode):
+    model, shape = _attached("convolutions")
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, mode=mode)
+    for batch in (4, 3):
+        x = torch.randn(batch, *shape)
+        torch.testing.assert_close(_step(twin, x, compiled), _step(model, x, model), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_written_after_compilation_counts():
+    model, shape = _attached("convolutions")
+    torch._dynamo.reset()
+    compiled = torch.compile(model.eval(), backend="aot_eager")
+    x = torch.randn(4, *shape)
+    before = compiled(x)
+    with torch.no_grad():
+        nn.init.normal_(model[3].weight)
+    assert not compiled(x).equal(before)
+    torch.testing.assert_close(compiled(x), model(x))
