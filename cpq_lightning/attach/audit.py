@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -55,6 +55,8 @@ class AuditReport:
     """What one forward showed.
 
     Attributes:
+        weights: Of a finding of ``unquantized``, names of the Parameters that are multiplied, where they are not the
+            module's own.
         never_called: Names of quantizers that no call reached.
         unquantized: ``(module, operation, operand)`` of each product with a weight (a Parameter that is multiplied
             without a layer, or by a recurrent one, too) of which the weight, the input or both came in full precision,
@@ -76,6 +78,7 @@ class AuditReport:
     order: list[str] = field(default_factory=list)
     macs: dict[str, int] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
+    weights: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
 
     def messages(self, forward: str = "the first forward") -> list[str]:
         """One sentence a finding, of the forward that is named."""
@@ -87,7 +90,10 @@ class AuditReport:
                 "at all; leave such layers out with ignore."
             )
         if self.unquantized:
-            lines = [f"{module or 'the model itself'} ({op}: {what})" for module, op, what in self.unquantized]
+            lines = [
+                f"{where or 'the model itself'} ({' by '.join([op, *self.weights.get((where, op, what), [])])}: {what})"
+                for where, op, what in self.unquantized
+            ]
             found.append(f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_some(lines)}.")
         if self.overlooked:
             found.append(
@@ -136,14 +142,20 @@ class Audit(TorchFunctionMode, Watcher):
         self._parameters = WeakTensorKeyDictionary()
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
+        self._entered = False
 
     def __enter__(self) -> Self:
-        self._parameters.update((parameter, True) for parameter in self.model.parameters())
+        self._entered = True
+        self._parameters.update((parameter, name) for name, parameter in self.model.named_parameters())
         Watcher.__enter__(self)
         TorchFunctionMode.__enter__(self)
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        # A run that fails may end it where it has ended already.
+        if not self._entered:
+            return
+        self._entered = False
         TorchFunctionMode.__exit__(self, *exc)
         Watcher.__exit__(self)
         self.report.never_called = [
@@ -191,7 +203,9 @@ class Audit(TorchFunctionMode, Watcher):
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
         """What is made of a quantized tensor's values, or of a Parameter's, by an operation that multiplies nothing."""
         for known in (self._quantized, self._parameters):
-            source = next((value for value in args[:2] if isinstance(value, Tensor) and value in known), None)
+            # Of operations that join tensors the first argument is a list of them.
+            given = [*args[0], *args[1:2]] if args and isinstance(args[0], tuple | list) else args[:2]
+            source = next((value for value in given if isinstance(value, Tensor) and value in known), None)
             if source is None:
                 continue
             for tensor in out if isinstance(out, tuple | list) else (out,):
@@ -200,7 +214,7 @@ class Audit(TorchFunctionMode, Watcher):
 
     def _keeps(self, func: Callable[..., Any], args: tuple[Any, ...], source: Tensor, out: Tensor) -> bool:
         if keeps_values(func):
-            return bool(args) and args[0] is source
+            return bool(args) and (args[0] is source or isinstance(args[0], tuple | list))
         # A matrix that is standardized, scaled or masked is one still.
         weight = self._kind(source)[1] == "weight" and source.dim() > 1
         return weight and (func is F.batch_norm or out.shape == source.shape)
@@ -215,12 +229,20 @@ class Audit(TorchFunctionMode, Watcher):
         missing |= {"input" for t in tensors if t.is_floating_point() and self._kind(t) == (None, "input")}
         if missing:
             name = getattr(func, "__name__", "").partition(".")[0].strip("_") or str(func)
-            self._note_unquantized(name, " and ".join(sorted(missing)))
+            self._note_unquantized(name, " and ".join(sorted(missing)), tensors)
 
-    def _note_unquantized(self, operation: str, missing: str) -> None:
-        finding = (self._where(), operation, missing)
+    def _note_unquantized(self, operation: str, missing: str, operands: Iterable[Any] = ()) -> None:
+        where = self._where()
+        finding = (where, operation, missing)
         if finding not in self.report.unquantized:
             self.report.unquantized.append(finding)
+        names = [
+            self._parameters[value] for value in operands if isinstance(value, Tensor) and value in self._parameters
+        ]
+        for name in names:
+            known = self.report.weights.setdefault(finding, [])
+            if name.rpartition(".")[0] != where and name not in known:
+                known.append(name)
 
     def _product_of_two(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """A product that no layer stands for: of two activations, or of an activation and a Parameter."""
@@ -238,14 +260,16 @@ class Audit(TorchFunctionMode, Watcher):
         if not missing and left is not None and left.kind == "activation":
             self._note_macs(left, multiply_accumulates(func, args, operands, out) // self._samples(operands[0]), where)
         if missing and any(kind == "weight" for _, kind in kinds):
-            self._note_unquantized(name, " and ".join(sorted(missing)))
+            self._note_unquantized(name, " and ".join(sorted(missing)), operands)
         elif missing:
             self.report.activation_products.append((where, name))
             if self._all_products and not isinstance(layer, QuantizedProducts):
                 self.report.overlooked.append((where, name))
 
-    def _kind(self, value: Tensor) -> tuple[Quantizer | None, str]:
+    def _kind(self, value: Any) -> tuple[Quantizer | None, str]:
         """What quantized an operand of a product, and whether it is a weight or an input."""
+        if not isinstance(value, Tensor):
+            return None, "input"
         quantizer = self._quantized.get(value)
         weight = value in self._parameters or (quantizer is not None and quantizer.kind == "weight")
         return quantizer, "weight" if weight else "input"
@@ -257,8 +281,8 @@ class Audit(TorchFunctionMode, Watcher):
         expected = ["input", "weight"]
         if isinstance(layer, QuantizedLayer):
             expected = ["weight"] if layer.input_quantizer is None else expected
-        elif layer in self._left_out or (layer is not None and next(layer.parameters(), None) is None):
-            # What has no parameter, such as a blur within an augmentation, has no weight to quantize.
+        elif layer in self._left_out or self._kind(operands[1])[1] != "weight":
+            # A blur within an augmentation has no weight to quantize.
             return
         missing = [
             name
@@ -266,7 +290,7 @@ class Audit(TorchFunctionMode, Watcher):
             if name in expected and not self._is_quantized(operand)
         ]
         if missing:
-            self._note_unquantized(func.__name__, " and ".join(missing))
+            self._note_unquantized(func.__name__, " and ".join(missing), operands)
 
     def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
         """Multiply-accumulates of a product with a quantized weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.first_forward import agreed, note_forward, report_audit, set_audited
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
-from cpq_lightning.attach.range_tracking import InputSampler, outgrown, sampled_inputs
+from cpq_lightning.attach.range_tracking import InputSampler, RangeTracker, outgrown, sampled_inputs
 from cpq_lightning.nn import Quantizer, RangeObserver, Usage, UsageRecorder, Watcher, pool
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +62,8 @@ def calibrate(
         if not layer.weight_quantizer.settled:
             # Fitted at attachment: the weights may have been initialized or loaded since.
             layer.weight_quantizer.fit_weight(layer.weight)
+    # And those that have been trained may have been rewritten, as by merging an adapter.
+    RangeTracker(model).renew_weights()
     observed = [q for _, q in quantizers(model) if q.kind == "activation" and q.active]
     observing = _Observing(observed)
     with _untouched(model), torch.no_grad(), _uncompiled():
@@ -88,6 +91,13 @@ def calibrate(
     for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)
     report_audit(model, report)
+    zeros = [name for name, q in quantizers(model) if q in observing.observers and q.settled and not q.fitted]
+    if zeros:
+        warnings.warn(
+            f"Calibration has seen nothing but zeros at {len(zeros)} activation quantizers, so they have no range yet: "
+            f"{', '.join(zeros)}. The first other values that come set it; calibrate on batches that have some.",
+            stacklevel=2,
+        )
     return model
 
 

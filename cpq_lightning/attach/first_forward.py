@@ -18,8 +18,8 @@ from torch import nn
 
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.first_last import correct_first_and_last
-from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
-from cpq_lightning.attach.range_tracking import RangeTracker
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
+from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.nn import Quantizer
 
@@ -119,7 +119,7 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
     forward = "the first forward in evaluation" if evaluation else "the first forward"
     said: set[Any] = model.__dict__.setdefault(_SAID, set())
     names = ("never_called", "unquantized", "activation_products", "overlooked")
-    new = AuditReport()
+    new = AuditReport(weights=report.weights)
     for name in names[1:] if evaluation else names:
         setattr(new, name, [found for found in getattr(report, name) if (name, found) not in said])
         said.update((name, found) for found in getattr(new, name))
@@ -147,7 +147,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     if _TRACKING in model.__dict__:
-        model.__dict__[_TRACKING].tracker.pause()
+        model.__dict__[_TRACKING].after_forward()
     if not _started.audits or _started.audits[-1][0] is not model:
         return
     _, audit = _started.audits.pop()
@@ -184,27 +184,39 @@ def _versions(model: nn.Module) -> list[int]:
 class _Tracking:
     """Ranges that training outgrows, in a loop that knows nothing of them: a step is what has updated a weight.
 
-    How many there were is kept with the first quantizer, so that a run that is resumed goes on with it. Where there are
-    several processes only weights are looked at: they are the same on all, and inputs are not.
+    How many there were is kept with the first quantizer, and what a forward has shown of its inputs with theirs until
+    the next step: a run that is resumed goes on as it would have. Where there are several processes only weights are
+    looked at: they are the same on all, and inputs are not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.tracker = RangeTracker(model, inputs=not several)
         self._layers = [layer for _, layer in quantized_layers(model)]
-        self._versions: list[int] | None = None
+        self._inputs = [quantizer for _, quantizer in quantizers(model) if quantizer.kind == "activation"]
+        self._versions: list[tuple[int, int]] | None = None
 
     def before_forward(self) -> None:
         """Called ahead of a forward in training."""
         first = self._layers[0].weight_quantizer
-        versions = [p._version for layer in self._layers for p in weight_parameters(layer)]
-        step = first.settings.steps
-        if self._versions is not None and versions != self._versions:
-            self.tracker.after_step(step)
-            step += 1
-            first.configure(has_facts=True, steps=step)
+        # Who replaces what a Parameter holds changes no version.
+        versions = [(p._version, p.data_ptr()) for layer in self._layers for p in weight_parameters(layer)]
+        steps = first.settings.steps
+        if versions != self._versions:
+            if is_due(steps - 1):
+                self.tracker.renew_weights()
+            for quantizer in self._inputs:
+                quantizer.accept()
+            self.tracker.forget()
+            steps += 1
+            first.configure(has_facts=True, steps=steps)
         self._versions = versions
-        self.tracker.before_batch(step)
+        self.tracker.before_batch(steps - 1)
+
+    def after_forward(self) -> None:
+        """Called behind each forward."""
+        self.tracker.pause()
+        self.tracker.propose()
 
 
 def auditable(module: nn.Module) -> bool:

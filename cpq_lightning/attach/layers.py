@@ -93,7 +93,7 @@ class QuantizedLayer(Switched):
                     # Plain weights that were assigned to a model on the meta device.
                     quantizer.to_empty(device=self.weight.device)
                 # Weights of a full-precision checkpoint: ranges fitted to other weights do not belong to them.
-                quantizer.configure(fitted=False, settled=False)
+                quantizer.reset()
 
 
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 WITH_WEIGHT: set[Any] = {
-    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
 WITHOUT_WEIGHT: set[Any] = {
@@ -38,7 +38,8 @@ _KEEPING = {
     "reshape", "view", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "expand",
     "contiguous", "to", "float", "half", "bfloat16", "type", "pad", "clone", "detach", "__getitem__", "chunk", "split",
     "unbind", "repeat", "unfold", "t", "select", "narrow", "view_as", "reshape_as", "expand_as", "type_as", "swapaxes",
-    "swapdims", "repeat_interleave",
+    "swapdims", "repeat_interleave", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "block_diag", "roll",
+    "flip", "index_select", "take_along_dim", "gather", "tril", "triu", "masked_fill",
 }  # fmt: skip
 _TURNING: set[Any] = {
     Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__,  # type: ignore[attr-defined]

@@ -104,6 +104,11 @@ class RangeTracker:
         if self._sampling is not None:
             self._sampling.__exit__(None, None, None)
 
+    def forget(self) -> None:
+        """Forget what was seen."""
+        self.pause()
+        self._sampling = None
+
     @torch.no_grad()
     def after_step(self, step: int) -> list[str]:
         """Look at all ranges, where ``step`` is due; on all processes at once.
@@ -122,6 +127,14 @@ class RangeTracker:
         return [name for name, q in quantizers(self.model) if q in found]
 
     @torch.no_grad()
+    def propose(self) -> None:
+        """Keep, with the quantizers, ranges of inputs that the forwards so far have outgrown, for the next step."""
+        for q, rows, counts in sampled_inputs(self._sampling) if self._sampling is not None else ():
+            stale, signed = _stale(q, rows, counts)
+            if stale.any():
+                q.propose(_fit(q, rows, counts, signed), signed)
+
+    @torch.no_grad()
     def renew_weights(self) -> set[Quantizer]:
         """Look at the weights alone, whatever the step: quantizers whose range is another now."""
         # A weight that is shared is looked at once.
@@ -138,12 +151,7 @@ class RangeTracker:
         stale, signed = _stale(q, rows, counts)
         if not stale.any():
             return False
-        widths = q.fitted_widths
-        if q.range_rule == "max":
-            scales = [max_step(rows.amin(1), rows.amax(1), k, signed) for k in widths]
-        else:
-            scales = [fit_step(rows, k, signed, counts) for k in widths]
-        q.renew(scales, stale, signed)
+        q.renew(_fit(q, rows, counts, signed), stale, signed)
         self._forget(q.log_scale, stale)
         return True
 
@@ -163,6 +171,12 @@ class RangeTracker:
 def _renewable(q: Quantizer) -> bool:
     """Not before it has a range, and not of a frozen layer."""
     return q.active and q.fitted and q.log_scale.requires_grad
+
+
+def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, signed: bool) -> list[Tensor]:
+    if q.range_rule == "max":
+        return [max_step(rows.amin(1), rows.amax(1), k, signed) for k in q.fitted_widths]
+    return [fit_step(rows, k, signed, counts) for k in q.fitted_widths]
 
 
 def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, bool]:

@@ -48,6 +48,8 @@ class Relay:
         # Whether something was read ahead, and whether the loop has had anything of it.
         self._ahead = self._begun = False
         self._kept: deque[Item] | None = None
+        # Random states before and behind the setup of the data.
+        self.setup_draw: Any = None
         fetcher.iterator = self
         fetcher._combined_loader = self  # type: ignore[assignment]
 
@@ -156,16 +158,32 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
         iterator itself. ``None`` where the run has no training data.
     """
     loop = trainer.fit_loop
+    before = _collect_rng_states()
     loop.setup_data()
     fetcher = loop._data_fetcher
     if loop._combined_loader is None or fetcher is None:
         return None
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
         return []
+    drawn = (before, _collect_rng_states())
     if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
         # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
         iter(fetcher)
-    return Relay.of(fetcher).read_ahead(_limited(trainer, most))
+    relay = Relay.of(fetcher)
+    items = relay.read_ahead(_limited(trainer, most))
+    # Without this the data would be set up behind the sanity check, which begins with these random numbers.
+    _set_rng_states(before)
+    relay.setup_draw = drawn
+    return items
+
+
+def begin_training(trainer: Trainer) -> None:
+    """Draw the random numbers that :func:`read_training_ahead` took to set up the data; for when training starts."""
+    fetcher = trainer.fit_loop._data_fetcher
+    relay: Any = None if fetcher is None else fetcher._combined_loader
+    if isinstance(relay, Relay):
+        _retrace(relay.setup_draw)
+        relay.setup_draw = None
 
 
 def _limited(trainer: Trainer, most: int) -> int:

@@ -46,10 +46,17 @@ class FindsRanges(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._calibrate(trainer, pl_module)
+        self._calibrate_rewritten(trainer, pl_module)
 
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _calibrate_rewritten(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate again where a hook of the module's has initialized weights since: inputs are others as well."""
+        if all(q.active for q in self._quantizers) and RangeTracker(pl_module).renew_weights():
+            self._uncalibrated = True
+            self._calibrate(trainer, pl_module, again=True)
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, again: bool = False) -> None:
         """Calibrate a fit that has not been yet, where it lacks anything."""
-        if self._uncalibrated and _lacks(trainer, self._quantizers, self._resumed):
+        if self._uncalibrated and (again or _lacks(trainer, self._quantizers, self._resumed)):
             self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
         self._uncalibrated = False
 

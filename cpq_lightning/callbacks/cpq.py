@@ -27,7 +27,7 @@ from cpq_lightning.attach import (
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.callbacks._attachment import attach_module, check_layers, forget_configured
 from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._batches import correct_loader_states
+from cpq_lightning.callbacks._batches import begin_training, correct_loader_states
 from cpq_lightning.callbacks._company import (
     Bests,
     check_company,
@@ -178,6 +178,7 @@ class CPQCallback(FindsRanges):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._calibrate(trainer, pl_module)
+        begin_training(trainer)
         # What a forward shows has been noted in the run that is resumed, of its first batch.
         self._audited = self._audited or (self._resumed and any(q.execution_index for q in self._quantizers))
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)

@@ -17,7 +17,18 @@ from cpq_lightning.nn.fitting import weight_scales
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.gradient import STEP_REACH, Connect, StepAndSigma, noise_logit
 from cpq_lightning.nn.observer import RangeObserver, Usage
-from cpq_lightning.nn.state import HEADER, Kind, Settings, encode, places, read, size, weight_of_ranges
+from cpq_lightning.nn.state import (
+    HEADER,
+    KNOWN,
+    Kind,
+    Settings,
+    encode,
+    places,
+    read,
+    size,
+    weight_of_pending,
+    weight_of_ranges,
+)
 from cpq_lightning.nn.watch import watchers
 
 # sigma/step starts at 1/3 (RQ, arXiv 1810.01875): a cell then holds 0.64 of the mass at its centre.
@@ -130,16 +141,16 @@ class Quantizer(nn.Module):
         self._seen: tuple[Tensor | None, int, bytes] = (None, -1, b"")
         self.fits_next = False
         self.measured: Usage | None = None
-        self._initialize()
+        self.reset()
 
     @torch.no_grad()
-    def _initialize(self) -> None:
-        """Every value as it is at the beginning: the range is not known."""
+    def reset(self) -> None:
+        """Forget all that was fitted and learned: every value as it is at the beginning, the range is not known."""
         self.log_scale.zero_()
         self.noise_logit.fill_(noise_logit(_NOISE_START))
         self.temperature.fill_(self._temperature)
         self.gates.initialize()
-        self._host = self._host._replace(fitted=False, settled=False)
+        self._host = self._host._replace(fitted=False, settled=False, pending=False, pending_signed=False)
         self.state.zero_()
         self._write_header()
         self._write_widths(torch.full((self._host.width_count,), self._host.bits))
@@ -189,8 +200,7 @@ class Quantizer(nn.Module):
         before = self.settings
         after = before._replace(**values)
         self._host = after
-        facts = ("execution_index", "macs", "steps", "has_facts", "fitted")
-        changed = any(getattr(after, name) != getattr(before, name) for name in before._fields if name not in facts)
+        changed = any(getattr(after, name) != getattr(before, name) for name in before._fields if name not in KNOWN)
         if changed:
             widths = self.widths if after.width_count else None
             self._revision += 1
@@ -233,8 +243,9 @@ class Quantizer(nn.Module):
         state = self._writable()
         if not state.is_meta:
             state[self._places.scales] = scales.to(state)
-            state[self._places.width_scales] = width_scale.to(state).expand(8, self._host.channels).flatten()
-        self._host = self._host._replace(fitted=True)
+            if self._host.nesting == "resolution":
+                state[self._places.width_scales] = width_scale.to(state).expand(8, self._host.channels).flatten()
+        self._host = self._host._replace(fitted=True, pending=False, pending_signed=False)
         self._write_header()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -248,7 +259,8 @@ class Quantizer(nn.Module):
             _ = self.settings
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
-        known, was_meta = self.settings, self.state.is_meta
+        known, before = self.settings, self.state
+        header = None if before.is_meta else before[:HEADER].tolist()
 
         # A step in bfloat16 could not move by less than half a percent: devices change, no less than float32 stays.
         def keep_precision(t: Tensor) -> Tensor:
@@ -260,9 +272,9 @@ class Quantizer(nn.Module):
         if self.state.dtype != torch.float32:
             self._buffers["state"] = self.state.float()
         self._host = known
-        if was_meta and not self.state.is_meta:
+        if self.state is not before and not self.state.is_meta and self.state[:HEADER].tolist() != header:
             # Memory that to_empty has made, of which only the host knows what belongs there.
-            self._initialize()
+            self.reset()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -330,7 +342,7 @@ class Quantizer(nn.Module):
     def width_scale(self) -> Tensor:
         """Step of each width over that of the widest, shape (8, 1 or channels); before a fit, twice per bit."""
         settings = self.settings
-        if not settings.fitted:
+        if not settings.fitted or settings.nesting == "range":
             return self._doubling(settings.bits)
         flat = self.state[self._places.width_scales] / weight_of_ranges(self.state)
         return flat.reshape(8, settings.channels)
@@ -617,6 +629,28 @@ class Quantizer(nn.Module):
         self._write_ranges(torch.where(where, scales[0], self._start()), width_scale)
         self.log_scale.masked_fill_(where, 0.0)
         self.measured = None
+
+    @torch.no_grad()
+    def propose(self, scales: Sequence[Tensor], signed: bool) -> None:
+        """Keep other steps, as :meth:`renew` takes them, for :meth:`accept`: what a backward computes again has those
+        of its forward.
+        """
+        state, widths = self._writable(), self._places.pending
+        for place, scale in enumerate(scales):
+            state[widths.start + place] = scale
+        self._host = self._host._replace(pending=True, pending_signed=signed)
+        self._write_header()
+
+    @torch.no_grad()
+    def accept(self) -> bool:
+        """Start anew from steps that were proposed; whether there were any."""
+        settings = self.settings
+        if not settings.pending:
+            return False
+        flat = self.state[self._places.pending] / weight_of_pending(self.state)
+        scales = [flat[place : place + 1] for place in range(len(self.fitted_widths))]
+        self.renew(scales, torch.ones_like(self.log_scale, dtype=torch.bool), settings.pending_signed)
+        return True
 
     def refit_next(self) -> None:
         """Fit the range anew to the next values that come, in evaluation mode too: frozen layers train so."""

@@ -67,6 +67,8 @@ class Settings(NamedTuple):
         execution_index: Place of the layer in a forward, from 1.
         macs: Multiply-accumulates of the weight in one sample.
         steps: Of the model's first quantizer, steps of training that its forwards have seen.
+        pending: Whether a range has been found that the next step of training begins with.
+        pending_signed: Whether its grid holds negative levels.
         fitted: Whether the range is known.
     """
 
@@ -100,6 +102,8 @@ class Settings(NamedTuple):
     execution_index: int = 0
     macs: int = 0
     steps: int = 0
+    pending: bool = False
+    pending_signed: bool = False
     fitted: bool = False
 
 
@@ -124,7 +128,10 @@ _PLACES = {
     "macs": 3,
     "steps": 2,
 }
-_SETTINGS = tuple(name for name in Settings._fields if name not in (*_FACTS, "has_facts", "fitted"))
+_PENDING = ("pending_signed",)
+# What is no setting: each has a weight of its own.
+KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", "fitted")
+_SETTINGS = tuple(name for name in Settings._fields if name not in KNOWN)
 _BOOLEANS = frozenset(name for name, default in Settings._field_defaults.items() if isinstance(default, bool))
 
 
@@ -132,16 +139,38 @@ def _length(names: tuple[str, ...]) -> int:
     return sum(_PLACES.get(name, 1) for name in names)
 
 
-# Where things lie: settings, facts, and the weight of the ranges; behind them fixed widths, scales, and the scale of
-# each width over that of the widest.
+# Where things lie: settings, facts, what is pending, and the weight of the ranges; behind them fixed widths, scales,
+# the scale of each width over that of the widest where widths have their own, and scales that are pending.
 _AT_FACTS = 1 + _length(_SETTINGS)
-_AT_RANGES = _AT_FACTS + 1 + _length(_FACTS)
+_AT_PENDING = _AT_FACTS + 1 + _length(_FACTS)
+_AT_RANGES = _AT_PENDING + 1 + _length(_PENDING)
 HEADER = _AT_RANGES + 1
+
+
+class Places(NamedTuple):
+    """Parts of a state behind its header, as slices."""
+
+    widths: slice
+    scales: slice
+    width_scales: slice
+    pending: slice
+
+
+def places(settings: Settings) -> Places:
+    """Where the arrays of a state lie."""
+    several = 8 if settings.nesting == "resolution" else 0
+    # Only activations, which have one scale, have a range pending.
+    counts = (settings.width_count, settings.channels, several * settings.channels, 1 + several)
+    found, at = [], HEADER
+    for count in counts:
+        found.append(slice(at, at + count))
+        at += count
+    return Places(*found)
 
 
 def size(settings: Settings) -> int:
     """Elements of the tensor."""
-    return HEADER + settings.width_count + 9 * settings.channels
+    return places(settings).pending.stop
 
 
 def _weight(revision: int) -> float:
@@ -159,6 +188,7 @@ def encode(settings: Settings, revision: int) -> Tensor:
     for weight, names in (
         (_weight(revision), _SETTINGS),
         (float(settings.has_facts), _FACTS),
+        (float(settings.pending), _PENDING),
         (float(settings.fitted), ()),
     ):
         row.append(weight)
@@ -173,14 +203,15 @@ def decode(header: list[float]) -> tuple[Settings, int]:
     Raises:
         ValueError: it is no state, or one of a later version.
     """
-    weight, known, fitted = header[0], header[_AT_FACTS], header[_AT_RANGES]
+    weight, known, pending, fitted = header[0], header[_AT_FACTS], header[_AT_PENDING], header[_AT_RANGES]
     if not (weight > 0 and all(map(math.isfinite, header))):
         raise ValueError(
             f"A quantizer's state is damaged (its weight is {weight}): it is float32, and does not survive a cast to "
             "a smaller type. Load the state_dict as it was saved."
         )
-    values: dict[str, Any] = {"has_facts": known > 0, "fitted": fitted > 0}
-    for names, start, by in ((_SETTINGS, 1, weight), (_FACTS, _AT_FACTS + 1, known)):
+    values: dict[str, Any] = {"has_facts": known > 0, "pending": pending > 0, "fitted": fitted > 0}
+    groups = ((_SETTINGS, 1, weight), (_FACTS, _AT_FACTS + 1, known), (_PENDING, _AT_PENDING + 1, pending))
+    for names, start, by in groups:
         at = start
         for name in names:
             places = _PLACES.get(name, 1)
@@ -209,29 +240,14 @@ def read(state: Tensor) -> tuple[Settings, int]:
     return settings, revision
 
 
-class Places(NamedTuple):
-    """Parts of a state behind its header, as slices."""
-
-    widths: slice
-    scales: slice
-    width_scales: slice
-
-
-def places(settings: Settings) -> Places:
-    """Where the arrays of a state lie."""
-    scales = HEADER + settings.width_count
-    width_scales = scales + settings.channels
-    return Places(slice(HEADER, scales), slice(scales, width_scales), slice(width_scales, size(settings)))
-
-
-def weight_of_settings(state: Tensor) -> Tensor:
-    """What settings and fixed widths are multiplied by, shape (1,)."""
-    return state[:1]
-
-
 def weight_of_ranges(state: Tensor) -> Tensor:
     """What scales are multiplied by: 0 before they are known, shape (1,)."""
     return state[_AT_RANGES:HEADER]
+
+
+def weight_of_pending(state: Tensor) -> Tensor:
+    """What pending scales are multiplied by: 0 where there are none, shape (1,)."""
+    return state[_AT_PENDING : _AT_PENDING + 1]
 
 
 def _number(name: str, value: Any) -> int:
