@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach import learning_quantizers, mean_width, quantizers
 from cpq_lightning.callbacks import BitBudget, ClusterPull, DropBitsSchedule, TemperatureSchedule
+from cpq_lightning.nn import Quantizer
 
 TARGET = 4.0
+# Where the noise of a quantizer begins.
+_NOISE = Quantizer("weight", CPQConfig()).noise_logit.item()
 _IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 _LABELS = (_IMAGES.flatten(1) @ torch.randn(192, 4, generator=torch.Generator().manual_seed(2))).argmax(1)
 
@@ -184,7 +187,9 @@ def check(trainer: Trainer, module: nn.Module, target: float = TARGET) -> None:
     for name, quantizer in found.items():
         assert quantizer.active, name
         assert quantizer.fitted, name
-        assert float(quantizer.log_scale.detach().abs().max()) > 0, f"{name} has not been trained"
+        # A range that was fitted anew behind the last step begins at 0, and keeps the noise that was learned.
+        learned = [p.detach() - start for p, start in zip(quantizer.range_parameters(), (0.0, _NOISE), strict=True)]
+        assert any(float(p.abs().max()) > 1e-6 for p in learned), f"{name} has not been trained"
         assert abs(float(quantizer.temperature) - 0.5) < 0.05, name
         assert all(value.isfinite().all() for value in quantizer.state_dict().values()), name
     dropped = found[next(name for name in found if name.endswith("net.3.weight_quantizer"))]

@@ -234,7 +234,7 @@ def set_active(model: nn.Module, active: bool) -> None:
 def refit(model: nn.Module) -> None:
     """Fit all weight steps to the weights as they are now, and let the next training batch set activation ranges."""
     for _, layer in quantized_layers(model):
-        layer.weight_quantizer.fit_weight(layer.weight)
+        layer.weight_quantizer.fit_weight(layer.read_weight())
         if layer.input_quantizer is not None:
             layer.input_quantizer.refit_next()
     for _, quantizer in quantized_operands(model):

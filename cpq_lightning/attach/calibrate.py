@@ -61,7 +61,7 @@ def calibrate(
     for _, layer in quantized_layers(model):
         if not layer.weight_quantizer.settled:
             # Fitted at attachment: the weights may have been initialized or loaded since.
-            layer.weight_quantizer.fit_weight(layer.weight)
+            layer.weight_quantizer.fit_weight(layer.read_weight())
     # And those that have been trained may have been rewritten, as by merging an adapter.
     RangeTracker(model).renew_weights()
     observed = [q for _, q in quantizers(model) if q.kind == "activation" and q.active]

@@ -43,7 +43,7 @@ def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
         changed.append(name)
         widths = {"bits": settings.weight_bits, "min_bits": settings.narrowest_bits}
         weights.configure(**widths, first_or_last=first_or_last)
-        weights.fit_weight(layer.weight, settled=weights.settled)
+        weights.fit_weight(layer.read_weight(), settled=weights.settled)
         if inputs is not None and settings.act_bits is not None:
             bits, narrowest = settings.act_bits, settings.narrowest_act_bits or settings.act_bits
             inputs.configure(bits=bits, min_bits=narrowest, first_or_last=first_or_last)

@@ -29,6 +29,18 @@ class QuantizedLayer(Switched):
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
 
+    def read_weight(self) -> Tensor:
+        """The weight, for who only looks at it: what a parametrization counts in training, it does not count."""
+        computed = self._modules.get("parametrizations")
+        modes = {} if computed is None else {module: module.training for module in computed.modules()}
+        try:
+            for module in modes:
+                module.training = False
+            return self.weight
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
     @property
     def weight_id(self) -> int:
         """The same for layers that share a Parameter and what quantizes it."""
@@ -38,7 +50,7 @@ class QuantizedLayer(Switched):
     def fit_if_needed(self) -> None:
         """Fit the weight's step where full-precision weights were loaded over what it was fitted to."""
         if not self.weight_quantizer.fitted:
-            self.weight_quantizer.fit_weight(self.weight)
+            self.weight_quantizer.fit_weight(self.read_weight())
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         for watcher in watchers():
@@ -50,11 +62,7 @@ class QuantizedLayer(Switched):
             input = self.input_quantizer(input)
         weight = self.weight
         if stock is not None and not is_sharded(weight):
-            quantized = self.weight_quantizer(weight)
-            bias: Tensor | None = self.bias  # type: ignore[assignment]
-            return (
-                F.linear(input, quantized, bias) if stock is nn.Linear else self._conv_forward(input, quantized, bias)
-            )  # type: ignore[operator]
+            return self._multiply(input, self.weight_quantizer(weight), self.bias)
         with ReadQuantized([(weight, self.weight_quantizer)]):
             return super().forward(input, *args, **kwargs)
 
@@ -79,9 +87,11 @@ class QuantizedLayer(Switched):
             for watcher in watching:
                 watcher.on_product(self, x.value, weight.value, out)
             return out
-        if convolution is None:
-            return F.linear(x.value, weight.value, bias)
-        return self._conv_forward(x.value, weight.value, bias)  # type: ignore[operator]
+        return self._multiply(x.value, weight.value, bias)
+
+    def _multiply(self, input: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        """What torch's own forward computes of a weight."""
+        return self._conv_forward(input, weight, bias) if isinstance(self, _ConvNd) else F.linear(input, weight, bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -149,7 +159,7 @@ def switch_back(layer: QuantizedLayer, shared: bool = False, written: bool = Tru
 
 def _write(layer: QuantizedLayer, shared: bool) -> None:
     with torch.no_grad():
-        weight, bits = layer.weight, layer.weight_quantizer
+        weight, bits = layer.read_weight(), layer.weight_quantizer
         training = bits.training
         bits.eval()
         try:
@@ -164,8 +174,11 @@ def _write(layer: QuantizedLayer, shared: bool) -> None:
 def _put(layer: QuantizedLayer, value: Tensor, shared: bool) -> None:
     """Write a weight into the Parameter that a layer has, or will have once what computes its weight is gone."""
     if is_parametrized(layer, "weight"):
-        remove_parametrizations(layer, "weight", leave_parametrized=True)
-    for handle, hook in list(layer._forward_pre_hooks.items()):
+        # Without gradients torch would leave a buffer where a Parameter was made of several tensors.
+        with torch.enable_grad():
+            remove_parametrizations(layer, "weight", leave_parametrized=True)
+    hooks: list[tuple[int, Any]] = list(layer._forward_pre_hooks.items())
+    for handle, hook in hooks:
         # Pruning, and the older normalizations of weights: they compute the weight anew before each forward.
         if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == "weight" and hasattr(hook, "remove"):
             hook.remove(layer)

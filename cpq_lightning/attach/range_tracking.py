@@ -211,7 +211,7 @@ def _least(q: Quantizer, rows: Tensor, counts: Tensor | None, there: Tensor, sig
 
 def weight_rows(layer: QuantizedLayer, count: int) -> Tensor:
     """Values of a layer's weight, shape (rows, n): some of them, in one row or in one for each of its channels."""
-    weight = full_tensor(layer.weight.detach()).float()
+    weight = full_tensor(layer.read_weight().detach()).float()
     rows = weight.reshape(1, -1) if count == 1 else weight.movedim(layer.weight_quantizer.channel_dim, 0).flatten(1)
     return rows[:, :: _stride(rows.shape[1], _WEIGHTS)] if rows.numel() else rows
 

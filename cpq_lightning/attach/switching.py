@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 S = TypeVar("S", bound="Switched")
@@ -29,8 +29,13 @@ class Switched(nn.Module):
         while issubclass(base, Switched):
             mixins.append(base.mixin)
             base = base.base_class
+        # What a pruning mask, or an older parametrization, has computed before a forward has a graph, which no copy can
+        # have: it is computed anew before the next one.
         getstate = getattr(self, "__getstate__", None)
-        return _rebuild, (tuple(mixins), base), getstate() if getstate else self.__dict__
+        state = getstate() if getstate else self.__dict__
+        if isinstance(state, dict):
+            state = {k: v.detach() if isinstance(v, Tensor) and not v.is_leaf else v for k, v in state.items()}
+        return _rebuild, (tuple(mixins), base), state
 
 
 _classes: dict[tuple[type[Switched], type[nn.Module]], type[Switched]] = {}

@@ -122,7 +122,8 @@ def lacks_ranges(quantizers: Sequence[Quantizer], resumed: bool) -> bool:
     active = [q for q in quantizers if q.active]
     # In a resumed run what still has no range belongs to a layer that is never called: to calibrate for its sake would
     # fit all others anew.
-    seen = resumed and any(q.settled for q in active)
+    activations = [q for q in active if q.kind == "activation"]
+    seen = resumed and any(q.settled for q in activations or active)
     return not seen and not all(q.fitted and q.settled for q in active)
 
 

@@ -24,7 +24,7 @@ def weight_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Of each layer's full-precision weight in units of its step: range and counts in equal cells, by layer."""
     found = {}
     for name, layer in quantized_layers(model):
-        quantizer, weight = layer.weight_quantizer, full_tensor(layer.weight.detach())
+        quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach())
         step, low, high = quantizer.grid()
         levels = weight.float() / quantizer.along_channels(step, weight)
         bottom, top = (limit.float() for limit in (low.min() - 1, high.max() + 1))

@@ -144,7 +144,7 @@ def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -
 @torch.no_grad()
 def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     """Levels in use, their shares, and the relative squared error, of a weight as it evaluates."""
-    quantizer, weight = layer.weight_quantizer, full_tensor(layer.weight.detach())
+    quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach())
     codes = _codes(quantizer, weight)
     step, low, high = quantizer.grid()
     power = weight.double().square().sum()
@@ -166,7 +166,7 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
 @torch.no_grad()
 def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
     """The levels of a layer's weights in evaluation, as integers (int16) of the weight's shape."""
-    return _codes(layer.weight_quantizer, full_tensor(layer.weight.detach()))
+    return _codes(layer.weight_quantizer, full_tensor(layer.read_weight().detach()))
 
 
 def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:

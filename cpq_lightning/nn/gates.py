@@ -46,8 +46,8 @@ class Gates(nn.Module):
     def __init__(self, settings: Settings, *, keep_prob: float, device: torch.device | None) -> None:
         super().__init__()
         self.seed, self.key = settings.seed, settings.key
-        self.sharing = cast(GateSharing, settings.gate_sharing)
-        self.estimator = cast(GateEstimator, settings.gate_estimator)
+        self.sharing: GateSharing = cast(GateSharing, settings.gate_sharing)
+        self.estimator: GateEstimator = cast(GateEstimator, settings.gate_estimator)
         self.channel_dim = settings.channel_dim
         self.rows = settings.gate_rows
         self._keep_prob = keep_prob

@@ -114,6 +114,8 @@ class Quantizer(nn.Module):
     def from_state(cls, tensors: Mapping[str, Tensor]) -> Quantizer:
         """The quantizer that a part of a ``state_dict`` is of: its tensors, named as within the quantizer.
 
+        Its ``state`` is enough for a quantizer that has learned nothing.
+
         Raises:
             ValueError: there is no state in it, or one that this release does not read.
         """
@@ -123,7 +125,7 @@ class Quantizer(nn.Module):
         quantizer = cls.__new__(cls)
         nn.Module.__init__(quantizer)
         quantizer._build(settings, tensors["state"].device, 1.0, 1.0)
-        quantizer.load_state_dict(dict(tensors))
+        quantizer.load_state_dict({**quantizer.state_dict(), **tensors})
         return quantizer
 
     def _build(self, settings: Settings, device: torch.device | None, temperature: float, keep_prob: float) -> None:
@@ -336,7 +338,15 @@ class Quantizer(nn.Module):
         return self._start() if self.settings.fitted else torch.ones_like(self.log_scale).detach()
 
     def _start(self) -> Tensor:
-        return self.state[self._places.scales] / weight_of_ranges(self.state)
+        # The arrays are those of the fit: when widths are fixed, a setting changes, and no scale.
+        start = self.state[self._places.scales] / weight_of_ranges(self.state)
+        if self._host.nesting == "range":
+            return start
+        return start * self._fitted_width_scale()[self._host.bits - 1]
+
+    def _fitted_width_scale(self) -> Tensor:
+        flat = self.state[self._places.width_scales] / weight_of_ranges(self.state)
+        return flat.reshape(8, self._host.channels)
 
     @property
     def width_scale(self) -> Tensor:
@@ -344,8 +354,8 @@ class Quantizer(nn.Module):
         settings = self.settings
         if not settings.fitted or settings.nesting == "range":
             return self._doubling(settings.bits)
-        flat = self.state[self._places.width_scales] / weight_of_ranges(self.state)
-        return flat.reshape(8, settings.channels)
+        scales = self._fitted_width_scale()
+        return scales / scales[settings.bits - 1]
 
     def _doubling(self, bits: int) -> Tensor:
         doubling = torch.tensor([2.0 ** (bits - k) for k in range(1, 9)], device=self.state.device)
@@ -393,11 +403,7 @@ class Quantizer(nn.Module):
 
         In evaluation the result is what it was at these widths.
         """
-        top, settings = max(widths), self.settings
-        if settings.nesting == "resolution" and settings.fitted:
-            # The widest width that is left is what the step is counted in.
-            scale = self.width_scale[top - 1].clone()
-            self._write_ranges(self._start() * scale, self.width_scale / scale)
+        top = max(widths)
         self.configure(bits=top, min_bits=min(widths), fixed=min(widths) < top)
         if min(widths) < top:
             self._write_widths(torch.as_tensor(widths))
@@ -481,7 +487,7 @@ class Quantizer(nn.Module):
         if not settings.active or any(watcher.passes(self, x) for watcher in watchers()):
             return None
         if not settings.fitted or (not settings.settled and self._settles(x)):
-            self._fit_to(x)
+            self._fit_to(x)  # type: ignore[call-arg]
             settings = self.settings
         return settings if settings.fitted else None
 

@@ -15,6 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from cpq_lightning import CPQCallback
 from cpq_lightning.attach import quantizers
 from cpq_lightning.callbacks import BatchNormReestimation
+from cpq_lightning.nn import Quantizer
 from tests.marks import thorough
 from tests.models import IMAGES, LABELS, Classifier, data
 
@@ -229,7 +230,7 @@ def test_a_step_that_takes_the_iterator_gets_all_of_it(fit):
         module = run([cpq()])
     assert module.sums == run([]).sums
     assert len(module.sums) == 6
-    assert all(q.active and q.calibrated for _, q in quantizers(module))
+    assert all(q.active and q.fitted for _, q in quantizers(module))
 
 
 class Save(pl.Callback):
@@ -259,20 +260,22 @@ def test_a_resumed_run_that_lacks_ranges_calibrates_on_the_batches_that_follow(f
     class Forget(Save):
         def on_save_checkpoint(self, trainer, pl_module, checkpoint):
             for name, value in checkpoint["state_dict"].items():
-                if name.endswith("input_quantizer.calibrated_"):
-                    checkpoint["state_dict"][name] = torch.zeros_like(value)
+                if name.endswith("input_quantizer.state"):
+                    forgotten = Quantizer.from_state({"state": value})
+                    forgotten.reset()
+                    checkpoint["state_dict"][name] = forgotten.state
 
     def make():
         return seeded(StatefulDataLoader)
 
     wanted = seen(fit, make, [cpq(), Forget(tmp_path / "saved.ckpt", 3)], max_epochs=1)[0]
     saved = torch.load(tmp_path / "saved.ckpt")["state_dict"]
-    assert any(name.endswith("input_quantizer.calibrated_") for name in saved)
+    assert any(name.endswith("input_quantizer.state") for name in saved)
     calibrated = []
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            calibrated.append(all(q.calibrated for _, q in quantizers(pl_module)))
+            calibrated.append(all(q.fitted for _, q in quantizers(pl_module)))
 
     resumed = seen(fit, make, [cpq(), Watch()], max_epochs=1, ckpt_path=tmp_path / "saved.ckpt")[0]
     assert resumed == wanted[3:]

@@ -128,7 +128,7 @@ def test_nothing_of_it_is_left_in_a_later_fit(tmp_path, config, moved):
                 # Other data, and twice the range.
                 loader = DataLoader(TensorDataset(2 * IMAGES, LABELS), 8)
                 evaluate(what, trainer(tmp_path, cpq(CONFIGS[config])), module, loader)
-                assert not any(q.calibrated for _, q in quantizers(module) if q.kind == "activation")
+                assert not any(q.fitted for _, q in quantizers(module) if q.kind == "activation")
             if moved:
                 with torch.no_grad():
                     for layer in (module.net[0], module.net[6]):

@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from benchmarks.lightning_matrix.common import Plain, data, trainer_in
 from cpq_lightning.attach import learning_quantizers
 from cpq_lightning.callbacks import BitBudget
+from cpq_lightning.nn.state import read
 from tests.marks import thorough
 
 # What its tests share takes seconds to make.
@@ -90,9 +91,11 @@ def test_from_the_middle_of_an_epoch_with_a_plain_loader_it_says_what_differs(wh
         trainer, module = run(tmp_path, data(), ckpt_path=path)
     assert trainer.global_step == 40
     assert not learning_quantizers(module)
-    schedules = ("temperature", "keep_prob", "gates.noise_step", "active_", "calibrated_")
+    schedules = ("temperature", "keep_prob", "gates.noise_step")
     state, same = module.state_dict(), wanted[0]
     assert all(torch.equal(state[name], same[name]) for name in same if name.endswith(schedules))
+    states = [(read(state[name])[0], read(same[name])[0]) for name in same if name.endswith("_quantizer.state")]
+    assert all((a.active, a.fitted, a.settled) == (b.active, b.fitted, b.settled) for a, b in states)
 
 
 @pytest.mark.parametrize(("loader", "path"), [(stateful, "steps/*-step=15.ckpt"), (stateful, "epochs/epoch=4-*.ckpt")])

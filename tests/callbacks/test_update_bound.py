@@ -20,7 +20,9 @@ LEARN = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True)
 
 
 class Watch(pl.Callback):
-    """How far each parameter of a quantizer moves in a batch, which is one update of it."""
+    """How far each parameter of a quantizer moves in a batch, which is one update of it; it stands before CPQCallback,
+    which fits stale ranges anew behind an update.
+    """
 
     def __init__(self):
         self.moves = []
@@ -71,7 +73,7 @@ RUNS = {
 def test_at_an_absurd_rate_steps_move_within_the_bound_and_levels_stay_usable(fit, kind, lr_factor, learn):
     module, watch = RUNS[kind](), Watch()
     cpq = CPQCallback(LEARN if learn else CPQConfig(), lr_factor=lr_factor, table=False)
-    fit(module, [cpq, *([BitBudget(4.0)] if learn else []), watch], max_epochs=15)
+    fit(module, [watch, cpq, *([BitBudget(4.0)] if learn else [])], max_epochs=15)
     assert 0.9 * BOUND < max(watch.moves) <= BOUND * (1 + 1e-4)
     assert all(value.isfinite().all() for value in module.state_dict().values())
     for record in levels(module):
@@ -90,7 +92,7 @@ def test_a_network_learns_at_a_rate_at_which_steps_would_run_away(fit):
 
 def test_lookahead_goes_back_among_values_that_were_within_the_bound(fit):
     module, watch = Classifier(lambda parameters: Lookahead(SGD(parameters), k=6)), Watch()
-    fit(module, [CPQCallback(lr_factor=1e5, table=False), watch], max_epochs=10)
+    fit(module, [watch, CPQCallback(lr_factor=1e5, table=False)], max_epochs=10)
     assert max(move for i, move in enumerate(watch.moves, 1) if i % 6) <= BOUND * (1 + 1e-4)
     assert all(r.used_levels > 1 for r in levels(module) if r.kind == "weight")
 
@@ -157,7 +159,7 @@ def test_steps_that_amp_skips_move_nothing(fit):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     module, watch = Classifier(SGD), Watch()
     plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
-    fit(module, [CPQCallback(lr_factor=1e4, table=False), Overflow(), watch], max_epochs=4, plugins=plugins)
+    fit(module, [watch, CPQCallback(lr_factor=1e4, table=False), Overflow()], max_epochs=4, plugins=plugins)
     assert watch.moves[3] == 0
     assert 0.9 * BOUND < max(watch.moves) <= BOUND * (1 + 1e-4)
 

@@ -1,0 +1,197 @@
+"""Ranges belong to what they are used on: they follow weights and inputs that training moves."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cpq_lightning import CPQConfig, attach, calibrate, levels
+from cpq_lightning.attach import RangeTracker, is_due, quantized_layers, quantizers
+from cpq_lightning.export import clipped_shares, range_warnings
+from cpq_lightning.nn import RangeObserver
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
+Y = (X @ torch.randn(8, 4, generator=torch.Generator().manual_seed(3))).argmax(1)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def train(model, steps, lr=1e-2, optimizer=None):
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model.train()(X), Y)
+        loss.backward()
+        optimizer.step()
+    return float(loss)
+
+
+def test_checks_grow_rare():
+    assert all(is_due(step) for step in range(16))
+    assert [sum(map(is_due, range(n))) for n in (100, 1000, 100_000)] == [36, 63, 116]
+    assert not is_due(-1)
+
+
+@pytest.mark.parametrize("config", [CPQConfig(8, act_bits=8), CPQConfig(8, act_bits=8, per_channel=True)])
+def test_a_head_that_starts_at_zero_learns(config):
+    """ViT's and Mixer's heads, adapters' second matrix, adaptive norms: zero by design."""
+    losses = []
+    for quantized in (False, True):
+        model = net()
+        nn.init.zeros_(model[4].weight)
+        if quantized:
+            attach(model, config)
+        losses.append(train(model, 100))
+    assert losses[1] < 1.3 * losses[0] + 0.01
+    weight = next(r for r in levels(model) if r.name == "4" and r.kind == "weight")
+    assert weight.used_levels > 32
+    assert weight.relative_error < 1e-2
+
+
+def test_a_weight_of_zeros_passes_as_it_is_until_it_is_none():
+    model = net()
+    nn.init.zeros_(model[4].weight)
+    calibrate(attach(model), [X])
+    assert not model[4].weight_quantizer.fitted
+    assert model.eval()(X).equal(model[4].bias.expand(64, -1))
+    with torch.no_grad():
+        model[4].weight.normal_()
+    model(X)
+    assert model[4].weight_quantizer.fitted
+
+
+def test_ranges_of_random_weights_follow_them():
+    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    train(model, 150, 3e-2)
+    with torch.no_grad():
+        model.train()(X)
+    shares = clipped_shares(model)
+    assert shares["weights"] < 0.02
+
+
+def test_inputs_that_outgrow_their_range_get_another_one():
+    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    tracker = RangeTracker(model, [optimizer])
+    del model.__dict__["_cpq_tracking"]
+    before = float(model[0].input_quantizer.step())
+    tracker.before_batch(0)
+    model.train()(30 * X).sum().backward()
+    optimizer.step()
+    assert "0.input_quantizer" in tracker.after_step(0)
+    assert float(model[0].input_quantizer.step()) > 10 * before
+    # Layers behind it see what it passes on from the next step on.
+    for step in range(1, 5):
+        tracker.before_batch(step)
+        model(30 * X).sum().backward()
+        found = tracker.after_step(step)
+    assert found == []
+
+
+def test_a_loop_of_one_s_own_needs_no_tracker():
+    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    before = float(model[0].input_quantizer.step())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(30 * X).sum().backward()
+        optimizer.step()
+    assert float(model[0].input_quantizer.step()) > 10 * before
+
+
+def test_a_resumed_loop_ends_as_the_uninterrupted_one():
+    def run(stop=None, state=None):
+        model = attach(net(), CPQConfig(4, act_bits=4))
+        optimizer = torch.optim.Adam(model.parameters(), 3e-2)
+        if state is not None:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        train(model, 12 if stop is None else stop, optimizer=optimizer)
+        return model.state_dict(), optimizer.state_dict()
+
+    wanted, _ = run()
+    found, _ = run(12 - 5, run(stop=5))
+    assert all(found[name].equal(value) for name, value in wanted.items())
+
+
+def test_a_trained_network_keeps_its_ranges():
+    model = net()
+    train(model, 200)
+    calibrate(attach(model, CPQConfig(4, act_bits=4)), [X])
+    starts = {name: q.start_scale.clone() for name, q in quantizers(model)}
+    train(model, 50, 1e-3)
+    kept = [q.start_scale.equal(starts[name]) for name, q in quantizers(model)]
+    assert sum(kept) >= len(kept) - 1
+
+
+@pytest.mark.parametrize("f", [F.leaky_relu, F.gelu, F.silu, F.relu, torch.tanh, lambda x: -F.relu(x)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_kind_of_grid_is_the_one_with_less_error(f, bits):
+    x = f(torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 1.5)
+
+    def fitted(values):
+        observer = RangeObserver()
+        observer.update(values)
+        observer.close_range(values.device)
+        observer.update(values)
+        return observer.fit([bits], "mse")
+
+    (step,), signed = fitted(x)
+
+    def error(step, low, high):
+        return float((x - (x / step).round().clamp(low, high) * step).square().sum())
+
+    own = error(step, *((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)))
+    steps = float(x.abs().max()) * torch.logspace(-10, 1, 200, base=2)
+    best = min(min(error(s, 0, 2**bits - 1), error(s, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) for s in steps)
+    assert own <= 1.05 * best + 1e-9
+
+
+def test_one_slightly_negative_value_costs_no_bit():
+    observer = RangeObserver()
+    x = torch.cat([torch.rand(1000), torch.tensor([-0.01])])
+    observer.update(x)
+    observer.close_range(x.device)
+    observer.update(x)
+    fitted = observer.fit([2], "mse")
+    assert fitted is not None
+    assert fitted[1] is False
+
+
+def test_what_is_clipped_is_told_by_name():
+    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    assert range_warnings(model) == []
+    with torch.no_grad():
+        model[2].weight[:4].mul_(10)
+    [message] = range_warnings(model)
+    assert "2 (weight," in message
+    record = next(r for r in levels(model) if r.name == "2" and r.kind == "weight")
+    assert 0.05 < record.clipped < 0.5
+
+
+def test_inputs_on_one_level_are_told_by_name():
+    from cpq_lightning.attach import recording
+
+    model = calibrate(attach(net(), CPQConfig(4, act_bits=4)), [X])
+    with recording(model):
+        model.eval()(X * 1e-4)
+    [message] = range_warnings(model)
+    assert "fall on one level" in message
+    assert "0" in message
+
+
+def test_zeros_alone_are_told():
+    model = attach(net())
+    with pytest.warns(UserWarning, match="nothing but zeros at 1 activation"):
+        calibrate(model, [torch.zeros(4, 8)])
+    # The first other values set the range.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(X)
+    assert model[0].input_quantizer.fitted
+    assert all(layer.weight_quantizer.fitted for _, layer in quantized_layers(model))
