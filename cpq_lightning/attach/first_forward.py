@@ -199,6 +199,8 @@ class _Tracking:
     def before_forward(self) -> None:
         """Called ahead of a forward in training."""
         first = self._layers[0].weight_quantizer
+        if first.state.is_meta:
+            return
         # Who replaces what a Parameter holds changes no version.
         versions = [(p._version, p.data_ptr()) for layer in self._layers for p in weight_parameters(layer)]
         steps = first.settings.steps

@@ -10,9 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cpq_lightning.nn.state import read
+
 _WRAPPED = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Parts of a quantized module that a plain one does not have.
 _OF_QUANTIZERS = {"weight_quantizer", "input_quantizer", "product_operands"}
+_STATES = ("weight_quantizer.state", "input_quantizer.state")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -55,7 +58,7 @@ def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: they had.
     """
     own = {key for key in state if not _OF_QUANTIZERS.isdisjoint(key.split("."))}
-    if any(key.endswith(".active_") and bool(state[key].any()) for key in own):
+    if any(key.endswith(_STATES) and read(state[key])[0].active for key in own):
         raise ValueError(
             "the weights were saved of a network that is quantized: give some in full precision, such as a run's "
             "teacher.pt, or a checkpoint from before quantization began."

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -166,6 +167,9 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
         return []
     drawn = (before, _collect_rng_states())
+    for loader in loop._combined_loader.flattened:
+        # As Lightning does behind this, and before the first batch: a sampler's order may depend on it.
+        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
     if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
         # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
         iter(fetcher)

@@ -40,8 +40,10 @@ class FindsRanges(Callback):
 
     def _begin_calibration(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._uncalibrated = True
-        # The loaders of a run that is resumed get their state later, with which they have to begin.
-        if not self._resumed and trainer.ckpt_path is None:
+        # The loaders of a run that is resumed get their state later, with which they have to begin; and some strategies
+        # do not tell yet whether it is.
+        known = not trainer.strategy.restore_checkpoint_after_setup
+        if known and not self._resumed and trainer.ckpt_path is None:
             self._calibrate(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

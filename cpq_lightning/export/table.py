@@ -25,7 +25,7 @@ _LEFT: dict[str, Any] = {
 def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
     """A row a layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
     table = Table(title=title, caption=summary(manifest), **_LEFT)
-    table.add_column("layer", overflow="fold", min_width=22)
+    table.add_column("layer", overflow="fold", min_width=16)
     for kind in ("weight", "input"):
         table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
         for name in ("step", "used", "error", "clip"):

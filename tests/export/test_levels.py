@@ -89,9 +89,16 @@ def test_the_table_fits_a_narrow_terminal(per_channel, capsys):
     printed = capsys.readouterr().out
     assert "…" not in printed
     header = printed.partition("─")[0].split()
-    assert header.count("bits") == header.count("step") == header.count("used") == header.count("error") == 2
+    assert (
+        header.count("bits")
+        == header.count("step")
+        == header.count("used")
+        == header.count("error")
+        == header.count("clip")
+        == 2
+    )
     rows = [line.split() for line in printed.splitlines() if line[:2] in ("0 ", "3 ", "6 ")]
-    assert [len([cell for cell in row if cell != "*"]) for row in rows] == [9, 9, 9]
+    assert [len([cell for cell in row if cell != "*"]) for row in rows] == [11, 11, 11]
     assert "* first or last layer" in printed
 
 
