@@ -42,6 +42,7 @@ from cpq_lightning.attach.products import quantize_products as quantize_products
 from cpq_lightning.attach.products import quantized_operands as quantized_operands
 from cpq_lightning.attach.range_tracking import RangeTracker as RangeTracker
 from cpq_lightning.attach.range_tracking import is_due as is_due
+from cpq_lightning.attach.range_tracking import renew_rewritten as renew_rewritten
 from cpq_lightning.attach.reading import avoid_fused_paths as avoid_fused_paths
 from cpq_lightning.attach.select import attached_config as attached_config
 from cpq_lightning.attach.select import quantizable_layers as quantizable_layers

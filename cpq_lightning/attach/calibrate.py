@@ -63,7 +63,7 @@ def calibrate(
             # Fitted at attachment: the weights may have been initialized or loaded since.
             layer.weight_quantizer.fit_weight(layer.read_weight())
     # And those that have been trained may have been rewritten, as by merging an adapter.
-    RangeTracker(model).renew_weights()
+    RangeTracker(model).renew_weights(frozen=True)
     observed = [q for _, q in quantizers(model) if q.kind == "activation" and q.active]
     observing = _Observing(observed)
     with _untouched(model), torch.no_grad(), _uncompiled():

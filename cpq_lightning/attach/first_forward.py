@@ -19,7 +19,7 @@ from torch import nn
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
-from cpq_lightning.attach.range_tracking import RangeTracker, is_due
+from cpq_lightning.attach.range_tracking import RangeTracker, is_due, renew_rewritten
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.nn import Quantizer
 
@@ -137,6 +137,8 @@ def _start(model: nn.Module, args: Any) -> None:
         _act_on_what_was_shown(model)
         if _TRACKING in model.__dict__:
             model.__dict__[_TRACKING].before_forward()
+    elif not model.training and _TRACKING in model.__dict__:
+        model.__dict__[_TRACKING].before_evaluation()
     if model.__dict__.get(_PENDING) and auditable(model) and set_audited(model, model.training):
         audit = Audit(model)
         _started.audits.append((model, audit))
@@ -195,14 +197,14 @@ class _Tracking:
         self._layers = [layer for _, layer in quantized_layers(model)]
         self._inputs = [quantizer for _, quantizer in quantizers(model) if quantizer.kind == "activation"]
         self._versions: list[tuple[int, int]] | None = None
+        self._evaluated: list[tuple[int, int]] | None = None
 
     def before_forward(self) -> None:
         """Called ahead of a forward in training."""
         first = self._layers[0].weight_quantizer
         if first.state.is_meta:
             return
-        # Who replaces what a Parameter holds changes no version.
-        versions = [(p._version, p.data_ptr()) for layer in self._layers for p in weight_parameters(layer)]
+        versions = self._written()
         steps = first.settings.steps
         if versions != self._versions:
             if is_due(steps - 1):
@@ -214,6 +216,18 @@ class _Tracking:
             first.configure(has_facts=True, steps=steps)
         self._versions = versions
         self.tracker.before_batch(steps - 1)
+
+    def before_evaluation(self) -> None:
+        """Called ahead of a forward in evaluation: somebody may have written to weights since the last one."""
+        written = self._written()
+        if written != self._evaluated:
+            self._evaluated = written
+            renew_rewritten(self.tracker.model)
+
+    def _written(self) -> list[tuple[int, int]]:
+        """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""
+        parameters = (p for layer in self._layers for p in weight_parameters(layer))
+        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters if not p.is_meta]
 
     def after_forward(self) -> None:
         """Called behind each forward."""

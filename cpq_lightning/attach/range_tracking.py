@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -135,14 +136,18 @@ class RangeTracker:
                 q.propose(_fit(q, rows, counts, signed), signed)
 
     @torch.no_grad()
-    def renew_weights(self) -> set[Quantizer]:
-        """Look at the weights alone, whatever the step: quantizers whose range is another now."""
+    def renew_weights(self, frozen: bool = False) -> set[Quantizer]:
+        """Look at the weights alone, whatever the step: quantizers whose range is another now.
+
+        Args:
+            frozen: Whether at those of layers that do not train, too: somebody may have rewritten them.
+        """
         # A weight that is shared is looked at once.
         weights = {layer.weight_quantizer: layer for _, layer in quantized_layers(self.model)}
         return {
             q
             for q, layer in weights.items()
-            if _renewable(q) and self._renew(q, weight_rows(layer, len(q.log_scale)), None)
+            if _renewable(q, frozen) and self._renew(q, weight_rows(layer, len(q.log_scale)), None)
         }
 
     def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None) -> bool:
@@ -168,9 +173,9 @@ class RangeTracker:
                     value.masked_fill_(stale, 0.0)
 
 
-def _renewable(q: Quantizer) -> bool:
+def _renewable(q: Quantizer, frozen: bool = False) -> bool:
     """Not before it has a range, and not of a frozen layer."""
-    return q.active and q.fitted and q.log_scale.requires_grad
+    return q.active and q.fitted and (frozen or q.log_scale.requires_grad)
 
 
 def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, signed: bool) -> list[Tensor]:
@@ -294,6 +299,22 @@ def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
     """:func:`outgrown` of a layer's weight."""
     quantizer = layer.weight_quantizer
     return outgrown(quantizer, weight_rows(layer, len(quantizer.grid()[0])), None)
+
+
+def renew_rewritten(model: nn.Module) -> None:
+    """Fit ranges anew that a model's weights have left, for an evaluation or an export of it; a warning names them.
+
+    Merging an adapter does that, loading other weights, or a training that has ended at once behind a large update.
+    """
+    found = RangeTracker(model).renew_weights(frozen=True)
+    if found:
+        names = [name for name, layer in quantized_layers(model) if layer.weight_quantizer in found]
+        warnings.warn(
+            f"The weights of {len(names)} layers have left the ranges that were fitted to them, which are fitted anew: "
+            f"{', '.join(names)}. After merging or loading weights call calibrate(model, batches), so that ranges of "
+            "inputs follow as well.",
+            stacklevel=3,
+        )
 
 
 def _stride(n: int, most: int) -> int:

@@ -169,7 +169,7 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
     drawn = (before, _collect_rng_states())
     for loader in loop._combined_loader.flattened:
         # As Lightning does behind this, and before the first batch: a sampler's order may depend on it.
-        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
     if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
         # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
         iter(fetcher)

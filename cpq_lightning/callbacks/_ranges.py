@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cpq_lightning.attach import RangeTracker, is_due, refit
+from cpq_lightning.attach import RangeTracker, is_due, refit, renew_rewritten
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
 from cpq_lightning.callbacks._company import counts_operations
@@ -106,6 +106,7 @@ class FindsRanges(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
+            renew_rewritten(pl_module)
             self._lent = lend_ranges(trainer, pl_module, self.calibration_batches, self.quantize_from)
 
     on_test_start = on_predict_start = on_validation_start

@@ -21,6 +21,7 @@ from cpq_lightning.attach import (
     quantize_products,
     quantized_layers,
     quantized_operands,
+    renew_rewritten,
 )
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.functional import along_channels
@@ -193,6 +194,7 @@ def check_exportable(model: nn.Module) -> None:
                 "behind the step that quantize_from names."
             )
         layer.fit_if_needed()
+    renew_rewritten(model)
     unknown = uncalled(model)
     if unknown and len(unknown) == sum(1 for _ in quantized_inputs(model)):
         raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")
