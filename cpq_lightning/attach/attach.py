@@ -244,5 +244,5 @@ def refit(model: nn.Module) -> None:
 def set_noise_step(model: nn.Module, step: int) -> None:
     """Set the counter that DropBits' noise is drawn at; quantizers draw the same gates at the same counter."""
     for _, quantizer in quantizers(model):
-        if quantizer.has_gates:
+        if "noise_step" in quantizer.gates._buffers:
             quantizer.noise_step.fill_(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -568,6 +569,12 @@ class Quantizer(nn.Module):
         observer.close_range(x.device)
         observer.update(x)
         self.fit_activation(observer)
+        if self.settings.fitted and not self.training and not self.fits_next and settings.settled:
+            warnings.warn(
+                "Calibration has seen nothing but zeros at an activation quantizer, and an evaluation has brought "
+                "other values: its range is fitted to these. Calibrate on batches like those that are evaluated.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def fit_weight(self, weight: Tensor, settled: bool = True) -> None:

@@ -40,7 +40,7 @@ def test_a_weight_that_is_read_and_a_layer_that_is_not_called_are_named():
     messages = [str(w.message) for w in caught]
     never = "2 quantizers were never called"
     assert any(never in m and "fc.weight_quantizer, fc.input_quantizer" in m for m in messages)
-    assert any("the model itself (linear: input and weight)" in m for m in messages)
+    assert any("the model itself (linear by fc.weight: input and weight)" in m for m in messages)
 
 
 def test_a_weight_outside_of_layers_is_named():
