@@ -31,23 +31,34 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         for name in ("step", "used", "error", "clip"):
             table.add_column(f"\n{name}", justify="right", no_wrap=True)
     exempt = False
+    prefix = _shared_prefix([layer["name"] for layer in manifest["layers"]])
     for layer in manifest["layers"]:
         cells = [cell for kind in ("weight", "activation") for cell in _cells(layer[kind])]
         star = layer["weight"]["exempt"]
         exempt = exempt or star
-        table.add_row(f"{layer['name']}{' *' if star else ''}", *cells)
+        table.add_row(f"{layer['name'].removeprefix(prefix)}{' *' if star else ''}", *cells)
     for operand in manifest.get("products", []):
         # "blocks.0.attn 0 left": a side of the module's first product.
         module, _, side = operand["name"].rpartition("product_operands.")
-        name = f"{module.rstrip('.')} {side.replace('_', ' ')}"
+        name = f"{module.rstrip('.').removeprefix(prefix)} {side.replace('_', ' ')}"
         table.add_row(name, *_cells(None), *_cells(operand))
     notes = ["used: levels that occur; error: relative squared error; clip: share beyond the levels; u: unsigned"]
+    if prefix:
+        notes.append(f"layers are named as within {prefix[:-1]}")
     if any(isinstance(layer["weight"]["step"], list) for layer in manifest["layers"]):
         notes.append("~ mean over the channels, each of which has a step of its own")
     if exempt:
         notes.append("* first or last layer, left out of the average")
     table.caption = "\n".join([str(table.caption), *notes])
     return table
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """The module that all layers are in, with a dot behind it: a row has little room for what says nothing."""
+    first = names[0].rpartition(".")[0].split(".") if names else []
+    while first and not all(name.startswith(".".join(first) + ".") for name in names):
+        first.pop()
+    return ".".join(first) + "." if first and first != [""] else ""
 
 
 def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
