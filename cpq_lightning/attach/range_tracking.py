@@ -27,6 +27,8 @@ from cpq_lightning.nn import Quantizer, Watcher, full_tensor, pool
 _SPACING = 1 / 8
 # A range is stale where it costs a bit: one bit less has four times the squared error.
 _FACTOR = 4.0
+# An error this small, relative to the values' power, is no reason: what is better on one batch may not be on the next.
+_ENOUGH = 1e-4
 # Values of a weight (of each of its rows, where they have a scale each) and of an activation in one call that are
 # looked at, and cells of an activation's histogram.
 _WEIGHTS, _INPUTS, _BINS = 2**12, 2**15, 2**12
@@ -59,7 +61,8 @@ class RangeTracker:
 
     A range is stale where its squared error, on the weight as it is behind a step or on the inputs of the step's own
     batches, is more than four times the least at the same bits: as if it had a bit less. The least counts as no less
-    than the noise of rounding, a twelfth of a squared scale for each value, because few values can be fitted by chance.
+    than the noise of rounding, a twelfth of a squared scale for each value, because few values can be fitted by chance;
+    and an error below 1e-4 of the values' power is good enough.
     What is fitted anew is the starting scale, of each width; the noise that was learned stays.
 
     ``step`` counts optimizer steps from where quantization began, and nothing else is remembered from one step to the
@@ -204,7 +207,8 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, b
         with_negatives = _least(q, rows, counts, there, True)
         if bool((with_negatives < best).all()):
             best, signed = with_negatives, True
-    return (there > 0) & (now > _FACTOR * best), signed
+    squares = rows.double().square() if counts is None else rows.double().square() * counts
+    return (there > 0) & (now > _FACTOR * best) & (now > _ENOUGH * squares.sum(1)), signed
 
 
 def _least(q: Quantizer, rows: Tensor, counts: Tensor | None, there: Tensor, signed: bool) -> Tensor:
