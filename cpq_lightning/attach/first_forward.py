@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.first_last import correct_first_and_last
@@ -227,7 +228,8 @@ class _Tracking:
     def _written(self) -> list[tuple[int, int]]:
         """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""
         parameters = (p for layer in self._layers for p in weight_parameters(layer))
-        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters if not p.is_meta]
+        local = (p._local_tensor if isinstance(p, DTensor) else p for p in parameters if not p.is_meta)
+        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in local]
 
     def after_forward(self) -> None:
         """Called behind each forward."""

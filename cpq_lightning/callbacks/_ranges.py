@@ -66,6 +66,8 @@ class FindsRanges(Callback):
 
     def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a training batch: look at its activations, where ranges may have been outgrown."""
+        # Of a batch that another callback has skipped Lightning tells no end.
+        self._compile_again()
         step = run_step(trainer) - self.start_step
         if step < 0 or not all(q.active for q in self._quantizers):
             return
@@ -84,9 +86,7 @@ class FindsRanges(Callback):
 
     def _renew_ranges(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Behind a training batch: fit stale ranges anew, where it has ended a step."""
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        self._compile_again()
         if self._tracker is None:
             return
         self._tracker.pause()
@@ -96,11 +96,15 @@ class FindsRanges(Callback):
                 share_with_averages(trainer, pl_module, set(renewed))
 
     def _stop_tracking(self) -> None:
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
+        self._compile_again()
         if self._tracker is not None:
             self._tracker.pause()
-        self._tracker = self._stance = None
+        self._tracker = None
+
+    def _compile_again(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
 
     # Without training -------------------------------------------------------------------------------------------------
 
