@@ -14,7 +14,6 @@ HOOKS = (
     "setup",
     "configure_optimizers",
     "on_fit_start",
-    "on_sanity_check_start",
     "on_train_start",
     "on_train_epoch_start",
 )
