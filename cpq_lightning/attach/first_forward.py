@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cpq_lightning.attach.audit import Audit, AuditReport
@@ -132,7 +132,7 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
 
 
 def _start(model: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     if model.training and torch.is_grad_enabled():
         _act_on_what_was_shown(model)
@@ -147,7 +147,7 @@ def _start(model: nn.Module, args: Any) -> None:
 
 
 def _finish(model: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     if _TRACKING in model.__dict__:
         model.__dict__[_TRACKING].after_forward()
@@ -193,21 +193,28 @@ class _Tracking:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.tracker = RangeTracker(model, inputs=not several)
-        self._layers = [layer for _, layer in quantized_layers(model)]
-        self._inputs = [quantizer for _, quantizer in quantizers(model) if quantizer.kind == "activation"]
+        self.tracker = RangeTracker(model)
+        self._layers: list[Any] = []
+        self._inputs: list[Quantizer] = []
         self._versions: list[tuple[int, int]] | None = None
         self._evaluated: list[tuple[int, int]] | None = None
+        self._training = False
 
     def before_forward(self) -> None:
         """Called ahead of a forward in training."""
+        versions = self._written()
         first = self._layers[0].weight_quantizer
         if first.state.is_meta:
             return
-        versions = self._written()
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.tracker.inputs = not several
         steps = first.settings.steps
         if versions != self._versions:
+            for layer in self._layers:
+                quantizer = layer.weight_quantizer
+                if quantizer.active and quantizer.fitted and not quantizer.settled:
+                    # Here and not in the layer, whose forward may run without gradients and again with them.
+                    quantizer.fit_weight(layer.read_weight())
             if is_due(steps - 1):
                 self.tracker.renew_weights()
             for quantizer in self._inputs:
@@ -216,25 +223,40 @@ class _Tracking:
             steps += 1
             first.configure(has_facts=True, steps=steps)
         self._versions = versions
+        self._training = True
         self.tracker.before_batch(steps - 1)
-
-    def before_evaluation(self) -> None:
-        """Called ahead of a forward in evaluation: somebody may have written to weights since the last one."""
-        written = self._written()
-        if written != self._evaluated:
-            self._evaluated = written
-            renew_rewritten(self.tracker.model)
-
-    def _written(self) -> list[tuple[int, int]]:
-        """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""
-        parameters = (p for layer in self._layers for p in weight_parameters(layer))
-        local = (p._local_tensor if isinstance(p, DTensor) else p for p in parameters if not p.is_meta)
-        return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in local]
 
     def after_forward(self) -> None:
         """Called behind each forward."""
-        self.tracker.pause()
-        self.tracker.propose()
+        if self._training:
+            self._training = False
+            self.tracker.pause()
+            self.tracker.propose()
+
+    def before_evaluation(self) -> None:
+        """Called ahead of a forward in evaluation: somebody may have written to weights since the last one.
+
+        Where this process trains the model, evaluation leaves its ranges alone.
+        """
+        if self._versions is not None:
+            return
+        written = self._written()
+        if written != self._evaluated:
+            renew_rewritten(self.tracker.model)
+            self._evaluated = written
+
+    def _written(self) -> list[tuple[int, int]]:
+        """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""
+        if not self._layers or not all(isinstance(layer, QuantizedLayer) for layer in self._layers):
+            # A part may have been detached.
+            self._layers = [layer for _, layer in quantized_layers(self.tracker.model)]
+            self._inputs = [q for _, q in quantizers(self.tracker.model) if q.kind == "activation"]
+        found = []
+        for p in (p for layer in self._layers for p in weight_parameters(layer) if not p.is_meta):
+            tensor = p._local_tensor if isinstance(p, DTensor) else p
+            plain = type(tensor) in (Tensor, nn.Parameter)
+            found.append((0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if plain else 0))
+        return found
 
 
 def auditable(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ it writes to what is quantized, ``isinstance`` keeps working, and so do names in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from cpq_lightning.attach.reading import ReadQuantized
@@ -60,6 +62,11 @@ class QuantizedLayer(Switched):
             if stock is not None and type(input) is Tensor and _is_plain_product(self, stock, input):
                 return self._product(input, self.input_quantizer)
             input = self.input_quantizer(input)
+        # A parametrization would compute another tensor each time that the forward reads its weight.
+        with parametrize.cached() if "parametrizations" in self._modules else nullcontext():
+            return self._read_forward(stock, input, *args, **kwargs)
+
+    def _read_forward(self, stock: type[nn.Module] | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight
         if stock is not None and not is_sharded(weight):
             return self._multiply(input, self.weight_quantizer(weight), self.bias)

@@ -266,8 +266,8 @@ def sampled_inputs(sampler: InputSampler, pooled: bool = True) -> Iterator[tuple
         return
     device = next(iter(samples)).state.device
     infinity = torch.tensor(math.inf, device=device)
-    lows = torch.stack([infinity if s.low is None else s.low for s in samples.values()])
-    highs = torch.stack([-infinity if s.high is None else s.high for s in samples.values()])
+    lows = torch.stack([infinity if s.low is None else s.low.to(device) for s in samples.values()])
+    highs = torch.stack([-infinity if s.high is None else s.high.to(device) for s in samples.values()])
     # A NaN would pass through the pool differently on different backends: infinity stands for it.
     lows, highs = lows.nan_to_num(-math.inf, math.inf, -math.inf), highs.nan_to_num(math.inf, math.inf, -math.inf)
     if pooled:
@@ -276,7 +276,7 @@ def sampled_inputs(sampler: InputSampler, pooled: bool = True) -> Iterator[tuple
     counts = torch.zeros(len(samples), _BINS, dtype=torch.int64, device=device)
     for i, sample in enumerate(samples.values()):
         for values in sample.values if usable[i] else ():
-            counts[i] += histogram(values, lows[i], highs[i], _BINS)
+            counts[i] += histogram(values.to(device), lows[i], highs[i], _BINS)
     if pooled:
         counts = pool(counts, dist.ReduceOp.SUM)
     for i, q in enumerate(samples):
@@ -285,7 +285,7 @@ def sampled_inputs(sampler: InputSampler, pooled: bool = True) -> Iterator[tuple
             centers = bin_centers(low, highs[i], _BINS)
             # The first cell is the lowest value: 0 is 0.
             centers[0] = low
-            yield q, centers[None], counts[i][None]
+            yield q, centers[None].to(q.state.device), counts[i][None].to(q.state.device)
 
 
 def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, float]:

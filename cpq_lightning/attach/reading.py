@@ -9,10 +9,12 @@ weight (:mod:`cpq_lightning.attach.layers`); a forward that reads ``self.weight`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -96,9 +98,11 @@ class WeightReader(Switched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layers: list[Any] = [self.get_submodule(name) for name in self.weight_sources]
-        pairs = [(layer.weight, layer.weight_quantizer) for layer in layers if hasattr(layer, "weight_quantizer")]
-        with ReadQuantized(pairs):
-            return super().forward(*args, **kwargs)
+        computed = any("parametrizations" in layer._modules for layer in layers)
+        with parametrize.cached() if computed else nullcontext():
+            pairs = [(layer.weight, layer.weight_quantizer) for layer in layers if hasattr(layer, "weight_quantizer")]
+            with ReadQuantized(pairs):
+                return super().forward(*args, **kwargs)
 
 
 def read_weights(model: nn.Module, layer_class: type) -> None:

@@ -302,10 +302,6 @@ class CPQCallback(FindsRanges):
             ship(pl_module, self.export, self._folder, last_saved(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        for audit in (self._audit, self._evaluation_audit):
-            if audit is not None:
-                audit.__exit__(None, None, None)
-        self._audit = self._evaluation_audit = None
         self._stop_recording()
         # Lightning calls no teardown then.
         self.teardown(trainer, pl_module, "fit")
@@ -313,6 +309,8 @@ class CPQCallback(FindsRanges):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._take_back_ranges()
         self._stop_tracking()
+        # Of a batch that another callback has skipped Lightning tells no end.
+        self._stop_audits()
         forget_configured(pl_module)
         self._run_samples.end(pl_module)
         # Companions stay: a checkpoint may be saved after the fit.
@@ -344,6 +342,12 @@ class CPQCallback(FindsRanges):
         note_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
             report_audit(pl_module, report)
+
+    def _stop_audits(self) -> None:
+        for audit in (self._audit, self._evaluation_audit):
+            if audit is not None:
+                audit.__exit__(None, None, None)
+        self._audit = self._evaluation_audit = None
 
     def _stop_recording(self) -> None:
         if self._recording is not None:

@@ -45,9 +45,7 @@ class Gates(nn.Module):
 
     def __init__(self, settings: Settings, *, keep_prob: float, device: torch.device | None) -> None:
         super().__init__()
-        self.seed, self.key = settings.seed, settings.key
-        self.sharing: GateSharing = cast(GateSharing, settings.gate_sharing)
-        self.estimator: GateEstimator = cast(GateEstimator, settings.gate_estimator)
+        self.follow(settings)
         self.channel_dim = settings.channel_dim
         self.rows = settings.gate_rows
         self._keep_prob = keep_prob
@@ -62,6 +60,12 @@ class Gates(nn.Module):
             # One-dimensional: some recipes decay whatever has more dimensions.
             logit = torch.empty(settings.gate_count * self.rows, dtype=torch.float32, device=device)
             self.logit = nn.Parameter(logit)
+
+    def follow(self, settings: Settings) -> None:
+        """Take on what a state says of gates."""
+        self.seed, self.key = settings.seed, settings.key
+        self.sharing: GateSharing = cast(GateSharing, settings.gate_sharing)
+        self.estimator: GateEstimator = cast(GateEstimator, settings.gate_estimator)
 
     @torch.no_grad()
     def initialize(self) -> None:

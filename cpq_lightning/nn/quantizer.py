@@ -142,6 +142,7 @@ class Quantizer(nn.Module):
         self._host, self._revision = settings, 0
         # The buffer that the host's copy was read from, its version, and on a CPU its content.
         self._seen: tuple[Tensor | None, int, bytes] = (None, -1, b"")
+        self._read_in_group = False
         self.fits_next = False
         self.measured: Usage | None = None
         self.reset()
@@ -174,7 +175,9 @@ class Quantizer(nn.Module):
         elif seen is state and (self._version_of(state) == version or self._is_broadcast()):
             return self._host
         self._host, self._revision = read(state)
+        self.gates.follow(self._host)
         self._note_read()
+        self._read_in_group = _is_grouped()
         return self._host
 
     def _note_read(self) -> None:
@@ -191,8 +194,13 @@ class Quantizer(nn.Module):
 
     def _is_broadcast(self) -> bool:
         """DistributedDataParallel writes buffers anew in each step, the same values: no reason to read them back."""
-        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return grouped and self.training and torch.is_grad_enabled()
+        return self._read_in_group and _is_grouped() and self.training and torch.is_grad_enabled()
+
+    def train(self, mode: bool = True) -> Quantizer:
+        if mode != self.training:
+            # Once in each mode the state is read whatever its version says.
+            self._seen, self._read_in_group = (None, -1, b""), False
+        return super().train(mode)
 
     def configure(self, **values: Any) -> None:
         """Change some of the :attr:`settings`.
@@ -667,7 +675,7 @@ class Quantizer(nn.Module):
 
     def refit_next(self) -> None:
         """Fit the range anew to the next values that come, in evaluation mode too: frozen layers train so."""
-        self.configure(fitted=False)
+        self.configure(fitted=False, pending=False, pending_signed=False)
         self.fits_next = True
 
     def extra_repr(self) -> str:
@@ -682,6 +690,10 @@ def _is_traced() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
+
+
+def _is_grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _has_gates(settings: Settings) -> bool:

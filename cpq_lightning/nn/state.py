@@ -29,7 +29,8 @@ _SHARINGS = ("tensor", "channel", "element")
 _GATE_ESTIMATORS = ("curvature", "concrete")
 # Whole numbers up to 2^20 times a power of two are exact in float32; larger ones take several places.
 _PLACE = 20
-# Weights of the settings: 2^-96, 2^-72, … 2^96. What is changed more often than that keeps the last one.
+# Weights of the settings: 2^-96, 2^-72, … 2^96. What is changed more often than that keeps the last weight: a mixture
+# is the mean of the two then.
 _FIRST, _GROWTH, _REVISIONS = -96, 24, 8
 
 
@@ -234,6 +235,11 @@ def read(state: Tensor) -> tuple[Settings, int]:
     """
     if state.dim() != 1 or len(state) < HEADER:
         raise ValueError(f"A quantizer's state has at least {HEADER} elements in one row, got {tuple(state.shape)}.")
+    if state.dtype.itemsize < 4:
+        raise ValueError(
+            f"A quantizer's state is damaged (it was cast to {state.dtype}): it is float32. Load the state_dict as it "
+            "was saved."
+        )
     settings, revision = decode(state[:HEADER].tolist())
     if len(state) != size(settings):
         raise ValueError(f"A quantizer's state says of itself {size(settings)} elements, and has {len(state)}.")
