@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
-from cpq_lightning.attach.range_tracking import RangeTracker, is_due, renew_rewritten
+from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.nn import Quantizer
 
@@ -138,8 +138,6 @@ def _start(model: nn.Module, args: Any) -> None:
         _act_on_what_was_shown(model)
         if _TRACKING in model.__dict__:
             model.__dict__[_TRACKING].before_forward()
-    elif not model.training and _TRACKING in model.__dict__:
-        model.__dict__[_TRACKING].before_evaluation()
     if model.__dict__.get(_PENDING) and auditable(model) and set_audited(model, model.training):
         audit = Audit(model)
         _started.audits.append((model, audit))
@@ -197,7 +195,6 @@ class _Tracking:
         self._layers: list[Any] = []
         self._inputs: list[Quantizer] = []
         self._versions: list[tuple[int, int]] | None = None
-        self._evaluated: list[tuple[int, int]] | None = None
         self._training = False
 
     def before_forward(self) -> None:
@@ -232,18 +229,6 @@ class _Tracking:
             self._training = False
             self.tracker.pause()
             self.tracker.propose()
-
-    def before_evaluation(self) -> None:
-        """Called ahead of a forward in evaluation: somebody may have written to weights since the last one.
-
-        Where this process trains the model, evaluation leaves its ranges alone.
-        """
-        if self._versions is not None:
-            return
-        written = self._written()
-        if written != self._evaluated:
-            renew_rewritten(self.tracker.model)
-            self._evaluated = written
 
     def _written(self) -> list[tuple[int, int]]:
         """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""

@@ -7,7 +7,6 @@ it writes to what is quantized, ``isinstance`` keeps working, and so do names in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,14 +61,18 @@ class QuantizedLayer(Switched):
             if stock is not None and type(input) is Tensor and _is_plain_product(self, stock, input):
                 return self._product(input, self.input_quantizer)
             input = self.input_quantizer(input)
-        # A parametrization would compute another tensor each time that the forward reads its weight.
-        with parametrize.cached() if "parametrizations" in self._modules else nullcontext():
-            return self._read_forward(stock, input, *args, **kwargs)
-
-    def _read_forward(self, stock: type[nn.Module] | None, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight
         if stock is not None and not is_sharded(weight):
             return self._multiply(input, self.weight_quantizer(weight), self.bias)
+        if "parametrizations" not in self._modules:
+            return self._own_forward(input, *args, **kwargs)
+        # A parametrization would compute another tensor each time that the forward reads its weight.
+        with parametrize.cached():
+            return self._own_forward(input, *args, **kwargs)
+
+    def _own_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the layer's own class, which reads its weight."""
+        weight = self.weight
         with ReadQuantized([(weight, self.weight_quantizer)]):
             return super().forward(input, *args, **kwargs)
 

@@ -9,7 +9,6 @@ weight (:mod:`cpq_lightning.attach.layers`); a forward that reads ``self.weight`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -98,11 +97,16 @@ class WeightReader(Switched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layers: list[Any] = [self.get_submodule(name) for name in self.weight_sources]
-        computed = any("parametrizations" in layer._modules for layer in layers)
-        with parametrize.cached() if computed else nullcontext():
-            pairs = [(layer.weight, layer.weight_quantizer) for layer in layers if hasattr(layer, "weight_quantizer")]
-            with ReadQuantized(pairs):
-                return super().forward(*args, **kwargs)
+        if not any("parametrizations" in layer._modules for layer in layers):
+            return self._own_forward(layers, *args, **kwargs)
+        # A parametrization would compute another tensor each time that the forward reads its weight.
+        with parametrize.cached():
+            return self._own_forward(layers, *args, **kwargs)
+
+    def _own_forward(self, layers: list[Any], *args: Any, **kwargs: Any) -> Any:
+        pairs = [(layer.weight, layer.weight_quantizer) for layer in layers if hasattr(layer, "weight_quantizer")]
+        with ReadQuantized(pairs):
+            return super().forward(*args, **kwargs)
 
 
 def read_weights(model: nn.Module, layer_class: type) -> None:

@@ -92,6 +92,20 @@ def test_what_is_written_counts(name, trained):
     assert float((quantized_weight(layer) - clipped).abs().max()) <= 0.51 * float(layer.weight_quantizer.step())
 
 
+@pytest.mark.parametrize("make", [lambda: Gain(8, 8), lambda: nn.ConvTranspose1d(8, 8, 1)], ids=["Gain", "transposed"])
+def test_a_computed_weight_is_quantized_in_a_forward_that_reads_it(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), make(), nn.Linear(8 if make()._get_name() == "Gain" else 16, 2))
+    parametrize.register_parametrization(model[1], "weight", Half())
+    attach(model, CPQConfig(weight_bits=2, act_bits=None, first_last_bits=None))
+    layer, x = model[1].eval(), torch.eye(8)
+    if isinstance(layer, nn.ConvTranspose1d):
+        x = x[:, :, None]
+    out = (layer(x) - layer(0 * x)).detach()
+    assert len((out * 1e4).round().unique()) <= 4
+    assert layer.weight.unique().numel() > 6
+
+
 @pytest.mark.parametrize("how", ["pruning", "a parametrization", "one of two tensors", "an old parametrization"])
 def test_weights_that_are_computed_before_attachment_are_quantized(how):
     model = net()
@@ -219,7 +233,7 @@ def test_adapters_on_a_quantized_base_merge_into_it():
         optimizer.zero_grad()
         (model(X) - 1).square().mean().backward()
         optimizer.step()
-    adapted = model.eval()(X)
+    adapted = calibrate(model, [X]).eval()(X)
     model[2] = model[2].merged()
     calibrate(model, [X])
     assert float((model(X) - adapted).norm() / adapted.norm()) < 0.05
