@@ -22,6 +22,7 @@ from cpq_lightning.functional import (
     max_step,
 )
 from cpq_lightning.nn import Quantizer, Watcher, full_tensor, pool
+from cpq_lightning.nn.fitting import even_stride
 
 # After so large a share of the steps so far, at most, ranges are looked at again.
 _SPACING = 1 / 8
@@ -222,7 +223,7 @@ def weight_rows(layer: QuantizedLayer, count: int) -> Tensor:
     """Values of a layer's weight, shape (rows, n): some of them, in one row or in one for each of its channels."""
     weight = full_tensor(layer.read_weight().detach()).float()
     rows = weight.reshape(1, -1) if count == 1 else weight.movedim(layer.weight_quantizer.channel_dim, 0).flatten(1)
-    return rows[:, :: _stride(rows.shape[1], _WEIGHTS)] if rows.numel() else rows
+    return rows[:, :: even_stride(rows.shape[1], _WEIGHTS)] if rows.numel() else rows
 
 
 class InputSampler(Watcher):
@@ -248,7 +249,7 @@ class _Sample:
         low, high = (bound.float() for bound in x.aminmax())
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        self.values.append(x[:: _stride(len(x), _INPUTS)].float())
+        self.values.append(x[:: even_stride(len(x), _INPUTS)].float())
 
 
 def sampled_inputs(sampler: InputSampler, pooled: bool = True) -> Iterator[tuple[Quantizer, Tensor, Tensor]]:
@@ -319,11 +320,3 @@ def renew_rewritten(model: nn.Module) -> None:
             "inputs follow as well.",
             stacklevel=3,
         )
-
-
-def _stride(n: int, most: int) -> int:
-    """A stride that samples evenly: no multiple of a kernel's width, which would see one of its corners only."""
-    stride = max(1, -(-n // most))
-    while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):
-        stride += 1
-    return stride

@@ -39,7 +39,7 @@ def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int]
         low, high = rows.amin(1), rows.amax(1)
         scales = [max_step(low, high, bits, signed=True) for bits in widths]
     else:
-        sample = rows[:, :: _stride(rows.shape[1])]
+        sample = rows[:, :: even_stride(rows.shape[1], _SAMPLE)]
         if not sample.any(1).equal(known):
             # A few values among zeros, of which the sample holds none.
             sample = rows
@@ -47,9 +47,11 @@ def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int]
     return [torch.where(known, scale, scale[known].mean()) for scale in scales]
 
 
-def _stride(n: int) -> int:
-    """A stride that samples evenly: no multiple of a kernel's width, which would see one of its corners only."""
-    stride = -(-n // _SAMPLE)
+def even_stride(n: int, most: int) -> int:
+    """A stride that samples ``most`` of n values evenly: no multiple of a kernel's width, which would see one of its
+    corners only.
+    """
+    stride = max(1, -(-n // most))
     while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):
         stride += 1
     return stride
