@@ -187,9 +187,10 @@ def check(trainer: Trainer, module: nn.Module, target: float = TARGET) -> None:
     for name, quantizer in found.items():
         assert quantizer.active, name
         assert quantizer.fitted, name
-        # A range that was fitted anew behind the last step begins at 0, and keeps the noise that was learned.
+        # A range that was fitted anew behind the last step begins at 0, and keeps the noise that was learned, which
+        # moves by little: more than the last digit of a float32 is training.
         learned = [p.detach() - start for p, start in zip(quantizer.range_parameters(), (0.0, _NOISE), strict=True)]
-        assert any(float(p.abs().max()) > 1e-6 for p in learned), f"{name} has not been trained"
+        assert any(float(p.abs().max()) > 1e-7 for p in learned), f"{name} has not been trained"
         assert abs(float(quantizer.temperature) - 0.5) < 0.05, name
         assert all(value.isfinite().all() for value in quantizer.state_dict().values()), name
     dropped = found[next(name for name in found if name.endswith("net.3.weight_quantizer"))]
