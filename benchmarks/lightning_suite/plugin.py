@@ -1,0 +1,50 @@
+"""A pytest plugin that gives a CPQCallback to every Trainer of a test suite, and writes down how each test ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
+
+from cpq_lightning import CPQCallback, CPQConfig
+from cpq_lightning.attach import quantizable_layers
+
+# Set by the command: where outcomes are written, and whether the callback is given.
+RECORD, WITH_CALLBACK = "CPQ_SUITE_RECORD", "CPQ_SUITE_WITH"
+
+
+def _give_callback(attach: Any) -> Any:
+    def attach_with(connector: Any) -> None:
+        trainer = connector.trainer
+        if not any(isinstance(c, CPQCallback) for c in trainer.callbacks) and quantizable_layers(
+            trainer.lightning_module
+        ):
+            # Tests count the files of a run and what it prints.
+            config = CPQConfig(weight_bits=8, act_bits=8)
+            trainer.callbacks.insert(0, CPQCallback(config, levels_file=None, table=False))
+        attach(connector)
+
+    return attach_with
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if os.environ.get(WITH_CALLBACK):
+        given = _give_callback(_CallbackConnector._attach_model_callbacks)
+        monkeypatch.setattr(_CallbackConnector, "_attach_model_callbacks", given)
+    yield
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write the outcome of a test's call, and of a setup or teardown that failed."""
+    if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
+        return
+    said = "" if report.longrepr is None else str(report.longrepr)
+    row = {"test": report.nodeid, "when": report.when, "outcome": report.outcome, "said": said[-6000:]}
+    with Path(os.environ[RECORD]).open("a") as file:
+        file.write(json.dumps(row) + "\n")
