@@ -20,6 +20,7 @@ FLOORS = [
     ["config"],
     ["nn"],
     ["attach", "optim", "backbones"],
+    ["checkpoint"],
     ["export"],
     ["callbacks"],
     ["module", "data"],
@@ -28,7 +29,7 @@ FLOORS = [
     ["__main__"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-WITHOUT_LIGHTNING = {name for names in FLOORS[:6] for name in names}
+WITHOUT_LIGHTNING = {name for names in FLOORS[:7] for name in names}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from cpq_lightning.attach import (
     Audit,
     agreed,
+    attached_config,
     auditable,
     correct_first_and_last,
     forget_first_forwards,
@@ -43,13 +44,12 @@ from cpq_lightning.callbacks._optimizers import train_quantizers
 from cpq_lightning.callbacks._ranges import FindsRanges
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
+from cpq_lightning.checkpoint import CHECKPOINT_KEY
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import Format, clipped_shares, range_warnings, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Companion, UpdateBound
-
-_CHECKPOINT_KEY = "cpq_lightning"
 
 
 class CPQCallback(FindsRanges):
@@ -62,7 +62,7 @@ class CPQCallback(FindsRanges):
     the terminal shows each layer's levels, and the metrics in full precision beside the quantized ones.
 
     Everything that defines the quantized model is in the module's ``state_dict``: to use a checkpoint elsewhere, give
-    that Trainer the same callback, or :func:`~cpq_lightning.attach` the module before ``load_state_dict``.
+    that Trainer the same callback, or see :func:`~cpq_lightning.load_checkpoint` and :func:`~cpq_lightning.loading`.
 
     Args:
         config: What to quantize, and how.
@@ -77,8 +77,8 @@ class CPQCallback(FindsRanges):
         table: Whether to print the tables at the end.
         export: Formats that the model is written in at the end, into the run's folder, each verified first:
             ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``.
-        samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. Of a QuantizedModule they
-            lie in ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
+        samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. They lie in
+            ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
 
     Raises:
         ImportError: a format needs a package that is not installed.
@@ -154,7 +154,7 @@ class CPQCallback(FindsRanges):
             set_active(pl_module, False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._restored = checkpoint.get(_CHECKPOINT_KEY, {})
+        self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))
         self._before = dict(self._restored.get("before", {}))
@@ -265,7 +265,9 @@ class CPQCallback(FindsRanges):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
         correct_loader_states(trainer, checkpoint)
-        checkpoint[_CHECKPOINT_KEY] = {
+        config = attached_config(pl_module)
+        checkpoint[CHECKPOINT_KEY] = {
+            "config": None if config is None else config.to_dict(),
             "metrics": self._metrics,
             "before": self._before,
             "bests": self._bests,
