@@ -60,17 +60,12 @@ class Relay:
         held: Any = fetcher._combined_loader
         return held if isinstance(held, Relay) else cls(fetcher)
 
-    def read_ahead(self, most: int, one_loader: bool = False) -> list[Item]:
-        """Up to ``most`` batches that the loop will get first.
-
-        Args:
-            most: Batches, those that the fetcher holds already among them.
-            one_loader: Whether to stop behind the first of several loaders that come one after another.
-        """
+    def read_ahead(self, most: int) -> list[Item]:
+        """Up to ``most`` batches that the loop will get first, those that the fetcher holds already among them."""
         self._ahead = True
         with isolate_rng():
             self._states = self._states or [self._loader_states()]
-            while len(self._items) < most and self._end is None and not (one_loader and self._has_two()):
+            while len(self._items) < most and self._end is None:
                 before = _collect_rng_states()
                 try:
                     item = next(self._source)
@@ -80,8 +75,7 @@ class Relay:
                 self._items.append(item)
                 self._draws.append((before, _collect_rng_states()))
                 self._states.append(self._loader_states())
-        items = [item for item in self._items[:most] if item[0] is not None]
-        return [item for item in items if item[2] == items[0][2]] if one_loader else items
+        return [item for item in self._items[:most] if item[0] is not None]
 
     def keep(self, most: int) -> None:
         """Keep copies of the ``most`` batches that the loop gets last, for :attr:`kept`."""
@@ -134,9 +128,6 @@ class Relay:
         if self._end is not None:
             raise self._end
         return next(self._source)
-
-    def _has_two(self) -> bool:
-        return bool(self._items) and self._items[0][2] != self._items[-1][2]
 
     def _loader_states(self) -> list[Any]:
         states = self._loader._state_dicts()

@@ -111,15 +111,17 @@ class FindsRanges(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             renew_rewritten(pl_module)
-            self._lent = lend_ranges(trainer, pl_module, self.calibration_batches, self.quantize_from)
+        # Some loops, such as the Tuner's, start again without an end.
+        self._take_back_ranges()
+        self._lent = lend_ranges(trainer, pl_module, self.quantize_from)
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self._lent is not None:
-            self._lent.calibrate(trainer)
+            self._lent.after_batch(trainer)
 
-    on_predict_batch_start = on_test_batch_start
+    on_predict_batch_end = on_test_batch_end
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_back_ranges()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -70,8 +71,8 @@ class CPQCallback(FindsRanges):
             trains in full precision; at it all ranges are fitted afresh, the same on every rank.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
             rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
-        calibration_batches: Training batches for the activation ranges, which training gets all the same. Of a module
-            that was never fitted, so many of what is validated, tested or predicted, for that one evaluation.
+        calibration_batches: Training batches for the activation ranges, which training gets all the same. A module
+            that was never fitted is evaluated with ranges of the first batch there, for that one evaluation.
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
             of the levels and of the weights' clusters. ``None`` writes none.
         table: Whether to print the tables at the end.
@@ -221,7 +222,6 @@ class CPQCallback(FindsRanges):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.on_test_batch_start(trainer)
         if batch_idx or dataloader_idx:
             return
         if not trainer.sanity_checking:
@@ -247,17 +247,14 @@ class CPQCallback(FindsRanges):
             if trainer.is_global_zero:
                 report_audit(pl_module, audit.report, evaluation=True)
         self._stop_recording()
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        shares = clipped_shares(pl_module)
-        if shares:
-            pl_module.log_dict({f"cpq/clipped_{kind}": share for kind, share in shares.items()}, sync_dist=True)
+        self.on_test_batch_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
+            self._take_back_ranges()
             return
+        if trainer.state.fn == "fit":
+            self._log_clipped(trainer, pl_module)
         quantized = all(q.active for _, q in quantizers(pl_module))
         self._metrics["quantized" if quantized else "full precision"] = validation_metrics(trainer)
         self._take_back_ranges()
@@ -332,6 +329,17 @@ class CPQCallback(FindsRanges):
             for parameter in [p for p in optimizer.state if id(p) in owned]:
                 del optimizer.state[parameter]
         rank_zero_info(f"Quantization begins at step {run_step(trainer)}: all ranges are fitted afresh.")
+
+    def _log_clipped(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Straight to the loggers: tables of metrics, progress bars and monitors have the user's own."""
+        shares = clipped_shares(pl_module)
+        if not shares or not trainer.loggers:
+            return
+        means = torch.tensor(list(shares.values()), device=pl_module.device)
+        means = trainer.strategy.reduce(means, reduce_op="mean").tolist()
+        for logger in trainer.loggers:
+            named = {f"cpq/clipped_{kind}": share for kind, share in zip(shares, means, strict=True)}
+            logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _finish_audit(self, pl_module: LightningModule) -> None:
         """Act on what the first training batch has shown, once its backward is done."""
