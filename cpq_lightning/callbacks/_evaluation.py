@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cpq_lightning.attach import quantizers, set_active
 from cpq_lightning.callbacks._batches import Item, Relay
 from cpq_lightning.callbacks._calibration import run_calibration
+from cpq_lightning.callbacks._names import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -32,7 +32,7 @@ class LentRanges:
         self._items: list[Item] = []
         self._missing = any(q.kind == "activation" for _, q in quantizers(pl_module))
         fetcher = self._loop._data_fetcher
-        if self._missing and not isinstance(fetcher, _DataLoaderIterDataFetcher):
+        if self._missing and not is_a(fetcher, "_DataLoaderIterDataFetcher"):
             limits = self._loop.max_batches if fetcher.combined_loader._mode == "sequential" else [fetcher.length]
             limit = next((limit for limit in limits if limit), most)
             self._items = Relay.of(fetcher).read_ahead(int(min(most, limit)), one_loader=True)
