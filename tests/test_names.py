@@ -30,7 +30,6 @@ from cpq_lightning.callbacks import (
 from tests.marks import thorough
 from tests.models import Classifier, convnet, data
 
-pytest.importorskip("pytorch_lightning")
 PUBLIC = [c for c in vars(cpq_lightning.callbacks).values() if isinstance(c, type)]
 LEARNED = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, act_bits=4, first_last_bits=None)
 

@@ -1,4 +1,4 @@
-"""Tests of callbacks and of Lightning's features again, rewritten for ``pytorch_lightning`` of whichever version is there.
+"""Tests of callbacks and of Lightning's features, rewritten for ``pytorch_lightning``, of the version that is there.
 
 In an environment of its own: ``pip install pytorch_lightning==2.5.2 && pytest -m other_lightning``.
 """
