@@ -65,7 +65,7 @@ class _OtherFinder(MetaPathFinder):
         if fullname != _OTHER:
             return None
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        specs = (finder.find_spec(fullname, path, target) for finder in behind)
+        specs = (finder.find_spec(fullname, path, target) for finder in behind if hasattr(finder, "find_spec"))
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _OtherLoader(spec.loader)
@@ -93,6 +93,6 @@ class _OtherLoader(Loader):
 
 
 sys.meta_path.insert(0, _OtherFinder())
-if _OTHER in sys.modules:
+if sys.modules.get(_OTHER) is not None:
     # Not just looked up: another thread may still be importing it.
     _take_bases(import_module(_OTHER))
