@@ -24,7 +24,7 @@ FLOORS = [
     ["export"],
     ["callbacks"],
     ["module", "data"],
-    ["shipping"],
+    ["shipping", "pytorch_lightning"],
     ["cli"],
     ["__main__"],
 ]

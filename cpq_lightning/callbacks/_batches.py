@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+from cpq_lightning.callbacks._names import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -155,13 +157,15 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
     fetcher = loop._data_fetcher
     if loop._combined_loader is None or fetcher is None:
         return None
-    if isinstance(fetcher, _DataLoaderIterDataFetcher):
+    if is_a(fetcher, "_DataLoaderIterDataFetcher"):
         return []
     drawn = (before, _collect_rng_states())
     for loader in loop._combined_loader.flattened:
         # As Lightning does behind this, and before the first batch: a sampler's order may depend on it.
         _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-    if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
+    # Lightning before 2.5.6 does not ask whether a run is resumed.
+    resuming = getattr(loop, "is_resuming", False)
+    if trainer.current_epoch > 0 and not resuming and not loop.epoch_loop.restarting:
         # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
         iter(fetcher)
     relay = Relay.of(fetcher)
@@ -210,7 +214,7 @@ def keep_training_batches(trainer: Trainer, most: int) -> None:
     """Keep copies of the last training batches, where :func:`training_batches` could not get any without a trace."""
     loop = trainer.fit_loop
     fetcher, loader = loop._data_fetcher, loop._combined_loader
-    if fetcher is None or loader is None or isinstance(fetcher, _DataLoaderIterDataFetcher):
+    if fetcher is None or loader is None or is_a(fetcher, "_DataLoaderIterDataFetcher"):
         return
     if _independent(loader) is None:
         Relay.of(fetcher).keep(most)

@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -22,6 +20,7 @@ from torchmetrics import Metric
 
 from cpq_lightning.attach import FailedElsewhere, calibrate, quantizers, set_active
 from cpq_lightning.callbacks._batches import Item, copied, on_device, read_training_ahead
+from cpq_lightning.callbacks._names import MisconfigurationException, is_a
 from cpq_lightning.nn import Quantizer
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
     items = read_training_ahead(trainer, most)
     if items is None:
         return False
-    takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+    takes_iterator = is_a(trainer.fit_loop._data_fetcher, "_DataLoaderIterDataFetcher")
     if trainer.strategy.reduce_boolean_decision(bool(items)):
         error = run_calibration(trainer, pl_module, items, lambda item, batch: forward_training_step(trainer, batch))
         if error is None:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from cpq_lightning.attach import RangeTracker, is_due, refit, renew_rewritten
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
 from cpq_lightning.callbacks._company import counts_operations
 from cpq_lightning.callbacks._evaluation import LentRanges, lend_ranges
+from cpq_lightning.callbacks._names import Callback
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer

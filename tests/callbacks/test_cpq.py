@@ -214,24 +214,6 @@ def test_layers_made_in_configure_model_are_quantized(fit):
     assert is_attached(module)
 
 
-def test_pytorch_lightning_modules_and_trainers_work(fit):
-    other = pytest.importorskip("pytorch_lightning")
-
-    class Theirs(other.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = convnet()
-
-        training_step, validation_step = Classifier.training_step, Classifier.validation_step
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), 1e-3)
-
-    module = Theirs()
-    fit(module, callbacks(), trainer_class=other.Trainer)
-    assert all(q.fitted and q.log_scale.item() != 0 for _, q in quantizers(module))
-
-
 def test_resumed_run_ends_where_the_uninterrupted_one_does(fit, tmp_path):
     def run(folder, **settings):
         torch.manual_seed(11)
