@@ -68,8 +68,8 @@ def train_quantizers(
         companions.append(companion)
         if not companion.has_users_class:
             rank_zero_info(
-                f"{type(optimizer).__name__} cannot take the quantizers' parameters (one-dimensional, whole on each "
-                f"rank): {len(wanted[index])} of them train with Adam beside it."
+                f"No second {type(optimizer).__name__} can be made for the quantizers' parameters (one-dimensional, "
+                f"whole on each rank): {len(wanted[index])} of them train with Adam beside the first."
             )
     restore_companions(companions, states)
     return companions, others

@@ -1,4 +1,4 @@
-"""Getting the quantizers' parameters trained by an optimizer that was built without them."""
+"""Training the quantizers' parameters beside an optimizer that was built without them."""
 
 from cpq_lightning.optim.beside import Beside as Beside
 from cpq_lightning.optim.bound import UpdateBound as UpdateBound

@@ -60,7 +60,7 @@ class Companion:
         self.has_users_class = like is not None
         self.optimizer, self._counters = like or (Adam(self.parameters, lr=_ADAM_LR * lr_factor), set())
         group = largest_group(optimizer)
-        self._first_lr = group.get("initial_lr") or group.get("lr")
+        self._first_lr = float(group.get("initial_lr") or group.get("lr") or 0.0)
         UpdateBound(self.optimizer, self.parameters)
         self._beside = Beside(optimizer, self.parameters, self._step, grad_scale, wrappers, average, kept_out)
         # Optimizers without a schedule train at other values than they are evaluated at.
@@ -76,7 +76,7 @@ class Companion:
         settings = _settings(self._user)
         rate = settings.get("lr")
         if not self.has_users_class:
-            part = float(rate) / float(self._first_lr) if rate is not None and self._first_lr else 1.0
+            part = float(rate) / self._first_lr if rate is not None and self._first_lr else 1.0
             group["lr"] = _ADAM_LR * self._lr_factor * part
             return
         group.update({name: value for name, value in settings.items() if name not in self._counters})
