@@ -73,8 +73,7 @@ class FindsRanges(Callback):
         if step < 0 or not all(q.active for q in self._quantizers):
             return
         if self._tracker is None:
-            optimizers = [*trainer.optimizers, *(companion.optimizer for companion in self._companions)]
-            self._tracker = RangeTracker(pl_module, optimizers)
+            self._tracker = RangeTracker(pl_module, [companion.optimizer for companion in self._companions])
             if step == 0 and self._tracker.renew_weights():
                 # Somebody has initialized weights since they were calibrated: inputs are others as well.
                 refit(pl_module)

@@ -41,7 +41,7 @@ from cpq_lightning.callbacks._company import (
     warn_of_old_bests,
 )
 from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
-from cpq_lightning.callbacks._optimizers import train_quantizers
+from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers
 from cpq_lightning.callbacks._ranges import FindsRanges
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
@@ -50,16 +50,17 @@ from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import Format, clipped_shares, range_warnings, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import Companion, UpdateBound
+from cpq_lightning.optim import Beside, Companion
 
 
 class CPQCallback(FindsRanges):
     """Train any LightningModule with Cluster-Promoting Quantization, its code unchanged.
 
     In ``setup`` the module's convolutions and linear layers are quantized in place (a module that is quantized
-    already, such as :class:`~cpq_lightning.QuantizedModule`, is left as it is). When a fit begins the quantizers'
-    parameters move into a group of their own in the module's optimizer, without weight decay, and activation ranges
-    are calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder, and
+    already, such as :class:`~cpq_lightning.QuantizedModule`, is left as it is). The quantizers' parameters train beside
+    the module's optimizer, with another one of the same class and settings, without weight decay: the groups,
+    schedulers and saved states of the module's own are those of training without quantization. Activation ranges are
+    calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder, and
     the terminal shows each layer's levels, and the metrics in full precision beside the quantized ones.
 
     Everything that defines the quantized model is in the module's ``state_dict``: to use a checkpoint elsewhere, give
@@ -128,7 +129,8 @@ class CPQCallback(FindsRanges):
         self._evaluation_audit: Audit | None = None
         self._audits_evaluation = True
         self._companions: list[Companion] = []
-        self._bounds: list[UpdateBound] = []
+        # What keeps quantizers out of optimizers that train none.
+        self._others: list[Beside] = []
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
         self._before: dict[str, Any] = {}
@@ -160,9 +162,9 @@ class CPQCallback(FindsRanges):
         self._metrics = dict(self._restored.get("metrics", {}))
         self._before = dict(self._restored.get("before", {}))
         self._bests = dict(self._restored.get("bests", {}))
-        # Some strategies restore behind on_fit_start.
-        for companion, state in zip(self._companions, self._restored.get("companions", []), strict=False):
-            companion.load_state_dict(state)
+        if trainer.state.fn == "fit":
+            # Some strategies restore behind on_fit_start, and the Tuner within it.
+            restore_companions(self._companions, self._restored.get("companions", []))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole(quantizers(pl_module))
@@ -172,7 +174,7 @@ class CPQCallback(FindsRanges):
         # What its hooks do in a loop of somebody's own is done here.
         forget_first_forwards(pl_module)
         saved = self._restored.get("companions", [])
-        self._companions, self._bounds = train_quantizers(trainer, pl_module, self.lr_factor, saved)
+        self._companions, self._others = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
         self._begin_calibration(trainer, pl_module)
@@ -313,7 +315,7 @@ class CPQCallback(FindsRanges):
         forget_configured(pl_module)
         self._run_samples.end(pl_module)
         # Companions stay: a checkpoint may be saved after the fit.
-        for hooked in (*self._companions, *self._bounds):
+        for hooked in (*self._companions, *self._others):
             hooked.remove()
 
     # Steps of the work ------------------------------------------------------------------------------------------------
@@ -323,11 +325,9 @@ class CPQCallback(FindsRanges):
         refit(pl_module)
         self._bests = monitored_bests(trainer)
         share_with_averages(trainer, pl_module, dict(quantizers(pl_module)))
-        owned = {id(p) for q in self._quantizers for p in q.parameters()}
-        for optimizer in (*trainer.optimizers, *(companion.optimizer for companion in self._companions)):
+        for companion in self._companions:
             # Momentum of a step that was fitted anew belongs to the old one.
-            for parameter in [p for p in optimizer.state if id(p) in owned]:
-                del optimizer.state[parameter]
+            companion.optimizer.state.clear()
         rank_zero_info(f"Quantization begins at step {run_step(trainer)}: all ranges are fitted afresh.")
 
     def _log_clipped(self, trainer: Trainer, pl_module: LightningModule) -> None:
