@@ -96,6 +96,17 @@ def restore_companions(companions: Sequence[Companion], states: Sequence[dict[st
             raise MisconfigurationException(str(error)) from error
 
 
+def warn_of_left_out(companions: Sequence[Companion], optimizers: Sequence[Any]) -> None:
+    """Warn where quantizers have gradients and are never updated."""
+    if any(companion.is_left_out for companion in companions):
+        names = " or ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
+        rank_zero_warn(
+            f"Quantizers have gradients and have never been updated: {names} does not run the step hooks of torch's "
+            "Optimizer, by which they are trained. Let its step be called through torch.optim.Optimizer, or wrap an "
+            "optimizer whose step is."
+        )
+
+
 def _ignore(gradients: list[Tensor | None]) -> None:
     """Take nothing over."""
 

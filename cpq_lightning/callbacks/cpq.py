@@ -41,7 +41,7 @@ from cpq_lightning.callbacks._company import (
     warn_of_old_bests,
 )
 from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
-from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers
+from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers, warn_of_left_out
 from cpq_lightning.callbacks._ranges import FindsRanges
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
@@ -51,6 +51,9 @@ from cpq_lightning.export import Format, clipped_shares, range_warnings, weight_
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Beside, Companion
+
+# Updates after which an optimizer that tells of none is named: a gradient scaler may skip the first few.
+_PATIENCE = 20
 
 
 class CPQCallback(FindsRanges):
@@ -121,6 +124,7 @@ class CPQCallback(FindsRanges):
         self.samples = samples
         # The step at which quantization begins, once a fit has begun.
         self.start_step = 0
+        self._first_step = 0
         self._quantizers: list[Quantizer] = []
         self._layers: set[str] = set()
         self._audit: Audit | None = None
@@ -182,6 +186,7 @@ class CPQCallback(FindsRanges):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._calibrate(trainer, pl_module)
         begin_training(trainer)
+        self._first_step = trainer.global_step
         # What a forward shows has been noted in the run that is resumed, of its first batch.
         self._audited = self._audited or (self._resumed and any(q.execution_index for q in self._quantizers))
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
@@ -218,6 +223,8 @@ class CPQCallback(FindsRanges):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._finish_audit(pl_module)
+        if trainer.global_step == self._first_step + _PATIENCE:
+            warn_of_left_out(self._companions, trainer.optimizers)
         self._renew_ranges(trainer, pl_module)
         self._run_samples.leave(trainer, self._folder)
 

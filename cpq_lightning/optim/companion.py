@@ -56,6 +56,7 @@ class Companion:
         self.parameters = list(parameters)
         self._user = optimizer
         self._lr_factor = lr_factor
+        self._updated = False
         like = optimizer_like(optimizer, self.parameters)
         self.has_users_class = like is not None
         self.optimizer, self._counters = like or (Adam(self.parameters, lr=_ADAM_LR * lr_factor), set())
@@ -89,6 +90,12 @@ class Companion:
             finite = torch.cat(present).nan_to_num_(0.0, 0.0, 0.0)
             torch._foreach_copy_(present, finite.split([len(gradient) for gradient in present]))
         self.optimizer.step()
+        self._updated = True
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether there are gradients, and the user's optimizer has never told of a step."""
+        return not self._updated and any(p.grad is not None for p in self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer and the name of its class, for a checkpoint."""

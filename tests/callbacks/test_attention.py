@@ -30,8 +30,8 @@ def test_a_run_learns_its_operands_writes_them_and_restores_them(tmp_path):
     operands = dict(quantized_operands(module))
     assert len(operands) == 8
     assert [n for n, q in operands.items() if not q.fitted or not q.log_scale.any()] == []
-    [optimizer] = trainer.optimizers
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    [companion] = trainer.callbacks[0]._companions
+    held = [id(p) for p in companion.parameters]
     assert all(held.count(id(p)) == 1 for q in operands.values() for p in q.parameters())
 
     content = json.loads((tmp_path / "levels.json").read_text())

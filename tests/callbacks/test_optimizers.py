@@ -440,3 +440,15 @@ def test_a_loss_of_some_batches_only_trains_by_these(fit):
     with pytest.warns(UserWarning, match="returned `None`"):
         fit(module, [quiet()])
     assert all(float(q.log_scale) != 0 for _, q in quantizers(module))
+
+
+def test_an_optimizer_that_never_tells_of_its_steps_is_named(fit):
+    class Bare(torch.optim.SGD):
+        def step(self, closure=None):
+            return None if closure is None else closure()
+
+    # torch then leaves the method as it is.
+    Bare.step.hooked = True
+    with pytest.warns(UserWarning, match="never been updated: Bare does not run the step hooks") as caught:
+        fit(Classifier(partial(Bare, lr=0.01)), [quiet()], max_epochs=8)
+    assert sum("step hooks" in str(w.message) for w in caught) == 1

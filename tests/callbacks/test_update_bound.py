@@ -106,7 +106,9 @@ def test_a_usual_run_is_the_same_to_the_bit(fit, kind, monkeypatch):
         module, watch = RUNS[kind](), Watch()
         trainer = fit(module, [CPQCallback(LEARN, table=False), BitBudget(4.0), watch], max_epochs=10)
         assert 0 < max(watch.moves) < BOUND
-        ends.append((module.state_dict(), [o.state_dict()["state"] for o in trainer.optimizers]))
+        (cpq,) = (c for c in trainer.callbacks if isinstance(c, CPQCallback))
+        optimizers = [*trainer.optimizers, *(companion.optimizer for companion in cpq._companions)]
+        ends.append((module.state_dict(), [o.state_dict()["state"] for o in optimizers]))
     assert all(torch.equal(value, ends[1][0][name]) for name, value in ends[0][0].items())
     for one, other in zip(*(states for _, states in ends), strict=True):
         for key, state in one.items():
