@@ -5,26 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import shlex
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from packaging.requirements import Requirement
 
 PACKAGE = "cpq-lightning"
 
 
-def requirements(extra: str) -> Iterator[Requirement]:
-    """What an extra adds to the package's own needs, other extras within it left out."""
+def requirements(extra: str, package: str = PACKAGE) -> list[Requirement]:
+    """What an extra adds to its package's own needs; nothing of a package that is on the path and not installed."""
     try:
-        lines = importlib.metadata.requires(PACKAGE) or []
+        lines = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
-        # A checkout that is on the path and not installed.
-        lines = []
+        return []
+    found = []
     for requirement in map(Requirement, lines):
         marker = requirement.marker
         of_the_extra = marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
-        if of_the_extra and requirement.name != PACKAGE:
+        if of_the_extra and requirement.name != package:
             requirement.marker = None
-            yield requirement
+            found.append(requirement)
+    return found
 
 
 def unmet(extra: str) -> list[Requirement]:
@@ -32,9 +33,9 @@ def unmet(extra: str) -> list[Requirement]:
     return [requirement for requirement in requirements(extra) if not _is_met(requirement)]
 
 
-def how_to_install(needed: list[Requirement]) -> str:
-    """The packages by their names: ``cpq-lightning[extra]`` could be had only where the package itself is on an index."""
-    return "pip install " + " ".join(shlex.quote(str(requirement)) for requirement in needed)
+def how_to_install(needed: Sequence[Requirement]) -> str:
+    """A command that names the packages: ``cpq-lightning[extra]`` holds only where this package is on an index."""
+    return " ".join(["pip install", *(shlex.quote(str(requirement)) for requirement in needed)])
 
 
 def require(what: str, extra: str) -> None:
@@ -45,7 +46,7 @@ def require(what: str, extra: str) -> None:
         extra: Name of the extra.
 
     Raises:
-        ImportError: naming what is missing or too old, and how to install it.
+        ImportError: naming what is missing, or here in another version, and how to install it.
     """
     needed = unmet(extra)
     if needed:
@@ -53,17 +54,21 @@ def require(what: str, extra: str) -> None:
 
 
 def _is_met(requirement: Requirement) -> bool:
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
+    version = _version(requirement.name)
+    if version is None:
         # The same module may come by another name, as onnxruntime does in onnxruntime-gpu.
         return importlib.util.find_spec(requirement.name.replace("-", "_")) is not None
-    return requirement.specifier.contains(version, prereleases=True)
+    inside = (part for extra in requirement.extras for part in requirements(extra, requirement.name))
+    return requirement.specifier.contains(version, prereleases=True) and all(map(_is_met, inside))
 
 
 def _described(requirement: Requirement) -> str:
+    version = _version(requirement.name)
+    return f"{requirement} ({'not installed' if version is None else f'here is {version}'})"
+
+
+def _version(name: str) -> str | None:
     try:
-        version = importlib.metadata.version(requirement.name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"{requirement.name}, which is not installed"
-    return f"{requirement.name}{requirement.specifier} (here is {version})"
+        return None
