@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from cpq_lightning.attach import attach as attach
 from cpq_lightning.attach import calibrate as calibrate
 from cpq_lightning.attach import detach as detach
+from cpq_lightning.attach import loading as loading
+from cpq_lightning.checkpoint import load_checkpoint as load_checkpoint
 from cpq_lightning.config import CPQConfig as CPQConfig
 from cpq_lightning.export import export_model as export_model
 from cpq_lightning.export import levels as levels
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 # Without it `from cpq_lightning import *` would hand out the subpackage `nn` in place of torch's.
 __all__ = [
     "CPQCallback", "CPQConfig", "QuantizedModule", "__version__", "attach", "calibrate", "detach", "export_model",
-    "levels", "load_quantized",
+    "levels", "load_checkpoint", "load_quantized", "loading",
 ]  # fmt: skip
 
 

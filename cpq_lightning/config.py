@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
+
 from cpq_lightning.functional import Estimator, check_bits
 
 Nesting = Literal["auto", "range", "resolution"]
@@ -239,6 +241,9 @@ def _widened(config: CPQConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
         widened["attention"] = False
     return widened
 
+
+# A checkpoint whose hyperparameters have a config loads with weights_only=True: it is made of plain values.
+torch.serialization.add_safe_globals([CPQConfig])
 
 LAYER_SETTINGS = (
     "weight_bits", "act_bits", "min_bits", "learn_bits", "learn_act_bits", "min_act_bits", "nesting",

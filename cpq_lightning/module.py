@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
@@ -23,8 +23,10 @@ from cpq_lightning.callbacks.distillation import DistillationCallback, check_dis
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import ORIGINS
 
+_Base = LightningModule if TYPE_CHECKING else object
 
-class QuantizedModule(LightningModule):
+
+class QuantizedClassifier(_Base):
     """A timm backbone with Cluster-Promoting Quantization, trained by cross-entropy.
 
     Batches are ``(images, labels)``, labels as numbers or, mixed in training, as probabilities. Logged are
@@ -35,6 +37,8 @@ class QuantizedModule(LightningModule):
     ``QuantizedModule.load_from_checkpoint(path)`` restores a module whose backbone was named; one that was built
     around an ``nn.Module`` needs it again: ``load_from_checkpoint(path, backbone=network)``. The optimizer and the
     scheduler are no part of a checkpoint's settings: give them again to train on.
+
+    For a Trainer of ``pytorch_lightning`` import the class from ``cpq_lightning.pytorch_lightning``.
 
     Args:
         backbone: Name of a timm model, ``"cifar_resnet20"``, ``"cifar_vgg7"``, or any module from images to logits.
@@ -201,6 +205,11 @@ class QuantizedModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Restoring needs no download: the checkpoint has the weights.
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "pretrained": False}
+
+
+class QuantizedModule(QuantizedClassifier, LightningModule):
+    # One for each name of Lightning: what a LightningModule inherits is written for a Trainer of its own package.
+    __doc__ = QuantizedClassifier.__doc__
 
 
 def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import pickle
+import sys
 from pathlib import Path
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from torch import Tensor, nn
 
 from cpq_lightning.callbacks._network import shipped_name
+from cpq_lightning.callbacks._ship import shipped_architecture, shipped_part
+from cpq_lightning.checkpoint import load_checkpoint
 from cpq_lightning.export import (
     SAMPLES_FILE,
     Container,
@@ -36,6 +40,8 @@ def export(
     ckpt: str,
     format: Format = "packed",
     out: str = ".",
+    module: str | None = None,
+    module_args: dict[str, Any] | None = None,
     container: Container = "int8",
     samples: str | None = None,
     data: str | None = None,
@@ -45,9 +51,11 @@ def export(
     """Write the model of a checkpoint as one file, and prove that it is that model.
 
     Args:
-        ckpt: Checkpoint of a QuantizedModule, such as last.ckpt.
+        ckpt: Checkpoint of a run, such as last.ckpt.
         format: packed (safetensors, each weight's codes at its own width), onnx, or torch (a torch.export program).
         out: Folder for the file, which is named after the model.
+        module: Class of the LightningModule in the checkpoint, as mypackage.Net; by default QuantizedModule.
+        module_args: Arguments of that class that the checkpoint does not have among its hyperparameters.
         container: Of onnx: int8 runs as integer kernels on ONNX Runtime, int4 is the smaller file.
         samples: File with samples of the input, to trace and verify with; by default samples.safetensors in the run's
             folder, found from the checkpoint.
@@ -59,23 +67,23 @@ def export(
     try:
         if samples is not None and data is not None:
             raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
-        module = load_module(ckpt)
-        network = module.export_module()
+        trained = load_module(ckpt) if module is None else load_own(ckpt, module, module_args or {})
+        network, name = shipped_part(trained), shipped_name(trained)
         if samples is None and data is None and format == "packed" and not verify:
             # Nothing is traced and nothing compared: nothing of the input is looked at.
             chosen = Samples.synthetic([[1]], 1)
         else:
             chosen, source = _choose_samples(ckpt, samples, data, data_samples)
-            _check_fit(network, chosen, source, shipped_name(module))
+            _check_fit(network, chosen, source, name)
             Console().print(f"Samples of the input: {len(chosen)}, of {source}", soft_wrap=True, highlight=False)
         written = export_model(
             network,
             out,
             format=format,
             samples=chosen,
-            name=shipped_name(module),
+            name=name,
             container=container,
-            architecture=module.export_architecture(),
+            architecture=shipped_architecture(trained),
             verification=verify,
             latency=True,
         )
@@ -103,12 +111,47 @@ def load_module(path: str) -> QuantizedModule:
     settings = content.get("hyper_parameters") if isinstance(content, dict) and "state_dict" in content else None
     if not isinstance(settings, dict) or not settings.get("backbone"):
         raise ValueError(
-            f"ckpt={path} is no checkpoint of a QuantizedModule with a named backbone. For a module of your own, use "
-            "CPQCallback(export=[...]) in its fit, or cpq_lightning.export_model(module, folder, samples=...)."
+            f"ckpt={path} is no checkpoint of a QuantizedModule with a named backbone. For a module of your own give "
+            "its class: --module mypackage.Net."
         )
     if settings.get("quantization") is None:
         raise ValueError(f"ckpt={path} is of a run in full precision (quantization: null): nothing in it is quantized.")
     return QuantizedModule.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+
+
+def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> LightningModule:
+    """The module of a checkpoint by its class path, nothing in the file unpickled but tensors and plain values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such class, it cannot be built, or the checkpoint is not of it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ckpt={path} is no file: expected a checkpoint, such as last.ckpt.")
+    # A script that is run finds modules beside it; the installed command would not.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = locate(class_path)
+    except ErrorDuringImport as error:
+        raise ValueError(f"module={class_path} cannot be imported: {error}.") from None
+    if not hasattr(found, "load_from_checkpoint"):
+        raise ValueError(
+            f"module={class_path} is {'nothing that can be found' if found is None else repr(found)}: expected the "
+            "dotted path of a LightningModule's class, such as mypackage.Net."
+        )
+    try:
+        return load_checkpoint(found, path, map_location="cpu", weights_only=True, **arguments).eval()
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"ckpt={path} cannot be read without unpickling code ({str(error).splitlines()[0]}). Use "
+            "cpq_lightning.load_checkpoint(Net, path, weights_only=False), if you trust it, and export_model."
+        ) from None
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"module={class_path} cannot be built as it was: {error}. Give its arguments with --module_args, as "
+            "'{\"width\": 32}', or call save_hyperparameters() in its __init__."
+        ) from None
 
 
 def _choose_samples(ckpt: str, samples: str | None, data: str | None, count: int) -> tuple[Samples, str]:

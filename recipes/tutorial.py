@@ -74,8 +74,8 @@ full_precision = float(trainer.callback_metrics["val_acc"])
 # `CPQConfig` says what may become of each layer: weights of 8 to 2 bits, activations of 4 (the first and last layer
 # stay at 8). `BitBudget` holds the average to 3 bits; halfway through the run the widths are fixed, and the network
 # trains on with them. `DistillationCallback` lets it learn from its own full-precision copy, and `ClusterPull` draws
-# weights to their grid points as the run ends. The optimizer is the one of the module above: the quantizers join it by
-# themselves.
+# weights to their grid points as the run ends. The optimizer is the one of the module above: the quantizers train
+# beside it by themselves.
 
 # %%
 budget = BitBudget(target=3.0)

@@ -201,7 +201,7 @@ def check(trainer: Trainer, module: nn.Module, target: float = TARGET) -> None:
 
 
 def rates(trainer: Trainer) -> tuple[float, float]:
-    """Learning rates of the network and of the quantizers."""
-    groups = trainer.optimizers[0].param_groups
-    own = next(group for group in groups if group.get("name") == "cpq_quantizers")
-    return float(groups[0]["lr"]), float(own["lr"])
+    """Learning rates of the network and of the quantizers, asked between a step's backward and its update."""
+    callback = next(c for c in trainer.callbacks if isinstance(c, CPQCallback))  # type: ignore[attr-defined]
+    (companion,) = callback._companions
+    return tuple(float(o.param_groups[0]["lr"]) for o in (trainer.optimizers[0], companion.optimizer))  # type: ignore[return-value]

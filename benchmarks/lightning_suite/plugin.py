@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import quantizable_layers
+from cpq_lightning.attach import attaching, quantizable_layers
 
 # Set by the command: where outcomes are written, and whether the callback is given.
 RECORD, WITH_CALLBACK = "CPQ_SUITE_RECORD", "CPQ_SUITE_WITH"
@@ -34,10 +34,14 @@ def _give_callback(attach: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if os.environ.get(WITH_CALLBACK):
-        given = _give_callback(_CallbackConnector._attach_model_callbacks)
-        monkeypatch.setattr(_CallbackConnector, "_attach_model_callbacks", given)
-    yield
+    if not os.environ.get(WITH_CALLBACK):
+        yield
+        return
+    given = _give_callback(_CallbackConnector._attach_model_callbacks)
+    monkeypatch.setattr(_CallbackConnector, "_attach_model_callbacks", given)
+    # As the README says of code that builds a module itself and loads a checkpoint into it.
+    with attaching():
+        yield
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

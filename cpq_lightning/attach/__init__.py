@@ -33,6 +33,8 @@ from cpq_lightning.attach.layers import QuantizedLayer as QuantizedLayer
 from cpq_lightning.attach.layers import is_attached as is_attached
 from cpq_lightning.attach.layers import quantized_layers as quantized_layers
 from cpq_lightning.attach.layers import quantizers as quantizers
+from cpq_lightning.attach.loading import attaching as attaching
+from cpq_lightning.attach.loading import loading as loading
 from cpq_lightning.attach.products import Operand as Operand
 from cpq_lightning.attach.products import QuantizedProducts as QuantizedProducts
 from cpq_lightning.attach.products import modules_with_products as modules_with_products
@@ -46,7 +48,9 @@ from cpq_lightning.attach.range_tracking import renew_rewritten as renew_rewritt
 from cpq_lightning.attach.reading import avoid_fused_paths as avoid_fused_paths
 from cpq_lightning.attach.select import attached_config as attached_config
 from cpq_lightning.attach.select import quantizable_layers as quantizable_layers
+from cpq_lightning.attach.select import set_attached_config as set_attached_config
 from cpq_lightning.attach.timm_layers import call_projections as call_projections
 from cpq_lightning.attach.timm_layers import weight_parameters as weight_parameters
 from cpq_lightning.attach.widths import read_levels as read_levels
 from cpq_lightning.attach.widths import with_levels_read as with_levels_read
+from cpq_lightning.attach.wrapping import unwrapped as unwrapped

@@ -25,15 +25,18 @@ from cpq_lightning.attach.products import (
     operand_path,
     quantize_products,
     quantized_operands,
+    remember_plan,
 )
 from cpq_lightning.attach.reading import avoid_fused_paths, leave_weights, read_weights, restore_fused_paths
 from cpq_lightning.attach.select import (
     Site,
     chosen_operands,
     select,
+    set_attached_config,
 )
 from cpq_lightning.attach.timm_layers import call_projections, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
@@ -68,6 +71,7 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
     """
     config = with_levels_read(config or CPQConfig())
+    given, model = model, cast(M, unwrapped(model))
     if is_attached(model):
         raise ValueError(
             f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
@@ -86,22 +90,45 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         for name, found in products.items():
             # One that is left out keeps its products to itself, so that they do not count as its caller's.
             plan = found.plan if name in operands else [False] * len(found.plan)
-            quantize_products(model.get_submodule(name), plan, found.counts, operands.get(name, {}), "input_quantizer")
+            module = model.get_submodule(name)
+            remember_plan(quantize_products(module, plan, found.counts, operands.get(name, {}), "input_quantizer"))
         for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
             switch(site.layer, weight_quantizer, input_quantizer)
-        call_projections(model)
-        read_weights(model, QuantizedLayer)
-        avoid_fused_paths(model, QuantizedLayer)
+        arrange(model)
     except Exception:
         for _, layer in list(quantized_layers(model)):
             switch_back(layer, written=False)
-        _take_back(model)
+        for _, module in list(modules_with_products(model)):
+            leave_products(module)
+        take_back(model)
         raise
-    model.__dict__["_cpq_config"] = config
+    set_attached_config(model, config)
+    watch(model)
+    return given
+
+
+def arrange(model: nn.Module) -> None:
+    """Let the modules around quantized layers call them, or read their weights quantized."""
+    call_projections(model)
+    read_weights(model, QuantizedLayer)
+    avoid_fused_paths(model, QuantizedLayer)
+
+
+def watch(model: nn.Module) -> None:
+    """What an attached model does around its own forwards: audits, ranges that training outgrows, DropBits' noise."""
     audit_first_forwards(model)
-    if any(quantizer.has_gates for _, quantizer in quantizers(model)):
+    gates = any(quantizer.has_gates for _, quantizer in quantizers(model))
+    if gates and _advance_noise not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_advance_noise)
-    return model
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take back :func:`watch`, of a model and of its parts."""
+    forget_first_forwards(model)
+    for module in model.modules():
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if hook is _advance_noise:
+                del module._forward_pre_hooks[handle]
 
 
 def _advance_noise(model: nn.Module, args: object) -> None:
@@ -172,12 +199,10 @@ def _build_operands(
     return built
 
 
-def _take_back(model: nn.Module) -> None:
-    """What attach has changed beside layers."""
+def take_back(model: nn.Module) -> None:
+    """Take back :func:`arrange`."""
     leave_weights(model)
     restore_fused_paths(model)
-    for _, module in list(modules_with_products(model)):
-        leave_products(module)
     restore_projections(model)
 
 
@@ -192,6 +217,7 @@ def detach(model: M) -> M:
     Raises:
         ValueError: the model is not quantized.
     """
+    given, model = model, cast(M, unwrapped(model))
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: there is nothing to detach.")
@@ -200,25 +226,24 @@ def detach(model: M) -> M:
     for layer in layers.values():
         switch_back(layer, shared=id(layer._parameters.get("weight")) in read_elsewhere)
     _forget(model)
-    return model
+    return given
 
 
 def _forget(model: nn.Module) -> None:
     """Everything of an attached model that is not in its layers."""
-    _take_back(model)
-    forget_first_forwards(model)
+    take_back(model)
+    for _, module in list(modules_with_products(model)):
+        leave_products(module)
+    unwatch(model)
     model.__dict__.pop("_cpq_config", None)
-    for handle, hook in list(model._forward_pre_hooks.items()):
-        if hook is _advance_noise:
-            del model._forward_pre_hooks[handle]
 
 
 def full_precision_copy(model: M) -> M:
     """A copy of a model, or of a part of one, without quantizers: plain layers with the weights that are trained.
 
-    A model that is not quantized is copied as it is; of a compiled one, what was compiled.
+    A model that is not quantized is copied as it is; of a wrapped one, what was wrapped.
     """
-    copied: M = copy.deepcopy(getattr(model, "_orig_mod", model))
+    copied: M = copy.deepcopy(cast(M, unwrapped(model)))
     for _, layer in list(quantized_layers(copied)):
         switch_back(layer, written=False)
     _forget(copied)

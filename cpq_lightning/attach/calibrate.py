@@ -17,6 +17,7 @@ from cpq_lightning.attach.first_forward import agreed, note_forward, report_audi
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import InputSampler, RangeTracker, outgrown, sampled_inputs
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.nn import Quantizer, RangeObserver, Usage, UsageRecorder, Watcher, pool
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,17 +60,18 @@ def calibrate(
     if not held:
         raise ValueError("calibrate got no batch: expected an iterable of at least one batch of training data.")
     run = forward or (lambda batch: _call(model, batch))
-    for _, layer in quantized_layers(model):
+    inner = unwrapped(model)
+    for _, layer in quantized_layers(inner):
         if not layer.weight_quantizer.settled:
             # Fitted at attachment: the weights may have been initialized or loaded since.
             layer.weight_quantizer.fit_weight(layer.read_weight())
     # And those that have been trained may have been rewritten, as by merging an adapter.
-    RangeTracker(model).renew_weights(frozen=True)
-    observed = [q for _, q in quantizers(model) if q.kind == "activation" and q.active]
+    RangeTracker(inner).renew_weights(frozen=True)
+    observed = [q for _, q in quantizers(inner) if q.kind == "activation" and q.active]
     observing = _Observing(observed)
-    with _untouched(model), torch.no_grad(), _uncompiled():
-        set_audited(model, model.training)
-        audit = Audit(model)
+    with _untouched(inner), torch.no_grad(), _uncompiled():
+        set_audited(inner, inner.training)
+        audit = Audit(inner)
 
         def first_pass() -> None:
             with audit:
@@ -82,17 +84,17 @@ def calibrate(
                 run(batch)
 
         with observing:
-            _on_all(first_pass, model)
+            _on_all(first_pass, inner)
             for quantizer, observer in observing.observers.items():
                 observer.close_range(quantizer.state.device)
-            _on_all(second_pass, model)
+            _on_all(second_pass, inner)
     report = agreed(audit.report)
-    correct_first_and_last(model, report.order)
-    note_forward(model, report)
+    correct_first_and_last(inner, report.order)
+    note_forward(inner, report)
     for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)
-    report_audit(model, report)
-    zeros = [name for name, q in quantizers(model) if q in observing.observers and q.settled and not q.fitted]
+    report_audit(inner, report)
+    zeros = [name for name, q in quantizers(inner) if q in observing.observers and q.settled and not q.fitted]
     if zeros:
         # As behind a branch that starts at zero by design: no fault, unless it stays so.
         log.info(

@@ -54,14 +54,15 @@ def audit_first_forwards(model: nn.Module) -> None:
 
 
 def forget_first_forwards(model: nn.Module) -> None:
-    """Take back :func:`audit_first_forwards`."""
-    for name in (_PENDING, _SHOWN, _SAID, _TRACKING):
-        model.__dict__.pop(name, None)
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for handle, hook in list(hooks.items()):
-            if hook in (_start, _finish):
-                del hooks[handle]
-                model._forward_hooks_always_called.pop(handle, None)
+    """Take back :func:`audit_first_forwards`, of a model and of its parts."""
+    for module in model.modules():
+        for name in (_PENDING, _SHOWN, _SAID, _TRACKING):
+            module.__dict__.pop(name, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for handle, hook in list(hooks.items()):
+                if hook in (_start, _finish):
+                    del hooks[handle]
+                    module._forward_hooks_always_called.pop(handle, None)
 
 
 def set_audited(model: nn.Module, training: bool) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -16,6 +18,9 @@ from cpq_lightning.attach.operations import WITHOUT_WEIGHT, flat_operands
 from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
 from cpq_lightning.functional import attention
 from cpq_lightning.nn import Quantizer
+
+# The buffer that holds a module's plan: what attaches its quantizers again knows it from there.
+STATE = "product_state"
 
 
 class Operand(nn.Module):
@@ -85,7 +90,7 @@ def quantize_products(
     counts: Iterable[int],
     parts: Mapping[str, nn.Module | None],
     part_name: str,
-) -> None:
+) -> QuantizedProducts:
     """Let a module quantize what its forward multiplies, in place.
 
     Args:
@@ -112,10 +117,29 @@ def quantize_products(
     switched.product_counts = frozenset(counts)
     if operands:
         switched.product_operands = operands
+    return switched
+
+
+def remember_plan(module: QuantizedProducts) -> None:
+    """Keep a module's plan in its ``state_dict``.
+
+    As float32, length first: an average of two models, which mixes all tensors, leaves whole numbers within rounding.
+    """
+    plan, counts = module.product_plan, sorted(module.product_counts)
+    device = next((t.device for t in itertools.chain(module.parameters(), module.buffers())), None)
+    values = torch.tensor([len(plan), *map(float, plan), *counts], dtype=torch.float32, device=device)
+    module.register_buffer(STATE, values)
+
+
+def plan_of(state: Tensor) -> tuple[list[bool], list[int]]:
+    """The plan, and the counts of products, that a buffer of :func:`remember_plan` holds."""
+    length, *values = [round(value) for value in state.tolist()]
+    return [bool(value) for value in values[:length]], values[length:]
 
 
 def leave_products(module: QuantizedProducts) -> None:
     """Take back :func:`quantize_products`."""
+    module._buffers.pop(STATE, None)
     for name in ("product_plan", "product_counts"):
         module.__dict__.pop(name, None)
     module._modules.pop("product_operands", None)

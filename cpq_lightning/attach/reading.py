@@ -117,7 +117,8 @@ def read_weights(model: nn.Module, layer_class: type) -> None:
         layer_class: The class of quantized layers.
     """
     for module in list(model.modules()):
-        if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, layer_class):
+        readable = isinstance(module, nn.MultiheadAttention) and not isinstance(module, WeightReader)
+        if readable and isinstance(module.out_proj, layer_class):
             switch_class(module, WeightReader).weight_sources = ("out_proj",)
 
 

@@ -181,6 +181,11 @@ def attached_config(model: nn.Module) -> CPQConfig | None:
     return model.__dict__.get("_cpq_config")
 
 
+def set_attached_config(model: nn.Module, config: CPQConfig) -> None:
+    """Note what a model was attached with."""
+    model.__dict__["_cpq_config"] = config
+
+
 def matches(name: str, layer: nn.Module, pattern: str) -> bool:
     """Whether a pattern of ``ignore`` or ``overrides`` means a layer: by its dotted name, or by one of its types."""
     if fnmatchcase(name, pattern):

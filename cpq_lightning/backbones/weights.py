@@ -14,7 +14,7 @@ from cpq_lightning.nn.state import read
 
 _WRAPPED = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Parts of a quantized module that a plain one does not have.
-_OF_QUANTIZERS = {"weight_quantizer", "input_quantizer", "product_operands"}
+_OF_QUANTIZERS = {"weight_quantizer", "input_quantizer", "product_operands", "product_state"}
 _STATES = ("weight_quantizer.state", "input_quantizer.state")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from cpq_lightning.attach import attach, is_attached, quantizable_layers
+from cpq_lightning.callbacks._names import MisconfigurationException
 from cpq_lightning.callbacks._run import overrides
 from cpq_lightning.config import CPQConfig
 

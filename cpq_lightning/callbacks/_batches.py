@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+from cpq_lightning.callbacks._names import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -60,17 +62,12 @@ class Relay:
         held: Any = fetcher._combined_loader
         return held if isinstance(held, Relay) else cls(fetcher)
 
-    def read_ahead(self, most: int, one_loader: bool = False) -> list[Item]:
-        """Up to ``most`` batches that the loop will get first.
-
-        Args:
-            most: Batches, those that the fetcher holds already among them.
-            one_loader: Whether to stop behind the first of several loaders that come one after another.
-        """
+    def read_ahead(self, most: int) -> list[Item]:
+        """Up to ``most`` batches that the loop will get first, those that the fetcher holds already among them."""
         self._ahead = True
         with isolate_rng():
             self._states = self._states or [self._loader_states()]
-            while len(self._items) < most and self._end is None and not (one_loader and self._has_two()):
+            while len(self._items) < most and self._end is None:
                 before = _collect_rng_states()
                 try:
                     item = next(self._source)
@@ -80,8 +77,7 @@ class Relay:
                 self._items.append(item)
                 self._draws.append((before, _collect_rng_states()))
                 self._states.append(self._loader_states())
-        items = [item for item in self._items[:most] if item[0] is not None]
-        return [item for item in items if item[2] == items[0][2]] if one_loader else items
+        return [item for item in self._items[:most] if item[0] is not None]
 
     def keep(self, most: int) -> None:
         """Keep copies of the ``most`` batches that the loop gets last, for :attr:`kept`."""
@@ -135,9 +131,6 @@ class Relay:
             raise self._end
         return next(self._source)
 
-    def _has_two(self) -> bool:
-        return bool(self._items) and self._items[0][2] != self._items[-1][2]
-
     def _loader_states(self) -> list[Any]:
         states = self._loader._state_dicts()
         try:
@@ -164,13 +157,15 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
     fetcher = loop._data_fetcher
     if loop._combined_loader is None or fetcher is None:
         return None
-    if isinstance(fetcher, _DataLoaderIterDataFetcher):
+    if is_a(fetcher, "_DataLoaderIterDataFetcher"):
         return []
     drawn = (before, _collect_rng_states())
     for loader in loop._combined_loader.flattened:
         # As Lightning does behind this, and before the first batch: a sampler's order may depend on it.
         _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-    if trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting:
+    # Lightning before 2.5.6 does not ask whether a run is resumed.
+    resuming = getattr(loop, "is_resuming", False)
+    if trainer.current_epoch > 0 and not resuming and not loop.epoch_loop.restarting:
         # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
         iter(fetcher)
     relay = Relay.of(fetcher)
@@ -219,7 +214,7 @@ def keep_training_batches(trainer: Trainer, most: int) -> None:
     """Keep copies of the last training batches, where :func:`training_batches` could not get any without a trace."""
     loop = trainer.fit_loop
     fetcher, loader = loop._data_fetcher, loop._combined_loader
-    if fetcher is None or loader is None or isinstance(fetcher, _DataLoaderIterDataFetcher):
+    if fetcher is None or loader is None or is_a(fetcher, "_DataLoaderIterDataFetcher"):
         return
     if _independent(loader) is None:
         Relay.of(fetcher).keep(most)

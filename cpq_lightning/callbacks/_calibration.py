@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -22,6 +20,7 @@ from torchmetrics import Metric
 
 from cpq_lightning.attach import FailedElsewhere, calibrate, quantizers, set_active
 from cpq_lightning.callbacks._batches import Item, copied, on_device, read_training_ahead
+from cpq_lightning.callbacks._names import MisconfigurationException, is_a
 from cpq_lightning.nn import Quantizer
 
 if TYPE_CHECKING:
@@ -41,17 +40,12 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
         ``training_step`` fails there, the quantizers are inactive, and a warning has said so.
 
     Raises:
-        MisconfigurationException: calibration itself fails, or the training data are empty.
+        MisconfigurationException: calibration itself fails.
     """
     items = read_training_ahead(trainer, most)
     if items is None:
         return False
-    takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
-    if not takes_iterator and not trainer.strategy.reduce_boolean_decision(bool(items), all=False):
-        raise MisconfigurationException(
-            "CPQCallback cannot calibrate: the training data have no batch. Give fit at least one, or "
-            "limit_train_batches=0 to train nothing."
-        )
+    takes_iterator = is_a(trainer.fit_loop._data_fetcher, "_DataLoaderIterDataFetcher")
     if trainer.strategy.reduce_boolean_decision(bool(items)):
         error = run_calibration(trainer, pl_module, items, lambda item, batch: forward_training_step(trainer, batch))
         if error is None:
@@ -59,8 +53,11 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
         # Somebody's training_step may rely on what the training loop has not set up yet. If it is truly broken, it
         # fails again in a moment, with nothing of ours around it.
         reason = f"training_step failed there with {type(error).__name__}: {error}"
+    elif takes_iterator:
+        reason = "training_step takes the data's iterator"
     else:
-        reason = "training_step takes the data's iterator" if takes_iterator else "a process has no batch"
+        empty = not trainer.strategy.reduce_boolean_decision(bool(items), all=False)
+        reason = "the training data have no batch" if empty else "a process has no batch"
     rank_zero_warn(
         f"Activation ranges could not be calibrated before training, because {reason}. The sanity check runs in full "
         "precision, and the first training batch sets the ranges."

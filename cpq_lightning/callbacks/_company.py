@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cpq_lightning.callbacks._names import Callback, MisconfigurationException, is_a
 from cpq_lightning.callbacks._run import run_length
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer, is_sharded
@@ -35,13 +35,13 @@ def check_company(trainer: Trainer, own: Callback) -> None:
             "CPQConfig(overrides=...)."
         )
     for callback in callbacks[: callbacks.index(own)]:
-        if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
+        if is_a(callback, *_AVERAGING):
             raise MisconfigurationException(
                 f"{type(callback).__name__} stands before {name}, which must prepare the model that is averaged: put "
                 f"{name} first in the list of callbacks. (A QuantizedModule adds one at the end where the list has "
                 "none.)"
             )
-    if any(cls.__name__ == "FSDPStrategy" for cls in type(trainer.strategy).__mro__):
+    if is_a(trainer.strategy, "FSDPStrategy"):
         raise MisconfigurationException(
             "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use DDP, or FSDP2 "
             "(ModelParallelStrategy, with fully_shard in configure_model)."
@@ -141,4 +141,4 @@ def _monitors(trainer: Trainer) -> list[Any]:
 def _of(trainer: Trainer, name: str) -> list[Any]:
     """The Trainer's callbacks of a class of this package, by name: none of them imports another."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if any(cls.__name__ == name for cls in type(c).__mro__)]
+    return [c for c in callbacks if is_a(c, name)]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cpq_lightning.attach import CostUnit, is_attached, quantizers, width_cost
+from cpq_lightning.callbacks._names import MisconfigurationException
 from cpq_lightning.functional import WidthChange, anneal
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Budget

@@ -1,4 +1,4 @@
-"""The quantizers' parameters in a Trainer's optimizers, and the gates' beside them."""
+"""The parameters of quantizers and gates, beside a Trainer's optimizers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cpq_lightning.attach import modules_with_products, quantized_layers, quantizers, weight_parameters
 from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import Beside, Companion, UpdateBound, adopt, release, takes_quantizers
+from cpq_lightning.optim import Beside, Companion, holds_parameters, release
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-# Adam's usual rate; on a logarithm of a step it is 0.1 % an update.
-_COMPANION_LR = 1e-3
-
 
 def train_quantizers(
     trainer: Trainer, pl_module: LightningModule, lr_factor: float, states: Sequence[dict[str, Any]]
-) -> tuple[list[Companion], list[UpdateBound]]:
-    """Put each quantizer's parameters, once, into the optimizer that trains its layer's weight, and bound its updates.
+) -> tuple[list[Companion], list[Beside]]:
+    """Train each quantizer's parameters beside the optimizer that trains its layer's weight, and in no optimizer of
+    the trainer.
 
     Args:
         trainer: A trainer whose optimizers are made and not restored yet.
@@ -32,43 +31,73 @@ def train_quantizers(
         states: Saved states of companions, in the order in which they are made.
 
     Returns:
-        The companions of those optimizers that cannot take the parameters themselves, and the bounds of those that can.
+        The companions, and what keeps the parameters out of optimizers without one.
+
+    Raises:
+        MisconfigurationException: a saved state does not fit.
     """
     optimizers = list(trainer.optimizers)
-    if not optimizers:
-        return [], []
-    takers = [takes_quantizers(optimizer) for optimizer in optimizers]
-    wanted = _by_optimizer(pl_module, optimizers, default=takers.index(True) if True in takers else 0)
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    if not any(holds_parameters(optimizer) for optimizer in optimizers):
+        rank_zero_warn(
+            f"No optimizer of {type(pl_module).__name__} holds a parameter: no weight of it is trained by gradient. "
+            "Ranges are calibrated, and the network is quantized by them."
+        )
+    wanted = _by_optimizer(pl_module, optimizers)
     # Gates too: their logits are trained beside all optimizers.
     owned = [p for _, q in quantizers(pl_module) for p in q.parameters()]
     companions: list[Companion] = []
-    bounds: list[UpdateBound] = []
+    others: list[Beside] = []
     for index, optimizer in enumerate(optimizers):
-        taken = {id(p) for p in wanted[index]} if takers[index] else set()
-        release(optimizer, [p for p in owned if id(p) not in taken])
-        if not wanted[index]:
+        if not optimizer.param_groups:
+            # Lightning's stand-in where there is no optimizer.
             continue
-        if takers[index]:
-            adopt(optimizer, wanted[index], schedulers, lr_factor)
-            bounds.append(UpdateBound(optimizer, wanted[index]))
+        release(optimizer, owned)
+        wrappers = [trainer.strategy._lightning_optimizers[index]]
+        if not wanted[index]:
+            others.append(Beside(optimizer, [], _ignore, wrappers=wrappers, kept_out=owned))
             continue
         companion = Companion(
             optimizer,
             wanted[index],
-            lr=_COMPANION_LR * lr_factor,
+            lr_factor,
             grad_scale=_grad_scale(trainer),
-            wrappers=[trainer.strategy._lightning_optimizers[index]],
+            wrappers=wrappers,
             average=_average(trainer),
+            kept_out=owned,
         )
-        if len(states) > len(companions):
-            companion.load_state_dict(states[len(companions)])
         companions.append(companion)
-        rank_zero_info(
-            f"{type(optimizer).__name__} cannot take the quantizers' parameters (one-dimensional, whole on each rank, "
-            f"in a group of their own): {len(wanted[index])} of them train with Adam beside it."
+        if not companion.has_users_class:
+            rank_zero_info(
+                f"No second {type(optimizer).__name__} can be made for the quantizers' parameters (one-dimensional, "
+                f"whole on each rank): {len(wanted[index])} of them train with Adam beside the first."
+            )
+    restore_companions(companions, states)
+    return companions, others
+
+
+def restore_companions(companions: Sequence[Companion], states: Sequence[dict[str, Any]]) -> None:
+    """Restore the companions of a run from a checkpoint, if it has any.
+
+    Raises:
+        MisconfigurationException: it is of a run with other optimizers.
+    """
+    if not states or not companions:
+        return
+    if len(states) != len(companions):
+        raise MisconfigurationException(
+            f"The checkpoint has the state of {len(states)} optimizers of quantizers, and this run has "
+            f"{len(companions)}, one beside each optimizer that trains quantized layers: resume with the optimizers of "
+            "the run that saved it."
         )
-    return companions, bounds
+    for companion, state in zip(companions, states, strict=True):
+        try:
+            companion.load_state_dict(state)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+
+def _ignore(gradients: list[Tensor | None]) -> None:
+    """Take nothing over."""
 
 
 def beside_optimizers(
@@ -89,12 +118,10 @@ def beside_optimizers(
         What has to be removed afterwards.
     """
     optimizers = list(trainer.optimizers)
-    holders = _holders(pl_module, optimizers, default=0)
-    # Those of an exempt layer too, which learns nothing.
-    gates = [q.gates.logit for _, q in quantizers(pl_module) if q.gates.logit is not None]
+    holders = _holders(pl_module, optimizers)
     found = []
     for index, optimizer in enumerate(optimizers):
-        own = [q for q in learners if holders.get(q, 0) == index]
+        own = [q for q in learners if holders.get(q) == index]
         logits = [q.gates.logit for q in own if q.gates.logit is not None]
 
         def stepped(grads: list[Tensor | None], own: list[Quantizer] = own) -> None:
@@ -104,14 +131,14 @@ def beside_optimizers(
         if own:
             wrappers = [trainer.strategy._lightning_optimizers[index]]
             scale = _grad_scale(trainer, 2 if own[0].gates.estimator == "curvature" else 1)
-            found.append(Beside(optimizer, logits, stepped, scale, wrappers, _average(trainer), kept_out=gates))
+            found.append(Beside(optimizer, logits, stepped, scale, wrappers, _average(trainer)))
     return found
 
 
-def _grad_scale(trainer: Trainer, power: int = 1) -> Callable[[], float]:
-    """Reads the factor of gradients, or of what is a power of them."""
+def _grad_scale(trainer: Trainer, power: int = 1) -> Callable[[], float] | None:
+    """Reads the factor of gradients, or of what is a power of them; ``None`` where nothing scales them."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return (lambda: scaler.get_scale() ** power) if scaler is not None else lambda: 1.0
+    return None if scaler is None else lambda: scaler.get_scale() ** power
 
 
 def _average(trainer: Trainer) -> Callable[[Tensor], None] | None:
@@ -128,17 +155,19 @@ def _average(trainer: Trainer) -> Callable[[Tensor], None] | None:
     return average
 
 
-def _by_optimizer(pl_module: LightningModule, optimizers: list[Any], default: int) -> list[list[nn.Parameter]]:
+def _by_optimizer(pl_module: LightningModule, optimizers: list[Any]) -> list[list[nn.Parameter]]:
     """For each optimizer the steps' and noises' parameters of the layers that it trains."""
-    wanted: list[list[nn.Parameter]] = [[] for _ in optimizers]
-    for quantizer, index in _holders(pl_module, optimizers, default).items():
-        wanted[index].extend(quantizer.range_parameters())
-    return wanted
+    holders = _holders(pl_module, optimizers)
+    return [
+        [p for quantizer, holder in holders.items() if holder == index for p in quantizer.range_parameters()]
+        for index in range(len(optimizers))
+    ]
 
 
-def _holders(pl_module: LightningModule, optimizers: list[Any], default: int) -> dict[Quantizer, int]:
-    """For each quantizer the optimizer that trains its layer's weight; ``default`` for a frozen layer's."""
+def _holders(pl_module: LightningModule, optimizers: list[Any]) -> dict[Quantizer, int]:
+    """For each quantizer the optimizer that trains its layer's weight; for a frozen layer's, the first with a group."""
     trained = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    default = next((i for i, o in enumerate(optimizers) if o.param_groups), -1)
     holders: dict[Quantizer, int] = {}
     for _, layer in quantized_layers(pl_module):
         index = next((trained[id(p)] for p in weight_parameters(layer) if id(p) in trained), default)

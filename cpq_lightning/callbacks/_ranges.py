@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from cpq_lightning.attach import RangeTracker, is_due, refit, renew_rewritten
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
 from cpq_lightning.callbacks._company import counts_operations
 from cpq_lightning.callbacks._evaluation import LentRanges, lend_ranges
+from cpq_lightning.callbacks._names import Callback
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
@@ -72,8 +73,7 @@ class FindsRanges(Callback):
         if step < 0 or not all(q.active for q in self._quantizers):
             return
         if self._tracker is None:
-            optimizers = [*trainer.optimizers, *(companion.optimizer for companion in self._companions)]
-            self._tracker = RangeTracker(pl_module, optimizers)
+            self._tracker = RangeTracker(pl_module, [companion.optimizer for companion in self._companions])
             if step == 0 and self._tracker.renew_weights():
                 # Somebody has initialized weights since they were calibrated: inputs are others as well.
                 refit(pl_module)
@@ -111,15 +111,17 @@ class FindsRanges(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             renew_rewritten(pl_module)
-            self._lent = lend_ranges(trainer, pl_module, self.calibration_batches, self.quantize_from)
+        # Some loops, such as the Tuner's, start again without an end.
+        self._take_back_ranges()
+        self._lent = lend_ranges(trainer, pl_module, self.quantize_from)
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self._lent is not None:
-            self._lent.calibrate(trainer)
+            self._lent.after_batch(trainer)
 
-    on_predict_batch_start = on_test_batch_start
+    on_predict_batch_end = on_test_batch_end
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_back_ranges()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,9 @@ def renew(trainer: Trainer, path: str, state: Mapping[str, Any], names: set[str]
     """
     try:
         storage = trainer.strategy.checkpoint_io
-        checkpoint = storage.load_checkpoint(path, weights_only=True)
+        # Lightning before 2.6 reads checkpoints whole, and does not take the word.
+        knows = "weights_only" in signature(trainer.strategy.load_checkpoint).parameters
+        checkpoint = storage.load_checkpoint(path, **({"weights_only": True} if knows else {}))
         held = checkpoint["state_dict"]
         tensors = {name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)}
         changed = {name for name, value in tensors.items() if not torch.equal(value, held[name].cpu())}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cpq_lightning.callbacks._names import PACKAGES
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -57,4 +59,4 @@ def run_folder(trainer: Trainer) -> Path:
 def overrides(module: object, method: str) -> bool:
     """Whether a LightningModule defines a hook itself; of either package, ``lightning`` or ``pytorch_lightning``."""
     owner = next((cls for cls in type(module).__mro__ if method in cls.__dict__), None)
-    return owner is not None and owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+    return owner is not None and owner.__module__.split(".")[0] not in PACKAGES

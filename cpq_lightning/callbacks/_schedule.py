@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from cpq_lightning.attach import quantizers
+from cpq_lightning.callbacks._names import Callback, MisconfigurationException
 from cpq_lightning.callbacks._run import run_length, run_step
 from cpq_lightning.functional import Shape, anneal, resolve_point
 from cpq_lightning.nn import Quantizer

@@ -127,7 +127,8 @@ class WidthSearch:
         if progress < _SETTLE:
             gradients = [self._gradients.get(q) for q in self.quantizers]
             targets = [goal.on_the_way(progress / DESCENT) for goal in self.goals]
-            self.gates.step(gradients, targets, rate, noise, beta)
+            if not self.gates.step(gradients, targets, rate, noise, beta):
+                self._notice_idleness(step)
         else:
             if self.settled is None:
                 self.decide(self._at)

@@ -61,7 +61,8 @@ def _candidates(pl_module: LightningModule) -> list[nn.Module]:
     return [pl_module, network] if overrides(pl_module, "forward") else [network]
 
 
-def _architecture(pl_module: LightningModule) -> dict[str, Any] | None:
+def shipped_architecture(pl_module: LightningModule) -> dict[str, Any] | None:
+    """How timm builds what ships, where the module knows."""
     known = getattr(pl_module, "export_architecture", None)
     return None if known is None else known()
 
@@ -78,9 +79,7 @@ class RunSamples:
         parts = _candidates(pl_module)
         for part in parts:
             record_samples(part, most)
-        # Data that nobody needs are not written: a module that the command cannot build again is exported in its fit.
-        known = hasattr(pl_module, "export_architecture") and pl_module.hparams.get("backbone") is not None
-        self._waiting = parts if most and known else []
+        self._waiting = parts if most else []
 
     def leave(self, trainer: Trainer, folder: Path | None) -> None:
         """Write them into the run's folder, on one process, once; to be called after each batch.
@@ -157,7 +156,7 @@ def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, sa
                 format=format,
                 samples=known_samples(pl_module),
                 name=shipped_name(pl_module),
-                architecture=_architecture(pl_module),
+                architecture=shipped_architecture(pl_module),
             )
         except MismatchError as error:
             mismatch = error

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from cpq_lightning.attach import attach, full_precision_copy, unaudited
 from cpq_lightning.backbones import create_backbone, known_backbone, plain_weights, read_weights, under_prefix
+from cpq_lightning.callbacks._names import MisconfigurationException
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import load_quantized
 from cpq_lightning.export.files import replacing

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from cpq_lightning.attach import learning_quantizers
 from cpq_lightning.callbacks._batches import keep_training_batches, training_batches
 from cpq_lightning.callbacks._calibration import forward_training_step, late_progress, without_effects
 from cpq_lightning.callbacks._company import last_saved
+from cpq_lightning.callbacks._names import Callback, MisconfigurationException, is_a
 from cpq_lightning.callbacks._renewal import renew, saved_now
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -169,7 +169,7 @@ class BatchNormReestimation(Callback):
         most = min(self.batches, trainer.num_training_batches)
         bar = trainer.progress_bar_callback
         # Older versions of rich show one bar at a time.
-        rich = any(cls.__name__ == "RichProgressBar" for cls in type(bar).__mro__)
+        rich = is_a(bar, "RichProgressBar")
         shown = trainer.is_global_zero and bar is not None and not rich
         # Compiled code runs as it was written: it would be compiled anew for a few batches in modes of their own.
         eager: Any = torch.compiler.set_stance("force_eager")
@@ -194,7 +194,7 @@ class BatchNormReestimation(Callback):
 def _check_order(trainer: Trainer, own: Callback) -> None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks[callbacks.index(own) + 1 :]:
-        if any(cls.__name__ in _BEFORE for cls in type(callback).__mro__):
+        if is_a(callback, *_BEFORE):
             raise MisconfigurationException(
                 f"{type(callback).__name__} stands behind BatchNormReestimation, which needs the network that it "
                 "leaves: put BatchNormReestimation last in the list of callbacks. (A QuantizedModule adds a "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import auditable, learning_quantizers, model_costs, quantizers, widths_by_name
@@ -14,6 +13,7 @@ from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._company import Bests, last_saved, monitored_bests, quantization_start, warn_of_old_bests
 from cpq_lightning.callbacks._goals import BudgetUnit, explain_nothing_to_learn, make_goals
 from cpq_lightning.callbacks._loggers import log_widths
+from cpq_lightning.callbacks._names import Callback, MisconfigurationException
 from cpq_lightning.callbacks._optimizers import beside_optimizers
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step
 from cpq_lightning.callbacks._search import WidthSearch

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from cpq_lightning.attach import quantized_layers
+from cpq_lightning.callbacks._names import Callback
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.callbacks._schedule import check_span, need_quantizers, resolve_span
 from cpq_lightning.functional import Shape, anneal

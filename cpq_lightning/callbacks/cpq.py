@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach import (
     Audit,
     agreed,
+    attached_config,
     auditable,
     correct_first_and_last,
     forget_first_forwards,
@@ -39,30 +41,30 @@ from cpq_lightning.callbacks._company import (
     warn_of_old_bests,
 )
 from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
-from cpq_lightning.callbacks._optimizers import train_quantizers
+from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers
 from cpq_lightning.callbacks._ranges import FindsRanges
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
+from cpq_lightning.checkpoint import CHECKPOINT_KEY
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import Format, clipped_shares, range_warnings, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import Companion, UpdateBound
-
-_CHECKPOINT_KEY = "cpq_lightning"
+from cpq_lightning.optim import Beside, Companion
 
 
 class CPQCallback(FindsRanges):
     """Train any LightningModule with Cluster-Promoting Quantization, its code unchanged.
 
     In ``setup`` the module's convolutions and linear layers are quantized in place (a module that is quantized
-    already, such as :class:`~cpq_lightning.QuantizedModule`, is left as it is). When a fit begins the quantizers'
-    parameters move into a group of their own in the module's optimizer, without weight decay, and activation ranges
-    are calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder, and
+    already, such as :class:`~cpq_lightning.QuantizedModule`, is left as it is). The quantizers' parameters train beside
+    the module's optimizer, with another one of the same class and settings, without weight decay: the groups,
+    schedulers and saved states of the module's own are those of training without quantization. Activation ranges are
+    calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder, and
     the terminal shows each layer's levels, and the metrics in full precision beside the quantized ones.
 
     Everything that defines the quantized model is in the module's ``state_dict``: to use a checkpoint elsewhere, give
-    that Trainer the same callback, or :func:`~cpq_lightning.attach` the module before ``load_state_dict``.
+    that Trainer the same callback, or see :func:`~cpq_lightning.load_checkpoint` and :func:`~cpq_lightning.loading`.
 
     Args:
         config: What to quantize, and how.
@@ -70,15 +72,15 @@ class CPQCallback(FindsRanges):
             trains in full precision; at it all ranges are fitted afresh, the same on every rank.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
             rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
-        calibration_batches: Training batches for the activation ranges, which training gets all the same. Of a module
-            that was never fitted, so many of what is validated, tested or predicted, for that one evaluation.
+        calibration_batches: Training batches for the activation ranges, which training gets all the same. A module
+            that was never fitted is evaluated with ranges of the first batch there, for that one evaluation.
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
             of the levels and of the weights' clusters. ``None`` writes none.
         table: Whether to print the tables at the end.
         export: Formats that the model is written in at the end, into the run's folder, each verified first:
             ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``.
-        samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. Of a QuantizedModule they
-            lie in ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
+        samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. They lie in
+            ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
 
     Raises:
         ImportError: a format needs a package that is not installed.
@@ -127,7 +129,8 @@ class CPQCallback(FindsRanges):
         self._evaluation_audit: Audit | None = None
         self._audits_evaluation = True
         self._companions: list[Companion] = []
-        self._bounds: list[UpdateBound] = []
+        # What keeps quantizers out of optimizers that train none.
+        self._others: list[Beside] = []
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
         self._before: dict[str, Any] = {}
@@ -154,14 +157,14 @@ class CPQCallback(FindsRanges):
             set_active(pl_module, False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._restored = checkpoint.get(_CHECKPOINT_KEY, {})
+        self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))
         self._before = dict(self._restored.get("before", {}))
         self._bests = dict(self._restored.get("bests", {}))
-        # Some strategies restore behind on_fit_start.
-        for companion, state in zip(self._companions, self._restored.get("companions", []), strict=False):
-            companion.load_state_dict(state)
+        if trainer.state.fn == "fit":
+            # Some strategies restore behind on_fit_start, and the Tuner within it.
+            restore_companions(self._companions, self._restored.get("companions", []))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole(quantizers(pl_module))
@@ -171,7 +174,7 @@ class CPQCallback(FindsRanges):
         # What its hooks do in a loop of somebody's own is done here.
         forget_first_forwards(pl_module)
         saved = self._restored.get("companions", [])
-        self._companions, self._bounds = train_quantizers(trainer, pl_module, self.lr_factor, saved)
+        self._companions, self._others = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
         self._begin_calibration(trainer, pl_module)
@@ -221,7 +224,6 @@ class CPQCallback(FindsRanges):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.on_test_batch_start(trainer)
         if batch_idx or dataloader_idx:
             return
         if not trainer.sanity_checking:
@@ -247,17 +249,14 @@ class CPQCallback(FindsRanges):
             if trainer.is_global_zero:
                 report_audit(pl_module, audit.report, evaluation=True)
         self._stop_recording()
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        shares = clipped_shares(pl_module)
-        if shares:
-            pl_module.log_dict({f"cpq/clipped_{kind}": share for kind, share in shares.items()}, sync_dist=True)
+        self.on_test_batch_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
+            self._take_back_ranges()
             return
+        if trainer.state.fn == "fit":
+            self._log_clipped(trainer, pl_module)
         quantized = all(q.active for _, q in quantizers(pl_module))
         self._metrics["quantized" if quantized else "full precision"] = validation_metrics(trainer)
         self._take_back_ranges()
@@ -265,7 +264,9 @@ class CPQCallback(FindsRanges):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
         correct_loader_states(trainer, checkpoint)
-        checkpoint[_CHECKPOINT_KEY] = {
+        config = attached_config(pl_module)
+        checkpoint[CHECKPOINT_KEY] = {
+            "config": None if config is None else config.to_dict(),
             "metrics": self._metrics,
             "before": self._before,
             "bests": self._bests,
@@ -314,7 +315,7 @@ class CPQCallback(FindsRanges):
         forget_configured(pl_module)
         self._run_samples.end(pl_module)
         # Companions stay: a checkpoint may be saved after the fit.
-        for hooked in (*self._companions, *self._bounds):
+        for hooked in (*self._companions, *self._others):
             hooked.remove()
 
     # Steps of the work ------------------------------------------------------------------------------------------------
@@ -324,12 +325,21 @@ class CPQCallback(FindsRanges):
         refit(pl_module)
         self._bests = monitored_bests(trainer)
         share_with_averages(trainer, pl_module, dict(quantizers(pl_module)))
-        owned = {id(p) for q in self._quantizers for p in q.parameters()}
-        for optimizer in (*trainer.optimizers, *(companion.optimizer for companion in self._companions)):
+        for companion in self._companions:
             # Momentum of a step that was fitted anew belongs to the old one.
-            for parameter in [p for p in optimizer.state if id(p) in owned]:
-                del optimizer.state[parameter]
+            companion.optimizer.state.clear()
         rank_zero_info(f"Quantization begins at step {run_step(trainer)}: all ranges are fitted afresh.")
+
+    def _log_clipped(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Straight to the loggers: tables of metrics, progress bars and monitors have the user's own."""
+        shares = clipped_shares(pl_module)
+        if not shares or not trainer.loggers:
+            return
+        means = torch.tensor(list(shares.values()), device=pl_module.device)
+        means = trainer.strategy.reduce(means, reduce_op="mean").tolist()
+        for logger in trainer.loggers:
+            named = {f"cpq/clipped_{kind}": share for kind, share in zip(shares, means, strict=True)}
+            logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _finish_audit(self, pl_module: LightningModule) -> None:
         """Act on what the first training batch has shown, once its backward is done."""

@@ -10,13 +10,13 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cpq_lightning.attach import is_attached, quantizable_layers
 from cpq_lightning.callbacks._company import quantization_start
+from cpq_lightning.callbacks._names import Callback, MisconfigurationException
 from cpq_lightning.callbacks._network import part_with
 from cpq_lightning.callbacks._run import run_folder, run_step
 from cpq_lightning.callbacks._teacher import (

@@ -18,6 +18,7 @@ from cpq_lightning.attach import (
     quantized_operands,
     size_bytes,
     unquantized_bytes,
+    unwrapped,
     weight_bytes,
 )
 from cpq_lightning.attach.costs import FULL_BITS
@@ -100,6 +101,7 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
         >>> [(r.name, r.bits, r.low, r.high) for r in levels(model)]
         [('0', 8, -128, 127), ('1', 8, -128, 127)]
     """
+    model = unwrapped(model)
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
@@ -184,6 +186,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     attached; ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True``
     quantizes, ``null`` before a forward.
     """
+    model = unwrapped(model)
     records = levels(model)
     by_layer: dict[str, dict[str, Any]] = {}
     operands = {name for name, _ in quantized_operands(model)}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cpq_lightning.attach import detach
+from cpq_lightning.attach import detach, unwrapped
 from cpq_lightning.export.coded import check_exportable, evaluated, uncalled
 from cpq_lightning.export.files import replacing
 from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
@@ -114,6 +114,7 @@ def export_model(
         raise ValueError(f"container must be one of {CONTAINERS}, got {container!r}.")
     if not name or Path(name).name != name:
         raise ValueError(f"name must be a file's name without a folder, got {name!r}.")
+    model = unwrapped(model)
     # Before levels are read: of a weight that is spread over processes, one of them alone would wait for the others.
     check_exportable(model)
     if names := uncalled(model):

@@ -142,8 +142,8 @@ class GateTrainer:
     @torch.no_grad()
     def step(
         self, gradients: Sequence[Tensor | None], targets: Sequence[float], rate: float, noise: float, beta: float
-    ) -> None:
-        """Update all logits.
+    ) -> bool:
+        """Update all logits, unless a gradient is not finite.
 
         Args:
             gradients: Of the loss, in each quantizer's logits; ``None`` where there is none.
@@ -151,10 +151,15 @@ class GateTrainer:
             rate: Largest move of a logit.
             noise: How much of the gates' noise is left.
             beta: Temperature of the gates.
+
+        Returns:
+            Whether it was done.
         """
         came = self._per_row([0.0 if g is None else 1.0 for g in gradients])
         zeros = (torch.zeros_like(q.gates.logits()) for q in self.quantizers)
         gradient = self._collect([z if g is None else g for g, z in zip(gradients, zeros, strict=True)])
+        if not gradient.isfinite().all():
+            return False
         self.updates += self.values.update(gradient, came)
         known = self.updates > 0
         theta = self._following(self.theta(), known, rate, noise, beta)
@@ -183,6 +188,7 @@ class GateTrainer:
             budget.strength += (strength - budget.strength) * (1 - _MOMENTUM)
             new = torch.where(unit > 0, moved(strength, price), new)
         self.write(new)
+        return True
 
     def _following(self, theta: Tensor, known: Tensor, rate: float, noise: float, beta: float) -> Tensor:
         """Logits with those of the unknown rows moved towards the mean width of the known ones."""

@@ -12,7 +12,6 @@ from torch import nn
 from cpq_lightning import CPQCallback, CPQConfig, attach, levels
 from cpq_lightning.attach import is_attached, quantizers
 from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
-from cpq_lightning.optim.groups import GROUP_NAME
 from tests.models import Classifier, convnet, data, quantized_weight
 
 CONFIG = CPQConfig(weight_bits=4, act_bits=4, min_bits=3)
@@ -180,10 +179,11 @@ def test_manual_optimization_with_two_optimizers(fit):
     module = Manual()
     start = copy.deepcopy(module.state_dict())
     trainer = fit(module, callbacks(quantize_from=0.5), max_epochs=2)
-    groups = [[g for g in o.param_groups if g.get("name") == GROUP_NAME] for o in trainer.optimizers]
-    assert [len(g) for g in groups] == [1, 1]
-    assert id(module.net[0].weight_quantizer.log_scale) in {id(p) for p in groups[0][0]["params"]}
-    assert id(module.net[3].weight_quantizer.log_scale) in {id(p) for p in groups[1][0]["params"]}
+    own = [{id(p) for p in companion.parameters} for companion in trainer.callbacks[0]._companions]
+    assert id(module.net[0].weight_quantizer.log_scale) in own[0] - own[1]
+    assert id(module.net[3].weight_quantizer.log_scale) in own[1] - own[0]
+    held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    assert not held & {id(p) for _, q in quantizers(module) for p in q.parameters()}
     assert all(q.active and q.log_scale.item() != 0 for _, q in quantizers(module))
     assert not start["net.0.weight"].equal(module.net[0].weight)
 
@@ -212,24 +212,6 @@ def test_layers_made_in_configure_model_are_quantized(fit):
     module = Late()
     fit(module, [CPQCallback(table=False)], max_epochs=1)
     assert is_attached(module)
-
-
-def test_pytorch_lightning_modules_and_trainers_work(fit):
-    other = pytest.importorskip("pytorch_lightning")
-
-    class Theirs(other.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = convnet()
-
-        training_step, validation_step = Classifier.training_step, Classifier.validation_step
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), 1e-3)
-
-    module = Theirs()
-    fit(module, callbacks(), trainer_class=other.Trainer)
-    assert all(q.fitted and q.log_scale.item() != 0 for _, q in quantizers(module))
 
 
 def test_resumed_run_ends_where_the_uninterrupted_one_does(fit, tmp_path):

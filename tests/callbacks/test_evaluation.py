@@ -6,10 +6,11 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from cpq_lightning import CPQCallback, CPQConfig, attach, calibrate
+from cpq_lightning import CPQCallback, CPQConfig, attach
 from cpq_lightning.attach import is_attached, quantizers
 from tests.models import IMAGES, LABELS, Classifier, data
 
@@ -94,15 +95,16 @@ def assert_same(one, other):
 @pytest.mark.filterwarnings("ignore:.*(shuffling enabled|many workers).*")
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("what", ["validate", "test", "predict"])
-def test_it_gives_what_a_twin_gives_that_was_calibrated_on_the_first_batches(tmp_path, what, name):
+def test_it_gives_what_a_twin_gives_whose_ranges_come_from_the_first_batch(tmp_path, what, name):
     module = Module()
     twin = attach(copy.deepcopy(module))
     first = LOADERS[name]()
-    first = list(first[0] if isinstance(first, list) else first)[:3]
-    calibrate(twin.eval(), first, forward=lambda batch: twin.net(batch[0]))
+    first = next(iter(first[0] if isinstance(first, list) else first))
+    for _, quantizer in quantizers(twin):
+        quantizer.fits_next = quantizer.kind == "activation"
+    twin.eval().net(first[0])
     wanted = evaluate(what, trainer(tmp_path), twin, LOADERS[name]())
-    many = 2 if name == "several" else 3
-    with pytest.warns(UserWarning, match=f"Module was never fitted.*from the first {many} batches"):
+    with pytest.warns(UserWarning, match=r"Module was never fitted.*from the first batch"):
         found = evaluate(what, trainer(tmp_path, cpq()), module, LOADERS[name]())
     assert found == wanted
     assert module.seen == twin.seen
@@ -177,15 +179,45 @@ def test_before_quantization_begins_it_is_in_full_precision_and_says_so(tmp_path
     assert is_attached(module)
 
 
-def test_a_step_that_takes_the_iterator_runs_in_full_precision(tmp_path):
+def test_a_step_that_takes_the_iterator(tmp_path):
     class Taking(Module):
         def validation_step(self, dataloader_iter):
             batch, *_ = next(dataloader_iter)
             self.log("mean", self.net(batch[0]).mean(), batch_size=16)
 
     module = Taking()
-    wanted = trainer(tmp_path).validate(copy.deepcopy(module), data(shuffle=False), verbose=False)
-    with pytest.warns(UserWarning, match="takes the data's iterator.*runs in full precision"):
-        found = trainer(tmp_path, cpq()).validate(module, data(shuffle=False), verbose=False)
+    wanted = trainer(tmp_path, cpq()).validate(copy.deepcopy(module), data(16, shuffle=False), verbose=False)
+    with pytest.warns(UserWarning, match="never fitted"):
+        found = trainer(tmp_path, cpq()).validate(module, data(16, shuffle=False), verbose=False)
     assert found == wanted
-    assert all(q.active for _, q in quantizers(module))
+    assert not any(q.fitted for _, q in quantizers(module) if q.kind == "activation")
+
+
+def test_a_fit_that_trains_nothing_validates_quantized(tmp_path):
+    module = Module()
+    run = trainer(tmp_path, cpq(), limit_train_batches=0, limit_val_batches=2)
+    with pytest.warns(UserWarning, match="never fitted"):
+        run.fit(module, data(), data(shuffle=False))
+    assert not any(q.fitted for _, q in quantizers(module) if q.kind == "activation")
+
+
+def test_metrics_and_monitors_are_the_users_own(tmp_path):
+    class Noted(Logger):
+        name = version = "noted"
+
+        def __init__(self):
+            super().__init__()
+            self.found = {}
+
+        def log_hyperparams(self, *args, **kwargs):
+            pass
+
+        def log_metrics(self, metrics, step=None):
+            self.found |= metrics
+
+    run = trainer(tmp_path, cpq())
+    run.loggers = [noted := Noted()]
+    run.fit(Module(), data(), data(shuffle=False))
+    assert set(run.callback_metrics) <= {"train_loss", "accuracy", "mean"}
+    assert 0 <= noted.found["cpq/clipped_weights"] < 0.1
+    assert 0 <= noted.found["cpq/clipped_inputs"] < 0.1

@@ -36,10 +36,11 @@ def run(folder, loader, *more, ckpt_path=None, **settings):
 
 
 def outcome(trainer, module):
-    """All that a run ends with: weights, gates, what schedules and budget have set, and the optimizer."""
+    """All that a run ends with: weights, gates, what schedules and budget have set, and the optimizers."""
+    optimizers = [trainer.optimizers[0], *(companion.optimizer for companion in trainer.callbacks[0]._companions)]
     budget = next(c for c in trainer.callbacks if isinstance(c, BitBudget))
     search = budget.state_dict()["search"]
-    return module.state_dict(), search, budget.changes, trainer.optimizers[0].state_dict()
+    return module.state_dict(), search, budget.changes, [optimizer.state_dict() for optimizer in optimizers]
 
 
 def assert_equal(one, other, path=""):

@@ -160,7 +160,7 @@ def test_the_optimizer_inside_lookahead_is_bounded():
 def test_a_companion_is_bounded_too():
     weight, step = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    Companion(optimizer, [step], lr=100.0)
+    Companion(optimizer, [step], lr_factor=1e3)
     weight.grad, step.grad = torch.ones(2, 2), torch.ones(1)
     optimizer.step()
     assert step.item() == pytest.approx(-BOUND)

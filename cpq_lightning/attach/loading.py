@@ -1,0 +1,101 @@
+"""Trained models back from their ``state_dict``, by whichever code loads it.
+
+torch has no hook by which a module without quantizers could be asked before a ``state_dict`` is loaded into it. So
+importing this module puts a check in front of :meth:`torch.nn.Module.load_state_dict`: it looks at the names of a
+state, and passes on whatever has no quantizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from cpq_lightning.attach.rebuild import attach_state, plain_in, quantized_in
+
+# How many states with quantizers the innermost context has met; None outside of one. A thread begins outside.
+_met: ContextVar[list[int] | None] = ContextVar("cpq_lightning_loading", default=None)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Within it, any ``load_state_dict`` that meets the state of a quantized model attaches its quantizers first.
+
+    So a package that saves a ``state_dict`` and builds the module itself loads what was trained, to the bit, by its own
+    means; the module is quantized then, as :func:`~cpq_lightning.attach` leaves it. It holds for the thread that has
+    entered it, for whole modules and for parts of them; a module that is attached already is loaded as ever. Where
+    loading fails the module is left as it was. A warning says so where no such state was met.
+
+    Raises:
+        ValueError: from ``load_state_dict``, where a quantizer does not fit its layer.
+
+    Example:
+        ``with cpq_lightning.loading(): model = TheirModel.load("model.pt")``
+    """
+    with attaching() as met:
+        yield
+    if not met[0]:
+        warnings.warn(
+            "Within cpq_lightning.loading() no load_state_dict has met the state of a quantized model: what was loaded "
+            "is as it was built. Was it saved before CPQCallback, or attach, had quantized it, or was its state read "
+            "in another thread?",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def attaching() -> Iterator[list[int]]:
+    """:func:`loading` without the warning; yields the number of states with quantizers met so far, in a list."""
+    met = [0]
+    token = _met.set(met)
+    try:
+        yield met
+    finally:
+        _met.reset(token)
+        outer = _met.get()
+        if outer is not None:
+            outer[0] += met[0]
+
+
+_load_state_dict = nn.Module.load_state_dict
+
+
+@functools.wraps(_load_state_dict)
+def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(state_dict, Mapping) or not quantized_in(state_dict):
+        return _load_state_dict(self, state_dict, *args, **kwargs)
+    met = _met.get()
+    if met is not None:
+        met[0] += 1
+    names = plain_in(self, state_dict)
+    if not names:
+        return _load_state_dict(self, state_dict, *args, **kwargs)
+    if met is None:
+        own = type(self).__name__
+        cure = "Load it within `with cpq_lightning.loading():`"
+        if hasattr(self, "load_from_checkpoint"):
+            cure = (
+                f"Load it with `cpq_lightning.load_checkpoint({own}, path)`, or within "
+                "`with cpq_lightning.loading():`; give a Trainer the CPQCallback of the run"
+            )
+        raise RuntimeError(
+            f"{cure}. This state_dict is of a quantized model, and {own} has no quantizers in {len(names)} of the "
+            f"modules that were quantized, such as {names[0]!r}: it would evaluate as another network. (For the "
+            "full-precision weights alone, leave out the keys with '_quantizer.' and 'product_'.)"
+        )
+    undo = attach_state(self, state_dict)
+    try:
+        return _load_state_dict(self, state_dict, *args, **kwargs)
+    except BaseException:
+        undo()
+        raise
+
+
+# A module that is reloaded must not stand in front of itself.
+if not hasattr(_load_state_dict, "__wrapped__"):
+    nn.Module.load_state_dict = _checked  # type: ignore[method-assign]

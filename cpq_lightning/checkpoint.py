@@ -1,0 +1,69 @@
+"""Trained LightningModules back from their checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from cpq_lightning.attach import attaching, is_attached, set_attached_config
+from cpq_lightning.config import CPQConfig
+
+# Where a Lightning checkpoint holds what belongs to the callback.
+CHECKPOINT_KEY = "cpq_lightning"
+M = TypeVar("M", bound=nn.Module, covariant=True)
+
+
+class _Loadable(Protocol[M]):
+    @property
+    def __name__(self) -> str: ...
+
+    def load_from_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> M: ...
+
+
+def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
+    """The trained module of a checkpoint, quantized as it was, in a process that knows nothing else of the run.
+
+    What is quantized, and how, lies in the checkpoint; what the class needs beyond that comes from its saved
+    hyperparameters, or from ``kwargs``.
+
+    Args:
+        module_class: The LightningModule's class, of ``lightning`` or of ``pytorch_lightning``.
+        path: The checkpoint: a path, a URL, or a file.
+        kwargs: For ``load_from_checkpoint``: ``map_location``, ``strict``, ``weights_only``, and the class's arguments.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: there are no quantizers in the checkpoint, or they do not fit the module.
+
+    Example:
+        ``module = cpq_lightning.load_checkpoint(Net, "last.ckpt").eval()``
+    """
+    with attaching():
+        module = module_class.load_from_checkpoint(path, **kwargs)
+    if not is_attached(module):
+        raise ValueError(
+            f"The checkpoint {path} has no quantizers: it is of a run without CPQCallback. Load it with "
+            f"{module_class.__name__}.load_from_checkpoint, or take a checkpoint of the run that quantizes."
+        )
+    config = _config_of(path, kwargs.get("weights_only"))
+    if config is not None:
+        set_attached_config(module, config)
+    return module
+
+
+def _config_of(path: Any, weights_only: bool | None) -> CPQConfig | None:
+    """What the run was told to quantize, as its checkpoint has it: of a file, or of what can be read twice."""
+    if hasattr(path, "read") and not (hasattr(path, "seek") and path.seekable()):
+        return None
+    if hasattr(path, "read"):
+        path.seek(0)
+    elif not Path(path).is_file():
+        return None
+    content = torch.load(path, map_location="meta", weights_only=weights_only is not False)
+    settings = content.get(CHECKPOINT_KEY, {}).get("config")
+    return None if settings is None else CPQConfig(**settings)
