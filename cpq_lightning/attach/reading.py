@@ -60,7 +60,8 @@ class ReadQuantized(TorchFunctionMode):
     def _reads(self, values: Any) -> bool:
         if isinstance(values, dict):
             values = tuple(values.values())
-        if isinstance(values, tuple | list):
+        # No union of types: torch 2.8 does not compile one.
+        if isinstance(values, (tuple, list)):
             return any(self._reads(value) for value in values)
         return any(values is weight for weight, _ in self.weights)
 
