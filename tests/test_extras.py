@@ -54,7 +54,7 @@ def test_the_command_says_in_a_sentence_what_its_parser_lacks():
         "extras._version = lambda name: '4.20.0' if name == 'jsonargparse' else real(name)\n"
         "from cpq_lightning.__main__ import main; main()"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert ran.returncode == 1
     (line,) = ran.stderr.splitlines()
     assert line.startswith("The command cpq needs jsonargparse[signatures]>=")
