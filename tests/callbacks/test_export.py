@@ -148,7 +148,7 @@ def test_settings_are_checked_before_training(monkeypatch):
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         CPQCallback(export=["packed"], samples=0)
     monkeypatch.setattr("cpq_lightning.extras._version", lambda name: "0.0.1")
-    with pytest.raises(ImportError, match="ONNX needs .*onnx>="):
+    with pytest.raises(ImportError, match=r"ONNX needs .*onnx>="):
         CPQCallback(export=["onnx"])
 
 

@@ -387,9 +387,10 @@ def test_compiled_it_is_one_graph_that_is_compiled_once_and_gives_the_same():
     for _ in range(3):
         for name, a, b in zip(names, own, step(compiled, x), strict=True):
             # The last step to the quantizer's own parameters is a few operations of torch here, and one of C there.
-            # And torch 2.8 compiles a convolution's gradient to another order of sums.
-            exact = {"rtol": 0, "atol": 0} if TORCH >= (2, 9) else {"rtol": 1e-5, "atol": 1e-6}
-            tolerance = {"rtol": 1e-5, "atol": 1e-9} if "quantizer" in name else exact
+            tolerance = {"rtol": 1e-5, "atol": 1e-9} if "quantizer" in name else {"rtol": 0, "atol": 0}
+            if TORCH < (2, 9):
+                # It compiles a convolution's gradient to another order of sums.
+                tolerance = {"rtol": 1e-4, "atol": 1e-6}
             torch.testing.assert_close(a, b, **tolerance)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
