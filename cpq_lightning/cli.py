@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ class CPQCLI(LightningCLI):
     What the model leaves open it takes from the data, where that tells: ``num_classes`` and ``class_names``; and a data
     module with a ``backbone`` that is left open gets the model's.
     """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        # Lightning before 2.6 takes no class for its parser.
+        parser.__class__ = _Parser
+        return parser
 
     def instantiate_classes(self) -> None:
         given = self.config.clone()
@@ -157,7 +164,9 @@ def _parser_of(name: str) -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; ``arguments`` default to the command line's."""
-    set_parsing_settings(add_print_completion_argument=True)
+    if "add_print_completion_argument" in signature(set_parsing_settings).parameters:
+        # Of jsonargparse 4.47, which the extra 'completion' asks for; the command itself does without.
+        set_parsing_settings(add_print_completion_argument=True)
     if arguments is None:
         # LightningCLI warns of arguments that are handed over while there are some on the command line.
         sys.argv[1:] = [_shipped(a) for a in sys.argv[1:]]
@@ -173,7 +182,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         QuantizedModule,
         LightningDataModule,
         subclass_mode_data=True,
-        parser_class=_Parser,
         # Its learning rate may be a tensor, and so on, likewise.
         auto_configure_optimizers=not completing,
         parser_kwargs={

@@ -208,7 +208,9 @@ def data_module(settings: Any) -> LightningDataModule:
     """The data module that settings of ``class_path`` and ``init_args`` describe."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    return parser.instantiate(parser.parse_object({"data": settings}))["data"]
+    # Its name in jsonargparse up to 4.47, and beyond.
+    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parser.parse_object({"data": settings}))["data"]
 
 
 def fill_in(model: Any, data: Any) -> None:

@@ -7,7 +7,7 @@
 #
 # Run it as a script, `python recipes/tutorial.py [FOLDER]`, or cell by cell in an editor that knows `# %%` (VS Code,
 # PyCharm, Spyder; `jupytext --to notebook recipes/tutorial.py` makes a notebook). It needs `pip install
-# 'cpq-lightning[recipes,onnx]'`.
+# -e '.[recipes,onnx]'` in the checkout.
 
 # %%
 import sys

@@ -1,6 +1,9 @@
-"""Marks of parameters."""
+"""Marks of parameters, and the version that some depend on."""
 
 import pytest
+import torch
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def thorough(*parameters):

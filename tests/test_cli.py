@@ -12,6 +12,7 @@ import yaml
 from cpq_lightning import QuantizedModule, __version__, levels
 from cpq_lightning.attach import quantizers
 from cpq_lightning.cli import _shipped, main
+from cpq_lightning.extras import unmet
 from tests.marks import thorough
 
 ROOT = Path(__file__).parent.parent
@@ -216,6 +217,8 @@ def test_python_m_is_the_same_command(tmp_path):
 
 def test_completion_in_bash(tmp_path):
     """What pressing the tabulator key would offer."""
+    if unmet("completion"):
+        pytest.skip(f"completion needs {', '.join(map(str, unmet('completion')))}")
     command = [CPQ, "--print_completion=shtab-bash"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert ran.returncode == 0, ran.stderr

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cpq_lightning"
 # A module may import from its own floor's folder and from floors below it.
 FLOORS = [
-    ["functional", "version"],
+    ["functional", "version", "extras"],
     ["kernels"],
     ["config"],
     ["nn"],

@@ -14,16 +14,17 @@ WITH_WEIGHT: set[Any] = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
-WITHOUT_WEIGHT: set[Any] = {
+# This and the next are dicts: torch 2.8 compiles no look into a set of functions.
+WITHOUT_WEIGHT: dict[Any, None] = dict.fromkeys((
     torch.matmul, torch.mm, torch.mv, torch.bmm, torch.inner, torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm,
     torch.einsum, torch.tensordot, torch.linalg.matmul, torch.linalg.multi_dot, Tensor.__matmul__, Tensor.__rmatmul__,
     Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.bmm, Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.addbmm,
     Tensor.baddbmm, F.scaled_dot_product_attention,
-}  # fmt: skip
+))  # fmt: skip
 # Of these the first operand is added to the product of the others.
-_ADDED_FIRST: set[Any] = {
+_ADDED_FIRST: dict[Any, None] = dict.fromkeys((
     torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm, Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm,
-}  # fmt: skip
+))  # fmt: skip
 # Operations that multiply by weights inside.
 FUSED: set[Any] = {
     torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, F.multi_head_attention_forward,  # type: ignore[attr-defined]

@@ -57,8 +57,14 @@ class QuantizedProducts(Switched):
         return {"forward": forward}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Quantizing(self.product_operands if any(self.product_plan) else {}) as products:
-            output = super().forward(*args, **kwargs)
+        products = _Quantizing(self.product_operands if any(self.product_plan) else {})
+        # Here, not in __enter__: torch 2.8 compiles modes that enter and exit as TorchFunctionMode does, and no others.
+        _running.forwards.append(products)
+        try:
+            with products:
+                output = super().forward(*args, **kwargs)
+        finally:
+            _running.forwards.pop()
         if products.made not in self.product_counts:
             raise RuntimeError(
                 f"attention=True: a forward of {self.base_class.__name__} multiplies {products.made} times, and "
@@ -171,15 +177,6 @@ class _Quantizing(TorchFunctionMode):
         super().__init__()
         self.operands = operands
         self.made = 0
-
-    def __enter__(self) -> _Quantizing:
-        _running.forwards.append(self)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        _running.forwards.pop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

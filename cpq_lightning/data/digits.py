@@ -60,7 +60,7 @@ def _digits() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "The digits come with scikit-learn, which is not installed: pip install 'cpq-lightning[recipes]'."
+            "The digits come with scikit-learn, which is not installed: pip install scikit-learn."
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.as_tensor(labels)

@@ -21,8 +21,7 @@ def _figure(**settings: Any) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "matplotlib, which draws the pictures, is not installed: pip install 'cpq-lightning[plots]', then "
-            "cpq report RUN_DIR."
+            "matplotlib, which draws the pictures, is not installed: pip install matplotlib, then cpq report RUN_DIR."
         ) from error
     # Without pyplot: no global state, no window, no back end to choose.
     return Figure(layout="constrained", **settings)

@@ -42,7 +42,7 @@ from cpq_lightning.functional.mixture import (
     mask_of,
     mixture_mean,
 )
-from cpq_lightning.functional.truncated import WINDOW
+from cpq_lightning.functional.truncated import PRECISIONS
 
 Estimator = Literal["argmax", "expectation"]
 
@@ -213,7 +213,7 @@ class _Quantize(torch.autograd.Function):
 
 def _computable(t: Tensor) -> Tensor:
     """Halves in float32: their eight or eleven bits of mantissa cannot hold a cell's mass."""
-    return t if t.dtype in WINDOW else t.float()
+    return t if t.dtype in PRECISIONS else t.float()
 
 
 def _in_steps(x: Tensor, a: Tensor, bounds: list[tuple[int, int]]) -> Tensor:

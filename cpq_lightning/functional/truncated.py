@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp(-WINDOW) is the weight of the first cell boundary that the expectation leaves out.
-WINDOW = {torch.float64: 32.0, torch.float32: 15.0}
+# What the sums are computed in.
+PRECISIONS = (torch.float32, torch.float64)
 
 
 @dataclass
@@ -113,7 +113,9 @@ def _window(s: Tensor) -> int:
 
     The values of s are read only where reading costs nothing (on the CPU, outside a compiler).
     """
-    reach = WINDOW[s.dtype]
+    # exp(-reach) is the weight of the first cell boundary that the expectation leaves out. Written here: with dynamic
+    # shapes torch 2.8 compiles a number of the module as an unknown one, and fails in the loop over it.
+    reach = 32.0 if s.dtype == torch.float64 else 15.0
     if s.device.type == "cpu" and not torch.compiler.is_compiling() and s.numel() > 0:
         reach *= min(1.0, s.max().item())
     return math.ceil(reach) + 1

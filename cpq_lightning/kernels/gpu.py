@@ -249,7 +249,7 @@ def _derive(u, n, inv_s, low, high, EXPECTATION: tl.constexpr):
         odds = y * left
         l0 = _reciprocal(1 + odds)
         l1 = l0 * l0
-        l2 = 0.5 * l1
+        l2 = 0.5 * l1  # type: ignore[operator]
         r0 = tl.where(above > 0, _reciprocal(1 + right), 0.0)
         r1 = r0 * r0
         r2 = 0.5 * r1
@@ -312,6 +312,7 @@ def _edges(y, shift, rate, inner, above):
     return low_side, high_side, full, edge_low, edge_high, at_low, at_high
 
 
-def _reciprocal(x) -> Any:
+# Without a type: under Python 3.10 Triton takes a typing.Any in a signature for a function that it should compile.
+def _reciprocal(x):
     # One instruction, to the last bit, of numbers that are neither tiny nor huge; a division takes seven.
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

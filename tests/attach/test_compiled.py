@@ -9,6 +9,7 @@ from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach import set_noise_step
+from tests.marks import TORCH
 from tests.models import convnet
 
 
@@ -79,7 +80,9 @@ def test_compiled_whole(name, dynamic):
     for batch in (4, 3, 5):
         x = torch.randn(batch, *shape)
         own, other = _step(model, x, model), _step(twin, x, compiled)
-        torch.testing.assert_close(other, own, rtol=1e-4, atol=1e-5)
+        # torch 2.8 compiles sums in another order, and a gradient of learned widths is a small rest of large ones.
+        rtol, atol = (1e-4, 1e-5) if TORCH >= (2, 9) else (1e-3, 1e-4)
+        torch.testing.assert_close(other, own, rtol=rtol, atol=atol)
     with torch.no_grad():
         x = torch.randn(6, *shape)
         torch.testing.assert_close(compiled.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)

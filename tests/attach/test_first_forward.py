@@ -153,7 +153,10 @@ class Deformed(nn.Module):
 
 def _grouped(x, w):
     ends = torch.tensor([4, 8], dtype=torch.int32)
-    return torch._grouped_mm(x.bfloat16(), w.bfloat16(), offs=ends).float()
+    try:
+        return torch._grouped_mm(x.bfloat16(), w.bfloat16(), offs=ends).float()
+    except NotImplementedError:
+        pytest.skip("torch 2.8 has no grouped products on CPUs")
 
 
 NAMED = {
@@ -166,14 +169,7 @@ NAMED = {
     "autograd.Function": lambda: Holder(Function.apply),
     "addmm": lambda: Holder(lambda x, w: torch.addmm(torch.zeros(8), x, w)),
     "einsum": lambda: Holder(lambda x, w: torch.einsum("bi,ij->bj", x, w)),
-    "grouped products": lambda: Holder(
-        lambda x, w: torch._grouped_mm(
-            x.bfloat16(), w.bfloat16(), offs=torch.tensor([4, 8], dtype=torch.int32)
-        ).float(),
-        2,
-        8,
-        8,
-    ),
+    "grouped products": lambda: Holder(_grouped, 2, 8, 8),
     "experts": lambda: Holder(lambda x, w: torch.bmm(x[None].expand(2, -1, -1), w[[1, 0]])[0], 2, 8, 8),
     "scaled": lambda: Holder(lambda x, w: F.linear(x, w * 0.5)),
     "stacked": lambda: Holder(lambda x, w: x @ torch.stack([w, w])[1]),

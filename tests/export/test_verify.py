@@ -3,9 +3,10 @@
 import onnx
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch import nn
 
-from cpq_lightning import CPQConfig, attach, calibrate, export_model
+from cpq_lightning import CPQConfig, attach, calibrate, export_model, extras
 from cpq_lightning.attach import quantized_layers
 from cpq_lightning.export import MismatchError, Samples, export_table
 from cpq_lightning.export import ship as shipping
@@ -192,12 +193,10 @@ def test_arguments_are_checked(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
-    import importlib.util
-
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "onnxruntime" else real(n, *a))
-    with pytest.raises(ImportError, match=r"ONNX needs onnxruntime: pip install 'cpq-lightning\[onnx\]'"):
+def test_a_missing_package_is_named_with_how_to_install_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "requirements", lambda extra: [Requirement("no-such-runtime>=1.20")])
+    message = r"ONNX needs no-such-runtime>=1.20 \(not installed\): pip install 'no-such-runtime>=1.20'$"
+    with pytest.raises(ImportError, match=message):
         export_model(model, tmp_path, format="onnx", samples=X)
 
 

@@ -16,6 +16,7 @@ from cpq_lightning.attach import layers, set_noise_step
 from cpq_lightning.functional import level_bounds
 from cpq_lightning.kernels import Convolution, Operand, Ring, describe, product, use_kernels
 from cpq_lightning.kernels.library import library
+from tests.marks import TORCH
 
 pytestmark = pytest.mark.skipif(library() is None, reason=describe())
 
@@ -370,8 +371,8 @@ def test_a_quantizer_costs_few_calls_and_one_of_the_tensor_s_size_each_way():
     (forward, backward), (plain_forward, plain_backward) = counts
     # The quantized input, once for the product and once for its backward; gradients take each other's places.
     assert [a - b for a, b in zip(*large, strict=True)] == [1, 1]
-    # Steps and noises of two quantizers are a few numbers each, but each number takes a call.
-    assert forward - plain_forward <= 2 * 18
+    # Steps and noises of two quantizers are a few numbers each, but each number takes a call; with torch 2.8 two more.
+    assert forward - plain_forward <= 2 * 20
     assert backward - plain_backward <= 2 * 32
 
 
@@ -387,6 +388,9 @@ def test_compiled_it_is_one_graph_that_is_compiled_once_and_gives_the_same():
         for name, a, b in zip(names, own, step(compiled, x), strict=True):
             # The last step to the quantizer's own parameters is a few operations of torch here, and one of C there.
             tolerance = {"rtol": 1e-5, "atol": 1e-9} if "quantizer" in name else {"rtol": 0, "atol": 0}
+            if TORCH < (2, 9):
+                # It compiles a convolution's gradient to another order of sums.
+                tolerance = {"rtol": 1e-4, "atol": 1e-6}
             torch.testing.assert_close(a, b, **tolerance)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

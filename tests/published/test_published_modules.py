@@ -35,7 +35,7 @@ def callbacks(mode, target=TARGET):
 def published(name):
     """A module of a package of the extra; a package that is there but does not import is an error."""
     package = name.partition(".")[0]
-    pytest.importorskip(package, reason=f"{package} is not installed: install cpq-lightning[published]")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[published]'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return import_module(name)
@@ -148,7 +148,7 @@ def unet():
 
 
 def fcos():
-    pytest.importorskip("pycocotools", reason="pycocotools is not installed: install cpq-lightning[published]")
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install -e '.[published]'")
     return published("torchgeo.trainers").ObjectDetectionTask("fcos", "resnet18", num_classes=CLASSES + 1)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
+from torch.utils._pytree import tree_leaves
 
 from cpq_lightning.export.coded import CodedLayer, InputGrid, coded, coded_layers
 from cpq_lightning.export.samples import Samples
@@ -116,6 +117,7 @@ def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
     batch = torch.export.Dim("batch", min=1)
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
+    hook = network.register_forward_hook(_tensors_alone)
     try:
         exporter.setLevel(logging.ERROR)
         with warnings.catch_warnings(), torch.no_grad():
@@ -129,6 +131,7 @@ def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
                 verbose=False,
             )
     finally:
+        hook.remove()
         exporter.setLevel(level)
     assert program is not None
     for value in program.model.graph.inputs:
@@ -141,3 +144,8 @@ def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
         for index, value in enumerate(values):
             value.name = kind if len(values) == 1 else f"{kind}_{index}"
     return program.model
+
+
+def _tensors_alone(module: nn.Module, args: Any, output: Any) -> list[Any]:
+    """A None among the outputs is none of a graph's; torch 2.8 stumbles over it."""
+    return [leaf for leaf in tree_leaves(output) if leaf is not None]
