@@ -33,6 +33,7 @@ from cpq_lightning.attach.layers import QuantizedLayer as QuantizedLayer
 from cpq_lightning.attach.layers import is_attached as is_attached
 from cpq_lightning.attach.layers import quantized_layers as quantized_layers
 from cpq_lightning.attach.layers import quantizers as quantizers
+from cpq_lightning.attach.loading import attach_where as attach_where
 from cpq_lightning.attach.loading import attaching as attaching
 from cpq_lightning.attach.loading import loading as loading
 from cpq_lightning.attach.products import Operand as Operand

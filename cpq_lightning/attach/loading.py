@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -20,6 +20,15 @@ from cpq_lightning.attach.rebuild import attach_state, plain_in, quantized_in
 
 # How many states with quantizers the innermost context has met; None outside of one. A thread begins outside.
 _met: ContextVar[list[int] | None] = ContextVar("cpq_lightning_loading", default=None)
+
+
+# Asked of a module outside of one, whether its quantizers are to be attached all the same.
+_expected: list[Callable[[nn.Module], bool]] = []
+
+
+def attach_where(expected: Callable[[nn.Module], bool]) -> None:
+    """Attach on loading outside of :func:`loading` too, where a module is known to be quantized."""
+    _expected.append(expected)
 
 
 @contextmanager
@@ -75,7 +84,7 @@ def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwarg
     names = plain_in(self, state_dict)
     if not names:
         return _load_state_dict(self, state_dict, *args, **kwargs)
-    if met is None:
+    if met is None and not any(expected(self) for expected in _expected):
         own = type(self).__name__
         cure = "Load it within `with cpq_lightning.loading():`"
         if hasattr(self, "load_from_checkpoint"):

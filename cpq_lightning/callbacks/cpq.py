@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from cpq_lightning.attach import (
     Audit,
     agreed,
+    attach_where,
     attached_config,
     auditable,
     correct_first_and_last,
@@ -370,3 +373,19 @@ class CPQCallback(FindsRanges):
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
             self._recording = None
+
+
+def _returns_from_processes(module: nn.Module) -> bool:
+    """Whether a Trainer with a CPQCallback gives a module what processes that it has spawned have trained.
+
+    No hook of a callback runs in the process that waits for them, nor does the module know of a Trainer there: the call
+    that brings the weights back does. It is one of Lightning's private methods, the same under both of its names.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_recover_results_in_main_process":
+        frame = frame.f_back
+    trainer = None if frame is None else frame.f_locals.get("trainer")
+    return any(isinstance(callback, CPQCallback) for callback in getattr(trainer, "callbacks", ()))
+
+
+attach_where(_returns_from_processes)

@@ -374,9 +374,9 @@ def test_where_attaching_fails_the_model_is_as_it_was():
     assert calibrate(chain, [X])(X).shape == (4, 6, 6)
 
 
-def test_a_compiled_model_is_refused():
+def test_a_compiled_part_is_refused():
     with pytest.raises(ValueError, match="compile the model afterwards"):
-        attach(torch.compile(Attention()), CONFIG, example_inputs=X)
+        attach(nn.Sequential(torch.compile(Attention())), CONFIG, example_inputs=X)
 
 
 def test_products_of_one_or_three_tensors_stay_as_they_are():

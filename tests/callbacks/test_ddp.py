@@ -49,6 +49,9 @@ def test_two_processes_stay_equal(fit, quantize_from):
         devices=2,
         max_epochs=2,
     )
+    # Of processes that were spawned the one that waits gets the network that they have trained.
+    assert all(q.fitted and q.active for _, q in quantizers(module))
+    assert len(dict(quantizers(module))) == 6
 
 
 class StartingSteps(pl.Callback):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
-from cpq_lightning.export import MismatchError, read_samples, recorded_samples
+from cpq_lightning.export import SAMPLES_FILE, MismatchError, read_samples, recorded_samples
 from cpq_lightning.export import ship as shipping
 from tests.models import IMAGES, Classifier, convnet, data
 
@@ -21,7 +21,8 @@ def exported(**settings):
 
 
 def files(folder):
-    return sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".onnx", ".pt2", ".tmp"))
+    suffixes = (".safetensors", ".onnx", ".pt2", ".tmp")
+    return sorted(p.name for p in folder.iterdir() if p.suffix in suffixes and p.name != SAMPLES_FILE)
 
 
 def test_all_formats_at_the_end_of_a_fit(fit, tmp_path, capsys):
@@ -236,11 +237,12 @@ def test_none_are_written_of_an_earlier_fit_of_the_module(fit, tmp_path):
     assert not (tmp_path / "0" / "samples.safetensors").exists()
 
 
-def test_a_module_that_the_command_cannot_build_leaves_none(fit, tmp_path):
+def test_any_run_that_writes_files_leaves_samples(fit, tmp_path):
     for module in (Classifier(), QuantizedModule(convnet(), num_classes=4)):
         fit(module, [CPQCallback(table=False)], max_epochs=1, limit_train_batches=1)
-        assert (tmp_path / "levels.json").exists()
-        assert not (tmp_path / "samples.safetensors").exists()
+        (tmp_path / SAMPLES_FILE).unlink()
+        fit(module, [CPQCallback(table=False, samples=0)], max_epochs=1, limit_train_batches=1)
+        assert not (tmp_path / SAMPLES_FILE).exists()
 
 
 class HoldsItsNetwork(Classifier):
