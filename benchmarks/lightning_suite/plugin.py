@@ -18,15 +18,22 @@ from cpq_lightning.attach import attaching, quantizable_layers
 RECORD, WITH_CALLBACK = "CPQ_SUITE_RECORD", "CPQ_SUITE_WITH"
 
 
+class Given(CPQCallback):
+    """What this plugin has given, not a test."""
+
+
 def _give_callback(attach: Any) -> Any:
     def attach_with(connector: Any) -> None:
         trainer = connector.trainer
-        if not any(isinstance(c, CPQCallback) for c in trainer.callbacks) and quantizable_layers(
-            trainer.lightning_module
-        ):
+        given = [c for c in trainer.callbacks if isinstance(c, Given)]
+        quantizable = bool(quantizable_layers(trainer.lightning_module))
+        if quantizable and not given:
             # Tests count the files of a run and what it prints.
             config = CPQConfig(weight_bits=8, act_bits=8)
-            trainer.callbacks.insert(0, CPQCallback(config, levels_file=None, table=False))
+            trainer.callbacks.insert(0, Given(config, levels_file=None, table=False))
+        if given and not quantizable:
+            # A Trainer that had another module before.
+            trainer.callbacks.remove(given[0])
         attach(connector)
 
     return attach_with

@@ -16,8 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.rebuild import attach_state, plain_in, quantized_in
 
+# Parts of the names of what only a quantized model has.
+_OF_QUANTIZERS = ("weight_quantizer", "input_quantizer", "product_operands", "product_state")
 # How many states with quantizers the innermost context has met; None outside of one. A thread begins outside.
 _met: ContextVar[list[int] | None] = ContextVar("cpq_lightning_loading", default=None)
 
@@ -76,7 +79,11 @@ _load_state_dict = nn.Module.load_state_dict
 
 @functools.wraps(_load_state_dict)
 def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(state_dict, Mapping) or not quantized_in(state_dict):
+    if not isinstance(state_dict, Mapping):
+        return _load_state_dict(self, state_dict, *args, **kwargs)
+    if not quantized_in(state_dict):
+        if is_attached(self):
+            return _load_full_precision(self, state_dict, *args, **kwargs)
         return _load_state_dict(self, state_dict, *args, **kwargs)
     met = _met.get()
     if met is not None:
@@ -103,6 +110,25 @@ def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwarg
     except BaseException:
         undo()
         raise
+
+
+def _load_full_precision(model: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    """Full-precision weights for a quantized model: its layers forget their ranges, and no key of theirs is missing."""
+    result = _load_state_dict(model, state, strict=False, assign=assign)
+    missing = [key for key in result.missing_keys if not {*_OF_QUANTIZERS}.intersection(key.split("."))]
+    if strict and (missing or result.unexpected_keys):
+        # torch's own error, of the keys that count.
+        names = {"Missing key(s)": missing, "Unexpected key(s)": result.unexpected_keys}
+        said = "".join(
+            f"\n\t{what} in state_dict: {', '.join(map(repr, keys))}. " for what, keys in names.items() if keys
+        )
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(model).__name__}:{said}")
+    warnings.warn(
+        f"The state_dict is of a full-precision {type(model).__name__}: its weights were loaded, and the ranges of the "
+        "quantizers are not known any more. The next fit or calibrate finds them.",
+        stacklevel=3,
+    )
+    return type(result)(missing if strict else result.missing_keys, result.unexpected_keys)
 
 
 # A module that is reloaded must not stand in front of itself.

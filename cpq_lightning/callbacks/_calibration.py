@@ -145,6 +145,7 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
     ]
     metrics = [(m, dict(m.__dict__), m._copy_state_dict()) for m in module.modules() if isinstance(m, Metric)]
     notes = [(m, _notes(m)) for m in module.modules() if not isinstance(m, Metric | Quantizer)]
+    should_stop = trainer.should_stop
     own = {id(p) for _, q in quantizers(module) for p in q.parameters()}
     # A teacher's weights may be moved by hand within a step.
     weights = [(p, p.detach().clone()) for p in module.parameters() if id(p) not in own]
@@ -164,6 +165,7 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
                     setattr(metric, name, value)
             for owner, note in notes:
                 _restore_notes(owner, note)
+            trainer.should_stop = should_stop
             with torch.no_grad():
                 for parameter, value in weights:
                     # By value: what is written through ``.data`` leaves a tensor's version as it was.
@@ -172,20 +174,26 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
 
 
 _CONTAINERS = (list, dict, set, deque)
+# What every module has: its tensors are looked after elsewhere, and hooks may be removed by who has them.
+_TORCH_S = frozenset(vars(nn.Module()))
 
 
 def _notes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's attributes, containers with a copy of their content; torch's own have an underscore."""
+    """A module's attributes, containers with a copy of their content."""
     return {
         name: (value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
         for name, value in vars(module).items()
-        if not name.startswith("_")
+        if _is_note(name)
     }
+
+
+def _is_note(name: str) -> bool:
+    return name not in _TORCH_S and not name.startswith("_cpq_")
 
 
 def _restore_notes(module: nn.Module, notes: dict[str, tuple[Any, Any]]) -> None:
     attributes = cast(dict[str, Any], vars(module))
-    for name in [n for n in attributes if not n.startswith("_") and n not in notes]:
+    for name in [n for n in attributes if _is_note(n) and n not in notes]:
         del attributes[name]
     for name, (value, content) in notes.items():
         attributes[name] = value
@@ -213,4 +221,5 @@ def late_progress(description: str, total: int, shown: bool, delay: float = 1.0)
     try:
         yield advance
     finally:
-        progress.stop()
+        if progress.live.is_started:
+            progress.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -16,18 +17,23 @@ if TYPE_CHECKING:
 
 
 class LentRanges:
-    """Activation ranges for one evaluation of a module that has none, fitted in the forward of its first batch.
+    """Activation ranges for one evaluation of what has none, fitted in the forward of its first batch.
 
     The evaluation's loop, its data and its steps run as without them. Of several processes all go on with what the
     first one has found. Afterwards all quantizers are what they were.
     """
 
-    def __init__(self, pl_module: LightningModule) -> None:
-        self._module = pl_module
-        self._found = [(q, _copy(q.state_dict()), q.measured, q.fits_next) for _, q in quantizers(pl_module)]
-        self._waiting = [q for q, *_ in self._found if q.kind == "activation"]
+    def __init__(self, kept: Iterable[Quantizer], missing: Iterable[Quantizer], reason: str) -> None:
+        self._found = [(q, _copy(q.state_dict()), q.measured, q.fits_next) for q in kept]
+        self._waiting = list(missing)
+        self._reason = reason
+        self.before_batch()
+
+    def before_batch(self) -> None:
+        """Called ahead of each batch: of the first one the forward sets the ranges."""
+        # Again here: the Tuner evaluates, and restores a checkpoint, between the start and the first batch.
         for quantizer in self._waiting:
-            quantizer.fits_next = True
+            quantizer.fits_next = not quantizer.fitted
 
     def after_batch(self, trainer: Trainer) -> None:
         """Called behind each batch: the ranges that it has set are everybody's from here on."""
@@ -39,11 +45,10 @@ class LentRanges:
             for quantizer, state in zip(waiting, states, strict=True):
                 quantizer.load_state_dict(state)
                 quantizer.fits_next = not quantizer.fitted
-        rank_zero_warn(
-            f"{type(self._module).__name__} was never fitted with quantizers, so it has no activation ranges: they "
-            "come from the first batch of this evaluation, and are forgotten behind it. Fit the module, give "
-            "ckpt_path, or attach and calibrate it on training data before."
-        )
+        if any(quantizer.fitted for quantizer in waiting):
+            rank_zero_warn(
+                f"{self._reason}: ranges come from the first batch of this evaluation, and are forgotten behind it."
+            )
 
     def take_back(self) -> None:
         """Give the quantizers back what they had."""
@@ -64,10 +69,23 @@ def lend_ranges(trainer: Trainer, pl_module: LightningModule, quantize_from: flo
                 "ckpt_path, or leave quantize_from=0 to evaluate it quantized."
             )
         return None
-    # What a forward notes of a module that only evaluations have quantized must not last either.
-    if all(q.settled for q in found) or any(q.fitted for q in activations):
+    missing = {n: q for n, q in quantizers(pl_module) if q.kind == "activation" and not q.fitted and not q.settled}
+    if any(q.fitted for q in activations):
+        names = ", ".join(missing)
+        reason = (
+            f"Neither calibration nor training has called the activation quantizers {names} of "
+            f"{type(pl_module).__name__}, as an evaluation may do. Leave their layers out with ignore, or calibrate on "
+            "what calls them"
+        )
+        return LentRanges(missing.values(), missing.values(), reason) if missing else None
+    if all(q.settled for q in found):
         return None
-    return LentRanges(pl_module)
+    reason = (
+        f"{type(pl_module).__name__} was never fitted with quantizers, so it has no activation ranges. Fit the module, "
+        "give ckpt_path, or attach and calibrate it on training data before"
+    )
+    # What a forward notes of a module that only evaluations have quantized must not last either.
+    return LentRanges(found, missing.values(), reason)
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,12 @@ class FindsRanges(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
+    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._lent is not None:
+            self._lent.before_batch()
+
+    on_predict_batch_start = on_test_batch_start
+
     def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self._lent is not None:
             self._lent.after_batch(trainer)

@@ -81,7 +81,7 @@ class CPQCallback(FindsRanges):
         calibration_batches: Training batches for the activation ranges, which training gets all the same. A module
             that was never fitted is evaluated with ranges of the first batch there, for that one evaluation.
         levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
-            of the levels and of the weights' clusters. ``None`` writes none.
+            of the levels and of the weights' clusters. ``None`` writes none, and logs no shares of clipped values.
         table: Whether to print the tables at the end.
         export: Formats that the model is written in at the end, into the run's folder, each verified first:
             ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``.
@@ -234,6 +234,7 @@ class CPQCallback(FindsRanges):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        self.on_test_batch_start(trainer)
         if batch_idx or dataloader_idx:
             return
         if not trainer.sanity_checking:
@@ -343,7 +344,7 @@ class CPQCallback(FindsRanges):
     def _log_clipped(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Straight to the loggers: tables of metrics, progress bars and monitors have the user's own."""
         shares = clipped_shares(pl_module)
-        if not shares or not trainer.loggers:
+        if not shares or self.levels_file is None or not trainer.loggers:
             return
         means = torch.tensor(list(shares.values()), device=pl_module.device)
         means = trainer.strategy.reduce(means, reduce_op="mean").tolist()

@@ -22,6 +22,7 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
 
     A search over steps from 1/256 to twice that of the range (an outlier may deserve to be cut off by far), a finer one
     around the best of them, and a few alternations: levels for the step, then the least-squares step for the levels.
+    The powers of two next to the range's are among them: whole numbers, where the grid has room for them, stay exact.
 
     Args:
         values: Shape ``(rows, n)``: one row a quantizer's channel, in its unit.
@@ -49,7 +50,9 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
     kept = coarse.gather(1, grid_errors(values, counts, coarse, low, high).topk(_KEPT, largest=False).indices)
     ratio = 2 ** (9 / (_COARSE - 1))
     around = torch.linspace(1 / ratio, ratio, _FINE).to(full)
-    fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None]], 1)
+    # The range's step is from 1 to 2 here.
+    powers = torch.tensor([1.0, 2.0]).to(full).expand(len(full), 2)
+    fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None], powers], 1)
     best = fine.gather(1, grid_errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
     step = _alternate(values, counts, best, low, high).ldexp(exponent).clamp(max=torch.finfo(torch.float32).max)
     return torch.where(empty, 1.0, step)

@@ -15,6 +15,8 @@ from cpq_lightning.functional import bin_centers, fit_step, histogram, level_bou
 BINS = 2**14
 # Rounding in a kernel that cannot give negative values in exact arithmetic must not cost half of the grid.
 _NEGLIGIBLE = 1e-6
+# What is no error to float32, of the square.
+_LEAST_ERROR = 1e-14
 
 
 def pool(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -35,6 +37,10 @@ class RangeObserver:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.counts: Tensor | None = None
+        # Of grids without and with negative levels, at 1 to 8 bits: the power of two that clips nothing, and whether
+        # all values so far lie on its levels.
+        self._powers: Tensor | None = None
+        self._exact: Tensor | None = None
         self.per_sample = 0
 
     def update(self, x: Tensor) -> None:
@@ -50,6 +56,7 @@ class RangeObserver:
             self.high = high if self.high is None else torch.maximum(self.high, high)
         elif self.low is not None and self.high is not None:
             self.counts += histogram(values, self.low, self.high, BINS)
+            self._note_exact(values)
 
     def close_range(self, device: torch.device) -> None:
         """End the first pass: pool the range over all ranks and make room for the counts."""
@@ -60,7 +67,19 @@ class RangeObserver:
             self.low = self.high = None
         else:
             self.low, self.high = low, high
+            self._powers = _power_steps(low, high)
+            self._exact = self._powers.isfinite()
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+
+    def _note_exact(self, values: Tensor) -> None:
+        assert self._powers is not None
+        assert self._exact is not None
+        # Most tensors of real numbers show it in a few values.
+        for sample in (values[:256], values):
+            held = self._exact.flatten().nonzero().flatten().tolist()
+            for place in held:
+                levels = sample / self._powers.flatten()[place]
+                self._exact.view(-1)[place] = bool((levels == levels.round()).all())
 
     @property
     def has_values(self) -> bool:
@@ -85,23 +104,50 @@ class RangeObserver:
             return [max_step(low, high, bits, signed).reshape(1) for bits in widths], signed
         centers, weights = bin_centers(low, high, BINS)[None], counts[None].double()
         grids = [signed for signed in (False, True) if signed or high > 0]
-        fits = {signed: [fit_step(centers, bits, signed, weights) for bits in widths] for signed in grids}
-        errors = {
-            signed: sum(
-                math.log(_error(centers, weights, step, bits, signed))
-                for bits, step in zip(widths, fits[signed], strict=True)
+        exact = self._pooled_exact()
+        fits: dict[bool, list[Tensor]] = {}
+        errors: dict[bool, float] = {}
+        for signed in grids:
+            # Whole numbers, masks and one-hot vectors have no error there, which a histogram is too coarse to show.
+            found = [exact.get((signed, bits)) for bits in widths]
+            fits[signed] = [
+                fit_step(centers, bits, signed, weights) if step is None else step
+                for bits, step in zip(widths, found, strict=True)
+            ]
+            errors[signed] = sum(
+                math.log(_LEAST_ERROR if at is not None else _error(centers, weights, step, bits, signed))
+                for bits, step, at in zip(widths, fits[signed], found, strict=True)
             )
-            for signed in grids
-        }
         signed = min(grids, key=lambda kind: errors[kind])
         return fits[signed], signed
+
+    def _pooled_exact(self) -> dict[tuple[bool, int], Tensor]:
+        """Steps, shape (1,), of the grids that all values of all ranks lie on, by sign and width."""
+        if self._powers is None or self._exact is None:
+            return {}
+        held = pool(self._exact.int(), dist.ReduceOp.MIN).nonzero().tolist()
+        return {(bool(signed), place + 1): self._powers[signed, place].reshape(1) for signed, place in held}
+
+
+def _power_steps(low: Tensor, high: Tensor) -> Tensor:
+    """The smallest power of two whose grid clips nothing from ``low`` to ``high``, unsigned and signed, at 1 to 8 bits,
+    shape (2, 8); NaN where the grid has no level on a side that has values.
+    """
+    rows = []
+    for signed in (False, True):
+        bounds = torch.tensor([level_bounds(bits, signed) for bits in range(1, 9)]).to(low)
+        ends = torch.stack([low.clamp(max=0), high.clamp(min=0)])
+        # Zero where there is nothing to hold, infinite where there is no level to hold it.
+        steps = torch.where(ends == 0, 0.0, ends / bounds).abs().amax(1)
+        rows.append(torch.where((steps > 0) & steps.isfinite(), steps.log2().ceil().exp2(), torch.nan))
+    return torch.stack(rows)
 
 
 def _error(values: Tensor, counts: Tensor, step: Tensor, bits: int, signed: bool) -> float:
     """Squared error over that of zeros, at least what is no error to float32."""
     quantized = (values / step[:, None]).round().clamp(*level_bounds(bits, signed)) * step[:, None]
     error = ((values - quantized).double().square() * counts).sum() / (values.double().square() * counts).sum()
-    return max(float(error), 1e-14)
+    return max(float(error), _LEAST_ERROR)
 
 
 class Usage(NamedTuple):

@@ -107,8 +107,14 @@ def test_a_checkpoint_before_its_first_forward_pickles_and_audits_once():
 
 def test_full_precision_checkpoints_load_with_the_keys_named():
     plain, model = convnet(), attached()
-    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight_quantizer\.log_scale"):
-        model.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="full-precision Sequential: its weights were loaded"):
+        assert not any(model.load_state_dict(plain.state_dict()))
+    assert not any(q.fitted for _, q in quantizers(model))
+    short = {key: value for key, value in plain.state_dict().items() if key != "0.bias"}
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: '0.bias'"):
+        model.load_state_dict(short)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: 'more'"):
+        model.load_state_dict({**plain.state_dict(), "more": torch.ones(1)})
     missing, extra = model.load_state_dict(plain.state_dict(), strict=False)
     assert not extra
     assert all("_quantizer." in key for key in missing)
