@@ -24,7 +24,7 @@ FOLDERS = ("loops", "callbacks", "checkpointing", "tuner", "core", "models", "tr
 _HEAD = """# Lightning's own tests with a CPQCallback in every Trainer
 
 Each test of `{folders}` in Lightning's repository runs as it is and then with `CPQCallback(CPQConfig(weight_bits=8,
-act_bits=8), levels_file=None, table=False)` as the first callback of every Trainer whose module has a layer to quantize,
+act_bits=8), levels_file=None, table=False)` as first callback of every Trainer whose module has a layer to quantize,
 within `cpq_lightning.loading()`. Of {passed} tests that pass without, {kept} pass with it, and {failed} do not: those
 below, each with what it asserts. Made by `python -m benchmarks.lightning_suite CHECKOUT`.
 
