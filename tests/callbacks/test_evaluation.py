@@ -215,7 +215,7 @@ def test_metrics_and_monitors_are_the_users_own(tmp_path):
         def log_metrics(self, metrics, step=None):
             self.found |= metrics
 
-    run = trainer(tmp_path, cpq())
+    run = trainer(tmp_path, CPQCallback(table=False))
     run.loggers = [noted := Noted()]
     run.fit(Module(), data(), data(shuffle=False))
     assert set(run.callback_metrics) <= {"train_loss", "accuracy", "mean"}
