@@ -303,3 +303,28 @@ def test_quantized_module_trains_and_loads_under_each_name(pl, fit, tmp_path):
     assert loaded.hparams == module.hparams
     for name, value in module.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+class Subclass(CPQCallback):
+    def __init__(self, mine):
+        super().__init__(CPQConfig(weight_bits=3), table=False)
+        self.mine, self._own = mine, [mine]
+
+
+@pytest.mark.parametrize("how", ["pickle", "copy"])
+def test_a_callback_that_has_run_is_stored_as_its_settings(how, tmp_path):
+    """Packages pickle their Trainer's arguments, behind a fit too."""
+    held = [Subclass("x"), TemperatureSchedule(last=0.5), DistillationCallback("self", weight=0.25)]
+    trainer = lightning.pytorch.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=held,
+    )  # fmt: skip
+    trainer.fit(Classifier(partial(torch.optim.Adam, lr=0.01)), data())
+    stored = pickle.loads(pickle.dumps(held)) if how == "pickle" else copy.deepcopy(held)
+    assert (stored[0].config, stored[0].mine, stored[0]._own, stored[0].table) == (held[0].config, "x", ["x"], False)
+    assert not stored[0]._companions
+    assert held[0]._companions
+    assert stored[1].last == 0.5
+    assert stored[2].weight == 0.25
+    trainer.callbacks = [*stored, *trainer.callbacks[3:]]
+    trainer.fit(Classifier(), data())

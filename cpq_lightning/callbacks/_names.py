@@ -7,8 +7,9 @@ from when somebody else imports it.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -35,7 +36,25 @@ else:
 
 
 class Callback(_Callback):
-    """The base of this package's callbacks: one for Trainers of either name."""
+    """The base of this package's callbacks: one for Trainers of either name.
+
+    Pickled or copied it is its settings, which it has by the names of its arguments, and what a subclass of somebody's
+    has added: what it holds of a run, optimizers and hooks among it, belongs to that run.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        of_runs = {name for name in vars(self._anew(vars(self))) if name.startswith("_")}
+        return {
+            n: v for n, v in vars(self).items() if n not in of_runs and not (n[0] == "_" and hasattr(type(self), n))
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**vars(self._anew(state)), **state})
+
+    def _anew(self, settings: Mapping[str, Any]) -> Callback:
+        own = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("cpq_lightning."))
+        names = inspect.signature(own).parameters
+        return own(**{name: settings[name] for name in names if name in settings})
 
 
 class MisconfigurationException(_MisconfigurationException):
