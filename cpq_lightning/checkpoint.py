@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -64,6 +65,10 @@ def _config_of(path: Any, weights_only: bool | None) -> CPQConfig | None:
         path.seek(0)
     elif not Path(path).is_file():
         return None
-    content = torch.load(path, map_location="meta", weights_only=weights_only is not False)
+    try:
+        content = torch.load(path, map_location="meta", weights_only=weights_only is not False)
+    except pickle.UnpicklingError:
+        # Its own load_from_checkpoint has just unpickled it, by a choice of the class.
+        content = torch.load(path, map_location="meta", weights_only=False)
     settings = content.get(CHECKPOINT_KEY, {}).get("config")
     return None if settings is None else CPQConfig(**settings)
