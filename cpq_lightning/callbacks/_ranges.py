@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from cpq_lightning.attach import RangeTracker, is_due, refit, renew_rewritten
+from cpq_lightning.attach import RangeTracker, is_due, quantizers, refit, renew_rewritten
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_ranges
 from cpq_lightning.callbacks._company import counts_operations
@@ -36,6 +36,7 @@ class FindsRanges(Callback):
     _tracked = 0
     _stance: Any = None
     _lent: LentRanges | None = None
+    _let: Sequence[Quantizer] = ()
 
     # Before training --------------------------------------------------------------------------------------------------
 
@@ -106,6 +107,18 @@ class FindsRanges(Callback):
             self._stance.__exit__(None, None, None)
             self._stance = None
 
+    def _let_evaluations_fit(self, pl_module: LightningModule) -> None:
+        """Of an evaluation's setup: another callback, such as the BatchSizeFinder, may evaluate ahead of this one."""
+        missing = [q for _, q in quantizers(pl_module) if q.kind == "activation" and not (q.fitted or q.settled)]
+        self._let = [q for q in missing if not q.fits_next]
+        for quantizer in self._let:
+            quantizer.fits_next = True
+
+    def _forbid_evaluations_to_fit(self) -> None:
+        for quantizer in self._let:
+            quantizer.fits_next = False
+        self._let = ()
+
     # Without training -------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,8 +153,8 @@ class FindsRanges(Callback):
             self._lent = None
 
 
-def _lacks(trainer: Trainer, quantizers: Sequence[Quantizer], resumed: bool) -> bool:
+def _lacks(trainer: Trainer, found: Sequence[Quantizer], resumed: bool) -> bool:
     # What is learned has to know before training which layers are first and last, and what they multiply.
-    learned = counts_operations(trainer) or any(q.gates.learned for q in quantizers)
-    unmeasured = learned and not any(q.execution_index for q in quantizers)
-    return unmeasured or lacks_ranges(quantizers, resumed)
+    learned = counts_operations(trainer) or any(q.gates.learned for q in found)
+    unmeasured = learned and not any(q.execution_index for q in found)
+    return unmeasured or lacks_ranges(found, resumed)

@@ -162,6 +162,8 @@ class CPQCallback(FindsRanges):
         if self.quantize_from > 0 and (stage == "fit" or fresh):
             # A checkpoint that is restored after this knows better.
             set_active(pl_module, False)
+        if stage != "fit":
+            self._let_evaluations_fit(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
@@ -320,6 +322,7 @@ class CPQCallback(FindsRanges):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._take_back_ranges()
+        self._forbid_evaluations_to_fit()
         self._stop_tracking()
         # Of a batch that another callback has skipped Lightning tells no end.
         self._stop_audits()

@@ -20,6 +20,9 @@ from cpq_lightning.optim.groups import largest_group
 
 # Adam's usual rate, where the user's is no guide; on a logarithm of a step it is 0.1 % an update.
 _ADAM_LR = 1e-3
+# Of torch's own: LBFGS takes a closure, Muon matrices, SparseAdam sparse gradients. All others take any parameter, and
+# count nothing in their groups.
+_NEEDS_OTHERS = tuple(getattr(torch.optim, n) for n in ("LBFGS", "Muon", "SparseAdam") if hasattr(torch.optim, n))
 # What a group has of its own. All else are settings.
 _IDENTITY = ("params", "param_names", "name")
 
@@ -148,6 +151,8 @@ def optimizer_like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> 
     if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
         return None
     for candidate in nested(stepping(optimizer)):
+        if type(candidate).__module__.startswith("torch.optim.") and not isinstance(candidate, _NEEDS_OTHERS):
+            return _make_like(candidate, parameters), set()
         trial = nn.Parameter(torch.zeros_like(parameters[0]))
         trial.grad = torch.zeros_like(trial)
         try:
