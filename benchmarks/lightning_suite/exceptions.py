@@ -49,13 +49,13 @@ EXCEPTIONS = [
     ),
     Exempt(
         r"test_gradient_clipping_by_(norm|value)\[32-true\]",
-        "It takes the gradients of all parameters: those of quantizers, which are in no optimizer of the Trainer, are not "
-        "clipped; a bound holds what an update does to them.",
+        "It takes the gradients of all parameters: those of quantizers, which are in no optimizer of the Trainer, are "
+        "not clipped; a bound holds what an update does to them.",
     ),
     Exempt(
         r"test_datamodules\.py::test_full_loop",
-        "It expects an accuracy over 0.57 of 160 samples, and gets 0.569 where the run without gets 0.588; over seeds 7 "
-        "to 11 the mean is 0.654 without and 0.651 with.",
+        "It expects an accuracy over 0.57 of 160 samples, and gets 0.569 where the run without gets 0.588; over seeds "
+        "7 to 11 the mean is 0.654 without and 0.651 with.",
     ),
     Exempt(
         r"test_gradient_accumulation_scheduling_last_batch",
