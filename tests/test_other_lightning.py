@@ -1,6 +1,7 @@
 """Tests of callbacks and of Lightning's features, rewritten for ``pytorch_lightning``, of the version that is there.
 
-In an environment of its own: ``pip install pytorch_lightning==2.5.2 && pytest -m other_lightning``.
+In an environment of its own: ``pip install pytorch_lightning==2.5.2 && pytest -m other_lightning && pytest
+tests/test_names.py``, whose tests are of both names as they are.
 """
 
 import os
@@ -15,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.other_lightning
 ROOT = Path(__file__).parent.parent
 FILES = [*(f"callbacks/{p.name}" for p in (ROOT / "tests/callbacks").glob("test_*.py")), "test_module.py"]
-FILES += ["test_lightning_matrix.py", "test_names.py"]
+FILES += ["test_lightning_matrix.py"]
 RENAMED = {
     r"\blightning\.pytorch\b": "pytorch_lightning",
     r"\blightning\.fabric\b": "lightning_fabric",
@@ -46,12 +47,11 @@ for name in ("WeightAveraging", "EMAWeightAveraging"):
 def rewritten(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewritten")
     for name in ("tests", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     for path in folder.rglob("*.py"):
         text = path.read_text()
-        # Tests of both names are of both as they are.
-        for old, new in RENAMED.items() if path.name != "test_names.py" else ():
+        for old, new in RENAMED.items():
             text = re.sub(old, new, text)
         path.write_text(BEGIN + text if path.name == "conftest.py" else text)
     return folder
