@@ -22,6 +22,9 @@ from cpq_lightning.attach.costs import unquantized_bytes as unquantized_bytes
 from cpq_lightning.attach.costs import weight_bytes as weight_bytes
 from cpq_lightning.attach.costs import width_cost as width_cost
 from cpq_lightning.attach.costs import widths_by_name as widths_by_name
+from cpq_lightning.attach.coverage import Coverage as Coverage
+from cpq_lightning.attach.coverage import coverage as coverage
+from cpq_lightning.attach.coverage import coverage_once_active as coverage_once_active
 from cpq_lightning.attach.first_forward import agreed as agreed
 from cpq_lightning.attach.first_forward import auditable as auditable
 from cpq_lightning.attach.first_forward import forget_first_forwards as forget_first_forwards
@@ -30,6 +33,7 @@ from cpq_lightning.attach.first_forward import report_audit as report_audit
 from cpq_lightning.attach.first_forward import set_audited as set_audited
 from cpq_lightning.attach.first_last import correct_first_and_last as correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer as QuantizedLayer
+from cpq_lightning.attach.layers import bypassed as bypassed
 from cpq_lightning.attach.layers import is_attached as is_attached
 from cpq_lightning.attach.layers import quantized_layers as quantized_layers
 from cpq_lightning.attach.layers import quantizers as quantizers

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cpq_lightning.attach.audit import Audit, AuditReport
+from cpq_lightning.attach.coverage import remember_products
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
@@ -82,6 +83,7 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
         report: What it showed.
         counts: Whether to take its count of an activation's elements, which gradients depend on.
     """
+    remember_products(model, report)
     modules = dict(model.named_modules())
     facts: dict[Quantizer, dict[str, int]] = {}
     for place, name in enumerate(report.order, start=1):
