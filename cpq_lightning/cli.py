@@ -17,6 +17,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
+from cpq_lightning.callbacks._run import run_folder
+from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.data import DataError
 from cpq_lightning.export import (
     common_folder,
@@ -78,6 +80,10 @@ class CPQCLI(LightningCLI):
     def fit(self, model: Any, **settings: Any) -> None:
         self._refuse_to_overwrite()
         self._run("fit", model, settings)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CPQCallback) and callback.failed_exports:
+                formats = " and ".join(callback.failed_exports)
+                raise SystemExit(f"cpq fit: the run is complete but for its {formats} file, which a warning tells of.")
 
     def validate(self, model: Any, **settings: Any) -> None:
         self._run("validate", model, settings)
@@ -96,7 +102,10 @@ class CPQCLI(LightningCLI):
 
     def _refuse_to_overwrite(self) -> None:
         trainer = self.trainer
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if not trainer.loggers:
+            # The run makes a folder that is there not yet.
+            return
+        folder = run_folder(trainer)
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
         there = [name for name in _RUN_FILES if (folder / name).exists()]

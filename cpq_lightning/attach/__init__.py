@@ -25,10 +25,12 @@ from cpq_lightning.attach.costs import widths_by_name as widths_by_name
 from cpq_lightning.attach.coverage import Coverage as Coverage
 from cpq_lightning.attach.coverage import coverage as coverage
 from cpq_lightning.attach.coverage import coverage_once_active as coverage_once_active
+from cpq_lightning.attach.coverage import remember_products as remember_products
 from cpq_lightning.attach.first_forward import agreed as agreed
 from cpq_lightning.attach.first_forward import auditable as auditable
 from cpq_lightning.attach.first_forward import forget_first_forwards as forget_first_forwards
 from cpq_lightning.attach.first_forward import note_forward as note_forward
+from cpq_lightning.attach.first_forward import note_unseen as note_unseen
 from cpq_lightning.attach.first_forward import report_audit as report_audit
 from cpq_lightning.attach.first_forward import set_audited as set_audited
 from cpq_lightning.attach.first_last import correct_first_and_last as correct_first_and_last

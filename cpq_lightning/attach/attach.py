@@ -13,8 +13,8 @@ from cpq_lightning.attach.coverage import forget_products
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
 from cpq_lightning.attach.layers import (
-    bypassed,
     QuantizedLayer,
+    bypassed,
     is_attached,
     quantized_layers,
     quantizers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,11 @@ def size_bytes(model: nn.Module) -> int:
 
 
 def idle_quantizers(model: nn.Module) -> set[Quantizer]:
-    """Quantizers that no forward uses, of layers that it goes round: what they would do costs nothing and saves nothing."""
+    """Quantizers that no forward uses, of layers that it goes round: they cost nothing, and save nothing."""
     weights, inputs = bypassed(model)
     read = {layer.weight_quantizer for _, layer in quantized_layers(model) if layer not in weights}
-    found = {cast(QuantizedLayer, layer).weight_quantizer for layer in weights} - read
-    return found | {q for layer in inputs if (q := cast(QuantizedLayer, layer).input_quantizer) is not None}
+    found = {layer.weight_quantizer for layer in weights} - read
+    return found | {q for layer in inputs if (q := layer.input_quantizer) is not None}
 
 
 def weight_bytes(quantizer: Quantizer) -> int:

@@ -73,6 +73,12 @@ class Coverage:
         left = [{"name": name, "weights": part.weights, "macs": part.macs} for name, part in self.left.items()]
         return {"weights": self.weights, "macs": self.macs, "left": left}
 
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> Coverage:
+        """What :meth:`to_dict` has returned."""
+        left = {part["name"]: Left(part["weights"], part["macs"]) for part in content["left"]}
+        return Coverage(content["weights"], content["macs"], left)
+
 
 def _percent(share: float) -> str:
     """Never rounded to all or to nothing."""
@@ -119,9 +125,9 @@ def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
     shown = {module: module.__dict__[_FORWARD] for module in model.modules() if _FORWARD in module.__dict__}
     if not shown:
         raise ValueError(
-            f"No forward of {type(model).__name__} was recorded: calibrate(model, batches) or a first batch of training "
-            "records one, or give coverage(model, example_inputs=batch). Compiled code shows none: compile the model "
-            "afterwards."
+            f"No forward of {type(model).__name__} was recorded: calibrate(model, batches) records one, and so does "
+            "the first batch of training. Or give coverage(model, example_inputs=batch). Compiled code shows none: "
+            "compile the model afterwards."
         )
     return _coverage(model, shown)
 

@@ -101,6 +101,24 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
         quantizer.configure(has_facts=True, **values)
 
 
+def note_unseen(model: nn.Module, report: AuditReport) -> None:
+    """Write into the quantizers what a forward in evaluation showed of layers that training does not call."""
+    known = [layer for _, layer in quantized_layers(model) if layer.weight_quantizer.execution_index]
+    if not known:
+        return
+    last = max(layer.weight_quantizer.execution_index for layer in known)
+    modules = dict(model.named_modules())
+    new = [modules[name] for name in report.order if modules.get(name) not in known]
+    for place, layer in enumerate((m for m in new if isinstance(m, QuantizedLayer)), start=last + 1):
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None and not quantizer.execution_index:
+                quantizer.configure(has_facts=True, execution_index=place)
+    for name, macs in report.macs.items():
+        quantizer = modules.get(name)
+        if isinstance(quantizer, Quantizer) and not quantizer.macs:
+            quantizer.configure(has_facts=True, macs=macs)
+
+
 def agreed(report: AuditReport) -> AuditReport:
     """The report of the first process, where there are several: called by all of them at once.
 

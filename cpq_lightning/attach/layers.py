@@ -213,7 +213,7 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
             yield name, module
 
 
-def bypassed(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
+def bypassed(model: nn.Module) -> tuple[set[QuantizedLayer], set[QuantizedLayer]]:
     """Quantized layers that the model's forward goes round, once a forward has been seen.
 
     Returns:

@@ -189,11 +189,12 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight.
 
     ``coverage`` is that of :func:`cpq_lightning.coverage`, ``null`` before a forward. Totals: ``weight_bits_avg`` is
-    the average over the quantized weights that the forward reads and that are not exempt as first or last layer, ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all quantized weights; ``act_bits_avg`` over
-    activations (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed
-    codes, steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was
-    attached; ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True``
-    quantizes, ``null`` before a forward.
+    the average over the quantized weights that the forward reads and that are not exempt as first or last layer,
+    ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all that it reads; ``act_bits_avg`` over activations
+    (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed codes,
+    steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was attached;
+    ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True`` quantizes,
+    ``null`` before a forward.
     """
     model = unwrapped(model)
     records = levels(model)
