@@ -207,7 +207,7 @@ class Audit(TorchFunctionMode, Watcher):
             self._product_of_two(func, args, kwargs, out)
         elif func in FUSED:
             self._note_unquantized(func.__name__, "input and weight")
-            self._count_inside(args, kwargs, out)
+            self._count_inside(func, args, kwargs, out)
         elif may_multiply(func):
             self._unknown_product(func, args, kwargs)
         elif isinstance(out, Tensor | tuple | list):
@@ -333,11 +333,14 @@ class Audit(TorchFunctionMode, Watcher):
         macs = places * (weight.numel() // weight.shape[0]) // self._samples(input)
         self._note_macs(quantizer, macs, self._where())
 
-    def _count_inside(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _count_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Multiply-accumulates of quantized weights that an operation of many products was handed, such as attention's
         out-projection.
         """
         first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+        if func is F.multi_head_attention_forward and first is not None and first.dim() == 3:
+            # Tokens come first there.
+            self._batch = self._batch or first.shape[1]
         for leaf in tree_leaves((args, kwargs)):
             quantizer = self._quantized.get(leaf) if isinstance(leaf, Tensor) else None
             if first is not None and quantizer is not None and quantizer.kind == "weight":

@@ -23,7 +23,7 @@ from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn import Quantizer, watchers
 
 log = logging.getLogger("cpq_lightning")
 
@@ -159,7 +159,8 @@ def _start(model: nn.Module, args: Any) -> None:
         _act_on_what_was_shown(model)
         if _TRACKING in model.__dict__:
             model.__dict__[_TRACKING].before_forward()
-    if model.__dict__.get(_PENDING) and auditable(model) and set_audited(model, model.training):
+    watched = any(isinstance(watcher, Audit) for watcher in watchers())
+    if model.__dict__.get(_PENDING) and not watched and auditable(model) and set_audited(model, model.training):
         audit = Audit(model)
         _started.audits.append((model, audit))
         audit.__enter__()

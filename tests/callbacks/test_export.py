@@ -13,7 +13,7 @@ from torch import nn
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
 from cpq_lightning.export import SAMPLES_FILE, MismatchError, read_samples, recorded_samples
 from cpq_lightning.export import ship as shipping
-from tests.models import IMAGES, Classifier, convnet, data
+from tests.models import IMAGES, Classifier, convnet, data, run_of
 
 
 def exported(**settings):
@@ -22,7 +22,7 @@ def exported(**settings):
 
 def files(folder):
     suffixes = (".safetensors", ".onnx", ".pt2", ".tmp")
-    return sorted(p.name for p in folder.iterdir() if p.suffix in suffixes and p.name != SAMPLES_FILE)
+    return sorted(p.name for p in run_of(folder).glob("*") if p.suffix in suffixes and p.name != SAMPLES_FILE)
 
 
 def test_all_formats_at_the_end_of_a_fit(fit, tmp_path, capsys):
@@ -30,9 +30,11 @@ def test_all_formats_at_the_end_of_a_fit(fit, tmp_path, capsys):
     fit(module, [exported(export=["packed", "onnx", "torch"])])
     assert files(tmp_path) == ["Classifier.onnx", "Classifier.pt2", "Classifier.safetensors"]
     expected = module.eval().net(IMAGES).detach()
-    loaded = load_quantized(tmp_path / "Classifier.safetensors", convnet())
+    loaded = load_quantized(run_of(tmp_path) / "Classifier.safetensors", convnet())
     assert (loaded(IMAGES) - expected).abs().max() <= 1e-5
-    (found,) = onnxruntime.InferenceSession(str(tmp_path / "Classifier.onnx")).run(None, {"input": IMAGES.numpy()})
+    (found,) = onnxruntime.InferenceSession(str(run_of(tmp_path) / "Classifier.onnx")).run(
+        None, {"input": IMAGES.numpy()}
+    )
     assert (found.argmax(1) == expected.argmax(1).numpy()).mean() >= 0.98
     assert np.isfinite(found).all()
     text = capsys.readouterr().out
@@ -125,11 +127,11 @@ def test_a_mismatch_fails_once_all_else_is_done(fit, tmp_path, monkeypatch):
     with pytest.raises(MismatchError, match=r"Classifier\.pt2 was not written.*layer 'x'"):
         fit(Classifier(), [exported(export=["torch", "packed"])])
     assert files(tmp_path) == ["Classifier.safetensors"]
-    assert (tmp_path / "levels.json").is_file()
+    assert (run_of(tmp_path) / "levels.json").is_file()
 
 
 def test_what_cannot_be_written_names_the_checkpoint(fit, tmp_path):
-    (tmp_path / "Classifier.safetensors").mkdir()
+    (run_of(tmp_path) / "Classifier.safetensors").mkdir()
     saving = ModelCheckpoint(tmp_path / "saved")
     with pytest.warns(
         UserWarning, match=r"packed file could not be written .*Nothing of the training is lost: .*saved"
@@ -225,7 +227,7 @@ def quantized():
 )
 def test_no_samples_are_written(fit, tmp_path, settings, trainer):
     fit(quantized(), [CPQCallback(table=False, **settings)], **{"max_epochs": 1, "limit_train_batches": 1, **trainer})
-    assert not (tmp_path / "samples.safetensors").exists()
+    assert not (run_of(tmp_path) / "samples.safetensors").exists()
 
 
 def test_none_are_written_of_an_earlier_fit_of_the_module(fit, tmp_path):
@@ -233,16 +235,16 @@ def test_none_are_written_of_an_earlier_fit_of_the_module(fit, tmp_path):
     for samples in (16, 0):
         settings = {"default_root_dir": tmp_path / str(samples), "max_epochs": 1, "limit_train_batches": 1}
         fit(module, [CPQCallback(table=False, samples=samples)], **settings)
-    assert (tmp_path / "16" / "samples.safetensors").exists()
-    assert not (tmp_path / "0" / "samples.safetensors").exists()
+    assert (run_of(tmp_path / "16") / "samples.safetensors").exists()
+    assert not (run_of(tmp_path / "0") / "samples.safetensors").exists()
 
 
 def test_any_run_that_writes_files_leaves_samples(fit, tmp_path):
     for module in (Classifier(), QuantizedModule(convnet(), num_classes=4)):
         fit(module, [CPQCallback(table=False)], max_epochs=1, limit_train_batches=1)
-        (tmp_path / SAMPLES_FILE).unlink()
+        (run_of(tmp_path) / SAMPLES_FILE).unlink()
         fit(module, [CPQCallback(table=False, samples=0)], max_epochs=1, limit_train_batches=1)
-        assert not (tmp_path / SAMPLES_FILE).exists()
+        assert not (run_of(tmp_path) / SAMPLES_FILE).exists()
 
 
 class HoldsItsNetwork(Classifier):
@@ -271,7 +273,7 @@ class Interrupts(pl.Callback):
 def test_an_interrupted_run_has_left_them_and_says_where(fit, tmp_path, caplog):
     with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="interrupted"):
         fit(quantized(), [CPQCallback(table=False), Interrupts()])
-    assert len(read_samples(tmp_path / "samples.safetensors")) == 16
+    assert len(read_samples(run_of(tmp_path) / "samples.safetensors")) == 16
     told = next(text for text in caplog.messages if "samples.safetensors" in text)
     assert "16 inputs of the run's data written to" in told
     assert "samples=0" in told
@@ -286,7 +288,7 @@ def test_a_run_that_is_resumed_elsewhere_leaves_its_own(fit, tmp_path):
 
 
 def test_samples_that_cannot_be_written_cost_a_warning(fit, tmp_path):
-    (tmp_path / "samples.safetensors").mkdir()
+    (run_of(tmp_path) / "samples.safetensors").mkdir()
     with pytest.warns(UserWarning, match=r"samples\.safetensors could not be written .*will need --samples or --data"):
         trainer = fit(quantized(), [CPQCallback(table=False)], max_epochs=1, limit_train_batches=1)
     assert trainer.state.finished
@@ -296,4 +298,4 @@ def test_samples_that_cannot_be_written_cost_a_warning(fit, tmp_path):
 def test_of_several_processes_the_first_writes_its_samples(fit, tmp_path):
     module = quantized()
     fit(module, [CPQCallback(table=False)], strategy="ddp_fork", devices=2, max_epochs=1, limit_train_batches=1)
-    assert len(read_samples(tmp_path / "samples.safetensors")) == 16
+    assert len(read_samples(run_of(tmp_path) / "samples.safetensors")) == 16
