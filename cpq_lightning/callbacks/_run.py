@@ -81,8 +81,9 @@ def _logged_folder(trainer: Trainer) -> Path | None:
     if not trainer.loggers:
         return None
     logger = trainer.loggers[0]
-    if getattr(logger, "log_dir", None):
-        return Path(trainer.strategy.broadcast(str(logger.log_dir)))
+    own = getattr(logger, "log_dir", None)
+    if isinstance(own, str | Path):
+        return Path(trainer.strategy.broadcast(str(own)))
     if logger.version is None:
         return None
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"

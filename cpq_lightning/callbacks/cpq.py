@@ -15,6 +15,7 @@ from torch import nn
 
 from cpq_lightning.attach import (
     Audit,
+    AuditReport,
     agreed,
     attach_where,
     attached_config,
@@ -150,7 +151,8 @@ class CPQCallback(FindsRanges):
         self._layers: set[str] = set()
         self._audit: Audit | None = None
         self._audited = self._noted = False
-        # Of the first forward in evaluation.
+        # Of the first forward in evaluation, and what it has shown.
+        self._evaluated: AuditReport | None = None
         self._evaluation_audit: Audit | None = None
         self._audits_evaluation = True
         self._companions: list[Companion] = []
@@ -287,15 +289,23 @@ class CPQCallback(FindsRanges):
         if audit is not None:
             self._audits_evaluation = False
             audit.__exit__(None, None, None)
-            note_unseen(pl_module, audit.report)
+            self._evaluated = audit.report
             if trainer.is_global_zero:
                 report_audit(pl_module, audit.report, evaluation=True)
         self._stop_recording()
         self.on_test_batch_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_validation(trainer)
+        self._take_back_ranges()
+        if self._evaluated is not None:
+            # Not before: what was lent takes its quantizer's state back with it.
+            note_unseen(pl_module, self._evaluated)
+            self._evaluated = None
+
+    def _end_validation(self, trainer: Trainer) -> None:
+        pl_module = trainer.lightning_module
         if trainer.sanity_checking:
-            self._take_back_ranges()
             return
         if trainer.state.fn == "fit":
             self._log_clipped(trainer, pl_module)
@@ -303,7 +313,6 @@ class CPQCallback(FindsRanges):
         self._metrics[QUANTIZED if quantized else BEFORE] = validation_metrics(trainer)
         if not quantized:
             self._last_before = run_step(trainer)
-        self._take_back_ranges()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
