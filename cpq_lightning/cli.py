@@ -17,7 +17,6 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
-from cpq_lightning.callbacks._run import run_folder
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.data import DataError
 from cpq_lightning.export import (
@@ -102,10 +101,7 @@ class CPQCLI(LightningCLI):
 
     def _refuse_to_overwrite(self) -> None:
         trainer = self.trainer
-        if not trainer.loggers:
-            # The run makes a folder that is there not yet.
-            return
-        folder = run_folder(trainer)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
         there = [name for name in _RUN_FILES if (folder / name).exists()]
