@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cpq_lightning.callbacks._network import shipped_name
 from cpq_lightning.callbacks._ship import shipped_architecture, shipped_part
-from cpq_lightning.checkpoint import load_checkpoint
+from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint
 from cpq_lightning.export import (
     SAMPLES_FILE,
     Container,
@@ -159,15 +159,24 @@ def _choose_samples(ckpt: str, samples: str | None, data: str | None, count: int
     if data is not None:
         return samples_of(data, count), f"data={data}"
     if samples is None:
-        samples = str(find_samples(ckpt))
+        samples = str(find_samples(ckpt, _folder_of(ckpt)))
     return read_samples(samples), f"samples={samples}"
 
 
-def find_samples(ckpt: str) -> Path:
+def _folder_of(ckpt: str) -> str | None:
+    """The folder of the run that has saved a checkpoint, by its name beside what holds the checkpoints."""
+    try:
+        content = torch.load(ckpt, map_location="meta", weights_only=True)
+        return content[CHECKPOINT_KEY]["folder"]
+    except (KeyError, TypeError, pickle.UnpicklingError):
+        return None
+
+
+def find_samples(ckpt: str, run: str | None = None) -> Path:
     """The file of samples in the folder of the run that has saved a checkpoint.
 
     It is looked for in the checkpoint's folder and in those above, up to the run's: the first with a file that every
-    run's folder has, and three folders at most.
+    run's folder has, and three folders at most; in each also under the name of ``run``, as of one without a logger.
 
     Raises:
         FileNotFoundError: there is none; with what to give instead.
@@ -177,8 +186,9 @@ def find_samples(ckpt: str) -> Path:
     for above in (folder, *folder.parents)[: 1 + _MOST_PARENTS]:
         # Named as the checkpoint is.
         candidate = above if Path(ckpt).is_absolute() else Path(os.path.relpath(above))
-        if (candidate / SAMPLES_FILE).is_file():
-            return candidate / SAMPLES_FILE
+        for place in (candidate, *([] if run is None else [candidate / run])):
+            if (place / SAMPLES_FILE).is_file():
+                return place / SAMPLES_FILE
         seen.append(str(candidate))
         if any((candidate / name).is_file() for name in _RUN_FILES):
             break

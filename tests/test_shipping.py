@@ -13,6 +13,7 @@ from cpq_lightning.cli import main
 from cpq_lightning.data import DigitsDataModule
 from cpq_lightning.export import Samples, write_samples
 from cpq_lightning.shipping import fill_in, find_samples
+from tests.models import run_of
 
 # What its tests share takes seconds to make.
 pytestmark = pytest.mark.xdist_group("shipping")
@@ -76,7 +77,7 @@ def test_switching_verification_off_says_so(run, capsys):
 
 
 def test_the_samples_are_found_from_the_checkpoint_and_named(run, capsys):
-    assert f"Samples of the input: 16, of samples={run[0] / 'samples.safetensors'}" in export(run, capsys)
+    assert f"Samples of the input: 16, of samples={run_of(run[0]) / 'samples.safetensors'}" in export(run, capsys)
 
 
 @pytest.fixture

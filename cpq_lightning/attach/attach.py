@@ -9,10 +9,12 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from cpq_lightning.attach.coverage import forget_products
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
 from cpq_lightning.attach.layers import (
     QuantizedLayer,
+    bypassed,
     is_attached,
     quantized_layers,
     quantizers,
@@ -125,6 +127,7 @@ def watch(model: nn.Module) -> None:
 def unwatch(model: nn.Module) -> None:
     """Take back :func:`watch`, of a model and of its parts."""
     forget_first_forwards(model)
+    forget_products(model)
     for module in model.modules():
         for handle, hook in list(module._forward_pre_hooks.items()):
             if hook is _advance_noise:
@@ -209,7 +212,8 @@ def take_back(model: nn.Module) -> None:
 def detach(model: M) -> M:
     """Give plain layers back, in place, with the quantized weights written into their Parameters.
 
-    Activations are no longer quantized. Weights evaluate as they did, to the bit.
+    Activations are no longer quantized. Weights evaluate as they did, to the bit: those that the forward multiplies by
+    in full precision, without their layer, are left as they are.
 
     Returns:
         The model itself.
@@ -223,8 +227,10 @@ def detach(model: M) -> M:
         raise ValueError(f"The model {type(model).__name__} is not quantized: there is nothing to detach.")
     plain = [module for module in model.modules() if not isinstance(module, QuantizedLayer)]
     read_elsewhere = {id(p) for module in plain for p in module._parameters.values() if p is not None}
+    around, _ = bypassed(model)
     for layer in layers.values():
-        switch_back(layer, shared=id(layer._parameters.get("weight")) in read_elsewhere)
+        shared = id(layer._parameters.get("weight")) in read_elsewhere
+        switch_back(layer, shared=shared, written=layer not in around)
     _forget(model)
     return given
 

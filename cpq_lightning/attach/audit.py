@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cpq_lightning.attach.flops import MacCounter
 from cpq_lightning.attach.layers import QuantizedLayer
 from cpq_lightning.attach.operations import (
     FUSED,
@@ -69,6 +70,8 @@ class AuditReport:
         macs: Multiply-accumulates in one sample, by name of the weight quantizer, or of a product's left one; a layer
             that is called twice counts once.
         numel: Elements in one sample, by name of the activation quantizer that they passed.
+        products: Multiply-accumulates of all calls, and those of which both operands were quantized, by name of the
+            innermost module whose code multiplies.
     """
 
     never_called: list[str] = field(default_factory=list)
@@ -79,6 +82,7 @@ class AuditReport:
     macs: dict[str, int] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
     weights: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
+    products: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def messages(self, forward: str = "the first forward") -> list[str]:
         """One sentence a finding, of the forward that is named."""
@@ -143,6 +147,7 @@ class Audit(TorchFunctionMode, Watcher):
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
         self._entered = False
+        self._macs = MacCounter()
 
     def __enter__(self) -> Self:
         self._entered = True
@@ -178,22 +183,31 @@ class Audit(TorchFunctionMode, Watcher):
 
     def on_product(self, layer: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> None:
         if layer in self._names and isinstance(layer, QuantizedLayer) and not _UNAUDITED.get():
-            places = out.numel() * (weight.numel() // weight.shape[0])
-            self._note_macs(layer.weight_quantizer, places // self._samples(x), self._names[layer])
+            macs = out.numel() * (weight.numel() // weight.shape[0])
+            self._note_macs(layer.weight_quantizer, macs // self._samples(x), self._names[layer])
+            self._note_product(self._names[layer], macs, quantized=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if _UNAUDITED.get() or getattr(func, "__name__", "") == "__get__":
+            # A property computes nothing, and may be of a quantized tensor's values: those turned, for one.
+            out = func(*args, **kwargs)
+        else:
+            with self._macs:
+                out = func(*args, **kwargs)
         if _UNAUDITED.get():
             return out
+        if macs := self._macs.take():
+            self._note_product(self._where(), macs, self._multiplies_quantized(func, args, kwargs))
         if func in WITH_WEIGHT:
             self._product(func, args, kwargs, out)
         elif func in WITHOUT_WEIGHT:
             self._product_of_two(func, args, kwargs, out)
         elif func in FUSED:
             self._note_unquantized(func.__name__, "input and weight")
+            self._count_inside(func, args, kwargs, out)
         elif may_multiply(func):
             self._unknown_product(func, args, kwargs)
         elif isinstance(out, Tensor | tuple | list):
@@ -292,6 +306,20 @@ class Audit(TorchFunctionMode, Watcher):
         if missing:
             self._note_unquantized(func.__name__, " and ".join(missing), operands)
 
+    def _multiplies_quantized(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether all operands of a product are quantized."""
+        if func in WITH_WEIGHT:
+            operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
+        elif func in WITHOUT_WEIGHT:
+            operands = product_operands(func, args, kwargs)
+        else:
+            return False
+        return all(map(self._is_quantized, operands))
+
+    def _note_product(self, where: str, macs: int, quantized: bool) -> None:
+        total, known = self.report.products.get(where, (0, 0))
+        self.report.products[where] = (total + macs, known + macs * quantized)
+
     def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
         """Multiply-accumulates of a product with a quantized weight."""
         if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
@@ -304,6 +332,20 @@ class Audit(TorchFunctionMode, Watcher):
         places = (input if "transpose" in func.__name__ else out).numel()
         macs = places * (weight.numel() // weight.shape[0]) // self._samples(input)
         self._note_macs(quantizer, macs, self._where())
+
+    def _count_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Multiply-accumulates of quantized weights that an operation of many products was handed, such as attention's
+        out-projection.
+        """
+        first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+        if func is F.multi_head_attention_forward and first is not None and first.dim() == 3:
+            # Tokens come first there.
+            self._batch = self._batch or first.shape[1]
+        for leaf in tree_leaves((args, kwargs)):
+            quantizer = self._quantized.get(leaf) if isinstance(leaf, Tensor) else None
+            if first is not None and quantizer is not None and quantizer.kind == "weight":
+                macs = first.numel() // first.shape[-1] * leaf.numel()
+                self._note_macs(quantizer, macs // self._samples(first), self._where())
 
     def _note_macs(self, quantizer: Quantizer, macs: int, where: str) -> None:
         """Once a module, however often it is called."""

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
+from cpq_lightning.attach.layers import QuantizedLayer, bypassed, quantized_layers, quantizers
 from cpq_lightning.attach.products import quantized_operands
 from cpq_lightning.functional import WidthCost, average_bits, packed_bytes
 from cpq_lightning.nn import Quantizer
@@ -42,6 +42,14 @@ def size_bytes(model: nn.Module) -> int:
     return size
 
 
+def idle_quantizers(model: nn.Module) -> set[Quantizer]:
+    """Quantizers that no forward uses, of layers that it goes round: they cost nothing, and save nothing."""
+    weights, inputs = bypassed(model)
+    read = {layer.weight_quantizer for _, layer in quantized_layers(model) if layer not in weights}
+    found = {layer.weight_quantizer for layer in weights} - read
+    return found | {q for layer in inputs if (q := layer.input_quantizer) is not None}
+
+
 def weight_bytes(quantizer: Quantizer) -> int:
     """Bytes of a weight's codes, packed without gaps at its width or those of its channels."""
     widths = quantizer.decided_widths()
@@ -50,7 +58,8 @@ def weight_bytes(quantizer: Quantizer) -> int:
 
 def mean_width(model: nn.Module, kind: str, expected: bool = False) -> float | None:
     """Average bits over the elements of all weights or activations that are not exempt; ``None`` of nothing."""
-    found = [q for _, q in quantizers(model) if q.kind == kind and not q.first_or_last]
+    idle = idle_quantizers(model)
+    found = [q for _, q in quantizers(model) if q.kind == kind and not q.first_or_last and q not in idle]
     widths = [(q.expected_widths() if expected else q.decided_widths()).double().mean() for q in found]
     return average_bits((q.numel, float(width)) for q, width in zip(found, widths, strict=True))
 
@@ -125,6 +134,9 @@ def width_cost(model: nn.Module, learners: Sequence[Quantizer], unit: CostUnit) 
     else:
         kind = "activation" if unit == "act_bits" else "weight"
         counted = [q for _, q in quantizers(model) if q.kind == kind and (unit == "bytes" or not q.first_or_last)]
+        if unit != "bytes":
+            idle = idle_quantizers(model)
+            counted = [q for q in counted if q not in idle]
         whole = 8.0 if unit == "bytes" else float(sum(q.numel for q in counted)) or 1.0
         for quantizer in counted:
             add(quantizer, quantizer.numel / whole)
@@ -157,13 +169,14 @@ def _add_bops(model: nn.Module, add: Callable[..., None]) -> None:
         raise ValueError(
             "Bit operations are not known before a forward: run one batch through the model, or calibrate it, first."
         )
+    idle = idle_quantizers(model)
     users: dict[Quantizer, int] = {}
     for layer in layers:
         users[layer.weight_quantizer] = users.get(layer.weight_quantizer, 0) + 1
     for layer in layers:
         # Layers that share a weight share its count: which of them multiplied how much is not kept.
         macs = layer.weight_quantizer.macs / users[layer.weight_quantizer]
-        if layer.input_quantizer is None:
+        if layer.input_quantizer is None or layer.input_quantizer in idle:
             add(layer.weight_quantizer, macs * FULL_BITS)
         else:
             add(layer.weight_quantizer, macs, layer.input_quantizer)

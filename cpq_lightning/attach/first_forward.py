@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cpq_lightning.attach.audit import Audit, AuditReport
+from cpq_lightning.attach.coverage import remember_products
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn import Quantizer, watchers
 
 log = logging.getLogger("cpq_lightning")
 
@@ -82,6 +83,7 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
         report: What it showed.
         counts: Whether to take its count of an activation's elements, which gradients depend on.
     """
+    remember_products(model, report)
     modules = dict(model.named_modules())
     facts: dict[Quantizer, dict[str, int]] = {}
     for place, name in enumerate(report.order, start=1):
@@ -97,6 +99,24 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
                 facts.setdefault(quantizer, {})[what] = count
     for quantizer, values in facts.items():
         quantizer.configure(has_facts=True, **values)
+
+
+def note_unseen(model: nn.Module, report: AuditReport) -> None:
+    """Write into the quantizers what a forward in evaluation showed of layers that training does not call."""
+    known = [layer for _, layer in quantized_layers(model) if layer.weight_quantizer.execution_index]
+    if not known:
+        return
+    last = max(layer.weight_quantizer.execution_index for layer in known)
+    modules = dict(model.named_modules())
+    new = [modules[name] for name in report.order if modules.get(name) not in known]
+    for place, layer in enumerate((m for m in new if isinstance(m, QuantizedLayer)), start=last + 1):
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None and not quantizer.execution_index:
+                quantizer.configure(has_facts=True, execution_index=place)
+    for name, macs in report.macs.items():
+        quantizer = modules.get(name)
+        if isinstance(quantizer, Quantizer) and not quantizer.macs:
+            quantizer.configure(has_facts=True, macs=macs)
 
 
 def agreed(report: AuditReport) -> AuditReport:
@@ -139,7 +159,8 @@ def _start(model: nn.Module, args: Any) -> None:
         _act_on_what_was_shown(model)
         if _TRACKING in model.__dict__:
             model.__dict__[_TRACKING].before_forward()
-    if model.__dict__.get(_PENDING) and auditable(model) and set_audited(model, model.training):
+    watched = any(isinstance(watcher, Audit) for watcher in watchers())
+    if model.__dict__.get(_PENDING) and not watched and auditable(model) and set_audited(model, model.training):
         audit = Audit(model)
         _started.audits.append((model, audit))
         audit.__enter__()

@@ -213,6 +213,21 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
             yield name, module
 
 
+def bypassed(model: nn.Module) -> tuple[set[QuantizedLayer], set[QuantizedLayer]]:
+    """Quantized layers that the model's forward goes round, once a forward has been seen.
+
+    Returns:
+        Those whose weight it does not read quantized, and those whose input no quantizer meets: of
+        ``nn.MultiheadAttention``'s out-projection only the weight is read.
+    """
+    layers = [layer for _, layer in quantized_layers(model)]
+    called = {layer for layer in layers if (layer.input_quantizer or layer.weight_quantizer).execution_index}
+    if not called:
+        return set(), set()
+    inputs = {layer for layer in layers if layer not in called and layer.input_quantizer is not None}
+    return {layer for layer in layers if layer not in called and not layer.weight_quantizer.macs}, inputs
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """The quantizers of a model with their names, in registration order."""
     for name, module in model.named_modules():

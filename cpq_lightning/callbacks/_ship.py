@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,17 +138,16 @@ def known_samples(pl_module: LightningModule) -> Samples:
     )
 
 
-def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, saved: str) -> None:
+def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, saved: str) -> list[dict[str, Any]]:
     """Write each format into the run's folder, verified, and show what it has come to; on one process.
 
-    What cannot be written costs a warning, and no training; what would not be the trained model is an error, once all
-    else is done.
+    What cannot be written, or would not be the trained model, costs a warning, and no training: a test may follow.
 
-    Raises:
-        MismatchError: a file would not be the trained model.
+    Returns:
+        For each format its ``format``, and the ``file``, or the ``error`` and the ``command`` that tries again.
     """
     console = Console()
-    mismatch: MismatchError | None = None
+    outcomes: list[dict[str, Any]] = []
     for format in formats:
         try:
             export = export_model(
@@ -158,14 +158,24 @@ def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, sa
                 name=shipped_name(pl_module),
                 architecture=shipped_architecture(pl_module),
             )
-        except MismatchError as error:
-            mismatch = error
-            continue
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            rank_zero_warn(f"The {format} file could not be written ({reason}). {nothing_is_lost(saved)}")
+            reason = str(error) if isinstance(error, MismatchError) else f"{type(error).__name__}: {error}"
+            command = _command(pl_module, format, saved)
+            later = f" Once that is mended, this writes it: {command}" if command else ""
+            rank_zero_warn(f"The {format} file could not be written ({reason}). {nothing_is_lost(saved)}{later}")
+            outcomes.append({"format": format, "error": reason, "command": command})
             continue
+        outcomes.append({"format": format, "file": export.path.name})
         console.print()
         console.print(export_table(export))
-    if mismatch is not None:
-        raise mismatch
+    return outcomes
+
+
+def _command(pl_module: LightningModule, format: Format, saved: str) -> str | None:
+    """What exports a run's checkpoint; ``None`` where there is none."""
+    if not saved:
+        return None
+    own = type(pl_module)
+    known = hasattr(pl_module, "export_architecture")
+    module = "" if known else f" --module {own.__module__}.{own.__qualname__}"
+    return f"cpq export --ckpt {shlex.quote(saved)} --format {format}{module}"

@@ -196,8 +196,10 @@ class BitBudget(Callback):
                     "trainer.save_checkpoint(path) makes one."
                 )
             self._fix(trainer, pl_module)
+        if self._done is None or quiet:
+            return
         folder = run_folder(trainer)
-        if self._done is None or not trainer.is_global_zero or quiet:
+        if not trainer.is_global_zero:
             return
         self._trajectory.note(run_step(trainer), self._values(pl_module), widths_by_name(pl_module))
         self._trajectory.save(folder, last_saved(trainer))

@@ -21,6 +21,9 @@ from cpq_lightning.export.report import CLUSTERS_FILE as CLUSTERS_FILE
 from cpq_lightning.export.report import read_manifest as read_manifest
 from cpq_lightning.export.report import report_levels as report_levels
 from cpq_lightning.export.report import write_report as write_report
+from cpq_lightning.export.runs import BEFORE as BEFORE
+from cpq_lightning.export.runs import FULL as FULL
+from cpq_lightning.export.runs import QUANTIZED as QUANTIZED
 from cpq_lightning.export.runs import Run as Run
 from cpq_lightning.export.runs import common_folder as common_folder
 from cpq_lightning.export.runs import compare_runs as compare_runs

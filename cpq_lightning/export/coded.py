@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cpq_lightning.attach import (
     QuantizedLayer,
     avoid_fused_paths,
+    bypassed,
     call_projections,
     detach,
     is_attached,
@@ -103,7 +104,8 @@ def evaluated(model: nn.Module) -> nn.Module:
 def coded(
     model: nn.Module, layer_class: type[CodedLayer] = CodedLayer, grid_class: type[InputGrid] = InputGrid
 ) -> nn.Module:
-    """A copy of an attached model in evaluation, of plain layers that hold their weights as codes.
+    """A copy of an attached model in evaluation, of plain layers that hold their weights as codes; those that the
+    forward goes round, and reads in full precision, stay so.
 
     Args:
         model: An attached model.
@@ -114,7 +116,7 @@ def coded(
         ValueError: as :func:`evaluated`.
     """
     copied = evaluated(model)
-    parts = {name: _parts(layer, grid_class) for name, layer in quantized_layers(copied)}
+    parts = {name: _parts(layer, grid_class) for name, layer in read_layers(copied)}
     products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(copied)]
     grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(copied)}
     detach(copied)
@@ -205,9 +207,15 @@ def uncalled(model: nn.Module) -> list[str]:
     return [name for name, _, quantizer in quantized_inputs(model) if not quantizer.fitted]
 
 
+def read_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """The quantized layers of an attached model whose weights its forward reads quantized, with their names."""
+    around, _ = bypassed(model)
+    yield from ((name, layer) for name, layer in quantized_layers(model) if layer not in around)
+
+
 def quantized_inputs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:
     """Whatever quantizes its input in an attached model: layers, and operands of products without a weight."""
-    for name, layer in quantized_layers(model):
+    for name, layer in read_layers(model):
         if layer.input_quantizer is not None:
             yield name, cast(nn.Module, layer), layer.input_quantizer
     for name, quantizer in quantized_operands(model):

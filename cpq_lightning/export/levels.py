@@ -14,6 +14,9 @@ from torch import nn
 from cpq_lightning.attach import (
     QuantizedLayer,
     bit_operations,
+    bypassed,
+    coverage,
+    coverage_once_active,
     quantized_layers,
     quantized_operands,
     size_bytes,
@@ -53,7 +56,8 @@ class LevelsRecord:
         relative_error: ``sum (x - x_hat)^2 / sum x^2``; ``None`` likewise.
         clipped: Share of values more than half a step outside of the last level; ``None`` likewise.
         exempt: Whether it is a first or last layer, at ``first_last_bits``.
-        quantizing: ``False`` while values pass in full precision.
+        quantizing: ``False`` while values pass in full precision, and of a weight that the forward reads without its
+            layer.
         level_shares: Of a weight, the share of its elements at each level from ``low`` to ``high``.
         bytes: Of a weight, its packed codes.
         macs: Of a weight, multiply-accumulates in one sample; 0 before a forward.
@@ -87,7 +91,8 @@ class LevelsRecord:
 
 def levels(model: nn.Module) -> list[LevelsRecord]:
     """One record per quantizer of an attached model: each layer's weight, then its activation; then the operands of
-    products without a weight, under names of their own.
+    products without a weight, under names of their own. Once a forward has been seen, an input that no quantizer meets
+    since the forward goes round its layer has no record.
 
     Of activations, levels in use and the error are known after a forward under
     :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch.
@@ -106,11 +111,15 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
     records = []
+    weights, unread = bypassed(model)
     for name, layer in sorted(layers.items(), key=lambda item: item[1].weight_quantizer.execution_index):
         layer.fit_if_needed()
         inputs = layer.input_quantizer
         record = _weight_record(name, layer)
-        if inputs is None:
+        if layer in weights:
+            records.append(replace(record, quantizing=False, macs=0, bops=0.0))
+            continue
+        if inputs is None or layer in unread:
             records.append(replace(record, bops=float((record.macs or 0) * record.mean_bits * FULL_BITS)))
             continue
         activation = _record(name, inputs, inputs.measured)
@@ -179,12 +188,13 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers;
     under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight.
 
-    Totals: ``weight_bits_avg`` is the average over the quantized weights that are not exempt as first or last
-    layer, ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all quantized weights; ``act_bits_avg`` over
-    activations (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed
-    codes, steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was
-    attached; ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True``
-    quantizes, ``null`` before a forward.
+    ``coverage`` is that of :func:`cpq_lightning.coverage`, ``null`` before a forward. Totals: ``weight_bits_avg`` is
+    the average over the quantized weights that the forward reads and that are not exempt as first or last layer,
+    ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all that it reads; ``act_bits_avg`` over activations
+    (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed codes,
+    steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was attached;
+    ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True`` quantizes,
+    ``null`` before a forward.
     """
     model = unwrapped(model)
     records = levels(model)
@@ -202,6 +212,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "totals": totals(model, records),
+        "coverage": _coverage(model),
         "layers": list(by_layer.values()),
     }
     return {**content, "products": products} if products else content
@@ -210,18 +221,24 @@ def manifest(model: nn.Module) -> dict[str, Any]:
 def compact_manifest(model: nn.Module) -> dict[str, Any]:
     """:func:`manifest` without the shares of levels, as artefacts carry it."""
     content = manifest(model)
+    del content["coverage"]
     for layer in content["layers"]:
         layer["weight"].pop("level_shares")
     return content
 
 
+def _coverage(model: nn.Module) -> dict[str, Any] | None:
+    return None if coverage_once_active(model) is None else coverage(model).to_dict()
+
+
 def totals(model: nn.Module, records: list[LevelsRecord]) -> dict[str, Any]:
     """The totals of :func:`manifest`."""
-    weights = [r for r in records if r.kind == "weight"]
+    around = {name for name, layer in quantized_layers(model) if layer in bypassed(model)[0]}
+    read = [r for r in records if r.kind == "weight" and r.name not in around]
     full, _ = unquantized_bytes(model)
     return {
-        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in weights if not r.exempt),
-        "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in weights),
+        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in read if not r.exempt),
+        "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in read),
         "act_bits_avg": average_bits(
             (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.exempt
         ),

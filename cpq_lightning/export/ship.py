@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cpq_lightning.attach import detach, unwrapped
+from cpq_lightning.attach import bypassed, detach, quantized_layers, unwrapped
 from cpq_lightning.export.coded import check_exportable, evaluated, uncalled
 from cpq_lightning.export.files import replacing
 from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
@@ -121,6 +121,13 @@ def export_model(
         log.warning(
             "No forward has called the layers %s, of which only the weight is read: their inputs stay in full "
             "precision, as in training.",
+            ", ".join(names),
+        )
+    around, _ = bypassed(model)
+    if names := [name for name, layer in quantized_layers(model) if layer in around]:
+        log.warning(
+            "The forward multiplies by the weights of the layers %s in full precision, without calling them: so does "
+            "the file.",
             ", ".join(names),
         )
     samples = Samples.of(samples)

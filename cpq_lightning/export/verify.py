@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import quantized_layers
-from cpq_lightning.export.coded import evaluated, grid_of, input_of, quantized_inputs
+from cpq_lightning.export.coded import evaluated, grid_of, input_of, quantized_inputs, read_layers
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.export.samples import Samples, flat_outputs
 from cpq_lightning.functional import along_channels
@@ -119,7 +118,7 @@ class Reference:
     def weight_codes(self, turned_by: Mapping[str, str]) -> dict[str, Tensor]:
         """Levels of each layer's weight, turned round where the gain of a folded batch norm is negative."""
         found = {}
-        for name, layer in quantized_layers(self.model):
+        for name, layer in read_layers(self.model):
             codes = weight_codes(layer)
             if name in turned_by:
                 gain: Tensor | None = self.model.get_submodule(turned_by[name]).weight  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from torch import nn
 from cpq_lightning import CPQCallback, CPQConfig, attach, levels
 from cpq_lightning.attach import is_attached, quantizers
 from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
-from tests.models import Classifier, convnet, data, quantized_weight
+from tests.models import Classifier, convnet, data, quantized_weight, run_of
 
 CONFIG = CPQConfig(weight_bits=4, act_bits=4, min_bits=3)
 
@@ -27,7 +27,7 @@ def test_a_plain_module_trains_quantized_and_exports_its_levels(fit, tmp_path):
     fit(module, callbacks())
     assert is_attached(module)
     assert before <= {id(p) for p in module.parameters()}
-    content = json.loads((tmp_path / "levels.json").read_text())
+    content = json.loads((run_of(tmp_path) / "levels.json").read_text())
     assert (content["format"], content["version"]) == ("cpq-levels", 1)
     assert [layer["name"] for layer in content["layers"]] == ["net.0", "net.3", "net.6"]
     assert content["totals"]["weight_bits_avg"] == 4
