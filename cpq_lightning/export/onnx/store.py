@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,6 +42,17 @@ def use_four_bits(model: ir.Model) -> None:
         zeros = np.zeros(known(decode.inputs[1]).shape, ml_dtypes.int4)
         decode.replace_input_with(0, edit.constant(f"{layer}.weight_codes", codes.astype(ml_dtypes.int4)))
         decode.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", zeros))
+    tidy(model)
+
+
+def share_codes(model: ir.Model) -> None:
+    """Hold codes that several layers have in common, as those with one weight do, in one tensor that all read."""
+    first: dict[tuple[Any, ...], ir.Value] = {}
+    for _, decode in _decoders(model.graph):
+        codes, value = known(decode.inputs[0]), decode.inputs[0]
+        assert value is not None
+        content = hashlib.sha256(codes.tobytes()).digest()
+        decode.replace_input_with(0, first.setdefault((codes.dtype, codes.shape, content), value))
     tidy(model)
 
 
@@ -85,7 +97,9 @@ def finish(model: ir.Model, content: Mapping[str, Any]) -> None:
         layer = layer_of(node, "weight")
         if layer is not None and node.op_type == "DequantizeLinear":
             for value, part in zip(node.inputs, ("codes", "scale", "zero_point"), strict=False):
-                if value is not None and len(value.uses()) == 1:
+                # Codes that several layers read have the first one's name.
+                named = value in wanted.values() if part == "codes" else value is not None and len(value.uses()) > 1
+                if value is not None and not named:
                     wanted[_free(f"{layer}.weight_{part}", wanted)] = value
     for value in [*graph.initializers.values(), *(o for n in graph for o in n.outputs)]:
         value.metadata_props.clear()
