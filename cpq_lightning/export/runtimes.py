@@ -28,6 +28,9 @@ class _InTorch:
     def turned_by(self) -> Mapping[str, str]:
         return {}
 
+    def remedy(self) -> None:
+        return None
+
     @torch.no_grad()
     def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return flat_outputs(self.module(*inputs))

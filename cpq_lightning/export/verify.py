@@ -57,6 +57,12 @@ class Artefact(Protocol):
         """
         ...
 
+    def remedy(self) -> tuple[str, Artefact] | None:
+        """What its runtime may do wrong with this file on some processors, and the file loaded so that it does not;
+        ``None`` where nothing such is known.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -158,10 +164,34 @@ def verify(model: nn.Module, artefact: Artefact, samples: Samples) -> Verificati
         samples: What to compare on.
 
     Raises:
-        MismatchError: naming the first layer where they part.
+        MismatchError: naming the first layer where they part; or what the runtime does wrong on this processor, where
+            the file is right otherwise.
     """
     reference = Reference(model)
     weights = _compare_weights(reference, artefact)
+    try:
+        return _compare_computed(reference, artefact, samples, weights)
+    except MismatchError as error:
+        fault = _fault(reference, artefact, samples, weights)
+        if fault is None:
+            raise
+        raise MismatchError(f"{fault} What differs: {error}") from None
+
+
+def _fault(reference: Reference, artefact: Artefact, samples: Samples, weights: int) -> str | None:
+    """What the runtime does wrong, where the file is right without that."""
+    remedy = artefact.remedy()
+    if remedy is None:
+        return None
+    fault, remedied = remedy
+    try:
+        _compare_computed(reference, remedied, samples, weights)
+    except MismatchError:
+        return None
+    return fault
+
+
+def _compare_computed(reference: Reference, artefact: Artefact, samples: Samples, weights: int) -> Verification:
     moved, moved_at, places = _compare_layers(reference, artefact, samples)
     agreement, largest = _compare_outputs(reference, artefact, samples)
     if agreement is not None and agreement < LEAST_AGREEMENT:

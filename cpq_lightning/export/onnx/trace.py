@@ -22,6 +22,9 @@ OPSET = 21
 LAYER, ROLE = "cpq.layer", "cpq.role"
 # Of a weight that is stored as a matrix, input channels first: the shape that it has in its layer.
 SHAPE = "cpq.shape"
+# While a graph is traced, weights are decoded by an operator of this domain that names its layer: PyTorch's exporter
+# makes one node of those that compute the same, and of two layers with one weight the second would be lost.
+_DOMAIN, _NAME = "cpq", "layer"
 
 
 class OnnxGrid(InputGrid):
@@ -62,10 +65,10 @@ class OnnxLayer(CodedLayer):
     def _decoded(self, codes: Tensor, axis: int, **properties: str) -> Tensor:
         per_channel = len(self.weight_step) > 1
         step = self.weight_step if per_channel else self.weight_step.reshape(())
-        attributes = {"axis": axis} if per_channel else {}
+        attributes = {_NAME: self.layer_name} | ({"axis": axis} if per_channel else {})
         inputs = (codes, step, torch.zeros_like(step, dtype=torch.int8))
         properties |= {LAYER: self.layer_name, ROLE: "weight"}
-        return emit("DequantizeLinear", inputs, attributes, codes.shape, torch.float32, properties)
+        return emit(f"{_DOMAIN}::DequantizeLinear", inputs, attributes, codes.shape, torch.float32, properties)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.base_class.forward is not nn.Linear.forward:
@@ -108,7 +111,13 @@ def trace(model: nn.Module, samples: Samples) -> ir.Model:
     for name, module in network.named_modules():
         if isinstance(module, OnnxGrid):
             module.layer_name = name.rpartition(".")[0]
-    return trace_plain(network, samples)
+    graph = trace_plain(network, samples)
+    for node in graph.graph:
+        if node.domain == _DOMAIN:
+            node.domain = ""
+            del node.attributes[_NAME]
+    graph.opset_imports.pop(_DOMAIN, None)
+    return graph
 
 
 def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
