@@ -17,8 +17,11 @@ from cpq_lightning.optim import Budget
 
 BudgetUnit = Literal["bits", "bytes", "bops"]
 
-# How near decided widths have to be: in bits, and in bytes or bit operations as a share of the target.
+# How far below the target decided widths may stay without bits moving from layer to layer: in bits, and in bytes or bit
+# operations as a share of the target.
 _TOLERANCE_BITS, _TOLERANCE_SHARE = 0.04, 0.015
+# Of a sum of many shares.
+_ROUNDING = 1e-9
 _MOST_NAMED = 20
 _SPELLED_OUT = {"weight_bits": "average bits of the weights", "act_bits": "average bits of the activations"}
 
@@ -34,7 +37,7 @@ class Goal:
 
     @property
     def tolerance(self) -> float:
-        """How far from the target decided widths may stay."""
+        """How far below the target decided widths may stay without bits moving from layer to layer."""
         return _TOLERANCE_BITS if self.name.endswith("bits") else _TOLERANCE_SHARE * self.target
 
     @property
@@ -46,28 +49,36 @@ class Goal:
         return anneal(round(1e6 * progress), 0, 10**6, self.first, self.target, "exponential")
 
     def describe(self, widths: Tensor, moved: list[dict[str, Any]]) -> str:
-        """A sentence on the decision, with the widths that were changed to meet the target."""
+        """A sentence on the decision, with the widths that were changed to meet the target, and what is left of it."""
         listed = [f"{change['name']} from {change['before']} to {change['after']} bits" for change in moved]
         more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
         how = f"after changing {', '.join(listed[:_MOST_NAMED])}{more}" if listed else "as learned"
+        spent = self.budget.cost.of_whole(widths)
+        left = self.target - spent
+        below = f", {left:.3g} below it" if left > 1e-9 * self.target else ""
         return (
-            f"BitBudget: widths are decided, {how}: {self.budget.cost(widths):.6g} "
-            f"{self._spelled_out} for a target of {self.target:g}."
+            f"BitBudget: widths are decided, {how}: {_figures(spent)} {self._spelled_out} for a target of "
+            f"{_figures(self.target)}{below}."
         )
 
     def check_reach(self, narrowest: Tensor, widest: Tensor) -> None:
-        """Refuse a target that no widths have.
+        """Refuse a target that even the narrowest widths cost more than, or the widest ones far less.
 
         Raises:
             MisconfigurationException: naming the range within reach.
         """
-        low, high = self.budget.cost(narrowest), self.budget.cost(widest)
-        if not low - self.tolerance <= self.target <= high + self.tolerance:
+        low, high = (self.budget.cost.of_whole(widths) for widths in (narrowest, widest))
+        if not low <= self.target * (1 + _ROUNDING) or self.target > high + self.tolerance:
             raise MisconfigurationException(
-                f"BitBudget: the target of {self.target:g} {self._spelled_out} is out of reach: the widths that are "
-                f"learned allow {low:.6g} to {high:.6g}. Change the target, or min_bits, weight_bits and "
-                "first_last_bits of CPQConfig."
+                f"BitBudget: the target of {_figures(self.target)} {self._spelled_out} is out of reach: the widths "
+                f"that are learned allow {_figures(low)} to {_figures(high)}. Change the target, or min_bits, "
+                "weight_bits and first_last_bits of CPQConfig."
             )
+
+
+def _figures(value: float) -> str:
+    """Bytes to the last one, and averages to six figures."""
+    return f"{value:.0f}" if value == int(value) and 10 <= value < 1e9 else f"{value:.6g}"
 
 
 def net_changes(changes: list[WidthChange], names: list[str]) -> list[dict[str, Any]]:
@@ -114,6 +125,27 @@ def make_goals(
         raise MisconfigurationException(f"BitBudget(unit={unit!r}): {error}") from error
 
 
+def check_ends(model: nn.Module) -> None:
+    """Refuse a model in which all layers that could learn a width are first or last ones, whose width is given.
+
+    Raises:
+        MisconfigurationException: naming them, and ``first_last_bits``.
+    """
+    for kind in ("weight", "activation"):
+        own = [(name, q) for name, q in quantizers(model) if q.gates.learned and q.kind == kind]
+        if own and all(q.first_or_last for _, q in own):
+            raise MisconfigurationException(
+                f"BitBudget has no {kind} to learn a width of: all {len(own)} that could ({_some(own)}) are of first "
+                f"or last layers, which keep first_last_bits={own[0][1].bits}. Set first_last_bits=None in CPQConfig, "
+                "or give these layers weight_bits of their own in overrides."
+            )
+
+
+def _some(named: list[tuple[str, Quantizer]], most: int = 4) -> str:
+    more = f" and {len(named) - most} more" if len(named) > most else ""
+    return ", ".join(name for name, _ in named[:most]) + more
+
+
 def explain_nothing_to_learn(model: nn.Module, targets: Mapping[str, float], done: Mapping[str, Any] | None) -> None:
     """Say why no width is learned: all are fixed already, or, as an error, none ever was to be.
 
@@ -130,6 +162,7 @@ def explain_nothing_to_learn(model: nn.Module, targets: Mapping[str, float], don
             f"BitBudget found no quantizer in {type(model).__name__}: add CPQCallback to the Trainer, or train a "
             "QuantizedModule."
         )
+    check_ends(model)
     if any(q.gates.learned for _, q in quantizers(model)):
         then = {} if done is None else {name: target for name, target, _ in done["goals"]}
         if any(targets.get(name) != target for name, target in then.items()):
