@@ -120,7 +120,7 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
     """
     forward = "the first forward in evaluation" if evaluation else "the first forward"
     said: set[Any] = model.__dict__.setdefault(_SAID, set())
-    names = ("never_called", "unquantized", "activation_products", "overlooked")
+    names = ("never_called", "unquantized", "activation_products", "overlooked", "lookups")
     new = AuditReport(weights=report.weights)
     for name in names[1:] if evaluation else names:
         setattr(new, name, [found for found in getattr(report, name) if (name, found) not in said])

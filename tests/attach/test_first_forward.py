@@ -196,7 +196,7 @@ def test_what_multiplies_by_no_weight_is_not_named():
         Holder(lambda x, w: x + F.embedding(torch.arange(len(x)) % 8, w)),
         nn.Dropout(0.1),
     ]
-    model = attach(nn.Sequential(nn.Linear(8, 8), *quiet, nn.Linear(8, 2)))
+    model = attach(nn.Sequential(nn.Linear(8, 8), *quiet, nn.Linear(8, 2)), CPQConfig(first_last_bits=None))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate(model, [X])
