@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cpq_lightning.callbacks._company import last_saved
 from cpq_lightning.callbacks._loggers import log_pictures
-from cpq_lightning.callbacks._network import shipped_name
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_name, shipped_part
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.export import (
     CLUSTERS_FILE,
@@ -80,7 +80,8 @@ def run_manifest(
     data = trainer.datamodule  # type: ignore[attr-defined]
     root = "" if data is None else str(data.hparams.get("root", ""))
     name = "" if data is None else f"{type(data).__name__} {root}".strip()
-    return {**manifest(pl_module), "run": describe_run(metrics, shipped_name(pl_module), name)}
+    content = manifest(pl_module, network=shipped_part(pl_module), architecture=shipped_architecture(pl_module))
+    return {**content, "run": describe_run(metrics, shipped_name(pl_module), name)}
 
 
 def _print_runs(trainer: Trainer, folder: Path, levels_file: str) -> None:

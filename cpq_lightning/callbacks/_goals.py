@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cpq_lightning.attach import CostUnit, is_attached, quantizers, width_cost
 from cpq_lightning.callbacks._names import MisconfigurationException
-from cpq_lightning.functional import WidthChange, anneal
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_part
+from cpq_lightning.export import byte_cost
+from cpq_lightning.functional import WidthChange, WidthCost, anneal
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Budget
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 BudgetUnit = Literal["bits", "bytes", "bops"]
 
@@ -23,14 +28,19 @@ _TOLERANCE_BITS, _TOLERANCE_SHARE = 0.04, 0.015
 # Of a sum of many shares.
 _ROUNDING = 1e-9
 _MOST_NAMED = 20
-_SPELLED_OUT = {"weight_bits": "average bits of the weights", "act_bits": "average bits of the activations"}
+_SPELLED_OUT = {
+    "weight_bits": "average bits of the weights",
+    "act_bits": "average bits of the activations",
+    "bytes": "bytes of the packed file",
+    "bops": "bit operations",
+}
 
 
 @dataclass
 class Goal:
     """A budget with its target and the expected cost that it started from."""
 
-    name: CostUnit
+    name: CostUnit | Literal["bytes"]
     budget: Budget
     target: float
     first: float
@@ -93,15 +103,15 @@ def net_changes(changes: list[WidthChange], names: list[str]) -> list[dict[str, 
 
 
 def make_goals(
-    model: nn.Module, learners: list[Quantizer], target: float, unit: BudgetUnit, act_target: float | None
+    pl_module: LightningModule, learners: list[Quantizer], target: float, unit: BudgetUnit, act_target: float | None
 ) -> list[Goal]:
-    """The goals that a budget sets for the learners' widths.
+    """The goals that a budget sets for the learners' widths; bytes are those of the file of what ships.
 
     Raises:
         MisconfigurationException: learned activations without a target, or bit operations that are not known.
     """
     kinds = {q.kind for q in learners}
-    wanted: list[tuple[CostUnit, float]] = []
+    wanted: list[tuple[Any, float]] = []
     if unit == "bits" and "weight" in kinds:
         wanted.append(("weight_bits", target))
     elif unit != "bits":
@@ -120,9 +130,15 @@ def make_goals(
             )
         wanted.append(("act_bits", own))
     try:
-        return [Goal(name, Budget(width_cost(model, learners, name)), value, value) for name, value in wanted]
+        return [Goal(name, Budget(_cost(pl_module, learners, name)), value, value) for name, value in wanted]
     except ValueError as error:
         raise MisconfigurationException(f"BitBudget(unit={unit!r}): {error}") from error
+
+
+def _cost(pl_module: LightningModule, learners: list[Quantizer], name: Any) -> WidthCost:
+    if name != "bytes":
+        return width_cost(pl_module, learners, name)
+    return byte_cost(shipped_part(pl_module), learners, shipped_architecture(pl_module))
 
 
 def check_ends(model: nn.Module) -> None:

@@ -14,10 +14,12 @@ from cpq_lightning.callbacks._company import Bests, last_saved, monitored_bests,
 from cpq_lightning.callbacks._goals import BudgetUnit, check_ends, explain_nothing_to_learn, make_goals
 from cpq_lightning.callbacks._loggers import log_widths
 from cpq_lightning.callbacks._names import Callback, MisconfigurationException
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_part
 from cpq_lightning.callbacks._optimizers import beside_optimizers
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step
 from cpq_lightning.callbacks._search import WidthSearch
 from cpq_lightning.callbacks._trajectory import Trajectory
+from cpq_lightning.export import packed_size
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.optim import Beside
 
@@ -41,8 +43,9 @@ class BitBudget(Callback):
     learning rate nor gradient clipping reaches them.
 
     Logged: ``cpq/weight_bits`` (as evaluation has them), ``cpq/expected_weight_bits``, the same of learned activations,
-    ``cpq/size_bytes``, ``cpq/penalty``, ``cpq/target``; after each validation every layer's bits, as a table or as
-    text where the logger takes one. The folder of the run gets ``trajectory.csv`` and ``trajectory.png`` at the end.
+    ``cpq/size_bytes`` (of the packed file), ``cpq/penalty``, ``cpq/target``; after each validation every layer's bits,
+    as a table or as text where the logger takes one. The folder of the run gets ``trajectory.csv`` and
+    ``trajectory.png`` at the end.
 
     Args:
         target: What the model may cost at most: average bits of the weights (first and last layer aside), bytes of the
@@ -262,6 +265,7 @@ class BitBudget(Callback):
 
     def _values(self, pl_module: LightningModule) -> dict[str, float]:
         values = model_costs(pl_module)
+        values["size_bytes"] = packed_size(shipped_part(pl_module), shipped_architecture(pl_module))
         if self._search is None:
             reached = [] if self._done is None else [(name, 0.0, target) for name, target, _ in self._done["goals"]]
         else:

@@ -17,6 +17,7 @@ from cpq_lightning.export.onnx.integer import keep_biases, use_integer_kernels
 from cpq_lightning.export.onnx.layout import keep_channels_last
 from cpq_lightning.export.onnx.norms import fold_norms
 from cpq_lightning.export.onnx.store import finish, lowest_level, use_four_bits
+from cpq_lightning.export.onnx.tables import read_codes_of_layers
 from cpq_lightning.export.onnx.trace import trace, trace_plain
 from cpq_lightning.export.samples import Samples
 
@@ -81,6 +82,7 @@ def build(model: nn.Module, samples: Samples, container: Container, round_biases
     else:
         use_four_bits(graph)
     keep_biases(graph)
+    read_codes_of_layers(graph)
     return graph
 
 
