@@ -57,6 +57,9 @@ def nothing_between(model: nn.Module) -> str | None:
     exempt = [name for name, layer in quantized_layers(model) if layer.weight_quantizer.first_or_last]
     if config is None or config.first_last_bits is None or len(exempt) < len(list(quantized_layers(model))):
         return None
+    if config.levels_from is not None:
+        # Widths are those of the file.
+        return None
     wanted = {"weight_bits": config.weight_bits}
     if config.act_bits is not None and all(q.first_or_last for _, q in quantizers(model) if q.kind == "activation"):
         wanted["act_bits"] = config.act_bits

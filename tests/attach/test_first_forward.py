@@ -214,6 +214,7 @@ def test_what_multiplies_by_no_weight_is_not_named():
         (CPQConfig(weight_bits=8, act_bits=8), None),
         (CPQConfig(first_last_bits=None), None),
         (CPQConfig(overrides={"0": {"weight_bits": 4}}), None),
+        (CPQConfig(levels_from={n: {"weight": 3, "activation": 4} for n in ("0", "2")}), None),
     ],
 )
 def test_a_warning_says_where_no_layer_has_the_bits_that_the_config_asks_for(how, config, nowhere):
