@@ -16,8 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from torch import Tensor, nn
 
-from cpq_lightning.callbacks._network import shipped_name
-from cpq_lightning.callbacks._ship import shipped_architecture, shipped_part
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_name, shipped_part
 from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint
 from cpq_lightning.export import (
     SAMPLES_FILE,

@@ -14,11 +14,10 @@ from cpq_lightning.attach.calibrate import calibrate as calibrate
 from cpq_lightning.attach.calibrate import recording as recording
 from cpq_lightning.attach.costs import CostUnit as CostUnit
 from cpq_lightning.attach.costs import bit_operations as bit_operations
+from cpq_lightning.attach.costs import float_bytes as float_bytes
 from cpq_lightning.attach.costs import learning_quantizers as learning_quantizers
 from cpq_lightning.attach.costs import mean_width as mean_width
 from cpq_lightning.attach.costs import model_costs as model_costs
-from cpq_lightning.attach.costs import size_bytes as size_bytes
-from cpq_lightning.attach.costs import unquantized_bytes as unquantized_bytes
 from cpq_lightning.attach.costs import weight_bytes as weight_bytes
 from cpq_lightning.attach.costs import width_cost as width_cost
 from cpq_lightning.attach.costs import widths_by_name as widths_by_name
@@ -39,6 +38,7 @@ from cpq_lightning.attach.layers import bypassed as bypassed
 from cpq_lightning.attach.layers import is_attached as is_attached
 from cpq_lightning.attach.layers import quantized_layers as quantized_layers
 from cpq_lightning.attach.layers import quantizers as quantizers
+from cpq_lightning.attach.layers import read_layers as read_layers
 from cpq_lightning.attach.loading import attach_where as attach_where
 from cpq_lightning.attach.loading import attaching as attaching
 from cpq_lightning.attach.loading import loading as loading
@@ -56,6 +56,9 @@ from cpq_lightning.attach.reading import avoid_fused_paths as avoid_fused_paths
 from cpq_lightning.attach.select import attached_config as attached_config
 from cpq_lightning.attach.select import quantizable_layers as quantizable_layers
 from cpq_lightning.attach.select import set_attached_config as set_attached_config
+from cpq_lightning.attach.tied import TiedReader as TiedReader
+from cpq_lightning.attach.tied import source_of as source_of
+from cpq_lightning.attach.tied import tied_readers as tied_readers
 from cpq_lightning.attach.timm_layers import call_projections as call_projections
 from cpq_lightning.attach.timm_layers import weight_parameters as weight_parameters
 from cpq_lightning.attach.widths import read_levels as read_levels

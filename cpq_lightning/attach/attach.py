@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -36,7 +37,8 @@ from cpq_lightning.attach.select import (
     select,
     set_attached_config,
 )
-from cpq_lightning.attach.timm_layers import call_projections, restore_projections, shared_weight
+from cpq_lightning.attach.tied import leave_tied, tie, tied_readers, tied_to, tied_to_layers, to_be_tied
+from cpq_lightning.attach.timm_layers import call_projections, holds_weight, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
@@ -49,9 +51,11 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     """Quantize a model in place: weights at once, activations as soon as their ranges are known.
 
     Each convolution and linear layer keeps its Parameters (the same objects, under the same names in
-    ``state_dict``) and gains a ``weight_quantizer`` and, unless ``act_bits`` is ``None``, an ``input_quantizer``.
-    Activation ranges come from :func:`calibrate`, or from the first batch of a forward in training mode. Where
-    anything is wrong the model is left as it was.
+    ``state_dict``) and gains a ``weight_quantizer`` and, unless ``act_bits`` is ``None``, an ``input_quantizer``. A
+    module that has such a layer's weight as its own Parameter, such as an embedding that is tied to the head, reads it
+    quantized too, by the layer's ``weight_quantizer``, unless ``ignore`` names it. Activation ranges come from
+    :func:`calibrate`, or from the first batch of a forward in training mode. Where anything is wrong the model is left
+    as it was.
 
     Args:
         model: Any module; layers made later are not seen.
@@ -64,8 +68,9 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         The model itself.
 
     Raises:
-        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, or a
-            pattern of the config matches no layer; with ``attention=True``, the model cannot be called.
+        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, a
+            pattern of the config matches no layer, or an embedding with ``max_norm`` is tied to one; with
+            ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
@@ -80,10 +85,11 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         )
     products = find_products(model, example_inputs) if config.attention else {}
     plans = {name: found.plan for name, found in products.items()}
-    sites = select(model, config, plans)
+    sites = select(model, config, plans, {tied.name: tied.module for tied in tied_to_layers(model)})
     chosen = chosen_operands(model, plans, config)
     paths = [operand_path(name, operand) for name, own in chosen.items() for operand in own]
     check_names(config, [*(site.name for site in sites), *paths])
+    readers, untied = to_be_tied(model, {site.name: site.layer for site in sites}, config)
     shared: dict[int, Quantizer] = {}
     pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
     operands = _build_operands(model, chosen, 2 * len(sites))
@@ -96,8 +102,11 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
             remember_plan(quantize_products(module, plan, found.counts, operands.get(name, {}), "input_quantizer"))
         for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
             switch(site.layer, weight_quantizer, input_quantizer)
+        for reader in readers:
+            tie(reader, shared[id(reader.tensor)])
         arrange(model)
     except Exception:
+        leave_tied(model, written=False)
         for _, layer in list(quantized_layers(model)):
             switch_back(layer, written=False)
         for _, module in list(modules_with_products(model)):
@@ -106,6 +115,8 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         raise
     set_attached_config(model, config)
     watch(model)
+    for warning in untied:
+        warnings.warn(warning, stacklevel=2)
     return given
 
 
@@ -225,14 +236,32 @@ def detach(model: M) -> M:
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: there is nothing to detach.")
-    plain = [module for module in model.modules() if not isinstance(module, QuantizedLayer)]
-    read_elsewhere = {id(p) for module in plain for p in module._parameters.values() if p is not None}
     around, _ = bypassed(model)
+    _part_from_float(model)
+    leave_tied(model)
     for layer in layers.values():
-        shared = id(layer._parameters.get("weight")) in read_elsewhere
-        switch_back(layer, shared=shared, written=layer not in around)
+        switch_back(layer, written=layer not in around)
     _forget(model)
     return given
+
+
+def _part_from_float(model: nn.Module) -> None:
+    """Give what reads a weight quantized a Parameter of its own, where something else reads the same in full precision.
+
+    Those that read it quantized go on sharing one.
+    """
+    layers = [(name, layer._parameters.get("weight"), layer) for name, layer in quantized_layers(model)]
+    known = {id(parameter): name for name, parameter, _ in layers if parameter is not None}
+    plain = [m for m in model.modules() if holds_weight(m) and not isinstance(m, QuantizedLayer)]
+    read = {id(tied.tensor) for tied in tied_to(model, known) if not tied.reads_quantized}
+    read |= {id(module._parameters.get("weight")) for module in plain}
+    own: dict[int, nn.Parameter] = {}
+    users = [(parameter, layer._parameters, "weight") for _, parameter, layer in layers]
+    users += [(r._parameters[r.tied_name], r._parameters, r.tied_name) for _, r in tied_readers(model)]
+    for parameter, held, key in users:
+        if parameter is not None and id(parameter) in read:
+            fresh = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            held[key] = own.setdefault(id(parameter), fresh)
 
 
 def _forget(model: nn.Module) -> None:
@@ -250,6 +279,7 @@ def full_precision_copy(model: M) -> M:
     A model that is not quantized is copied as it is; of a wrapped one, what was wrapped.
     """
     copied: M = copy.deepcopy(cast(M, unwrapped(model)))
+    leave_tied(copied, written=False)
     for _, layer in list(quantized_layers(copied)):
         switch_back(layer, written=False)
     _forget(copied)

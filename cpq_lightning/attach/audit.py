@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.flops import MacCounter
-from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
 from cpq_lightning.attach.operations import (
     FUSED,
+    LOOKUPS,
     WITH_WEIGHT,
     WITHOUT_WEIGHT,
     keeps_values,
@@ -29,6 +30,7 @@ from cpq_lightning.attach.operations import (
 )
 from cpq_lightning.attach.products import QuantizedProducts
 from cpq_lightning.attach.select import attached_config, matches
+from cpq_lightning.attach.tied import tied_to_layers
 from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.nn import Quantizer, Watcher
 
@@ -78,6 +80,7 @@ class AuditReport:
     unquantized: list[tuple[str, str, str]] = field(default_factory=list)
     activation_products: list[tuple[str, str]] = field(default_factory=list)
     overlooked: list[tuple[str, str]] = field(default_factory=list)
+    lookups: list[tuple[str, str]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     macs: dict[str, int] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
@@ -99,6 +102,13 @@ class AuditReport:
                 for where, op, what in self.unquantized
             ]
             found.append(f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_some(lines)}.")
+        if self.lookups:
+            lines = [f"{where or 'the model itself'} (the weight of {layer})" for where, layer in self.lookups]
+            found.append(
+                f"{len(lines)} lookups in the weight of a quantized layer stayed in full precision in {forward}: "
+                f"{_some(lines)}. Tie weights before the model is quantized, and let the module that has one look it "
+                "up; or name that module in ignore."
+            )
         if self.overlooked:
             found.append(
                 f"attention=True: {len(self.overlooked)} products of two activations stayed unquantized, of modules "
@@ -140,6 +150,15 @@ class Audit(TorchFunctionMode, Watcher):
         self._left_out = _left_out(model)
         config = attached_config(model)
         self._all_products = config is not None and config.attention
+        # Layers by their Parameters; where only a part was attached, what is outside of it is left alone.
+        self._layers = WeakTensorKeyDictionary()
+        for name, layer in () if config is None else quantized_layers(model):
+            parameter = layer._parameters.get("weight")
+            if parameter is not None:
+                self._layers[parameter] = name
+        ignored = () if config is None else config.ignore
+        tied = (found for found in tied_to_layers(model) if any(matches(found.name, found.module, p) for p in ignored))
+        self._left_out |= {found.module for found in tied}
         # Which quantizer a tensor came from.
         self._quantized = WeakTensorKeyDictionary()
         # Parameters, and what is made of their values.
@@ -208,6 +227,8 @@ class Audit(TorchFunctionMode, Watcher):
         elif func in FUSED:
             self._note_unquantized(func.__name__, "input and weight")
             self._count_inside(func, args, kwargs, out)
+        elif func in LOOKUPS:
+            self._lookup(func, args, kwargs, out)
         elif may_multiply(func):
             self._unknown_product(func, args, kwargs)
         elif isinstance(out, Tensor | tuple | list):
@@ -244,6 +265,17 @@ class Audit(TorchFunctionMode, Watcher):
         if missing:
             name = getattr(func, "__name__", "").partition(".")[0].strip("_") or str(func)
             self._note_unquantized(name, " and ".join(sorted(missing)), tensors)
+
+    def _lookup(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self._follow(func, args, out)
+        weight = args[LOOKUPS[func]] if len(args) > LOOKUPS[func] else kwargs.get("weight", kwargs.get("input"))
+        if not isinstance(weight, Tensor) or weight not in self._layers:
+            return
+        module = self._module()
+        if module not in self._left_out and not isinstance(module, Quantizer):
+            finding = (self._where(), self._layers[weight])
+            if finding not in self.report.lookups:
+                self.report.lookups.append(finding)
 
     def _note_unquantized(self, operation: str, missing: str, operands: Iterable[Any] = ()) -> None:
         where = self._where()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.coverage import remember_products
-from cpq_lightning.attach.first_last import correct_first_and_last
+from cpq_lightning.attach.first_last import correct_first_and_last, nothing_between
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
@@ -140,11 +140,15 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
     """
     forward = "the first forward in evaluation" if evaluation else "the first forward"
     said: set[Any] = model.__dict__.setdefault(_SAID, set())
-    names = ("never_called", "unquantized", "activation_products", "overlooked")
+    names = ("never_called", "unquantized", "activation_products", "overlooked", "lookups")
     new = AuditReport(weights=report.weights)
     for name in names[1:] if evaluation else names:
         setattr(new, name, [found for found in getattr(report, name) if (name, found) not in said])
         said.update((name, found) for found in getattr(new, name))
+    ends = nothing_between(model)
+    if ends is not None and ends not in said:
+        said.add(ends)
+        warnings.warn(ends, stacklevel=2)
     for message in new.messages(forward):
         if message.startswith(f"{len(new.activation_products)} products of two"):
             log.info(message)

@@ -1,4 +1,4 @@
-"""Which layers are the first and the last, once a forward has shown it."""
+"""Which layers are the first and the last, once a forward has shown it, and whether any other is left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.select import attached_config, first_and_last, layer_settings
 
 
@@ -49,3 +49,26 @@ def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
             inputs.configure(bits=bits, min_bits=narrowest, first_or_last=first_or_last)
             inputs.refit_next()
     return changed
+
+
+def nothing_between(model: nn.Module) -> str | None:
+    """A sentence where all quantized layers are first or last ones, so that the config's own widths are nowhere."""
+    config = attached_config(model)
+    exempt = [name for name, layer in quantized_layers(model) if layer.weight_quantizer.first_or_last]
+    if config is None or config.first_last_bits is None or len(exempt) < len(list(quantized_layers(model))):
+        return None
+    if config.levels_from is not None:
+        # Widths are those of the file.
+        return None
+    wanted = {"weight_bits": config.weight_bits}
+    if config.act_bits is not None and all(q.first_or_last for _, q in quantizers(model) if q.kind == "activation"):
+        wanted["act_bits"] = config.act_bits
+    nowhere = [f"{name}={bits}" for name, bits in wanted.items() if bits != config.first_last_bits]
+    if not nowhere:
+        return None
+    named = ", ".join(exempt[:4]) + (", ..." if len(exempt) > 4 else "")
+    return (
+        f"All {len(exempt)} quantized layers ({named}) are first or last ones, which have "
+        f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(nowhere)}. Set first_last_bits=None, or "
+        "give these layers weight_bits of their own in overrides."
+    )

@@ -7,7 +7,7 @@ it writes to what is quantized, ``isinstance`` keeps working, and so do names in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from cpq_lightning.attach.reading import ReadQuantized
-from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.reading import ReadQuantized, TiedReader
+from cpq_lightning.attach.switching import Switched, renew_class, switch_class, switch_class_back
 from cpq_lightning.kernels import Convolution, Operand, product
 from cpq_lightning.nn import Quantizer, full_tensor, is_sharded, watchers
 
@@ -154,20 +154,16 @@ def switch(layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quant
     layer.add_module("input_quantizer", input_quantizer)
 
 
-def switch_back(layer: QuantizedLayer, shared: bool = False, written: bool = True) -> None:
-    """Make a quantized layer a plain one, in place, with the quantized weight ``written`` into its Parameter.
-
-    One that is ``shared`` with a module that reads it in full precision, an embedding for one, is left to that; the
-    layer gets a Parameter of its own.
-    """
+def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
+    """Make a quantized layer a plain one, in place, with the quantized weight ``written`` into its Parameter."""
     if written:
-        _write(layer, shared)
+        _write(layer)
     for name in ("weight_quantizer", "input_quantizer"):
         layer._modules.pop(name, None)
     switch_class_back(layer)
 
 
-def _write(layer: QuantizedLayer, shared: bool) -> None:
+def _write(layer: QuantizedLayer) -> None:
     with torch.no_grad():
         weight, bits = layer.read_weight(), layer.weight_quantizer
         training = bits.training
@@ -176,14 +172,15 @@ def _write(layer: QuantizedLayer, shared: bool) -> None:
             value = bits(full_tensor(weight))
             if isinstance(weight, DTensor):
                 value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            _put(layer, value, shared)
+            _put(layer, value)
         finally:
             bits.train(training)
 
 
-def _put(layer: QuantizedLayer, value: Tensor, shared: bool) -> None:
+def _put(layer: QuantizedLayer, value: Tensor) -> None:
     """Write a weight into the Parameter that a layer has, or will have once what computes its weight is gone."""
     if is_parametrized(layer, "weight"):
+        renew_class(cast(nn.Module, layer))
         # Without gradients torch would leave a buffer where a Parameter was made of several tensors.
         with torch.enable_grad():
             remove_parametrizations(layer, "weight", leave_parametrized=True)
@@ -195,10 +192,7 @@ def _put(layer: QuantizedLayer, value: Tensor, shared: bool) -> None:
             layer._forward_pre_hooks.pop(handle, None)
     weight = layer._parameters["weight"]
     assert weight is not None
-    if shared:
-        layer._parameters["weight"] = nn.Parameter(value, requires_grad=weight.requires_grad)
-    else:
-        weight.copy_(value)
+    weight.copy_(value)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -228,8 +222,31 @@ def bypassed(model: nn.Module) -> tuple[set[QuantizedLayer], set[QuantizedLayer]
     return {layer for layer in layers if layer not in called and not layer.weight_quantizer.macs}, inputs
 
 
+def read_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """The quantized layers of a model whose weights its forward reads quantized, with their names."""
+    around, _ = bypassed(model)
+    yield from ((name, layer) for name, layer in quantized_layers(model) if layer not in around)
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """The quantizers of a model with their names, in registration order."""
+    """The quantizers of a model with their names, in registration order.
+
+    One that a layer shares with a module that is tied to it, such as an embedding, is named after the layer.
+    """
+    found, tied = [], False
     for name, module in model.named_modules():
+        tied = tied or isinstance(module, TiedReader)
         if isinstance(module, Quantizer):
-            yield name, module
+            found.append((name, module))
+    if not tied:
+        yield from found
+        return
+    layers = {layer.weight_quantizer for _, layer in quantized_layers(model)}
+    seen: set[Quantizer] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Quantizer) or module in seen:
+            continue
+        if module in layers and isinstance(model.get_submodule(name.rpartition(".")[0]), TiedReader):
+            continue
+        seen.add(module)
+        yield name, module

@@ -39,10 +39,16 @@ class Site:
         return 1 if isinstance(self.layer, _ConvTransposeNd) else 0
 
 
-def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[bool]] | None = None) -> list[Site]:
+def select(
+    model: nn.Module,
+    config: CPQConfig,
+    products: Mapping[str, Sequence[bool]] | None = None,
+    tied: Mapping[str, nn.Module] | None = None,
+) -> list[Site]:
     """The layers of a model that a config quantizes, in registration order; reads only.
 
-    Patterns may also be of the modules whose ``products`` are quantized.
+    Patterns may also be of the modules whose ``products`` are quantized; those of ``ignore``, of modules ``tied`` to a
+    layer's weight.
 
     Raises:
         ValueError: no layer to quantize, a pattern that matches none, a layer that is not initialized yet, or
@@ -55,7 +61,7 @@ def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[
             "weight of their own. Layers made in configure_model must exist before they can be quantized."
         )
     products = products or {}
-    _check_patterns(model, {**layers, **{name: model.get_submodule(name) for name in products}}, config)
+    _check_patterns(model, {**layers, **{name: model.get_submodule(name) for name in products}}, config, tied or {})
     chosen = {n: m for n, m in layers.items() if not any(matches(n, m, p) for p in config.ignore)}
     if not chosen:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
@@ -198,10 +204,13 @@ def _type_names(cls: type[nn.Module]) -> set[str]:
     return {cls.__name__, f"{cls.__module__}.{cls.__qualname__}", f"torch.nn.{cls.__name__}"} - {"Module"}
 
 
-def _check_patterns(model: nn.Module, layers: dict[str, nn.Module], config: CPQConfig) -> None:
+def _check_patterns(
+    model: nn.Module, layers: dict[str, nn.Module], config: CPQConfig, tied: Mapping[str, nn.Module]
+) -> None:
     for argument, patterns in (("ignore", config.ignore), ("overrides", tuple(config.overrides))):
+        meant = {**layers, **tied} if argument == "ignore" else layers
         for pattern in patterns:
-            if not any(matches(name, layer, pattern) for name, layer in layers.items()):
+            if not any(matches(name, layer, pattern) for name, layer in meant.items()):
                 raise ValueError(
                     f"{argument}: the pattern {pattern!r} matches no layer. {_hint(model, layers, pattern)}"
                 )

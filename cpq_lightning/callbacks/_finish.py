@@ -12,7 +12,7 @@ from rich.console import Console
 from cpq_lightning.attach import quantizers
 from cpq_lightning.callbacks._company import last_saved
 from cpq_lightning.callbacks._loggers import log_pictures
-from cpq_lightning.callbacks._network import shipped_name
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_name, shipped_part
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.export import (
     BEFORE,
@@ -91,7 +91,8 @@ def run_manifest(
     name = "" if data is None else f"{type(data).__name__} {root}".strip()
     if not all(q.active for _, q in quantizers(pl_module)):
         metrics = {FULL: metrics[BEFORE]} if BEFORE in metrics else {}
-    return {**manifest(pl_module), "run": describe_run(metrics, shipped_name(pl_module), name, before)}
+    content = manifest(pl_module, network=shipped_part(pl_module), architecture=shipped_architecture(pl_module))
+    return {**content, "run": describe_run(metrics, shipped_name(pl_module), name, before)}
 
 
 def note_exports(content: dict[str, Any], path: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:

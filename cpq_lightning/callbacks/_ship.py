@@ -1,4 +1,4 @@
-"""Artefacts at the end of a fit: which part of a LightningModule ships, and its samples."""
+"""Artefacts at the end of a fit, and samples of the input to verify them with."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import nn
 
-from cpq_lightning.attach import quantized_layers
 from cpq_lightning.callbacks._finish import nothing_is_lost
-from cpq_lightning.callbacks._network import part_with, shipped_name
-from cpq_lightning.callbacks._run import overrides
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_candidates, shipped_name, shipped_part
 from cpq_lightning.export import (
     SAMPLES_FILE,
     Format,
@@ -46,28 +44,6 @@ def check_settings(formats: Sequence[str], samples: int) -> None:
     check_formats(formats)
 
 
-def shipped_part(pl_module: LightningModule) -> nn.Module:
-    """What ships of a LightningModule: what its ``export_module()`` returns; the whole, where it has a forward; or the
-    part of it that holds all quantized layers.
-    """
-    return _candidates(pl_module)[0]
-
-
-def _candidates(pl_module: LightningModule) -> list[nn.Module]:
-    """What ships, and behind it what may see the same input where that itself is never called."""
-    chosen = getattr(pl_module, "export_module", None)
-    if chosen is not None:
-        return [chosen()]
-    network = part_with(pl_module, (name for name, _ in quantized_layers(pl_module)))
-    return [pl_module, network] if overrides(pl_module, "forward") else [network]
-
-
-def shipped_architecture(pl_module: LightningModule) -> dict[str, Any] | None:
-    """How timm builds what ships, where the module knows."""
-    known = getattr(pl_module, "export_architecture", None)
-    return None if known is None else known()
-
-
 class RunSamples:
     """Samples of a run's input: recorded in its first forward, and left in its folder, where ``cpq export`` looks."""
 
@@ -77,7 +53,7 @@ class RunSamples:
 
     def begin(self, pl_module: LightningModule, most: int) -> None:
         """Let the first forward of a fit leave its samples."""
-        parts = _candidates(pl_module)
+        parts = shipped_candidates(pl_module)
         for part in parts:
             record_samples(part, most)
         self._waiting = parts if most else []
@@ -114,7 +90,7 @@ class RunSamples:
 
     def end(self, pl_module: LightningModule) -> None:
         """Leave no hook behind."""
-        for part in _candidates(pl_module):
+        for part in shipped_candidates(pl_module):
             stop_recording_samples(part)
 
 
@@ -125,7 +101,7 @@ def known_samples(pl_module: LightningModule) -> Samples:
         ValueError: there are none.
     """
     part = shipped_part(pl_module)
-    found = next((s for p in _candidates(pl_module) if (s := recorded_samples(p)) is not None), None)
+    found = next((s for p in shipped_candidates(pl_module) if (s := recorded_samples(p)) is not None), None)
     if found is not None:
         return found
     example = getattr(pl_module, "example_input_array", None)

@@ -41,6 +41,8 @@ from cpq_lightning.export.samples import recorded_samples as recorded_samples
 from cpq_lightning.export.samples import stop_recording_samples as stop_recording_samples
 from cpq_lightning.export.ship import Export as Export
 from cpq_lightning.export.ship import export_model as export_model
+from cpq_lightning.export.size import byte_cost as byte_cost
+from cpq_lightning.export.size import packed_size as packed_size
 from cpq_lightning.export.table import export_table as export_table
 from cpq_lightning.export.table import levels_table as levels_table
 from cpq_lightning.export.table import metrics_table as metrics_table

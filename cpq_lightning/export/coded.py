@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpq_lightning.attach import (
     QuantizedLayer,
     avoid_fused_paths,
-    bypassed,
     call_projections,
     detach,
     is_attached,
@@ -22,7 +22,10 @@ from cpq_lightning.attach import (
     quantize_products,
     quantized_layers,
     quantized_operands,
+    read_layers,
     renew_rewritten,
+    source_of,
+    tied_readers,
 )
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.functional import along_channels
@@ -86,6 +89,35 @@ class CodedLayer(nn.Module):
         return super().forward(input, *args, **kwargs)
 
 
+class CodedTable(nn.Module):
+    """Mixed in before the class of a module that is tied to a layer: its Parameter is computed from the layer's codes.
+
+    The Parameter's name is a property of the class that is made for the module.
+    """
+
+    base_class: ClassVar[type[nn.Module]]
+    weight_codes: Tensor
+    weight_step: Tensor
+    channel_dim: int
+    # The layer's name.
+    source: str
+
+    def decoded(self) -> Tensor:
+        """``codes · step``."""
+        return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.base_class.forward is not nn.Embedding.forward or self.channel_dim != 0:
+            return super().forward(*args, **kwargs)
+        # The codes that are asked for, rather than the whole table in floats.
+        return self.look_up(input_of(args, kwargs))
+
+    def look_up(self, index: Tensor) -> Tensor:
+        """Rows of :meth:`decoded`."""
+        step = self.weight_step if len(self.weight_step) == 1 else F.embedding(index, self.weight_step[:, None])
+        return F.embedding(index, self.weight_codes).float() * step
+
+
 def evaluated(model: nn.Module) -> nn.Module:
     """A copy of an attached model as it evaluates on a CPU in float32: what an artefact has to equal.
 
@@ -102,21 +134,29 @@ def evaluated(model: nn.Module) -> nn.Module:
 
 
 def coded(
-    model: nn.Module, layer_class: type[CodedLayer] = CodedLayer, grid_class: type[InputGrid] = InputGrid
+    model: nn.Module,
+    layer_class: type[CodedLayer] = CodedLayer,
+    grid_class: type[InputGrid] = InputGrid,
+    table_class: type[CodedTable] = CodedTable,
 ) -> nn.Module:
     """A copy of an attached model in evaluation, of plain layers that hold their weights as codes; those that the
     forward goes round, and reads in full precision, stay so.
+
+    Layers that share a weight, and modules that are tied to one, hold the same tensor.
 
     Args:
         model: An attached model.
         layer_class: What computes with the codes.
         grid_class: What quantizes inputs.
+        table_class: What computes with the codes of a layer that it is tied to.
 
     Raises:
         ValueError: as :func:`evaluated`.
     """
     copied = evaluated(model)
-    parts = {name: _parts(layer, grid_class) for name, layer in read_layers(copied)}
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    parts = {name: _parts(layer, grid_class, known) for name, layer in read_layers(copied)}
+    tied = [(name, reader.tied_name, source_of(reader, copied)) for name, reader in tied_readers(copied)]
     products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(copied)]
     grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(copied)}
     detach(copied)
@@ -134,14 +174,32 @@ def coded(
         layer.register_buffer("weight_codes", codes)
         layer.register_buffer("weight_step", step)
         layer.add_module("input_grid", grid)
+    for name, parameter, source in tied:
+        if source is not None and source in parts:
+            _make_table(copied.get_submodule(name), parameter, source, parts[source], table_class)
     avoid_fused_paths(copied, CodedLayer)
     return copied
 
 
-def _parts(layer: QuantizedLayer, grid_class: type[InputGrid]) -> tuple[Tensor, Tensor, int, InputGrid | None]:
+_Parts = tuple[Tensor, Tensor, int, InputGrid | None]
+
+
+def _parts(layer: QuantizedLayer, grid_class: type[InputGrid], known: dict[int, tuple[Tensor, Tensor]]) -> _Parts:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    step = weights.grid()[0].detach().clone()
-    return weight_codes(layer).to(torch.int8), step, weights.channel_dim, _grid(inputs, grid_class)
+    if layer.weight_id not in known:
+        known[layer.weight_id] = weight_codes(layer).to(torch.int8), weights.grid()[0].detach().clone()
+    return *known[layer.weight_id], weights.channel_dim, _grid(inputs, grid_class)
+
+
+def _make_table(module: nn.Module, parameter: str, source: str, parts: _Parts, table_class: type[CodedTable]) -> None:
+    del module._parameters[parameter]
+    base = type(module)
+    content = {"base_class": base, parameter: property(lambda self: self.decoded())}
+    module.__class__ = type(f"Coded{base.__name__}", (table_class, base), content)
+    assert isinstance(module, CodedTable)
+    module.register_buffer("weight_codes", parts[0])
+    module.register_buffer("weight_step", parts[1])
+    module.channel_dim, module.source = parts[2], source
 
 
 def _grid(quantizer: Quantizer | None, grid_class: type[InputGrid]) -> InputGrid | None:
@@ -161,15 +219,11 @@ def coded_layers(model: nn.Module) -> Iterator[tuple[str, CodedLayer]]:
             yield name, module
 
 
-def canonical_names(network: nn.Module) -> dict[str, str]:
-    """Names in the ``state_dict`` of a module that is registered several times, each with the first one for it."""
-    first: dict[nn.Module, str] = {}
-    names = {}
-    for name, module in network.named_modules(remove_duplicate=False):
-        own = first.setdefault(module, name)
-        if own != name:
-            names |= {f"{name}.{key}": f"{own}.{key}" for key in (*module._parameters, *module._buffers)}
-    return names
+def coded_tables(model: nn.Module) -> Iterator[tuple[str, CodedTable]]:
+    """The modules of :func:`coded` that are tied to a layer, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, CodedTable):
+            yield name, module
 
 
 def check_exportable(model: nn.Module) -> None:
@@ -205,12 +259,6 @@ def check_exportable(model: nn.Module) -> None:
 def uncalled(model: nn.Module) -> list[str]:
     """Names of the layers whose input no forward has quantized (only their weight is read), and of such operands."""
     return [name for name, _, quantizer in quantized_inputs(model) if not quantizer.fitted]
-
-
-def read_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """The quantized layers of an attached model whose weights its forward reads quantized, with their names."""
-    around, _ = bypassed(model)
-    yield from ((name, layer) for name, layer in quantized_layers(model) if layer not in around)
 
 
 def quantized_inputs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ from cpq_lightning.attach import (
     bypassed,
     coverage,
     coverage_once_active,
+    float_bytes,
     quantized_layers,
     quantized_operands,
-    size_bytes,
-    unquantized_bytes,
     unwrapped,
     weight_bytes,
 )
@@ -28,6 +28,7 @@ from cpq_lightning.attach.costs import FULL_BITS
 from cpq_lightning.attach.range_tracking import outgrown_weight
 from cpq_lightning.attach.widths import FORMAT
 from cpq_lightning.export.files import write_atomically
+from cpq_lightning.export.size import packed_size
 from cpq_lightning.functional import average_bits
 from cpq_lightning.nn import Quantizer, Usage, full_tensor
 
@@ -184,17 +185,24 @@ def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
     return quantizer.codes(weight).to(torch.int16)
 
 
-def manifest(model: nn.Module) -> dict[str, Any]:
+def manifest(
+    model: nn.Module, *, network: nn.Module | None = None, architecture: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers;
     under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight.
 
     ``coverage`` is that of :func:`cpq_lightning.coverage`, ``null`` before a forward. Totals: ``weight_bits_avg`` is
     the average over the quantized weights that the forward reads and that are not exempt as first or last layer,
     ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all that it reads; ``act_bits_avg`` over activations
-    (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed codes,
-    steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was attached;
-    ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True`` quantizes,
-    ``null`` before a forward.
+    (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` is the size of the packed
+    file: codes, steps in float32, everything that is not quantized in float32, and the header; ``fp32_bytes`` what
+    ships, before it was attached; ``bops`` bit operations of one sample, in products with a weight and in those that
+    ``attention=True`` quantizes, ``null`` before a forward.
+
+    Args:
+        model: An attached model.
+        network: The part of it that ships; the whole where there is none.
+        architecture: As the packed file has it.
     """
     model = unwrapped(model)
     records = levels(model)
@@ -211,7 +219,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "totals": totals(model, records),
+        "totals": totals(model, records, model if network is None else unwrapped(network), architecture),
         "coverage": _coverage(model),
         "layers": list(by_layer.values()),
     }
@@ -231,19 +239,20 @@ def _coverage(model: nn.Module) -> dict[str, Any] | None:
     return None if coverage_once_active(model) is None else coverage(model).to_dict()
 
 
-def totals(model: nn.Module, records: list[LevelsRecord]) -> dict[str, Any]:
+def totals(
+    model: nn.Module, records: list[LevelsRecord], network: nn.Module, architecture: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The totals of :func:`manifest`."""
     around = {name for name, layer in quantized_layers(model) if layer in bypassed(model)[0]}
     read = [r for r in records if r.kind == "weight" and r.name not in around]
-    full, _ = unquantized_bytes(model)
     return {
         "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in read if not r.exempt),
         "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in read),
         "act_bits_avg": average_bits(
             (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.exempt
         ),
-        "size_bytes": size_bytes(model),
-        "fp32_bytes": full,
+        "size_bytes": packed_size(network, architecture),
+        "fp32_bytes": float_bytes(network),
         "bops": bit_operations(model),
     }
 

@@ -30,7 +30,7 @@ class Run:
         metric: Name of the metric, such as ``val_acc``.
         state: ``"quantized"``, or ``"full precision"`` of a run that was never quantized.
         value: The metric at its end; ``None`` without validation then.
-        size_bytes: Size of what ships: packed codes, steps, the rest in float32. A file has a header beside that.
+        size_bytes: Size of the packed file of what ships.
         fp32_bytes: Size in float32.
         weight_bits: Average bits of the weights, first and last layer aside.
         act_bits: The same of activations.

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cpq_lightning.export.files import write_atomically
-from cpq_lightning.export.packed import KEY, digest
+from cpq_lightning.export.layout import KEY, digest
 from cpq_lightning.export.samples import Samples
 
 SAMPLES_FILE = "samples.safetensors"

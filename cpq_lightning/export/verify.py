@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.export.coded import evaluated, grid_of, input_of, quantized_inputs, read_layers
+from cpq_lightning.attach import read_layers
+from cpq_lightning.export.coded import evaluated, grid_of, input_of, quantized_inputs
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.export.samples import Samples, flat_outputs
 from cpq_lightning.functional import along_channels

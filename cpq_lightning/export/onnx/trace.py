@@ -10,16 +10,19 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 from torch.utils._pytree import tree_leaves
 
-from cpq_lightning.export.coded import CodedLayer, InputGrid, coded, coded_layers
+from cpq_lightning.export.coded import CodedLayer, CodedTable, InputGrid, coded, coded_layers, coded_tables
 from cpq_lightning.export.samples import Samples
 
 OPSET = 21
 # Metadata of the nodes that this package puts into a graph: of which layer, and what they do there.
 LAYER, ROLE = "cpq.layer", "cpq.role"
+# The role of what is tied to a layer and reads its weight.
+TABLE = "table"
 # Of a weight that is stored as a matrix, input channels first: the shape that it has in its layer.
 SHAPE = "cpq.shape"
 # While a graph is traced, weights are decoded by an operator of this domain that names its layer: PyTorch's exporter
@@ -90,6 +93,29 @@ class OnnxLayer(CodedLayer):
         return y.squeeze(1) if flat else y
 
 
+class OnnxTable(CodedTable):
+    """A module that is tied to a layer: it looks codes up and decodes them, or decodes them all."""
+
+    def decoded(self) -> Tensor:
+        step = self.weight_step if len(self.weight_step) > 1 else self.weight_step.reshape(())
+        return self._decode(self.weight_codes, step, {"axis": self.channel_dim} if step.dim() else {})
+
+    def look_up(self, index: Tensor) -> Tensor:
+        if len(self.weight_step) > 1:
+            return F.embedding(index, self.decoded())
+        shape = (*index.shape, self.weight_codes.shape[1])
+        codes = emit("Gather", (self.weight_codes, index), {"axis": 0}, shape, torch.int8, self._properties)
+        return self._decode(codes, self.weight_step.reshape(()), {})
+
+    def _decode(self, codes: Tensor, step: Tensor, attributes: dict[str, Any]) -> Tensor:
+        inputs = (codes, step, torch.zeros_like(step, dtype=torch.int8))
+        return emit("DequantizeLinear", inputs, attributes, codes.shape, torch.float32, self._properties)
+
+    @property
+    def _properties(self) -> dict[str, str]:
+        return {LAYER: self.source, ROLE: TABLE}
+
+
 def emit(
     op: str,
     inputs: Sequence[Any],
@@ -104,10 +130,13 @@ def emit(
 
 def trace(model: nn.Module, samples: Samples) -> ir.Model:
     """The graph of an attached model; see :func:`trace_plain`."""
-    network = coded(model, OnnxLayer, OnnxGrid)
+    network = coded(model, OnnxLayer, OnnxGrid, OnnxTable)
     for name, layer in coded_layers(network):
         assert isinstance(layer, OnnxLayer)
         layer.layer_name = name
+    for module in [*(layer for _, layer in coded_layers(network)), *(table for _, table in coded_tables(network))]:
+        # The exporter turns a constant round that is read once, and leaves one that others read to the graph.
+        module.weight_codes = module.weight_codes.clone()
     for name, module in network.named_modules():
         if isinstance(module, OnnxGrid):
             module.layer_name = name.rpartition(".")[0]

@@ -17,6 +17,7 @@ from cpq_lightning.export.onnx.integer import keep_biases, use_integer_kernels
 from cpq_lightning.export.onnx.layout import keep_channels_last
 from cpq_lightning.export.onnx.norms import fold_norms
 from cpq_lightning.export.onnx.store import finish, lowest_level, share_codes, use_four_bits, use_unsigned_bytes
+from cpq_lightning.export.onnx.tables import read_codes_of_layers
 from cpq_lightning.export.onnx.trace import trace, trace_plain
 from cpq_lightning.export.samples import Samples
 
@@ -85,6 +86,7 @@ def build(model: nn.Module, samples: Samples, container: Container, round_biases
     keep_biases(graph)
     share_codes(graph)
     use_unsigned_bytes(graph)
+    read_codes_of_layers(graph)
     return graph
 
 
