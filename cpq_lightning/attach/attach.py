@@ -136,7 +136,7 @@ def _advance_noise(model: nn.Module, args: object) -> None:
     if model.training:
         for _, quantizer in quantizers(model):
             if quantizer.has_gates:
-                quantizer.noise_step.add_(1)
+                quantizer.gates.advance()
 
 
 def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quantizer, Quantizer | None]:
@@ -270,4 +270,5 @@ def set_noise_step(model: nn.Module, step: int) -> None:
     """Set the counter that DropBits' noise is drawn at; quantizers draw the same gates at the same counter."""
     for _, quantizer in quantizers(model):
         if "noise_step" in quantizer.gates._buffers:
+            quantizer.gates.steps_ahead = 0
             quantizer.noise_step.fill_(step)

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
 
 VERSION = 1
 Kind = Literal["weight", "activation"]
@@ -244,6 +245,33 @@ def read(state: Tensor) -> tuple[Settings, int]:
     if len(state) != size(settings):
         raise ValueError(f"A quantizer's state says of itself {size(settings)} elements, and has {len(state)}.")
     return settings, revision
+
+
+def is_stacked(state: Tensor) -> bool:
+    """Whether it is the states of several models at once, within ``torch.func.vmap``."""
+    return type(state) is Tensor and not torch.compiler.is_compiling() and _functorch.is_batchedtensor(state)
+
+
+def read_members(state: Tensor) -> Settings:
+    """The settings that models have in common whose states are stacked.
+
+    Raises:
+        ValueError: they differ in one that decides what is computed.
+    """
+    dimension = _functorch.maybe_get_bdim(state)
+    rows = _functorch.get_unwrapped(state).movedim(dimension, 0)
+    first, *others = [read(row)[0] for row in rows]
+    for name in first._fields:
+        if name in (*_FACTS, "has_facts", "key", "numel", "settled"):
+            continue
+        different = {getattr(settings, name) for settings in (first, *others)}
+        if len(different) > 1:
+            raise ValueError(
+                f"Models within torch.func.vmap are computed as one, and their {first.kind} quantizers at one place "
+                f"have {name} {' and '.join(map(repr, sorted(different)))}: call the models one by one, or give them "
+                "the same settings."
+            )
+    return first
 
 
 def weight_of_ranges(state: Tensor) -> Tensor:
