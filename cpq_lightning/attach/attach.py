@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from cpq_lightning.attach.computed import copied, weight_now
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
 from cpq_lightning.attach.layers import (
@@ -140,7 +140,7 @@ def _advance_noise(model: nn.Module, args: object) -> None:
 
 
 def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quantizer, Quantizer | None]:
-    weight = cast(Tensor, site.layer.weight)
+    weight = weight_now(site.layer)
     # A Parameter that several layers share is one tensor when it ships: it has one quantizer.
     owner = id(shared_weight(site.layer))
     if owner not in shared:
@@ -243,11 +243,11 @@ def full_precision_copy(model: M) -> M:
 
     A model that is not quantized is copied as it is; of a wrapped one, what was wrapped.
     """
-    copied: M = copy.deepcopy(cast(M, unwrapped(model)))
-    for _, layer in list(quantized_layers(copied)):
+    copy = copied(cast(M, unwrapped(model)))
+    for _, layer in list(quantized_layers(copy)):
         switch_back(layer, written=False)
-    _forget(copied)
-    return copied
+    _forget(copy)
+    return copy
 
 
 def set_active(model: nn.Module, active: bool) -> None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cpq_lightning.attach.computed import is_computed
 from cpq_lightning.attach.layers import QuantizedLayer
 from cpq_lightning.attach.operations import (
     FUSED,
@@ -140,6 +141,8 @@ class Audit(TorchFunctionMode, Watcher):
         self._quantized = WeakTensorKeyDictionary()
         # Parameters, and what is made of their values.
         self._parameters = WeakTensorKeyDictionary()
+        # Buffers, likewise.
+        self._buffers = WeakTensorKeyDictionary()
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
         self._entered = False
@@ -147,6 +150,7 @@ class Audit(TorchFunctionMode, Watcher):
     def __enter__(self) -> Self:
         self._entered = True
         self._parameters.update((parameter, name) for name, parameter in self.model.named_parameters())
+        self._buffers.update((buffer, name) for name, buffer in self.model.named_buffers())
         Watcher.__enter__(self)
         TorchFunctionMode.__enter__(self)
         return self
@@ -201,8 +205,10 @@ class Audit(TorchFunctionMode, Watcher):
         return out
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
-        """What is made of a quantized tensor's values, or of a Parameter's, by an operation that multiplies nothing."""
-        for known in (self._quantized, self._parameters):
+        """What is made of a quantized tensor's values, or of a Parameter's or a buffer's, by an operation that
+        multiplies nothing.
+        """
+        for known in (self._quantized, self._parameters, self._buffers):
             # Of operations that join tensors the first argument is a list of them.
             given = [*args[0], *args[1:2]] if args and isinstance(args[0], tuple | list) else args[:2]
             source = next((value for value in given if isinstance(value, Tensor) and value in known), None)
@@ -252,6 +258,8 @@ class Audit(TorchFunctionMode, Watcher):
         if len(kinds) < 2:
             return
         layer = self._module()
+        if self._computes_weight(layer, where, operands):
+            return
         mixed = [quantizer for quantizer, kind in kinds if quantizer is not None and kind == "weight"]
         if mixed and isinstance(layer, QuantizedLayer):
             self._quantized[out] = mixed[0]
@@ -265,6 +273,14 @@ class Audit(TorchFunctionMode, Watcher):
             self.report.activation_products.append((where, name))
             if self._all_products and not isinstance(layer, QuantizedProducts):
                 self.report.overlooked.append((where, name))
+
+    def _computes_weight(self, layer: nn.Module | None, where: str, operands: list[Tensor]) -> bool:
+        """Whether a product is a step on the way to a quantized layer's weight, such as a spectral norm's."""
+        owner, inside, _ = where.partition(".parametrizations.")
+        if inside or where.startswith("parametrizations."):
+            return isinstance(self.model.get_submodule(owner if inside else ""), QuantizedLayer)
+        known = all(operand in self._parameters or operand in self._buffers for operand in operands)
+        return known and isinstance(layer, QuantizedLayer) and is_computed(layer)
 
     def _kind(self, value: Any) -> tuple[Quantizer | None, str]:
         """What quantized an operand of a product, and whether it is a weight or an input."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from cpq_lightning.attach.computed import leave_computed, weight_now
 from cpq_lightning.attach.reading import ReadQuantized
 from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
 from cpq_lightning.kernels import Convolution, Operand, product
@@ -31,16 +31,8 @@ class QuantizedLayer(Switched):
     input_quantizer: Quantizer | None
 
     def read_weight(self) -> Tensor:
-        """The weight, for who only looks at it: what a parametrization counts in training, it does not count."""
-        computed = self._modules.get("parametrizations")
-        modes = {} if computed is None else {module: module.training for module in computed.modules()}
-        try:
-            for module in modes:
-                module.training = False
-            return self.weight
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        """The weight as it is now, for who only looks at it: what computes it in training counts nothing by it."""
+        return weight_now(self)
 
     @property
     def weight_id(self) -> int:
@@ -183,18 +175,7 @@ def _write(layer: QuantizedLayer, shared: bool) -> None:
 
 def _put(layer: QuantizedLayer, value: Tensor, shared: bool) -> None:
     """Write a weight into the Parameter that a layer has, or will have once what computes its weight is gone."""
-    if is_parametrized(layer, "weight"):
-        # Without gradients torch would leave a buffer where a Parameter was made of several tensors.
-        with torch.enable_grad():
-            remove_parametrizations(layer, "weight", leave_parametrized=True)
-    hooks: list[tuple[int, Any]] = list(layer._forward_pre_hooks.items())
-    for handle, hook in hooks:
-        # Pruning, and the older normalizations of weights: they compute the weight anew before each forward.
-        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == "weight" and hasattr(hook, "remove"):
-            hook.remove(layer)
-            layer._forward_pre_hooks.pop(handle, None)
-    weight = layer._parameters["weight"]
-    assert weight is not None
+    weight = leave_computed(layer)
     if shared:
         layer._parameters["weight"] = nn.Parameter(value, requires_grad=weight.requires_grad)
     else:

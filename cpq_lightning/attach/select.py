@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
+from cpq_lightning.attach.computed import weight_now
 from cpq_lightning.attach.layers import QuantizedLayer
 from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight, weight_parameters
@@ -124,7 +125,7 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
-    weight = cast(Tensor, layer.weight)
+    weight = weight_now(layer)
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
     finite = weight.new_ones(1) if weight.is_meta else full_tensor(weight.detach()).isfinite()

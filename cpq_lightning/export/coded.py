@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, cast
 
@@ -23,6 +22,7 @@ from cpq_lightning.attach import (
     quantized_operands,
     renew_rewritten,
 )
+from cpq_lightning.attach.computed import copied, leave_computed
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.functional import along_channels
 from cpq_lightning.nn import Quantizer, is_sharded
@@ -93,11 +93,15 @@ def evaluated(model: nn.Module) -> nn.Module:
             spread over processes.
     """
     check_exportable(model)
-    copied = copy.deepcopy(model).cpu().float().eval()
-    for module in copied.modules():
+    own = copied(model).cpu().float().eval()
+    for module in own.modules():
         # Compiled code of the original's.
         module._compiled_call_impl = None  # type: ignore[assignment]
-    return copied
+    with torch.no_grad():
+        for _, layer in quantized_layers(own):
+            # Computed once: where memory lies otherwise, a norm is rounded otherwise.
+            leave_computed(layer)
+    return own
 
 
 def coded(
@@ -113,17 +117,17 @@ def coded(
     Raises:
         ValueError: as :func:`evaluated`.
     """
-    copied = evaluated(model)
-    parts = {name: _parts(layer, grid_class) for name, layer in quantized_layers(copied)}
-    products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(copied)]
-    grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(copied)}
-    detach(copied)
-    call_projections(copied)
+    network = evaluated(model)
+    parts = {name: _parts(layer, grid_class) for name, layer in quantized_layers(network)}
+    products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(network)]
+    grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(network)}
+    detach(network)
+    call_projections(network)
     for name, plan, counts in products:
         own = {operand: grids[operand_path(name, operand)] for operand in operand_names(plan)}
-        quantize_products(copied.get_submodule(name), plan, counts, own, "input_grid")
+        quantize_products(network.get_submodule(name), plan, counts, own, "input_grid")
     for name, (codes, step, channel_dim, grid) in parts.items():
-        layer = copied.get_submodule(name)
+        layer = network.get_submodule(name)
         del layer._parameters["weight"]
         base = type(layer)
         layer.__class__ = type(f"Coded{base.__name__}", (layer_class, base), {"base_class": base})
@@ -132,8 +136,8 @@ def coded(
         layer.register_buffer("weight_codes", codes)
         layer.register_buffer("weight_step", step)
         layer.add_module("input_grid", grid)
-    avoid_fused_paths(copied, CodedLayer)
-    return copied
+    avoid_fused_paths(network, CodedLayer)
+    return network
 
 
 def _parts(layer: QuantizedLayer, grid_class: type[InputGrid]) -> tuple[Tensor, Tensor, int, InputGrid | None]:

@@ -126,6 +126,7 @@ def export_model(
     samples = Samples.of(samples)
     path = Path(folder) / f"{name}{SUFFIXES[format]}"
     totals = manifest(model)["totals"]
+    model = evaluated(model)
     with replacing(path) as temporary:
         try:
             proof = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
