@@ -25,6 +25,7 @@ from cpq_lightning.attach.costs import widths_by_name as widths_by_name
 from cpq_lightning.attach.first_forward import agreed as agreed
 from cpq_lightning.attach.first_forward import auditable as auditable
 from cpq_lightning.attach.first_forward import forget_first_forwards as forget_first_forwards
+from cpq_lightning.attach.first_forward import is_training as is_training
 from cpq_lightning.attach.first_forward import note_forward as note_forward
 from cpq_lightning.attach.first_forward import report_audit as report_audit
 from cpq_lightning.attach.first_forward import set_audited as set_audited
@@ -36,6 +37,13 @@ from cpq_lightning.attach.layers import quantizers as quantizers
 from cpq_lightning.attach.loading import attach_where as attach_where
 from cpq_lightning.attach.loading import attaching as attaching
 from cpq_lightning.attach.loading import loading as loading
+from cpq_lightning.attach.origin import FullPrecision as FullPrecision
+from cpq_lightning.attach.origin import attached_config as attached_config
+from cpq_lightning.attach.origin import full_precision_layers as full_precision_layers
+from cpq_lightning.attach.origin import late_layers as late_layers
+from cpq_lightning.attach.origin import late_message as late_message
+from cpq_lightning.attach.origin import quantizable_layers as quantizable_layers
+from cpq_lightning.attach.origin import set_attached_config as set_attached_config
 from cpq_lightning.attach.products import Operand as Operand
 from cpq_lightning.attach.products import QuantizedProducts as QuantizedProducts
 from cpq_lightning.attach.products import modules_with_products as modules_with_products
@@ -46,10 +54,8 @@ from cpq_lightning.attach.products import quantized_operands as quantized_operan
 from cpq_lightning.attach.range_tracking import RangeTracker as RangeTracker
 from cpq_lightning.attach.range_tracking import is_due as is_due
 from cpq_lightning.attach.range_tracking import renew_rewritten as renew_rewritten
+from cpq_lightning.attach.range_tracking import rewritten_weights as rewritten_weights
 from cpq_lightning.attach.reading import avoid_fused_paths as avoid_fused_paths
-from cpq_lightning.attach.select import attached_config as attached_config
-from cpq_lightning.attach.select import quantizable_layers as quantizable_layers
-from cpq_lightning.attach.select import set_attached_config as set_attached_config
 from cpq_lightning.attach.timm_layers import call_projections as call_projections
 from cpq_lightning.attach.timm_layers import weight_parameters as weight_parameters
 from cpq_lightning.attach.widths import read_levels as read_levels

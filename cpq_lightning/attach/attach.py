@@ -19,6 +19,7 @@ from cpq_lightning.attach.layers import (
     switch,
     switch_back,
 )
+from cpq_lightning.attach.origin import Origin, attached_config, late_layers, set_attached_config, set_origin
 from cpq_lightning.attach.products import (
     leave_products,
     modules_with_products,
@@ -28,12 +29,7 @@ from cpq_lightning.attach.products import (
     remember_plan,
 )
 from cpq_lightning.attach.reading import avoid_fused_paths, leave_weights, read_weights, restore_fused_paths
-from cpq_lightning.attach.select import (
-    Site,
-    chosen_operands,
-    select,
-    set_attached_config,
-)
+from cpq_lightning.attach.select import Site, check_same_settings, chosen_operands, select
 from cpq_lightning.attach.timm_layers import call_projections, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
 from cpq_lightning.attach.wrapping import unwrapped
@@ -51,9 +47,14 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     Activation ranges come from :func:`calibrate`, or from the first batch of a forward in training mode. Where
     anything is wrong the model is left as it was.
 
+    Of a model that is attached already, the layers that have come since are quantized, and those that were there stay
+    as they are: what re-parameterizing, fusing or replacing has brought. Calibrate it again then; products of
+    activations (``attention=True``) are not looked for again.
+
     Args:
         model: Any module; layers made later are not seen.
-        config: What to quantize, and how.
+        config: What to quantize, and how; ``None`` is the default, or what a model was attached with before. Attached
+            again, a model takes other ``ignore`` and ``overrides``, as far as they change nothing that is quantized.
         example_inputs: What to call the model with once, where ``config.attention`` asks for products without a weight:
             a tensor, a tuple of arguments or a dict of keyword arguments. timm backbones, and a LightningModule with an
             ``example_input_array``, need none.
@@ -62,20 +63,20 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         The model itself.
 
     Raises:
-        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, or a
-            pattern of the config matches no layer; with ``attention=True``, the model cannot be called.
+        ValueError: the model has no layer to quantize, or none that is not quantized already, or weights that are not
+            finite; a pattern of the config matches no layer; quantized layers have other settings than it gives them;
+            with ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
         >>> [name for name, _ in quantizers(model)]
         ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
     """
-    config = with_levels_read(config or CPQConfig())
     given, model = model, cast(M, unwrapped(model))
     if is_attached(model):
-        raise ValueError(
-            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
-        )
+        _attach_late(model, config)
+        return given
+    config = with_levels_read(config or CPQConfig())
     products = find_products(model, example_inputs) if config.attention else {}
     plans = {name: found.plan for name, found in products.items()}
     sites = select(model, config, plans)
@@ -105,6 +106,50 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     set_attached_config(model, config)
     watch(model)
     return given
+
+
+def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
+    """Quantize the layers of an attached model that are not quantized yet."""
+    known = attached_config(model)
+    config = known if config is None else with_levels_read(config)
+    if config is None:
+        raise ValueError(
+            f"Layers of {type(model).__name__} are quantized already, and by which config is not known: it was "
+            "attached in parts or as a part, or from a state_dict. Give the config, attach(model, config), to quantize "
+            "the others."
+        )
+    quantized = dict(quantized_layers(model))
+    sites = [s for s in select(model, config, checked=config != known) if s.name not in quantized]
+    if not sites and (known is None or not late_layers(model)):
+        raise ValueError(
+            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
+        )
+    if known is not None:
+        check_same_settings(quantized, known, config)
+    if isinstance(config.levels_from, dict):
+        check_names(config, {*config.levels_from, *(site.name for site in sites)})
+    shared = {id(shared_weight(layer)): layer.weight_quantizer for layer in quantized.values()}
+    first = 1 + max(q.settings.key for _, q in quantizers(model)) // 2
+    pairs = [_build(site, index, shared) for index, site in enumerate(sites, start=first)]
+    active = any(q.active for _, q in quantizers(model))
+    for quantizer in (q for pair in pairs for q in pair if q is not None):
+        quantizer.configure(active=active)
+    try:
+        for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
+            switch(site.layer, weight_quantizer, input_quantizer)
+        arrange(model)
+    except Exception:
+        for site in sites:
+            if isinstance(site.layer, QuantizedLayer):
+                switch_back(site.layer, written=False)
+        take_back(model)
+        arrange(model)
+        raise
+    if known is not None:
+        set_attached_config(model, config)
+    for site in sites:
+        set_origin(site.layer, Origin(site.name, config))
+    watch(model)
 
 
 def arrange(model: nn.Module) -> None:
@@ -235,7 +280,6 @@ def _forget(model: nn.Module) -> None:
     for _, module in list(modules_with_products(model)):
         leave_products(module)
     unwatch(model)
-    model.__dict__.pop("_cpq_config", None)
 
 
 def full_precision_copy(model: M) -> M:

@@ -27,8 +27,8 @@ from cpq_lightning.attach.operations import (
     multiply_accumulates,
     product_operands,
 )
+from cpq_lightning.attach.origin import attached_config, late_layers
 from cpq_lightning.attach.products import QuantizedProducts
-from cpq_lightning.attach.select import attached_config, matches
 from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.nn import Quantizer, Watcher
 
@@ -355,8 +355,5 @@ class Audit(TorchFunctionMode, Watcher):
 
 def _left_out(model: nn.Module) -> set[nn.Module]:
     """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
-    config = attached_config(model)
-    plain = {n: m for n, m in model.named_modules() if holds_weight(m)}
-    if config is None:
-        return set(plain.values())
-    return {m for n, m in plain.items() if any(matches(n, m, pattern) for pattern in config.ignore)}
+    late = set(late_layers(model).values())
+    return {module for module in model.modules() if holds_weight(module)} - late

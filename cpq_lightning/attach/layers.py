@@ -108,6 +108,8 @@ class QuantizedLayer(Switched):
                 quantizer.reset()
 
 
+# Where a layer keeps what it remembers of the model that it was quantized in.
+ORIGIN = "_cpq_origin"
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _stock_classes: dict[type[nn.Module], type[nn.Module] | None] = {}
 
@@ -156,6 +158,7 @@ def switch_back(layer: QuantizedLayer, shared: bool = False, written: bool = Tru
         _write(layer, shared)
     for name in ("weight_quantizer", "input_quantizer"):
         layer._modules.pop(name, None)
+    layer.__dict__.pop(ORIGIN, None)
     switch_class_back(layer)
 
 

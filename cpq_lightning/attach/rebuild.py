@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import arrange, take_back, unwatch, watch
 from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, switch, switch_back
+from cpq_lightning.attach.origin import Origin, quantizable_layers, set_origin
 from cpq_lightning.attach.products import (
     STATE,
     QuantizedProducts,
@@ -115,6 +116,12 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
     except Exception:
         undo()
         raise
+    # Read before any is remembered.
+    plain = frozenset(n for n, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer))
+    new = set(layers)
+    for name, layer in quantized_layers(model):
+        if layer in new:
+            set_origin(layer, Origin(name, None, plain))
     watch(model)
     return undo
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import nn
 
-from cpq_lightning.attach import quantized_layers
+from cpq_lightning.attach import quantized_layers, renew_rewritten
 from cpq_lightning.callbacks._finish import nothing_is_lost
 from cpq_lightning.callbacks._network import part_with, shipped_name
 from cpq_lightning.callbacks._run import overrides
@@ -146,6 +146,9 @@ def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, sa
     Raises:
         MismatchError: a file would not be the trained model.
     """
+    if formats:
+        # The last steps may have outgrown what the run's tracker has looked at before.
+        renew_rewritten(pl_module)
     console = Console()
     mismatch: MismatchError | None = None
     for format in formats:

@@ -50,7 +50,7 @@ from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
 from cpq_lightning.checkpoint import CHECKPOINT_KEY
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import Format, clipped_shares, range_warnings, weight_histograms
+from cpq_lightning.export import Format, clipped_shares, full_precision_messages, range_warnings, weight_histograms
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Beside, Companion
@@ -299,7 +299,7 @@ class CPQCallback(FindsRanges):
         try:
             # On all ranks: where weights are sharded each holds a part.
             content = run_manifest(trainer, pl_module, self._metrics)
-            for warning in range_warnings(pl_module):
+            for warning in (*full_precision_messages(pl_module), *range_warnings(pl_module)):
                 rank_zero_warn(warning)
             after = weight_histograms(pl_module) if self._folder else {}
         except Exception as error:

@@ -14,6 +14,9 @@ from cpq_lightning.attach import (
     call_projections,
     detach,
     is_attached,
+    is_training,
+    late_layers,
+    late_message,
     modules_with_products,
     operand_names,
     operand_path,
@@ -21,6 +24,7 @@ from cpq_lightning.attach import (
     quantized_layers,
     quantized_operands,
     renew_rewritten,
+    rewritten_weights,
 )
 from cpq_lightning.attach.computed import copied, leave_computed
 from cpq_lightning.export.levels import weight_codes
@@ -89,8 +93,8 @@ def evaluated(model: nn.Module) -> nn.Module:
     """A copy of an attached model as it evaluates on a CPU in float32: what an artefact has to equal.
 
     Raises:
-        ValueError: the model is not quantized, its quantization has not begun or lacks ranges, or its weights are
-            spread over processes.
+        ValueError: the model is not quantized, its quantization has not begun or lacks ranges, layers have come or
+            weights were rewritten behind it, or its weights are spread over processes.
     """
     check_exportable(model)
     own = copied(model).cpu().float().eval()
@@ -185,6 +189,8 @@ def check_exportable(model: nn.Module) -> None:
             f"The model {type(model).__name__} is not quantized: expected one that attach(model, config) or "
             "CPQCallback has quantized, and that was trained since."
         )
+    if late := late_layers(model):
+        raise ValueError(late_message(model, late))
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
         if is_sharded(layer.weight):
@@ -198,7 +204,17 @@ def check_exportable(model: nn.Module) -> None:
                 "behind the step that quantize_from names."
             )
         layer.fit_if_needed()
-    renew_rewritten(model)
+    stale = rewritten_weights(model)
+    if stale and not is_training(model):
+        raise ValueError(
+            f"The weights of {len(stale)} layers have been rewritten behind the ranges that were fitted to them: "
+            f"{', '.join(stale)}. Their grids have four times the error of fresh ones, or more. Call "
+            "calibrate(model, batches), which fits weights and inputs anew; or, where inputs are what they were, "
+            "cpq_lightning.attach.renew_rewritten(model), which fits these weights alone."
+        )
+    if stale:
+        # What the next step of training would have done.
+        renew_rewritten(model)
     unknown = uncalled(model)
     if unknown and len(unknown) == sum(1 for _ in quantized_inputs(model)):
         raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")

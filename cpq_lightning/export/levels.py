@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from torch import nn
 from cpq_lightning.attach import (
     QuantizedLayer,
     bit_operations,
+    full_precision_layers,
+    late_layers,
+    late_message,
     quantized_layers,
     quantized_operands,
     size_bytes,
@@ -90,7 +94,8 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
     products without a weight, under names of their own.
 
     Of activations, levels in use and the error are known after a forward under
-    :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch.
+    :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch. A
+    warning names layers with a weight that has no quantizer, and that were not left out by the config.
 
     Raises:
         ValueError: the model is not quantized.
@@ -102,6 +107,13 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
         [('0', 8, -128, 127), ('1', 8, -128, 127)]
     """
     model = unwrapped(model)
+    records = _records(model)
+    for message in full_precision_messages(model):
+        warnings.warn(message, stacklevel=2)
+    return records
+
+
+def _records(model: nn.Module) -> list[LevelsRecord]:
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
@@ -177,7 +189,9 @@ def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
 
 def manifest(model: nn.Module) -> dict[str, Any]:
     """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers;
-    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight.
+    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight; under
+    ``full_precision``, where there are some, the layers with a weight that is not quantized and that the config does
+    not leave out, ``late`` those that came behind attach (the others are such as recurrent ones).
 
     Totals: ``weight_bits_avg`` is the average over the quantized weights that are not exempt as first or last
     layer, ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all quantized weights; ``act_bits_avg`` over
@@ -187,7 +201,7 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     quantizes, ``null`` before a forward.
     """
     model = unwrapped(model)
-    records = levels(model)
+    records = _records(model)
     by_layer: dict[str, dict[str, Any]] = {}
     operands = {name for name, _ in quantized_operands(model)}
     products = []
@@ -204,7 +218,23 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         "totals": totals(model, records),
         "layers": list(by_layer.values()),
     }
-    return {**content, "products": products} if products else content
+    plain = [asdict(layer) for layer in full_precision_layers(model)]
+    more = {"products": products, "full_precision": plain}
+    return content | {name: found for name, found in more.items() if found}
+
+
+def full_precision_messages(model: nn.Module) -> list[str]:
+    """What of an attached model is in full precision, and nobody asked for: a sentence for what came behind attach, and
+    one for layers that nothing quantizes.
+    """
+    late = late_layers(model)
+    others = [str(layer) for layer in full_precision_layers(model) if not layer.late]
+    found = [late_message(model, late)] if late else []
+    if others:
+        found.append(
+            f"The weights of {len(others)} layers that nothing quantizes are in full precision: {', '.join(others)}."
+        )
+    return found
 
 
 def compact_manifest(model: nn.Module) -> dict[str, Any]:
