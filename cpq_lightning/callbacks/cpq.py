@@ -46,6 +46,7 @@ from cpq_lightning.callbacks._company import (
 from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
 from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers, warn_of_left_out
 from cpq_lightning.callbacks._ranges import FindsRanges
+from cpq_lightning.callbacks._restored import AskedSettings
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
 from cpq_lightning.checkpoint import CHECKPOINT_KEY
@@ -158,6 +159,7 @@ class CPQCallback(FindsRanges):
             self._metrics, self._before, self._bests, self._restored = {}, {}, {}, {}
             self._folder, self._audit, self._resumed = None, None, False
         fresh = attach_module(trainer, pl_module, self.config)
+        self._asked = AskedSettings(pl_module)
         self._layers = set(quantizable_layers(pl_module))
         if self.quantize_from > 0 and (stage == "fit" or fresh):
             # A checkpoint that is restored after this knows better.
@@ -166,6 +168,8 @@ class CPQCallback(FindsRanges):
             self._let_evaluations_fit(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._asked is not None:
+            self._asked.compare(pl_module, checkpoint)
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))

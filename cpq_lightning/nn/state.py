@@ -133,6 +133,15 @@ _PLACES = {
 _PENDING = ("pending_signed",)
 # What is no setting: each has a weight of its own.
 KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", "fitted")
+# What decides which tensors a quantizer has, and of which shape, with the names of the config that it comes from.
+LAYOUT = {
+    "nesting": "nesting",
+    "channels": "per_channel (scales)",
+    "gate_count": "min_bits (bits that may be gone)",
+    "gates_learned": "learn_bits or learn_act_bits",
+    "gate_rows": "gate_sharing (rows of gates)",
+    "width_count": "gate_sharing (widths)",
+}
 _SETTINGS = tuple(name for name in Settings._fields if name not in KNOWN)
 _BOOLEANS = frozenset(name for name, default in Settings._field_defaults.items() if isinstance(default, bool))
 
