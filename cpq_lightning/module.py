@@ -11,6 +11,7 @@ import timm
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
@@ -20,6 +21,7 @@ from cpq_lightning.attach import attach, with_levels_read
 from cpq_lightning.backbones import create_backbone
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.callbacks.distillation import DistillationCallback, check_distillation
+from cpq_lightning.checkpoint import take_settings
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export import ORIGINS
 
@@ -201,6 +203,11 @@ class QuantizedClassifier(_Base):
         except TypeError:
             return None
         return {"timm": name, "arguments": arguments, "version": timm.__version__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        message = take_settings(self, checkpoint)
+        if message:
+            rank_zero_warn(message)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Restoring needs no download: the checkpoint has the weights.

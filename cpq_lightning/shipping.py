@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from torch import Tensor, nn
 
+from cpq_lightning.attach import renew_rewritten
 from cpq_lightning.callbacks._network import shipped_architecture, shipped_name, shipped_part
 from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint
 from cpq_lightning.export import (
@@ -67,6 +68,8 @@ def export(
         if samples is not None and data is not None:
             raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
         trained = load_module(ckpt) if module is None else load_own(ckpt, module, module_args or {})
+        # The training may have ended behind steps that have outgrown its ranges.
+        renew_rewritten(trained)
         network, name = shipped_part(trained), shipped_name(trained)
         if samples is None and data is None and format == "packed" and not verify:
             # Nothing is traced and nothing compared: nothing of the input is looked at.

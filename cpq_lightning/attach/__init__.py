@@ -28,6 +28,7 @@ from cpq_lightning.attach.coverage import remember_products as remember_products
 from cpq_lightning.attach.first_forward import agreed as agreed
 from cpq_lightning.attach.first_forward import auditable as auditable
 from cpq_lightning.attach.first_forward import forget_first_forwards as forget_first_forwards
+from cpq_lightning.attach.first_forward import is_training as is_training
 from cpq_lightning.attach.first_forward import note_forward as note_forward
 from cpq_lightning.attach.first_forward import note_unseen as note_unseen
 from cpq_lightning.attach.first_forward import report_audit as report_audit
@@ -42,6 +43,13 @@ from cpq_lightning.attach.layers import read_layers as read_layers
 from cpq_lightning.attach.loading import attach_where as attach_where
 from cpq_lightning.attach.loading import attaching as attaching
 from cpq_lightning.attach.loading import loading as loading
+from cpq_lightning.attach.origin import FullPrecision as FullPrecision
+from cpq_lightning.attach.origin import attached_config as attached_config
+from cpq_lightning.attach.origin import full_precision_layers as full_precision_layers
+from cpq_lightning.attach.origin import late_layers as late_layers
+from cpq_lightning.attach.origin import late_message as late_message
+from cpq_lightning.attach.origin import quantizable_layers as quantizable_layers
+from cpq_lightning.attach.origin import set_attached_config as set_attached_config
 from cpq_lightning.attach.products import Operand as Operand
 from cpq_lightning.attach.products import QuantizedProducts as QuantizedProducts
 from cpq_lightning.attach.products import modules_with_products as modules_with_products
@@ -52,10 +60,8 @@ from cpq_lightning.attach.products import quantized_operands as quantized_operan
 from cpq_lightning.attach.range_tracking import RangeTracker as RangeTracker
 from cpq_lightning.attach.range_tracking import is_due as is_due
 from cpq_lightning.attach.range_tracking import renew_rewritten as renew_rewritten
+from cpq_lightning.attach.range_tracking import rewritten_weights as rewritten_weights
 from cpq_lightning.attach.reading import avoid_fused_paths as avoid_fused_paths
-from cpq_lightning.attach.select import attached_config as attached_config
-from cpq_lightning.attach.select import quantizable_layers as quantizable_layers
-from cpq_lightning.attach.select import set_attached_config as set_attached_config
 from cpq_lightning.attach.tied import TiedReader as TiedReader
 from cpq_lightning.attach.tied import source_of as source_of
 from cpq_lightning.attach.tied import tied_readers as tied_readers

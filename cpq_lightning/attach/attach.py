@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from cpq_lightning.attach.computed import copied, weight_now
 from cpq_lightning.attach.coverage import forget_products
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
@@ -22,6 +22,7 @@ from cpq_lightning.attach.layers import (
     switch,
     switch_back,
 )
+from cpq_lightning.attach.origin import Origin, attached_config, late_layers, set_attached_config, set_origin
 from cpq_lightning.attach.products import (
     leave_products,
     modules_with_products,
@@ -31,12 +32,7 @@ from cpq_lightning.attach.products import (
     remember_plan,
 )
 from cpq_lightning.attach.reading import avoid_fused_paths, leave_weights, read_weights, restore_fused_paths
-from cpq_lightning.attach.select import (
-    Site,
-    chosen_operands,
-    select,
-    set_attached_config,
-)
+from cpq_lightning.attach.select import Site, check_same_settings, chosen_operands, select
 from cpq_lightning.attach.tied import leave_tied, tie, tied_readers, tied_to, tied_to_layers, to_be_tied
 from cpq_lightning.attach.timm_layers import call_projections, holds_weight, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
@@ -57,9 +53,14 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     :func:`calibrate`, or from the first batch of a forward in training mode. Where anything is wrong the model is left
     as it was.
 
+    Of a model that is attached already, the layers that have come since are quantized, and those that were there stay
+    as they are: what re-parameterizing, fusing or replacing has brought. Calibrate it again then; products of
+    activations (``attention=True``) are not looked for again.
+
     Args:
         model: Any module; layers made later are not seen.
-        config: What to quantize, and how.
+        config: What to quantize, and how; ``None`` is the default, or what a model was attached with before. Attached
+            again, a model takes other ``ignore`` and ``overrides``, as far as they change nothing that is quantized.
         example_inputs: What to call the model with once, where ``config.attention`` asks for products without a weight:
             a tensor, a tuple of arguments or a dict of keyword arguments. timm backbones, and a LightningModule with an
             ``example_input_array``, need none.
@@ -68,21 +69,20 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         The model itself.
 
     Raises:
-        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, a
-            pattern of the config matches no layer, or an embedding with ``max_norm`` is tied to one; with
-            ``attention=True``, the model cannot be called.
+        ValueError: the model has no layer to quantize, or none that is not quantized already, or weights that are not
+            finite; a pattern of the config matches no layer; quantized layers have other settings than it gives them;
+            an embedding with ``max_norm`` is tied to one; with ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
         >>> [name for name, _ in quantizers(model)]
         ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
     """
-    config = with_levels_read(config or CPQConfig())
     given, model = model, cast(M, unwrapped(model))
     if is_attached(model):
-        raise ValueError(
-            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
-        )
+        _attach_late(model, config)
+        return given
+    config = with_levels_read(config or CPQConfig())
     products = find_products(model, example_inputs) if config.attention else {}
     plans = {name: found.plan for name, found in products.items()}
     sites = select(model, config, plans, {tied.name: tied.module for tied in tied_to_layers(model)})
@@ -120,6 +120,50 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     return given
 
 
+def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
+    """Quantize the layers of an attached model that are not quantized yet."""
+    known = attached_config(model)
+    config = known if config is None else with_levels_read(config)
+    if config is None:
+        raise ValueError(
+            f"Layers of {type(model).__name__} are quantized already, and by which config is not known: it was "
+            "attached in parts or as a part, or from a state_dict. Give the config, attach(model, config), to quantize "
+            "the others."
+        )
+    quantized = dict(quantized_layers(model))
+    sites = [s for s in select(model, config, checked=config != known) if s.name not in quantized]
+    if not sites and (known is None or not late_layers(model)):
+        raise ValueError(
+            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
+        )
+    if known is not None:
+        check_same_settings(quantized, known, config)
+    if isinstance(config.levels_from, dict):
+        check_names(config, {*config.levels_from, *(site.name for site in sites)})
+    shared = {id(shared_weight(layer)): layer.weight_quantizer for layer in quantized.values()}
+    first = 1 + max(q.settings.key for _, q in quantizers(model)) // 2
+    pairs = [_build(site, index, shared) for index, site in enumerate(sites, start=first)]
+    active = any(q.active for _, q in quantizers(model))
+    for quantizer in (q for pair in pairs for q in pair if q is not None):
+        quantizer.configure(active=active)
+    try:
+        for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
+            switch(site.layer, weight_quantizer, input_quantizer)
+        arrange(model)
+    except Exception:
+        for site in sites:
+            if isinstance(site.layer, QuantizedLayer):
+                switch_back(site.layer, written=False)
+        take_back(model)
+        arrange(model)
+        raise
+    if known is not None:
+        set_attached_config(model, config)
+    for site in sites:
+        set_origin(site.layer, Origin(site.name, config))
+    watch(model)
+
+
 def arrange(model: nn.Module) -> None:
     """Let the modules around quantized layers call them, or read their weights quantized."""
     call_projections(model)
@@ -150,11 +194,11 @@ def _advance_noise(model: nn.Module, args: object) -> None:
     if model.training:
         for _, quantizer in quantizers(model):
             if quantizer.has_gates:
-                quantizer.noise_step.add_(1)
+                quantizer.gates.advance()
 
 
 def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quantizer, Quantizer | None]:
-    weight = cast(Tensor, site.layer.weight)
+    weight = weight_now(site.layer)
     # A Parameter that several layers share is one tensor when it ships: it has one quantizer.
     owner = id(shared_weight(site.layer))
     if owner not in shared:
@@ -270,7 +314,6 @@ def _forget(model: nn.Module) -> None:
     for _, module in list(modules_with_products(model)):
         leave_products(module)
     unwatch(model)
-    model.__dict__.pop("_cpq_config", None)
 
 
 def full_precision_copy(model: M) -> M:
@@ -278,12 +321,12 @@ def full_precision_copy(model: M) -> M:
 
     A model that is not quantized is copied as it is; of a wrapped one, what was wrapped.
     """
-    copied: M = copy.deepcopy(cast(M, unwrapped(model)))
-    leave_tied(copied, written=False)
-    for _, layer in list(quantized_layers(copied)):
+    copy = copied(cast(M, unwrapped(model)))
+    leave_tied(copy, written=False)
+    for _, layer in list(quantized_layers(copy)):
         switch_back(layer, written=False)
-    _forget(copied)
-    return copied
+    _forget(copy)
+    return copy
 
 
 def set_active(model: nn.Module, active: bool) -> None:
@@ -306,4 +349,5 @@ def set_noise_step(model: nn.Module, step: int) -> None:
     """Set the counter that DropBits' noise is drawn at; quantizers draw the same gates at the same counter."""
     for _, quantizer in quantizers(model):
         if "noise_step" in quantizer.gates._buffers:
+            quantizer.gates.steps_ahead = 0
             quantizer.noise_step.fill_(step)

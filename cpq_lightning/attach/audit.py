@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cpq_lightning.attach.computed import is_computed
 from cpq_lightning.attach.flops import MacCounter
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
 from cpq_lightning.attach.operations import (
@@ -28,8 +29,8 @@ from cpq_lightning.attach.operations import (
     multiply_accumulates,
     product_operands,
 )
+from cpq_lightning.attach.origin import attached_config, late_layers, matches
 from cpq_lightning.attach.products import QuantizedProducts
-from cpq_lightning.attach.select import attached_config, matches
 from cpq_lightning.attach.tied import tied_to_layers
 from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.nn import Quantizer, Watcher
@@ -163,6 +164,8 @@ class Audit(TorchFunctionMode, Watcher):
         self._quantized = WeakTensorKeyDictionary()
         # Parameters, and what is made of their values.
         self._parameters = WeakTensorKeyDictionary()
+        # Buffers, likewise.
+        self._buffers = WeakTensorKeyDictionary()
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
         self._entered = False
@@ -171,6 +174,7 @@ class Audit(TorchFunctionMode, Watcher):
     def __enter__(self) -> Self:
         self._entered = True
         self._parameters.update((parameter, name) for name, parameter in self.model.named_parameters())
+        self._buffers.update((buffer, name) for name, buffer in self.model.named_buffers())
         Watcher.__enter__(self)
         TorchFunctionMode.__enter__(self)
         return self
@@ -236,8 +240,10 @@ class Audit(TorchFunctionMode, Watcher):
         return out
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
-        """What is made of a quantized tensor's values, or of a Parameter's, by an operation that multiplies nothing."""
-        for known in (self._quantized, self._parameters):
+        """What is made of a quantized tensor's values, or of a Parameter's or a buffer's, by an operation that
+        multiplies nothing.
+        """
+        for known in (self._quantized, self._parameters, self._buffers):
             # Of operations that join tensors the first argument is a list of them.
             given = [*args[0], *args[1:2]] if args and isinstance(args[0], tuple | list) else args[:2]
             source = next((value for value in given if isinstance(value, Tensor) and value in known), None)
@@ -298,6 +304,8 @@ class Audit(TorchFunctionMode, Watcher):
         if len(kinds) < 2:
             return
         layer = self._module()
+        if self._computes_weight(layer, where, operands):
+            return
         mixed = [quantizer for quantizer, kind in kinds if quantizer is not None and kind == "weight"]
         if mixed and isinstance(layer, QuantizedLayer):
             self._quantized[out] = mixed[0]
@@ -311,6 +319,14 @@ class Audit(TorchFunctionMode, Watcher):
             self.report.activation_products.append((where, name))
             if self._all_products and not isinstance(layer, QuantizedProducts):
                 self.report.overlooked.append((where, name))
+
+    def _computes_weight(self, layer: nn.Module | None, where: str, operands: list[Tensor]) -> bool:
+        """Whether a product is a step on the way to a quantized layer's weight, such as a spectral norm's."""
+        owner, inside, _ = where.partition(".parametrizations.")
+        if inside or where.startswith("parametrizations."):
+            return isinstance(self.model.get_submodule(owner if inside else ""), QuantizedLayer)
+        known = all(operand in self._parameters or operand in self._buffers for operand in operands)
+        return known and isinstance(layer, QuantizedLayer) and is_computed(layer)
 
     def _kind(self, value: Any) -> tuple[Quantizer | None, str]:
         """What quantized an operand of a product, and whether it is a weight or an input."""
@@ -413,8 +429,5 @@ class Audit(TorchFunctionMode, Watcher):
 
 def _left_out(model: nn.Module) -> set[nn.Module]:
     """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
-    config = attached_config(model)
-    plain = {n: m for n, m in model.named_modules() if holds_weight(m)}
-    if config is None:
-        return set(plain.values())
-    return {m for n, m in plain.items() if any(matches(n, m, pattern) for pattern in config.ignore)}
+    late = set(late_layers(model).values())
+    return {module for module in model.modules() if holds_weight(module)} - late

@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cpq_lightning.attach.computed import computing
 from cpq_lightning.attach.layers import QuantizedLayer, bypassed, quantized_layers, quantizers
 from cpq_lightning.attach.products import quantized_operands
+from cpq_lightning.attach.timm_layers import shared_weight
 from cpq_lightning.functional import WidthCost, average_bits, packed_bytes
 from cpq_lightning.nn import Quantizer
 
@@ -26,8 +28,12 @@ def learning_quantizers(model: nn.Module) -> list[tuple[str, Quantizer]]:
 def float_bytes(model: nn.Module) -> int:
     """Bytes in float32 of the model before it was attached; what several modules share counts once."""
     own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
+    weights = {id(shared_weight(layer)): layer for _, layer in quantized_layers(model)}
+    # What a weight is computed from is gone when it ships.
+    own |= {id(t) for layer in weights.values() for t in (layer._parameters.get("weight"), *computing(layer).values())}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
-    return 4 * sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    rest = 4 * sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    return rest + 4 * sum(layer.weight.numel() for layer in weights.values())
 
 
 def idle_quantizers(model: nn.Module) -> set[Quantizer]:

@@ -156,6 +156,12 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
             warnings.warn(message, stacklevel=2)
 
 
+def is_training(model: nn.Module) -> bool:
+    """Whether weights have been updated behind the last forward in training that the model's hooks have followed."""
+    tracking: _Tracking | None = model.__dict__.get(_TRACKING)
+    return tracking is not None and tracking.is_behind()
+
+
 def _start(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
@@ -255,6 +261,10 @@ class _Tracking:
             self._training = False
             self.tracker.pause()
             self.tracker.propose()
+
+    def is_behind(self) -> bool:
+        """Whether weights are not those of the last forward in training, of which there has been one."""
+        return self._versions is not None and self._versions != self._written()
 
     def _written(self) -> list[tuple[int, int]]:
         """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
-from cpq_lightning.attach.select import attached_config, first_and_last, layer_settings
+from cpq_lightning.attach.origin import attached_config
+from cpq_lightning.attach.select import first_and_last, layer_settings
 
 
 def _decided(layers: Iterable[QuantizedLayer]) -> bool:

@@ -7,7 +7,7 @@ it writes to what is quantized, ``isinstance`` keeps working, and so do names in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from cpq_lightning.attach.computed import leave_computed, weight_now
 from cpq_lightning.attach.reading import ReadQuantized, TiedReader
-from cpq_lightning.attach.switching import Switched, renew_class, switch_class, switch_class_back
+from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
 from cpq_lightning.kernels import Convolution, Operand, product
 from cpq_lightning.nn import Quantizer, full_tensor, is_sharded, watchers
 
@@ -31,16 +31,8 @@ class QuantizedLayer(Switched):
     input_quantizer: Quantizer | None
 
     def read_weight(self) -> Tensor:
-        """The weight, for who only looks at it: what a parametrization counts in training, it does not count."""
-        computed = self._modules.get("parametrizations")
-        modes = {} if computed is None else {module: module.training for module in computed.modules()}
-        try:
-            for module in modes:
-                module.training = False
-            return self.weight
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        """The weight as it is now, for who only looks at it: what computes it in training counts nothing by it."""
+        return weight_now(self)
 
     @property
     def weight_id(self) -> int:
@@ -116,6 +108,8 @@ class QuantizedLayer(Switched):
                 quantizer.reset()
 
 
+# Where a layer keeps what it remembers of the model that it was quantized in.
+ORIGIN = "_cpq_origin"
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _stock_classes: dict[type[nn.Module], type[nn.Module] | None] = {}
 
@@ -160,6 +154,7 @@ def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
         _write(layer)
     for name in ("weight_quantizer", "input_quantizer"):
         layer._modules.pop(name, None)
+    layer.__dict__.pop(ORIGIN, None)
     switch_class_back(layer)
 
 
@@ -179,20 +174,7 @@ def _write(layer: QuantizedLayer) -> None:
 
 def _put(layer: QuantizedLayer, value: Tensor) -> None:
     """Write a weight into the Parameter that a layer has, or will have once what computes its weight is gone."""
-    if is_parametrized(layer, "weight"):
-        renew_class(cast(nn.Module, layer))
-        # Without gradients torch would leave a buffer where a Parameter was made of several tensors.
-        with torch.enable_grad():
-            remove_parametrizations(layer, "weight", leave_parametrized=True)
-    hooks: list[tuple[int, Any]] = list(layer._forward_pre_hooks.items())
-    for handle, hook in hooks:
-        # Pruning, and the older normalizations of weights: they compute the weight anew before each forward.
-        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == "weight" and hasattr(hook, "remove"):
-            hook.remove(layer)
-            layer._forward_pre_hooks.pop(handle, None)
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    weight.copy_(value)
+    leave_computed(layer).copy_(value)
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import arrange, take_back, unwatch, watch
-from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, switch, switch_back
+from cpq_lightning.attach.layers import (
+    QuantizedLayer,
+    is_attached,
+    quantized_layers,
+    quantizers,
+    switch,
+    switch_back,
+)
+from cpq_lightning.attach.origin import Origin, quantizable_layers, set_origin
 from cpq_lightning.attach.products import (
     STATE,
     QuantizedProducts,
@@ -23,6 +31,7 @@ from cpq_lightning.attach.reading import TiedReader
 from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, untie
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
 from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.state import LAYOUT, read
 
 _PARTS = ("weight_quantizer", "input_quantizer")
 _MARK = "weight_quantizer.state"
@@ -53,6 +62,45 @@ def plain_in(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
         if name in modules and not isinstance(modules[name], QuantizedProducts):
             found.append(name)
     return found
+
+
+def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Refuse a state whose quantizers have tensors of another kind than those of the model that it is loaded into.
+
+    Args:
+        model: An attached model, or a part of one.
+        state: Its ``state_dict``.
+        strict: Whether the state has to have all quantizers of the model.
+
+    Raises:
+        RuntimeError: naming the settings in which they differ.
+    """
+    missing, other, what = [], [], ""
+    for name, quantizer in quantizers(model):
+        given = state.get(_path(name, "state"))
+        if given is None:
+            missing.append(name)
+        elif isinstance(given, Tensor) and not given.is_meta:
+            ours, theirs = quantizer.settings, read(given)[0]
+            different = [key for key in LAYOUT if getattr(ours, key) != getattr(theirs, key)]
+            pairs = (f"{LAYOUT[key]} {getattr(theirs, key)!r} there, {getattr(ours, key)!r} here" for key in different)
+            what = what or "; ".join(pairs)
+            other += [name] * bool(different)
+    advice = (
+        "Attach the model with the settings that the state was trained with (a Lightning checkpoint holds them under "
+        "'cpq_lightning'), or build it without quantizers and load within `with cpq_lightning.loading():`."
+    )
+    own = type(model).__name__
+    if other:
+        raise RuntimeError(
+            f"The quantizers of the state_dict are of another kind than {len(other)} of {own}'s, such as {other[0]!r}: "
+            f"{what}. {advice}"
+        )
+    if strict and missing:
+        raise RuntimeError(
+            f"The state_dict has nothing of {len(missing)} quantizers of {own}, such as {missing[0]!r}: what they "
+            f"quantize was in full precision. {advice}"
+        )
 
 
 def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], None]:
@@ -129,6 +177,12 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
     except Exception:
         undo()
         raise
+    # Read before any is remembered.
+    plain = frozenset(n for n, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer))
+    new = set(layers)
+    for name, layer in quantized_layers(model):
+        if layer in new:
+            set_origin(layer, Origin(name, None, plain))
     watch(model)
     return undo
 

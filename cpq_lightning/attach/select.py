@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.computed import weight_now
+from cpq_lightning.attach.origin import matches, quantizable_layers
 from cpq_lightning.attach.products import operand_names, operand_path
-from cpq_lightning.attach.timm_layers import holds_weight, shared_weight, weight_parameters
+from cpq_lightning.attach.timm_layers import shared_weight, weight_parameters
 from cpq_lightning.attach.widths import at_read_widths
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import full_tensor
@@ -44,11 +44,18 @@ def select(
     config: CPQConfig,
     products: Mapping[str, Sequence[bool]] | None = None,
     tied: Mapping[str, nn.Module] | None = None,
+    checked: bool = True,
 ) -> list[Site]:
-    """The layers of a model that a config quantizes, in registration order; reads only.
+    """The layers of a model that a config quantizes, quantized ones too, in registration order; reads only.
 
     Patterns may also be of the modules whose ``products`` are quantized; those of ``ignore``, of modules ``tied`` to a
     layer's weight.
+
+    Args:
+        model: Any module.
+        config: The config.
+        products: Plans of products that are to be quantized, by module.
+        checked: Whether each pattern has to match something.
 
     Raises:
         ValueError: no layer to quantize, a pattern that matches none, a layer that is not initialized yet, or
@@ -61,7 +68,9 @@ def select(
             "weight of their own. Layers made in configure_model must exist before they can be quantized."
         )
     products = products or {}
-    _check_patterns(model, {**layers, **{name: model.get_submodule(name) for name in products}}, config, tied or {})
+    if checked:
+        own = {name: model.get_submodule(name) for name in products}
+        _check_patterns(model, {**layers, **own}, config, tied or {})
     chosen = {n: m for n, m in layers.items() if not any(matches(n, m, p) for p in config.ignore)}
     if not chosen:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
@@ -111,26 +120,35 @@ def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool)
     return at_read_widths(settings, config, name), exempt
 
 
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions (transposed and conditional ones too) and linear layers with a weight of their own, by name; metrics
-    left out.
+def check_same_settings(layers: Mapping[str, nn.Module], known: CPQConfig, config: CPQConfig) -> None:
+    """Refuse a config that gives layers other settings than the one that they were quantized by.
+
+    Raises:
+        ValueError: naming settings, or a layer.
     """
-    found: dict[str, nn.Module] = {}
-    metrics: list[str] = []
-    # Who has one has imported it, and all others need not wait for that.
-    metric = getattr(sys.modules.get("torchmetrics"), "Metric", ())
-    for name, module in model.named_modules():
-        if isinstance(module, metric):
-            metrics.append(f"{name}.")
-        elif any(name.startswith(prefix) for prefix in metrics):
-            continue
-        elif holds_weight(module):
-            found[name] = module
-    return found
+    ours, theirs = known.to_dict(), config.to_dict()
+    other = {name for name in ours if ours[name] != theirs[name]} - {"ignore", "overrides"}
+
+    def settings(name: str, of: CPQConfig) -> CPQConfig:
+        return dataclasses.replace(layer_settings(name, layers[name], of, at_end=False)[0], ignore=())
+
+    changed = [
+        name
+        for name, layer in layers.items()
+        if any(matches(name, layer, pattern) for pattern in config.ignore)
+        or settings(name, config) != settings(name, known)
+    ]
+    if other or changed:
+        what = [f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in sorted(other)]
+        raise ValueError(
+            f"{', '.join(what) or 'ignore or overrides'} would change what is quantized already, such as "
+            f"{next(iter(changed), next(iter(layers)))!r}: give new layers settings of their own by overrides, or call "
+            "detach(model) first to quantize all of it anew."
+        )
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
-    weight = cast(Tensor, layer.weight)
+    weight = weight_now(layer)
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
     finite = weight.new_ones(1) if weight.is_meta else full_tensor(weight.detach()).isfinite()
@@ -180,28 +198,6 @@ def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
     if prefix and not names[-1].startswith(prefix):
         last = set()
     return named("first_conv"), last
-
-
-def attached_config(model: nn.Module) -> CPQConfig | None:
-    """The config that the model itself was attached with; ``None`` where only a part of it was, or nothing."""
-    return model.__dict__.get("_cpq_config")
-
-
-def set_attached_config(model: nn.Module, config: CPQConfig) -> None:
-    """Note what a model was attached with."""
-    model.__dict__["_cpq_config"] = config
-
-
-def matches(name: str, layer: nn.Module, pattern: str) -> bool:
-    """Whether a pattern of ``ignore`` or ``overrides`` means a layer: by its dotted name, or by one of its types."""
-    if fnmatchcase(name, pattern):
-        return True
-    base = layer.base_class if isinstance(layer, QuantizedLayer) else type(layer)
-    return any(pattern in _type_names(cls) for cls in base.__mro__ if issubclass(cls, nn.Module))
-
-
-def _type_names(cls: type[nn.Module]) -> set[str]:
-    return {cls.__name__, f"{cls.__module__}.{cls.__qualname__}", f"torch.nn.{cls.__name__}"} - {"Module"}
 
 
 def _check_patterns(

@@ -66,8 +66,8 @@ def switch_class_back(module: Switched) -> None:
     _change_class(cast(nn.Module, module), lambda own: cast(type[Switched], own).base_class)
 
 
-def renew_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own: a copy has that of its original, and torch takes it apart."""
+def own_class(module: nn.Module) -> None:
+    """Give a module with a parametrization a class that it shares with no copy of it."""
     _change_class(module, lambda own: own)
 
 

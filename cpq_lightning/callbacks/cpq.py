@@ -56,11 +56,20 @@ from cpq_lightning.callbacks._finish import (
 )
 from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers, warn_of_left_out
 from cpq_lightning.callbacks._ranges import FindsRanges
+from cpq_lightning.callbacks._restored import AskedSettings
 from cpq_lightning.callbacks._run import begin_run, run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
 from cpq_lightning.checkpoint import CHECKPOINT_KEY
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import BEFORE, QUANTIZED, Format, clipped_shares, range_warnings, weight_histograms
+from cpq_lightning.export import (
+    BEFORE,
+    QUANTIZED,
+    Format,
+    clipped_shares,
+    full_precision_messages,
+    range_warnings,
+    weight_histograms,
+)
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Beside, Companion
@@ -183,6 +192,7 @@ class CPQCallback(FindsRanges):
             self.failed_exports, self._last_before = {}, None
             begin_run(trainer)
         fresh = attach_module(trainer, pl_module, self.config)
+        self._asked = AskedSettings(pl_module)
         self._layers = set(quantizable_layers(pl_module))
         if self.quantize_from > 0 and (stage == "fit" or fresh):
             # A checkpoint that is restored after this knows better.
@@ -191,6 +201,8 @@ class CPQCallback(FindsRanges):
             self._let_evaluations_fit(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._asked is not None:
+            self._asked.compare(pl_module, checkpoint)
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))
@@ -342,7 +354,7 @@ class CPQCallback(FindsRanges):
         try:
             # On all ranks: where weights are sharded each holds a part.
             content = run_manifest(trainer, pl_module, self._metrics, self._last_before)
-            for warning in range_warnings(pl_module):
+            for warning in (*full_precision_messages(pl_module), *range_warnings(pl_module)):
                 rank_zero_warn(warning)
             after = weight_histograms(pl_module) if self.run_folder else {}
         except Exception as error:

@@ -8,6 +8,7 @@ from cpq_lightning.export.formats import Format as Format
 from cpq_lightning.export.formats import check_formats as check_formats
 from cpq_lightning.export.levels import LevelsRecord as LevelsRecord
 from cpq_lightning.export.levels import clipped_shares as clipped_shares
+from cpq_lightning.export.levels import full_precision_messages as full_precision_messages
 from cpq_lightning.export.levels import levels as levels
 from cpq_lightning.export.levels import manifest as manifest
 from cpq_lightning.export.levels import range_warnings as range_warnings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, cast
 
@@ -16,6 +15,9 @@ from cpq_lightning.attach import (
     call_projections,
     detach,
     is_attached,
+    is_training,
+    late_layers,
+    late_message,
     modules_with_products,
     operand_names,
     operand_path,
@@ -24,9 +26,11 @@ from cpq_lightning.attach import (
     quantized_operands,
     read_layers,
     renew_rewritten,
+    rewritten_weights,
     source_of,
     tied_readers,
 )
+from cpq_lightning.attach.computed import copied, leave_computed
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.functional import along_channels
 from cpq_lightning.nn import Quantizer, is_sharded
@@ -122,15 +126,19 @@ def evaluated(model: nn.Module) -> nn.Module:
     """A copy of an attached model as it evaluates on a CPU in float32: what an artefact has to equal.
 
     Raises:
-        ValueError: the model is not quantized, its quantization has not begun or lacks ranges, or its weights are
-            spread over processes.
+        ValueError: the model is not quantized, its quantization has not begun or lacks ranges, layers have come or
+            weights were rewritten behind it, or its weights are spread over processes.
     """
     check_exportable(model)
-    copied = copy.deepcopy(model).cpu().float().eval()
-    for module in copied.modules():
+    own = copied(model).cpu().float().eval()
+    for module in own.modules():
         # Compiled code of the original's.
         module._compiled_call_impl = None  # type: ignore[assignment]
-    return copied
+    with torch.no_grad():
+        for _, layer in quantized_layers(own):
+            # Computed once: where memory lies otherwise, a norm is rounded otherwise.
+            leave_computed(layer)
+    return own
 
 
 def coded(
@@ -153,19 +161,19 @@ def coded(
     Raises:
         ValueError: as :func:`evaluated`.
     """
-    copied = evaluated(model)
+    network = evaluated(model)
     known: dict[int, tuple[Tensor, Tensor]] = {}
-    parts = {name: _parts(layer, grid_class, known) for name, layer in read_layers(copied)}
-    tied = [(name, reader.tied_name, source_of(reader, copied)) for name, reader in tied_readers(copied)]
-    products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(copied)]
-    grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(copied)}
-    detach(copied)
-    call_projections(copied)
+    parts = {name: _parts(layer, grid_class, known) for name, layer in read_layers(network)}
+    tied = [(name, reader.tied_name, source_of(reader, network)) for name, reader in tied_readers(network)]
+    products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(network)]
+    grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(network)}
+    detach(network)
+    call_projections(network)
     for name, plan, counts in products:
         own = {operand: grids[operand_path(name, operand)] for operand in operand_names(plan)}
-        quantize_products(copied.get_submodule(name), plan, counts, own, "input_grid")
+        quantize_products(network.get_submodule(name), plan, counts, own, "input_grid")
     for name, (codes, step, channel_dim, grid) in parts.items():
-        layer = copied.get_submodule(name)
+        layer = network.get_submodule(name)
         del layer._parameters["weight"]
         base = type(layer)
         layer.__class__ = type(f"Coded{base.__name__}", (layer_class, base), {"base_class": base})
@@ -176,9 +184,9 @@ def coded(
         layer.add_module("input_grid", grid)
     for name, parameter, source in tied:
         if source is not None and source in parts:
-            _make_table(copied.get_submodule(name), parameter, source, parts[source], table_class)
-    avoid_fused_paths(copied, CodedLayer)
-    return copied
+            _make_table(network.get_submodule(name), parameter, source, parts[source], table_class)
+    avoid_fused_paths(network, CodedLayer)
+    return network
 
 
 _Parts = tuple[Tensor, Tensor, int, InputGrid | None]
@@ -237,6 +245,8 @@ def check_exportable(model: nn.Module) -> None:
             f"The model {type(model).__name__} is not quantized: expected one that attach(model, config) or "
             "CPQCallback has quantized, and that was trained since."
         )
+    if late := late_layers(model):
+        raise ValueError(late_message(model, late))
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
         if is_sharded(layer.weight):
@@ -250,7 +260,17 @@ def check_exportable(model: nn.Module) -> None:
                 "behind the step that quantize_from names."
             )
         layer.fit_if_needed()
-    renew_rewritten(model)
+    stale = rewritten_weights(model)
+    if stale and not is_training(model):
+        raise ValueError(
+            f"The weights of {len(stale)} layers have been rewritten behind the ranges that were fitted to them: "
+            f"{', '.join(stale)}. Their grids have four times the error of fresh ones, or more. Call "
+            "calibrate(model, batches), which fits weights and inputs anew; or, where inputs are what they were, "
+            "cpq_lightning.attach.renew_rewritten(model), which fits these weights alone."
+        )
+    if stale:
+        # What the next step of training would have done.
+        renew_rewritten(model)
     unknown = uncalled(model)
     if unknown and len(unknown) == sum(1 for _ in quantized_inputs(model)):
         raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")

@@ -28,7 +28,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from cpq_lightning.attach import (
     QuantizedLayer,
@@ -38,6 +37,7 @@ from cpq_lightning.attach import (
     source_of,
     tied_readers,
 )
+from cpq_lightning.attach.computed import computing
 from cpq_lightning.functional import packed_bytes
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.version import __version__
@@ -52,8 +52,6 @@ DTYPES = {
     "uint32": ("U32", 4), "int32": ("I32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2), "uint16": ("U16", 2),
     "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1), "bool": ("BOOL", 1),
 }  # fmt: skip
-# Of a layer: what its weight is computed from by a pruning mask, or one of torch's older normalizations.
-_COMPUTED_FROM = ("weight_orig", "weight_mask", "weight_g", "weight_v", "weight_u")
 
 Rest = dict[str, dict[str, list[int]]]
 
@@ -127,11 +125,7 @@ def rest_of(model: nn.Module, tied: Mapping[str, str]) -> Rest:
         if isinstance(module, Quantizer):
             inside.append(prefix)
         if module in read:
-            if is_parametrized(module, "weight"):
-                inside.append(f"{prefix}parametrizations.weight.")
-            left_out.add(f"{prefix}weight")
-            if "weight" not in module._parameters:
-                left_out.update(prefix + key for key in _COMPUTED_FROM)
+            left_out.update(f"{prefix}{key}" for key in ("weight", *computing(module)))
     left_out.update(f"{name}.product_state".lstrip(".") for name, _ in modules_with_products(model))
     found: Rest = {}
     prefixes = tuple(inside)

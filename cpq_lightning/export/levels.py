@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from cpq_lightning.attach import (
     coverage,
     coverage_once_active,
     float_bytes,
+    full_precision_layers,
+    late_layers,
+    late_message,
     quantized_layers,
     quantized_operands,
     unwrapped,
@@ -96,7 +100,8 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
     since the forward goes round its layer has no record.
 
     Of activations, levels in use and the error are known after a forward under
-    :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch.
+    :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch. A
+    warning names layers with a weight that has no quantizer, and that were not left out by the config.
 
     Raises:
         ValueError: the model is not quantized.
@@ -108,6 +113,13 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
         [('0', 8, -128, 127), ('1', 8, -128, 127)]
     """
     model = unwrapped(model)
+    records = _records(model)
+    for message in full_precision_messages(model):
+        warnings.warn(message, stacklevel=2)
+    return records
+
+
+def _records(model: nn.Module) -> list[LevelsRecord]:
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
@@ -189,7 +201,9 @@ def manifest(
     model: nn.Module, *, network: nn.Module | None = None, architecture: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers;
-    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight.
+    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight; under
+    ``full_precision``, where there are some, the layers with a weight that is not quantized and that the config does
+    not leave out, ``late`` those that came behind attach (the others are such as recurrent ones).
 
     ``coverage`` is that of :func:`cpq_lightning.coverage`, ``null`` before a forward. Totals: ``weight_bits_avg`` is
     the average over the quantized weights that the forward reads and that are not exempt as first or last layer,
@@ -205,7 +219,7 @@ def manifest(
         architecture: As the packed file has it.
     """
     model = unwrapped(model)
-    records = levels(model)
+    records = _records(model)
     by_layer: dict[str, dict[str, Any]] = {}
     operands = {name for name, _ in quantized_operands(model)}
     products = []
@@ -223,7 +237,23 @@ def manifest(
         "coverage": _coverage(model),
         "layers": list(by_layer.values()),
     }
-    return {**content, "products": products} if products else content
+    plain = [asdict(layer) for layer in full_precision_layers(model)]
+    more = {"products": products, "full_precision": plain}
+    return content | {name: found for name, found in more.items() if found}
+
+
+def full_precision_messages(model: nn.Module) -> list[str]:
+    """What of an attached model is in full precision, and nobody asked for: a sentence for what came behind attach, and
+    one for layers that nothing quantizes.
+    """
+    late = late_layers(model)
+    others = [str(layer) for layer in full_precision_layers(model) if not layer.late]
+    found = [late_message(model, late)] if late else []
+    if others:
+        found.append(
+            f"The weights of {len(others)} layers that nothing quantizes are in full precision: {', '.join(others)}."
+        )
+    return found
 
 
 def compact_manifest(model: nn.Module) -> dict[str, Any]:

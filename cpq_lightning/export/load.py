@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach import Operand, avoid_fused_paths, call_projections, quantize_products
+from cpq_lightning.attach.computed import computing, leave_computed, weight_now
 from cpq_lightning.backbones import create_backbone, known_backbone
 from cpq_lightning.export.coded import InputGrid, input_of, with_input
 from cpq_lightning.export.layout import canonical_names
@@ -63,6 +64,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
             step, codes = content.tensors[entry["step"]], content.codes(layer)
             weight = codes.float() * along_channels(step, codes.dim(), entry["channel_dim"])
             weights[entry["codes"]] = nn.Parameter(weight)
+        leave_computed(network.get_submodule(layer["name"]))
         # Not copied into the Parameter that is there: an embedding may share it, in full precision.
         network.get_submodule(layer["name"]).weight = weights[entry["codes"]]
     for name, source in tied.items():
@@ -148,9 +150,23 @@ def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
     return state, list(shapes)
 
 
+def _plain_shapes(network: nn.Module, layers: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes in a network's state, with the weights of layers themselves, where they are computed from others."""
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for name in layers:
+        parts = computing(modules[name]) if name in modules else {}
+        for part in parts:
+            shapes.pop(f"{name}.{part}", None)
+        if parts:
+            shapes[f"{name}.weight"] = tuple(weight_now(modules[name]).shape)
+    return shapes
+
+
 def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str], path: str | Path) -> None:
     known = canonical_names(network)
-    expected = {known.get(name, name): tuple(value.shape) for name, value in network.state_dict().items()}
+    plain = _plain_shapes(network, layers)
+    expected = {known.get(name, name): shape for name, shape in plain.items()}
     found = {known.get(name, name): tuple(value.shape) for name, value in state.items()}
     for name in layers:
         key = f"{name}.weight"

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cpq_lightning.attach import bypassed, detach, quantized_layers, unwrapped
+from cpq_lightning.attach import bypassed, detach, full_precision_layers, quantized_layers, unwrapped
 from cpq_lightning.export.coded import check_exportable, evaluated, uncalled
 from cpq_lightning.export.files import replacing
 from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
-from cpq_lightning.export.levels import manifest
+from cpq_lightning.export.levels import full_precision_messages, manifest
 from cpq_lightning.export.packed import write_packed
 from cpq_lightning.export.program import write_program
 from cpq_lightning.export.runtimes import PackedArtefact, ProgramArtefact
@@ -55,6 +55,7 @@ class Export:
         file_bytes: The file.
         weight_bits: Average bits over quantized weights, first and last layer left out; ``None`` of nothing.
         act_bits: The same of activations.
+        full_precision: Layers with a weight that nothing quantizes, such as recurrent ones.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Export:
     file_bytes: int
     weight_bits: float | None
     act_bits: float | None
+    full_precision: tuple[str, ...] = ()
 
 
 def export_model(
@@ -86,7 +88,8 @@ def export_model(
     :func:`~cpq_lightning.export.verify.verify`. Until then, and where anything fails, what was there stays.
 
     Args:
-        model: An attached model, trained. It is not changed.
+        model: An attached model, trained. It is not changed; but ranges of weights that the last steps of a loop of
+            your own have outgrown are fitted anew, which a warning says.
         folder: Where the file goes, as ``name`` and the format's ending.
         format: ``"packed"``: codes at their own widths in safetensors, for
             :func:`~cpq_lightning.load_quantized`; ``"onnx"``; ``"torch"``: a ``torch.export`` program.
@@ -102,7 +105,8 @@ def export_model(
 
     Raises:
         MismatchError: the file does not compute what the model computes.
-        ValueError: the model cannot be exported, or an argument is wrong.
+        ValueError: the model cannot be exported, as where layers have come behind attach that its config would
+            quantize, or where weights were rewritten behind their ranges; or an argument is wrong.
         ImportError: the format needs packages that are not installed.
         OSError: the file cannot be written.
 
@@ -130,9 +134,12 @@ def export_model(
             "the file.",
             ", ".join(names),
         )
+    for message in full_precision_messages(model):
+        log.warning("%s", message)
     samples = Samples.of(samples)
     path = Path(folder) / f"{name}{SUFFIXES[format]}"
     totals = manifest(model)["totals"]
+    model = evaluated(model)
     with replacing(path) as temporary:
         try:
             proof = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
@@ -149,6 +156,7 @@ def export_model(
         path.stat().st_size,
         totals["weight_bits_avg"],
         totals["act_bits_avg"],
+        tuple(map(str, full_precision_layers(model))),
     )
 
 

@@ -50,6 +50,9 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         notes.append("~ mean over the channels, each of which has a step of its own")
     if exempt:
         notes.append("* first or last layer, left out of the average")
+    plain = [f"{layer['name']} ({layer['type']})" for layer in manifest.get("full_precision", ())]
+    if plain:
+        notes.append(f"in full precision: {', '.join(plain)}")
     table.caption = "\n".join([str(table.caption), *notes])
     return table
 
@@ -166,6 +169,7 @@ def export_table(export: Export) -> Table:
         ("format", f"{export.format}{container}"),
         ("size", f"{_bytes(export.file_bytes)} instead of {_bytes(export.float_bytes)} in float32"),
         ("average bits", _averages(export.weight_bits, export.act_bits) or "nothing but first and last layers"),
+        *([("in full precision", ", ".join(export.full_precision))] if export.full_precision else []),
         *_proof(export.verification),
         *_speed(export),
     ):
