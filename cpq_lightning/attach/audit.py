@@ -26,9 +26,11 @@ from cpq_lightning.attach.operations import (
     multiply_accumulates,
     product_operands,
 )
+from cpq_lightning.attach.patterns import is_ignored, names_of
 from cpq_lightning.attach.products import QuantizedProducts
-from cpq_lightning.attach.select import attached_config, matches
+from cpq_lightning.attach.select import attached_config
 from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.nn import Quantizer, Watcher
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ class Audit(TorchFunctionMode, Watcher):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model = model = unwrapped(model)
         self.report = AuditReport()
         self._names = {module: name for name, module in model.named_modules()}
         self._called: set[nn.Module] = set()
@@ -340,7 +342,8 @@ class Audit(TorchFunctionMode, Watcher):
 def _left_out(model: nn.Module) -> set[nn.Module]:
     """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
     config = attached_config(model)
-    plain = {n: m for n, m in model.named_modules() if holds_weight(m)}
+    plain = {module for module in model.modules() if holds_weight(module)}
     if config is None:
-        return set(plain.values())
-    return {m for n, m in plain.items() if any(matches(n, m, pattern) for pattern in config.ignore)}
+        return plain
+    names = names_of(model)
+    return {module for module in plain if is_ignored(module, names, config)}
