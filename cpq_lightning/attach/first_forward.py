@@ -22,6 +22,7 @@ from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.nn import Quantizer
 
 log = logging.getLogger("cpq_lightning")
@@ -68,7 +69,7 @@ def forget_first_forwards(model: nn.Module) -> None:
 def set_audited(model: nn.Module, training: bool) -> bool:
     """Note that a forward in training, or in evaluation, has been audited otherwise; whether it had not been before."""
     try:
-        model.__dict__.get(_PENDING, []).remove(training)
+        unwrapped(model).__dict__.get(_PENDING, []).remove(training)
     except ValueError:
         return False
     return True
@@ -82,7 +83,7 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
         report: What it showed.
         counts: Whether to take its count of an activation's elements, which gradients depend on.
     """
-    modules = dict(model.named_modules())
+    modules = dict(unwrapped(model).named_modules())
     facts: dict[Quantizer, dict[str, int]] = {}
     for place, name in enumerate(report.order, start=1):
         layer = modules.get(name)
@@ -119,7 +120,7 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
     calls, such as a second head.
     """
     forward = "the first forward in evaluation" if evaluation else "the first forward"
-    said: set[Any] = model.__dict__.setdefault(_SAID, set())
+    said: set[Any] = unwrapped(model).__dict__.setdefault(_SAID, set())
     names = ("never_called", "unquantized", "activation_products", "overlooked")
     new = AuditReport(weights=report.weights)
     for name in names[1:] if evaluation else names:

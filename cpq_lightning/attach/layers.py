@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from cpq_lightning.attach.reading import ReadQuantized
 from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.kernels import Convolution, Operand, product
 from cpq_lightning.nn import Quantizer, full_tensor, is_sharded, watchers
 
@@ -208,13 +209,13 @@ def is_attached(model: nn.Module) -> bool:
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """The quantized layers of a model with their names, in registration order."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """The quantizers of a model with their names, in registration order."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, Quantizer):
             yield name, module

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import arrange, take_back, unwatch, watch
-from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, switch, switch_back
+from cpq_lightning.attach.layers import QuantizedLayer, is_attached, switch, switch_back
 from cpq_lightning.attach.products import (
     STATE,
     QuantizedProducts,
@@ -20,6 +20,7 @@ from cpq_lightning.attach.products import (
     remember_plan,
 )
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
+from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.nn import Quantizer
 
 _PARTS = ("weight_quantizer", "input_quantizer")
@@ -64,13 +65,17 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
         Takes back what this has done.
 
     Raises:
-        ValueError: a quantizer does not fit its layer, or its state cannot be read.
+        ValueError: a quantizer does not fit its layer, its state cannot be read, or the model is inside a
+            DistributedDataParallel of several processes.
     """
     names = plain_in(model, state)
+    # Names are those of the state, in which a wrapper has a part; hooks are the model's own.
+    check_unspread(model)
+    inner = unwrapped(model)
     was_attached = is_attached(model)
     shared: dict[int, list[tuple[dict[str, Tensor], Quantizer]]] = {}
-    for name, layer in quantized_layers(model):
-        if name not in names:
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer) and name not in names:
             own = layer.weight_quantizer
             shared.setdefault(id(shared_weight(layer)), []).append((own.state_dict(), own))
     before: list[tuple[QuantizedLayer, Any]] = []
@@ -84,11 +89,11 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             layer.input_quantizer = inputs
         for module in multiplying:
             leave_products(module)
-        take_back(model)
-        unwatch(model)
+        take_back(inner)
+        unwatch(inner)
         if was_attached:
-            arrange(model)
-            watch(model)
+            arrange(inner)
+            watch(inner)
 
     try:
         for name in _multiplying_in(state):
@@ -111,11 +116,11 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             inputs = _path(name, "input_quantizer.state") in state
             switch(layer, weights, _build(layer, name, "input_quantizer", state) if inputs else None)
             layers.append(cast(QuantizedLayer, layer))
-        arrange(model)
+        arrange(inner)
     except Exception:
         undo()
         raise
-    watch(model)
+    watch(inner)
     return undo
 
 

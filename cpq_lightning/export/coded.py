@@ -22,6 +22,7 @@ from cpq_lightning.attach import (
     quantized_layers,
     quantized_operands,
     renew_rewritten,
+    unwrapped,
 )
 from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.functional import along_channels
@@ -92,6 +93,7 @@ def evaluated(model: nn.Module) -> nn.Module:
         ValueError: the model is not quantized, its quantization has not begun or lacks ranges, or its weights are
             spread over processes.
     """
+    model = unwrapped(model)
     check_exportable(model)
     copied = copy.deepcopy(model).cpu().float().eval()
     for module in copied.modules():
