@@ -36,14 +36,14 @@ from cpq_lightning.attach.select import (
 )
 from cpq_lightning.attach.timm_layers import call_projections, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
-from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = None) -> M:
+def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, example_inputs: Any = None) -> M:
     """Quantize a model in place: weights at once, activations as soon as their ranges are known.
 
     Each convolution and linear layer keeps its Parameters (the same objects, under the same names in
@@ -52,25 +52,31 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     anything is wrong the model is left as it was.
 
     Args:
-        model: Any module; layers made later are not seen.
-        config: What to quantize, and how.
+        model: Any module; layers made later are not seen. Of one inside ``torch.compile``, DistributedDataParallel (of
+            one process) or Fabric, what is wrapped is quantized, under its own names.
+        config: What to quantize, and how: a config, or a mapping of its settings.
         example_inputs: What to call the model with once, where ``config.attention`` asks for products without a weight:
-            a tensor, a tuple of arguments or a dict of keyword arguments. timm backbones, and a LightningModule with an
+            a tensor, a tuple of arguments or a dict of arguments by name; or the tuple or dict that the forward takes
+            as its one argument. timm backbones, and a LightningModule with an
             ``example_input_array``, need none.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, or a
-            pattern of the config matches no layer; with ``attention=True``, the model cannot be called.
+        TypeError: ``config`` is neither a config nor a mapping, or a setting in it has the wrong type.
+        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, or is
+            inside a DistributedDataParallel of several processes; a setting is unknown or out of its range, a pattern
+            of the config matches no layer, or layers that share a weight are told different things of it; with
+            ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
         >>> [name for name, _ in quantizers(model)]
         ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
     """
-    config = with_levels_read(config or CPQConfig())
+    config = with_levels_read(CPQConfig() if config is None else config)
+    check_unspread(model)
     given, model = model, cast(M, unwrapped(model))
     if is_attached(model):
         raise ValueError(

@@ -73,7 +73,7 @@ class CPQCallback(FindsRanges):
     that Trainer the same callback, or see :func:`~cpq_lightning.load_checkpoint` and :func:`~cpq_lightning.loading`.
 
     Args:
-        config: What to quantize, and how.
+        config: What to quantize, and how: a config, or a mapping of its settings.
         quantize_from: When quantization begins, as a step count or a fraction of the run. Until then the network
             trains in full precision; at it all ranges are fitted afresh, the same on every rank.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
@@ -109,21 +109,22 @@ class CPQCallback(FindsRanges):
         export: Sequence[Format] = (),
         samples: int = 16,
     ) -> None:
-        if not isinstance(config, CPQConfig):
-            raise TypeError(f"config must be a CPQConfig, got {config!r}.")
+        config = CPQConfig.of(config)
         resolve_point("quantize_from", quantize_from, 1)
         if not lr_factor > 0:
             raise ValueError(f"lr_factor must be over 0, got {lr_factor}.")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}.")
-        check_settings(export, samples)
+        # One format alone would be a sequence of letters.
+        formats: Any = (export,) if isinstance(export, str) else tuple(export)
+        check_settings(formats, samples)
         self.config = config
         self.quantize_from = quantize_from
         self.lr_factor = lr_factor
         self.calibration_batches = calibration_batches
         self.levels_file = levels_file
         self.table = table
-        self.export = tuple(export)
+        self.export: tuple[Format, ...] = formats
         self.samples = samples
         # The step at which quantization begins, once a fit has begun.
         self.start_step = 0
@@ -186,9 +187,16 @@ class CPQCallback(FindsRanges):
         self._companions, self._others = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
+        self._run_samples.listen()
         self._begin_calibration(trainer, pl_module)
+        self._run_samples.pause()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_samples.listen()
+        super().on_sanity_check_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_samples.listen()
         self._calibrate(trainer, pl_module)
         begin_training(trainer)
         self._first_step = trainer.global_step
@@ -196,6 +204,8 @@ class CPQCallback(FindsRanges):
         self._audited = self._audited or (self._resumed and any(q.execution_index for q in self._quantizers))
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
         self._folder = None if quiet else run_folder(trainer)
+        if self._folder is not None:
+            self._run_samples.foresee(trainer, pl_module, self.export)
         self.start_step = quantization_start(trainer)
         length = run_length(trainer) if self.quantize_from else math.inf
         if self.quantize_from and self.start_step >= length:
@@ -231,7 +241,7 @@ class CPQCallback(FindsRanges):
         if trainer.global_step == self._first_step + _PATIENCE:
             warn_of_left_out(self._companions, trainer.optimizers)
         self._renew_ranges(trainer, pl_module)
-        self._run_samples.leave(trainer, self._folder)
+        self._run_samples.leave(trainer, self._folder, self.export)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -327,7 +337,7 @@ class CPQCallback(FindsRanges):
         # Of a batch that another callback has skipped Lightning tells no end.
         self._stop_audits()
         forget_configured(pl_module)
-        self._run_samples.end(pl_module)
+        self._run_samples.end()
         # Companions stay: a checkpoint may be saved after the fit.
         for hooked in (*self._companions, *self._others):
             hooked.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from cpq_lightning.attach import detach, unwrapped
+from cpq_lightning.export.calls import Constant
 from cpq_lightning.export.coded import check_exportable, evaluated, uncalled
 from cpq_lightning.export.files import replacing
 from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
@@ -21,7 +22,7 @@ from cpq_lightning.export.packed import write_packed
 from cpq_lightning.export.program import write_program
 from cpq_lightning.export.runtimes import PackedArtefact, ProgramArtefact
 from cpq_lightning.export.samples import Samples
-from cpq_lightning.export.verify import Artefact, MismatchError, Verification, verify
+from cpq_lightning.export.verify import Artefact, MismatchError, Reference, Verification, verify
 
 log = logging.getLogger("cpq_lightning")
 
@@ -55,6 +56,7 @@ class Export:
         file_bytes: The file.
         weight_bits: Average bits over quantized weights, first and last layer left out; ``None`` of nothing.
         act_bits: The same of activations.
+        constants: Arguments by name that are part of the file as the samples have them, because they are no tensors.
     """
 
     path: Path
@@ -66,6 +68,7 @@ class Export:
     file_bytes: int
     weight_bits: float | None
     act_bits: float | None
+    constants: Mapping[str, Constant] = field(default_factory=dict)
 
 
 def export_model(
@@ -90,7 +93,12 @@ def export_model(
         folder: Where the file goes, as ``name`` and the format's ending.
         format: ``"packed"``: codes at their own widths in safetensors, for
             :func:`~cpq_lightning.load_quantized`; ``"onnx"``; ``"torch"``: a ``torch.export`` program.
-        samples: Inputs, a few dozen: a tensor of shape (samples, ...), or a sequence of them, one an argument.
+        samples: Inputs, a few dozen: a tensor of the shape (samples, ...), a tuple of positional arguments, a dict of
+            arguments by name (or the tuple or dict that the forward takes as its one argument), or
+            :class:`~cpq_lightning.export.Samples`. Arguments may be tuples, lists, dicts and whatever else torch's
+            pytree knows, with tensors in them. Numbers, strings and None are constants of an ONNX file or a program,
+            which a warning names; an ONNX file takes its tensors by the names of the arguments, a program is called as
+            the samples are given.
         name: The file's name without its ending.
         container: Of ONNX: ``"int8"`` for speed, ``"int4"`` for size.
         architecture: ``{"timm": name, "arguments": {...}}`` where timm builds the network.
@@ -103,6 +111,8 @@ def export_model(
     Raises:
         MismatchError: the file does not compute what the model computes.
         ValueError: the model cannot be exported, or an argument is wrong.
+        TypeError: the samples are no arguments of the forward, have something in them that no file can take, or the
+            model returns something that no file can hold; it says which.
         ImportError: the format needs packages that are not installed.
         OSError: the file cannot be written.
 
@@ -123,7 +133,15 @@ def export_model(
             "precision, as in training.",
             ", ".join(names),
         )
-    samples = Samples.of(samples)
+    samples = Samples.of(samples, model)
+    # A packed file is a module that takes any arguments.
+    constants = {} if format == "packed" else samples.places(model)[1]
+    if constants:
+        log.warning(
+            "Arguments that are no tensors are constants of the %s file: %s.",
+            format,
+            ", ".join(f"{name}={value!r}" for name, value in constants.items()),
+        )
     path = Path(folder) / f"{name}{SUFFIXES[format]}"
     totals = manifest(model)["totals"]
     with replacing(path) as temporary:
@@ -142,6 +160,7 @@ def export_model(
         path.stat().st_size,
         totals["weight_bits_avg"],
         totals["act_bits_avg"],
+        constants,
     )
 
 
@@ -154,6 +173,9 @@ def _write_and_verify(
     architecture: Mapping[str, Any] | None,
     verification: bool,
 ) -> Verification | None:
+    if format != "packed":
+        # Exporters tell less of an output that they cannot hold.
+        Reference(model).outputs(samples.pair())
     if format == "packed":
         write_packed(model, path, architecture=architecture)
     elif format == "torch":
@@ -192,7 +214,7 @@ def _time(model: nn.Module, path: Path, samples: Samples, budget: float = 3.0, m
 
     sessions = [session(full_precision(detach(evaluated(model)), samples)), session(path.read_bytes())]
     names = [i.name for i in sessions[0].get_inputs()]
-    fed = {name: tensor[:1].numpy() for name, tensor in zip(names, samples.inputs, strict=True)}
+    fed = {name: tensor.numpy() for name, tensor in zip(names, samples.first(1).inputs, strict=True)}
     taken: list[list[float]] = []
     end = time.perf_counter() + budget
     while len(taken) < 5 or (len(taken) < most and time.perf_counter() < end):
