@@ -149,7 +149,11 @@ def _uncompiled() -> Any:
 
 def _call(model: nn.Module, batch: Any) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, as_batch_call(model, batch))
+    try:
+        call = as_batch_call(model, batch)
+    except TypeError as error:
+        raise TypeError(f"batches: {error}: say how to run one, calibrate(..., forward=...).") from None
+    args, kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, call)
     return model(*args, **kwargs)
 
 

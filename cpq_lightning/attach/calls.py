@@ -23,15 +23,15 @@ def as_call(model: nn.Module, inputs: Any) -> Call:
     """The call that example inputs, or samples, are meant for.
 
     A tuple or list holds positional arguments, a mapping arguments by name, as a LightningModule's
-    ``example_input_array`` does. Where the forward cannot take them so, either is its one argument; so is anything
-    else.
+    ``example_input_array`` does. Where the forward cannot take them so, and has no argument of the name of a key,
+    either is its one argument; so is anything else.
 
     Raises:
         TypeError: the forward takes them neither way.
     """
     if isinstance(inputs, tuple | list):
         return _first_taken(model, [(tuple(inputs), {}), ((inputs,), {})])
-    return _first_taken(model, _as_mapping(inputs))
+    return _first_taken(model, _as_mapping(model, inputs))
 
 
 def as_batch_call(model: nn.Module, batch: Any) -> Call:
@@ -50,19 +50,29 @@ def as_batch_call(model: nn.Module, batch: Any) -> Call:
         batch = batch[0]
     if isinstance(batch, tuple | list):
         return _first_taken(model, [((batch,), {}), (tuple(batch), {})])
-    return _first_taken(model, _as_mapping(batch))
+    return _first_taken(model, _as_mapping(model, batch))
 
 
-def _as_mapping(inputs: Any) -> list[Call]:
-    named = isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs)
-    return [*([((), dict(inputs))] if named else []), ((inputs,), {})]
+def _as_mapping(model: nn.Module, inputs: Any) -> list[Call]:
+    if not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs):
+        return [((inputs,), {})]
+    named: Call = ((), dict(inputs))
+    signature = _signature(model)
+    meant = signature is not None and any(key in signature.parameters for key in inputs)
+    return [named] if meant else [named, ((inputs,), {})]
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return forward_signature(model)
+    except ValueError:
+        # Of compiled languages: what it takes shows when it is called.
+        return None
 
 
 def _first_taken(model: nn.Module, calls: list[Call]) -> Call:
-    try:
-        signature = forward_signature(model)
-    except ValueError:
-        # Of compiled languages: what it takes shows when it is called.
+    signature = _signature(model)
+    if signature is None:
         return calls[0]
     reasons = []
     for args, kwargs in calls:
@@ -71,10 +81,9 @@ def _first_taken(model: nn.Module, calls: list[Call]) -> Call:
             return args, kwargs
         except TypeError as error:
             reasons.append(str(error))
-    own = type(unwrapped(model)).__name__
     raise TypeError(
-        f"{own}.forward{signature} cannot be called with {_told(calls[0])} ({'; '.join(dict.fromkeys(reasons))}). Give "
-        "its positional arguments as a tuple, or its arguments by name as a dict."
+        f"{type(unwrapped(model)).__name__}.forward{signature} cannot be called with {_told(calls[0])} "
+        f"({'; '.join(dict.fromkeys(reasons))})"
     )
 
 

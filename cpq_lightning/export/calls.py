@@ -114,8 +114,8 @@ def dump_spec(form: Form) -> str:
         return treespec_dumps(form.spec)
     except (NotImplementedError, TypeError) as error:
         raise TypeError(
-            f"the arguments come in a class that no file can name ({error}): {_REGISTER}, with a "
-            "serialized_type_name, here and where the file is read."
+            f"samples: the arguments come in a class that no file can name ({error}) Hand its tensors over in tuples, "
+            "lists or dicts, or register it with a serialized_type_name, here and where the file is read."
         ) from None
 
 

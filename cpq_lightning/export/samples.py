@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from cpq_lightning.attach import Call, as_call, forward_signature, unwrapped
 from cpq_lightning.export.calls import Form, named_outputs, split_call
@@ -112,7 +111,13 @@ class Samples:
         if isinstance(value, Samples):
             return value
         if model is not None:
-            args, kwargs = as_call(model, value)
+            try:
+                args, kwargs = as_call(model, value)
+            except TypeError as error:
+                raise TypeError(
+                    f"samples: {error}: give positional arguments as a tuple, arguments by name as a dict, or both as "
+                    "Samples.called_with(...)."
+                ) from None
         elif isinstance(value, Mapping):
             args, kwargs = (), dict(value)
         else:
@@ -153,12 +158,12 @@ class Samples:
 
 
 def _of_call(call: Call, model: nn.Module | None = None) -> Samples:
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(call)):
-        raise TypeError(f"samples must be tensors, got {[type(leaf).__name__ for leaf in tree_leaves(call)]}.")
     try:
         tensors, form = split_call(call, model)
     except TypeError as error:
         raise TypeError(f"samples: {error}") from None
+    if not tensors:
+        raise TypeError(f"samples must be tensors, got {[type(leaf).__name__ for leaf in form.leaves]}.")
     return Samples(tuple(tensors), form=form)
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from cpq_lightning.attach import detach, unwrapped
-from cpq_lightning.export.calls import Constant
+from cpq_lightning.export.calls import Constant, named_outputs
 from cpq_lightning.export.coded import check_exportable, evaluated, uncalled
 from cpq_lightning.export.files import replacing
 from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
@@ -22,7 +23,7 @@ from cpq_lightning.export.packed import write_packed
 from cpq_lightning.export.program import write_program
 from cpq_lightning.export.runtimes import PackedArtefact, ProgramArtefact
 from cpq_lightning.export.samples import Samples
-from cpq_lightning.export.verify import Artefact, MismatchError, Reference, Verification, verify
+from cpq_lightning.export.verify import Artefact, MismatchError, Verification, verify
 
 log = logging.getLogger("cpq_lightning")
 
@@ -173,9 +174,8 @@ def _write_and_verify(
     architecture: Mapping[str, Any] | None,
     verification: bool,
 ) -> Verification | None:
-    if format != "packed":
-        # Exporters tell less of an output that they cannot hold.
-        Reference(model).outputs(samples.pair())
+    if verification or format != "packed":
+        _check_forward(model, samples)
     if format == "packed":
         write_packed(model, path, architecture=architecture)
     elif format == "torch":
@@ -193,6 +193,23 @@ def _write_and_verify(
             log.warning("%s Written once more without integer biases, which is slower and exact.", error)
         write_onnx(model, path, samples, container=container, architecture=architecture, round_biases=False)
     return verify(model, load_artefact(model, path, format, architecture), samples) if verification else None
+
+
+@torch.no_grad()
+def _check_forward(model: nn.Module, samples: Samples) -> None:
+    """Exporters, and hooks around layers, tell less of samples that do not fit and of outputs that no file can hold."""
+    args, kwargs = samples.pair().call()
+    try:
+        output = evaluated(model)(*args, **kwargs)
+    except Exception as error:
+        names, constants = samples.places(model)
+        arguments = [f"{n}: {tuple(t.shape[1:])}" for n, t in zip(names, samples.inputs, strict=True)]
+        arguments += [f"{name}={value!r}" for name, value in constants.items()]
+        raise ValueError(
+            f"samples: the forward of {type(model).__name__} fails with them, which are {', '.join(arguments)} for "
+            f"each sample ({type(error).__name__}: {error})."
+        ) from error
+    named_outputs(output)
 
 
 def load_artefact(
