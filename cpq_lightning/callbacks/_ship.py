@@ -206,8 +206,8 @@ def _example_obstacle(trainer: Trainer, pl_module: LightningModule) -> str | Non
 def known_samples(pl_module: LightningModule) -> Samples:
     """Samples that were recorded, or the module's ``example_input_array``.
 
-    Where that has other arguments than the recorded call, it says which of them an export has: it may leave out labels
-    that only training gives.
+    Where the whole module ships, and its example has other arguments than the recorded call, the example says which an
+    export has: it may leave out labels that only training gives.
 
     Raises:
         ValueError: there are none.
@@ -222,10 +222,10 @@ def known_samples(pl_module: LightningModule) -> Samples:
             wanted = replace(Samples.of(example, part), real=False)
         except (TypeError, ValueError) as error:
             reasons.append(f"example_input_array: {error}")
+    if found is not None and (wanted is None or part is not pl_module):
+        return found
     if wanted is not None:
         return wanted if found is None else found.for_arguments_of(wanted, part) or wanted
-    if found is not None:
-        return found
     raise ValueError(
         f"There are no samples of the input of {type(part).__name__}: "
         f"{' '.join(reasons) or 'its forward was never called.'} Set example_input_array in the module, or define "

@@ -84,7 +84,8 @@ class CPQCallback(FindsRanges):
             of the levels and of the weights' clusters. ``None`` writes none, and logs no shares of clipped values.
         table: Whether to print the tables at the end.
         export: Formats that the model is written in at the end, into the run's folder, each verified first:
-            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``.
+            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``. What the forward takes or returns that no
+            file can hold is said before training, where a first forward or ``example_input_array`` shows it.
         samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. They lie in
             ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
 
