@@ -14,9 +14,9 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from cpq_lightning.attach import renew_rewritten
+from cpq_lightning.attach import as_batch_call, renew_rewritten
 from cpq_lightning.callbacks._network import shipped_architecture, shipped_name, shipped_part
 from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint
 from cpq_lightning.export import (
@@ -75,7 +75,7 @@ def export(
             # Nothing is traced and nothing compared: nothing of the input is looked at.
             chosen = Samples.synthetic([[1]], 1)
         else:
-            chosen, source = _choose_samples(ckpt, samples, data, data_samples)
+            chosen, source = _choose_samples(network, ckpt, samples, data, data_samples)
             _check_fit(network, chosen, source, name)
             Console().print(f"Samples of the input: {len(chosen)}, of {source}", soft_wrap=True, highlight=False)
         written = export_model(
@@ -156,10 +156,12 @@ def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> Lightning
         ) from None
 
 
-def _choose_samples(ckpt: str, samples: str | None, data: str | None, count: int) -> tuple[Samples, str]:
+def _choose_samples(
+    network: nn.Module, ckpt: str, samples: str | None, data: str | None, count: int
+) -> tuple[Samples, str]:
     """Samples, and where they are from: as given, or of the run."""
     if data is not None:
-        return samples_of(data, count), f"data={data}"
+        return samples_of(network, data, count), f"data={data}"
     if samples is None:
         samples = str(find_samples(ckpt, _folder_of(ckpt)))
     return read_samples(samples), f"samples={samples}"
@@ -205,8 +207,9 @@ def find_samples(ckpt: str, run: str | None = None) -> Path:
 
 @torch.no_grad()
 def _check_fit(network: nn.Module, samples: Samples, source: str, name: str) -> None:
+    args, kwargs = samples.pair().call()
     try:
-        network(*samples.pair())
+        network(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape[1:])) for t in samples.inputs)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -257,8 +260,8 @@ def fill_in(model: Any, data: Any) -> None:
         model["class_names"] = list(names)
 
 
-def samples_of(config: str, count: int) -> Samples:
-    """Validation inputs of the data module that a config names.
+def samples_of(network: nn.Module, config: str, count: int) -> Samples:
+    """Validation inputs of the data module that a config names, as calibration hands them to a network.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -280,19 +283,13 @@ def samples_of(config: str, count: int) -> Samples:
         raise ValueError(f"data={config}: {error}") from None
     module.prepare_data()
     module.setup("validate")
-    return Samples((_inputs(module, count),))
-
-
-def _inputs(module: LightningDataModule, count: int) -> Tensor:
     loader: Any = module.val_dataloader()
-    found: list[Tensor] = []
+    found: list[Samples] = []
     for batch in loader[0] if isinstance(loader, list | tuple) else loader:
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(x, Tensor):
-            raise ValueError(f"The data's batches begin with {type(x).__name__}: expected a tensor of inputs.")
-        found.append(x)
+        args, kwargs = as_batch_call(network, batch)
+        found.append(Samples.called_with(*args, **kwargs))
         if sum(map(len, found)) >= count:
             break
     if not found:
         raise ValueError("The data has no validation batch: a verification needs some.")
-    return torch.cat(found)[:count]
+    return Samples.joined(found).first(count)

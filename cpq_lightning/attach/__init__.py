@@ -12,6 +12,10 @@ from cpq_lightning.attach.audit import unaudited as unaudited
 from cpq_lightning.attach.calibrate import FailedElsewhere as FailedElsewhere
 from cpq_lightning.attach.calibrate import calibrate as calibrate
 from cpq_lightning.attach.calibrate import recording as recording
+from cpq_lightning.attach.calls import Call as Call
+from cpq_lightning.attach.calls import as_batch_call as as_batch_call
+from cpq_lightning.attach.calls import as_call as as_call
+from cpq_lightning.attach.calls import forward_signature as forward_signature
 from cpq_lightning.attach.costs import CostUnit as CostUnit
 from cpq_lightning.attach.costs import bit_operations as bit_operations
 from cpq_lightning.attach.costs import float_bytes as float_bytes

@@ -36,14 +36,14 @@ from cpq_lightning.attach.select import Site, check_same_settings, chosen_operan
 from cpq_lightning.attach.tied import leave_tied, tie, tied_readers, tied_to, tied_to_layers, to_be_tied
 from cpq_lightning.attach.timm_layers import call_projections, holds_weight, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
-from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = None) -> M:
+def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, example_inputs: Any = None) -> M:
     """Quantize a model in place: weights at once, activations as soon as their ranges are known.
 
     Each convolution and linear layer keeps its Parameters (the same objects, under the same names in
@@ -58,31 +58,39 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
     activations (``attention=True``) are not looked for again.
 
     Args:
-        model: Any module; layers made later are not seen.
-        config: What to quantize, and how; ``None`` is the default, or what a model was attached with before. Attached
-            again, a model takes other ``ignore`` and ``overrides``, as far as they change nothing that is quantized.
+        model: Any module; layers made later are not seen. Of one inside ``torch.compile``, DistributedDataParallel (of
+            one process) or Fabric, what is wrapped is quantized, under its own names.
+        config: What to quantize, and how: a config, or a mapping of its settings. ``None`` is the default, or what a
+            model was attached with before. Attached again, a model takes other ``ignore`` and ``overrides``, as far as
+            they change nothing that is quantized.
         example_inputs: What to call the model with once, where ``config.attention`` asks for products without a weight:
-            a tensor, a tuple of arguments or a dict of keyword arguments. timm backbones, and a LightningModule with an
+            a tensor, a tuple of arguments or a dict of arguments by name; or the tuple or dict that the forward takes
+            as its one argument. timm backbones, and a LightningModule with an
             ``example_input_array``, need none.
 
     Returns:
         The model itself.
 
     Raises:
+        TypeError: ``config`` is neither a config nor a mapping, or a setting in it has the wrong type.
         ValueError: the model has no layer to quantize, or none that is not quantized already, or weights that are not
-            finite; a pattern of the config matches no layer; quantized layers have other settings than it gives them;
-            an embedding with ``max_norm`` is tied to one; with ``attention=True``, the model cannot be called.
+            finite, or is inside a DistributedDataParallel of several processes; a setting is unknown or out of its
+            range, a pattern of the config matches no layer, layers that share a weight are told different things of it,
+            or quantized layers have other settings than it gives them; an embedding with ``max_norm`` is tied to one;
+            with ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
         >>> [name for name, _ in quantizers(model)]
         ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
     """
+    config = None if config is None else with_levels_read(config)
+    check_unspread(model)
     given, model = model, cast(M, unwrapped(model))
     if is_attached(model):
         _attach_late(model, config)
         return given
-    config = with_levels_read(config or CPQConfig())
+    config = with_levels_read(CPQConfig() if config is None else config)
     products = find_products(model, example_inputs) if config.attention else {}
     plans = {name: found.plan for name, found in products.items()}
     sites = select(model, config, plans, {tied.name: tied.module for tied in tied_to_layers(model)})
@@ -123,7 +131,7 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
 def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
     """Quantize the layers of an attached model that are not quantized yet."""
     known = attached_config(model)
-    config = known if config is None else with_levels_read(config)
+    config = known if config is None else config
     if config is None:
         raise ValueError(
             f"Layers of {type(model).__name__} are quantized already, and by which config is not known: it was "
@@ -137,7 +145,7 @@ def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
             f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
         )
     if known is not None:
-        check_same_settings(quantized, known, config)
+        check_same_settings(model, quantized, known, config)
     if isinstance(config.levels_from, dict):
         check_names(config, {*config.levels_from, *(site.name for site in sites)})
     shared = {id(shared_weight(layer)): layer.weight_quantizer for layer in quantized.values()}

@@ -29,10 +29,12 @@ from cpq_lightning.attach.operations import (
     multiply_accumulates,
     product_operands,
 )
-from cpq_lightning.attach.origin import attached_config, late_layers, matches
+from cpq_lightning.attach.origin import attached_config, late_layers
+from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.products import QuantizedProducts
 from cpq_lightning.attach.tied import tied_to_layers
 from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.nn import Quantizer, Watcher
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ class Audit(TorchFunctionMode, Watcher):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model = model = unwrapped(model)
         self.report = AuditReport()
         self._names = {module: name for name, module in model.named_modules()}
         self._called: set[nn.Module] = set()

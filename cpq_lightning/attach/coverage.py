@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.audit import Audit, AuditReport
+from cpq_lightning.attach.calls import as_call
 from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.attach.wrapping import unwrapped
@@ -104,8 +105,7 @@ def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
 
     Args:
         model: An attached model.
-        example_inputs: What to call it with: a tensor, a tuple or list of arguments, or a dict of keyword arguments;
-            it runs in evaluation, without gradients, and nothing of the model changes. Without them, what its last
+        example_inputs: What to call it with, as :func:`attach` takes them; it runs in evaluation, without gradients, and nothing of the model changes. Without them, what its last
             audited forward has shown: calibration's, or the first in training or evaluation.
 
     Raises:
@@ -197,9 +197,7 @@ def _forward(model: nn.Module, inputs: Any) -> AuditReport:
             return value
         return value.detach().to(like.device, like.dtype if value.is_floating_point() else None)
 
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
-    args = tuple(args) if isinstance(args, tuple | list) else (args,)
-    args, kwargs = tree_map(ours, (args, kwargs))
+    args, kwargs = tree_map(ours, as_call(model, inputs))
     modes = {module: module.training for module in model.modules()}
     states = [(b, b.clone()) for b in model.buffers()]
     audit = Audit(model)

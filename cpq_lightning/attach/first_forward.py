@@ -23,6 +23,7 @@ from cpq_lightning.attach.first_last import correct_first_and_last, nothing_betw
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.nn import Quantizer, watchers
 
 log = logging.getLogger("cpq_lightning")
@@ -69,7 +70,7 @@ def forget_first_forwards(model: nn.Module) -> None:
 def set_audited(model: nn.Module, training: bool) -> bool:
     """Note that a forward in training, or in evaluation, has been audited otherwise; whether it had not been before."""
     try:
-        model.__dict__.get(_PENDING, []).remove(training)
+        unwrapped(model).__dict__.get(_PENDING, []).remove(training)
     except ValueError:
         return False
     return True
@@ -83,6 +84,7 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
         report: What it showed.
         counts: Whether to take its count of an activation's elements, which gradients depend on.
     """
+    model = unwrapped(model)
     remember_products(model, report)
     modules = dict(model.named_modules())
     facts: dict[Quantizer, dict[str, int]] = {}
@@ -139,7 +141,7 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
     calls, such as a second head.
     """
     forward = "the first forward in evaluation" if evaluation else "the first forward"
-    said: set[Any] = model.__dict__.setdefault(_SAID, set())
+    said: set[Any] = unwrapped(model).__dict__.setdefault(_SAID, set())
     names = ("never_called", "unquantized", "activation_products", "overlooked", "lookups")
     new = AuditReport(weights=report.weights)
     for name in names[1:] if evaluation else names:

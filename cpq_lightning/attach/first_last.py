@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
 
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.origin import attached_config
+from cpq_lightning.attach.patterns import names_of, overrides_of
 from cpq_lightning.attach.select import first_and_last, layer_settings
+from cpq_lightning.attach.wrapping import unwrapped
 
 
 def _decided(layers: Iterable[QuantizedLayer]) -> bool:
     """Whether learned widths have been fixed: an earlier forward has settled then which layers are the ends."""
     weights = (layer.weight_quantizer for layer in layers)
     return any(q.gates.learned and not q.learns_bits and not q.first_or_last for q in weights)
+
+
+def _weight_quantizer(layer: nn.Module) -> object:
+    # Of layers that were tied behind attachment each has its own.
+    return cast(QuantizedLayer, layer).weight_quantizer
 
 
 def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
@@ -29,15 +37,17 @@ def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
         Names of the layers whose width changed. Their weights' steps are fitted anew, their activations' by the next
         calibration.
     """
+    model = unwrapped(model)
     layers = dict(quantized_layers(model))
     called = [name for name in order if name in layers]
     config = attached_config(model)
     if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
         return []
     ends = first_and_last(model, list(layers), called)
+    overrides = overrides_of(cast("dict[str, nn.Module]", layers), names_of(model), config, _weight_quantizer)
     changed = []
     for name, layer in layers.items():
-        settings, first_or_last = layer_settings(name, layer, config, name in ends)
+        settings, first_or_last = layer_settings(name, overrides[name], config, name in ends)
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if first_or_last == weights.first_or_last:
             continue

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from cpq_lightning.attach.computed import leave_computed, weight_now
 from cpq_lightning.attach.reading import ReadQuantized, TiedReader
 from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.kernels import Convolution, Operand, product
 from cpq_lightning.nn import Quantizer, full_tensor, is_sharded, watchers
 
@@ -184,7 +185,7 @@ def is_attached(model: nn.Module) -> bool:
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """The quantized layers of a model with their names, in registration order."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
 
@@ -216,7 +217,7 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     One that a layer shares with a module that is tied to it, such as an embedding, is named after the layer.
     """
     found, tied = [], False
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         tied = tied or isinstance(module, TiedReader)
         if isinstance(module, Quantizer):
             found.append((name, module))

@@ -10,14 +10,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from cpq_lightning.attach.layers import ORIGIN, QuantizedLayer, quantized_layers
+from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.switching import Switched
 from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
@@ -56,8 +57,9 @@ class FullPrecision:
         return f"{self.name or 'the model itself'} ({self.type})"
 
 
-def set_attached_config(model: nn.Module, config: CPQConfig) -> None:
+def set_attached_config(model: nn.Module, config: CPQConfig | Mapping[str, Any]) -> None:
     """Note what a model was attached with."""
+    config = CPQConfig.of(config)
     for name, layer in quantized_layers(model):
         set_origin(layer, Origin(name, config))
 
@@ -120,7 +122,7 @@ def _without_metrics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     metrics: list[str] = []
     # Who has one has imported it, and all others need not wait for that.
     metric = getattr(sys.modules.get("torchmetrics"), "Metric", ())
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, metric):
             metrics.append(f"{name}.")
         elif not any(name.startswith(prefix) for prefix in metrics):
@@ -168,15 +170,3 @@ def _prefixes(here: str, there: str) -> tuple[str, str]:
         ours.pop()
         theirs.pop()
     return tuple(f"{'.'.join(parts)}." if parts else "" for parts in (ours, theirs))  # type: ignore[return-value]
-
-
-def matches(name: str, layer: nn.Module, pattern: str) -> bool:
-    """Whether a pattern of ``ignore`` or ``overrides`` means a layer: by its dotted name, or by one of its types."""
-    if fnmatchcase(name, pattern):
-        return True
-    base = layer.base_class if isinstance(layer, Switched) else type(layer)
-    return any(pattern in _type_names(cls) for cls in base.__mro__ if issubclass(cls, nn.Module))
-
-
-def _type_names(cls: type[nn.Module]) -> set[str]:
-    return {cls.__name__, f"{cls.__module__}.{cls.__qualname__}", f"torch.nn.{cls.__name__}"} - {"Module"}

@@ -30,6 +30,7 @@ from cpq_lightning.attach.products import (
 from cpq_lightning.attach.reading import TiedReader
 from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, untie
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
+from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.nn.state import LAYOUT, read
 
@@ -117,9 +118,13 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
         Takes back what this has done.
 
     Raises:
-        ValueError: a quantizer does not fit its layer, or its state cannot be read.
+        ValueError: a quantizer does not fit its layer, its state cannot be read, or the model is inside a
+            DistributedDataParallel of several processes.
     """
     names = plain_in(model, state)
+    # Names are those of the state, in which a wrapper has a part; hooks are the model's own.
+    check_unspread(model)
+    inner = unwrapped(model)
     was_attached = is_attached(model)
     shared: dict[int, list[tuple[dict[str, Tensor], Quantizer]]] = {}
     holders = [(n, shared_weight(layer), layer.weight_quantizer) for n, layer in quantized_layers(model)]
@@ -141,11 +146,11 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             layer.input_quantizer = inputs
         for module in multiplying:
             leave_products(module)
-        take_back(model)
-        unwatch(model)
+        take_back(inner)
+        unwatch(inner)
         if was_attached:
-            arrange(model)
-            watch(model)
+            arrange(inner)
+            watch(inner)
 
     try:
         for name in _multiplying_in(state):
@@ -173,7 +178,7 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             inputs = _path(name, "input_quantizer.state") in state
             switch(layer, weights, _build(layer, name, "input_quantizer", state) if inputs else None)
             layers.append(cast(QuantizedLayer, layer))
-        arrange(model)
+        arrange(inner)
     except Exception:
         undo()
         raise
@@ -183,7 +188,7 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
     for name, layer in quantized_layers(model):
         if layer in new:
             set_origin(layer, Origin(name, None, plain))
-    watch(model)
+    watch(inner)
     return undo
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,18 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from cpq_lightning.attach.computed import weight_now
-from cpq_lightning.attach.origin import matches, quantizable_layers
+from cpq_lightning.attach.origin import quantizable_layers
+from cpq_lightning.attach.patterns import (
+    check_patterns,
+    is_ignored,
+    names_of,
+    overrides_of,
+    own_overrides,
+    shared_by,
+)
 from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.attach.timm_layers import shared_weight, weight_parameters
-from cpq_lightning.attach.widths import at_read_widths
+from cpq_lightning.attach.widths import at_read_widths, read_weight_widths
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import full_tensor
 
@@ -58,8 +65,8 @@ def select(
         checked: Whether each pattern has to match something.
 
     Raises:
-        ValueError: no layer to quantize, a pattern that matches none, a layer that is not initialized yet, or
-            weights that are not finite.
+        ValueError: no layer to quantize, a pattern that matches none, layers that share a weight and are told
+            different things of it, a layer that is not initialized yet, or weights that are not finite.
     """
     layers = quantizable_layers(model)
     if not layers:
@@ -68,21 +75,24 @@ def select(
             "weight of their own. Layers made in configure_model must exist before they can be quantized."
         )
     products = products or {}
+    names = names_of(model)
     if checked:
         own = {name: model.get_submodule(name) for name in products}
-        _check_patterns(model, {**layers, **own}, config, tied or {})
-    chosen = {n: m for n, m in layers.items() if not any(matches(n, m, p) for p in config.ignore)}
+        check_patterns({**layers, **own}, names, config, tied or {})
+    chosen = {name: layer for name, layer in layers.items() if not is_ignored(layer, names, config)}
     if not chosen:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
     for name, layer in chosen.items():
         _check_weight(name, layer)
+    _check_shared(layers, chosen, config)
+    overrides = overrides_of(chosen, names, config, shared_weight)
     ends = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
     return [
         Site(
             name,
             layer,
-            *layer_settings(name, layer, config, name in ends),
-            inner=layer_settings(name, layer, config, at_end=False)[0],
+            *layer_settings(name, overrides[name], config, name in ends),
+            inner=layer_settings(name, overrides[name], config, at_end=False)[0],
         )
         for name, layer in chosen.items()
     ]
@@ -92,11 +102,12 @@ def chosen_operands(
     model: nn.Module, products: Mapping[str, Sequence[bool]], config: CPQConfig
 ) -> dict[str, dict[str, CPQConfig]]:
     """What is quantized of modules' products by their plans: the settings of each operand, by module and operand."""
+    names = names_of(model)
     found: dict[str, dict[str, CPQConfig]] = {}
     for name, plan in products.items():
         module = model.get_submodule(name)
-        settings, _ = layer_settings(name, module, config, at_end=False)
-        if settings.act_bits is None or any(matches(name, module, pattern) for pattern in config.ignore):
+        settings, _ = layer_settings(name, own_overrides(module, names, config), config, at_end=False)
+        if settings.act_bits is None or is_ignored(module, names, config):
             continue
         found[name] = {}
         for operand in operand_names(plan):
@@ -109,18 +120,17 @@ def chosen_operands(
     return found
 
 
-def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
+def layer_settings(name: str, overrides: Mapping[str, Any], config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
     """Settings of one layer, and whether it is exempt: at an end of the network, with no width of its own given."""
-    overrides = [settings for pattern, settings in config.overrides.items() if matches(name, layer, pattern)]
-    exempt = at_end and config.first_last_bits is not None and not any("weight_bits" in s for s in overrides)
+    exempt = at_end and config.first_last_bits is not None and "weight_bits" not in overrides
     if exempt:
         # A general min_bits does not make an exempt layer drop bits.
-        overrides = [{key: value for key, value in s.items() if key != "min_bits"} for s in overrides]
-    settings = (config.exempt() if at_end else config).for_layer(overrides)
+        overrides = {key: value for key, value in overrides.items() if key != "min_bits"}
+    settings = (config.exempt() if at_end else config).for_layer([overrides])
     return at_read_widths(settings, config, name), exempt
 
 
-def check_same_settings(layers: Mapping[str, nn.Module], known: CPQConfig, config: CPQConfig) -> None:
+def check_same_settings(model: nn.Module, layers: Mapping[str, nn.Module], known: CPQConfig, config: CPQConfig) -> None:
     """Refuse a config that gives layers other settings than the one that they were quantized by.
 
     Raises:
@@ -128,16 +138,15 @@ def check_same_settings(layers: Mapping[str, nn.Module], known: CPQConfig, confi
     """
     ours, theirs = known.to_dict(), config.to_dict()
     other = {name for name in ours if ours[name] != theirs[name]} - {"ignore", "overrides"}
+    names = names_of(model)
 
-    def settings(name: str, of: CPQConfig) -> CPQConfig:
-        return dataclasses.replace(layer_settings(name, layers[name], of, at_end=False)[0], ignore=())
+    def settings(of: CPQConfig) -> dict[str, CPQConfig]:
+        own = overrides_of(layers, names, of, shared_weight)
+        found = {name: layer_settings(name, own[name], of, at_end=False)[0] for name in layers}
+        return {name: dataclasses.replace(one, ignore=()) for name, one in found.items()}
 
-    changed = [
-        name
-        for name, layer in layers.items()
-        if any(matches(name, layer, pattern) for pattern in config.ignore)
-        or settings(name, config) != settings(name, known)
-    ]
+    before, after = settings(known), settings(config)
+    changed = [n for n, layer in layers.items() if is_ignored(layer, names, config) or before[n] != after[n]]
     if other or changed:
         what = [f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in sorted(other)]
         raise ValueError(
@@ -145,6 +154,26 @@ def check_same_settings(layers: Mapping[str, nn.Module], known: CPQConfig, confi
             f"{next(iter(changed), next(iter(layers)))!r}: give new layers settings of their own by overrides, or call "
             "detach(model) first to quantize all of it anew."
         )
+
+
+def _check_shared(layers: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module], config: CPQConfig) -> None:
+    """Refuse a weight of several layers that is to be quantized in some of them alone, or at several widths."""
+    for shared in shared_by(layers, shared_weight):
+        left_out = [name for name in shared if name not in chosen]
+        quantized = [name for name in shared if name in chosen]
+        if left_out and quantized:
+            raise ValueError(
+                f"ignore: the layers {left_out[0]!r} and {quantized[0]!r} share one weight, and {left_out[0]!r} alone "
+                "is left out: the weight would be quantized in one and in full precision in the other. Leave out both "
+                "or neither, or give each layer a weight of its own."
+            )
+        widths = {name: read_weight_widths(config, name) for name in quantized}
+        for name in quantized[1:]:
+            if widths[name] != widths[quantized[0]]:
+                raise ValueError(
+                    f"levels_from: the layers {quantized[0]!r} and {name!r} share one weight, and have the widths "
+                    f"{widths[quantized[0]]} and {widths[name]} in it: give them the same."
+                )
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
@@ -198,24 +227,3 @@ def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
     if prefix and not names[-1].startswith(prefix):
         last = set()
     return named("first_conv"), last
-
-
-def _check_patterns(
-    model: nn.Module, layers: dict[str, nn.Module], config: CPQConfig, tied: Mapping[str, nn.Module]
-) -> None:
-    for argument, patterns in (("ignore", config.ignore), ("overrides", tuple(config.overrides))):
-        meant = {**layers, **tied} if argument == "ignore" else layers
-        for pattern in patterns:
-            if not any(matches(name, layer, pattern) for name, layer in meant.items()):
-                raise ValueError(
-                    f"{argument}: the pattern {pattern!r} matches no layer. {_hint(model, layers, pattern)}"
-                )
-
-
-def _hint(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> str:
-    inside: Callable[[str], bool] = lambda name: name.startswith(f"{pattern}.")  # noqa: E731
-    if any(map(inside, layers)):
-        return f"It names a module with layers inside: write {pattern + '.*'!r}."
-    types = {type(layer).__name__ for layer in layers.values()}
-    near = difflib.get_close_matches(pattern, [*layers, *types], n=3, cutoff=0.5) or list(layers)[:3]
-    return f"There are {len(layers)} layers, for example {near}."

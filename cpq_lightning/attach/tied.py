@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
-from cpq_lightning.attach.origin import matches, quantizable_layers
+from cpq_lightning.attach.origin import quantizable_layers
+from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.reading import TiedReader
 from cpq_lightning.attach.switching import switch_class, switch_class_back
 from cpq_lightning.attach.timm_layers import holds_weight

@@ -93,7 +93,7 @@ class CPQCallback(FindsRanges):
     that Trainer the same callback, or see :func:`~cpq_lightning.load_checkpoint` and :func:`~cpq_lightning.loading`.
 
     Args:
-        config: What to quantize, and how.
+        config: What to quantize, and how: a config, or a mapping of its settings.
         quantize_from: When quantization begins, as a step count or a fraction of the run. Until then the network
             trains in full precision; at it all ranges are fitted afresh, the same on every rank. With 1.0 the whole
             run is in full precision: ``cpq report`` compares others with it.
@@ -105,8 +105,9 @@ class CPQCallback(FindsRanges):
             of the levels and of the weights' clusters. ``None`` writes none, and logs no shares of clipped values.
         table: Whether to print the tables at the end.
         export: Formats that the model is written in at the end, into the run's folder, each verified first:
-            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``. One that fails costs a warning with the
-            command that tries again.
+            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``. What the forward takes or returns that no
+            file can hold is said before training, where a first forward or ``example_input_array`` shows it. One that
+            fails at the end costs a warning with the command that tries again.
         samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. They lie in
             ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
 
@@ -135,21 +136,22 @@ class CPQCallback(FindsRanges):
         export: Sequence[Format] = (),
         samples: int = 16,
     ) -> None:
-        if not isinstance(config, CPQConfig):
-            raise TypeError(f"config must be a CPQConfig, got {config!r}.")
+        config = CPQConfig.of(config)
         resolve_point("quantize_from", quantize_from, 1)
         if not lr_factor > 0:
             raise ValueError(f"lr_factor must be over 0, got {lr_factor}.")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}.")
-        check_settings(export, samples)
+        # One format alone would be a sequence of letters.
+        formats: Any = (export,) if isinstance(export, str) else tuple(export)
+        check_settings(formats, samples)
         self.config = config
         self.quantize_from = quantize_from
         self.lr_factor = lr_factor
         self.calibration_batches = calibration_batches
         self.levels_file = levels_file
         self.table = table
-        self.export = tuple(export)
+        self.export: tuple[Format, ...] = formats
         self.samples = samples
         # The step at which quantization begins, once a fit has begun.
         self.start_step = 0
@@ -224,9 +226,16 @@ class CPQCallback(FindsRanges):
         self._companions, self._others = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
+        self._run_samples.listen()
         self._begin_calibration(trainer, pl_module)
+        self._run_samples.pause()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_samples.listen()
+        super().on_sanity_check_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_samples.listen()
         self._calibrate(trainer, pl_module)
         begin_training(trainer)
         self._first_step = trainer.global_step
@@ -234,6 +243,8 @@ class CPQCallback(FindsRanges):
         self._noted = self._resumed and any(q.execution_index for q in self._quantizers)
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
         self.run_folder = None if quiet else run_folder(trainer)
+        if self.run_folder is not None:
+            self._run_samples.foresee(trainer, pl_module, self.export)
         self.start_step = quantization_start(trainer)
         length = run_length(trainer) if self.quantize_from else math.inf
         if self.quantize_from == 1.0 and isinstance(self.quantize_from, float):
@@ -273,7 +284,7 @@ class CPQCallback(FindsRanges):
         if trainer.global_step == self._first_step + _PATIENCE:
             warn_of_left_out(self._companions, trainer.optimizers)
         self._renew_ranges(trainer, pl_module)
-        self._run_samples.leave(trainer, self.run_folder)
+        self._run_samples.leave(trainer, self.run_folder, self.export)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -387,7 +398,7 @@ class CPQCallback(FindsRanges):
         # Of a batch that another callback has skipped Lightning tells no end.
         self._stop_audits()
         forget_configured(pl_module)
-        self._run_samples.end(pl_module)
+        self._run_samples.end()
         # Companions stay: a checkpoint may be saved after the fit.
         for hooked in (*self._companions, *self._others):
             hooked.remove()

@@ -1,5 +1,6 @@
 """What leaves a trained model: its levels, as records, files, tables and pictures. Without Lightning."""
 
+from cpq_lightning.export.calls import named_outputs as named_outputs
 from cpq_lightning.export.clusters import weight_histograms as weight_histograms
 from cpq_lightning.export.clusters import write_clusters as write_clusters
 from cpq_lightning.export.files import write_atomically as write_atomically
@@ -37,6 +38,7 @@ from cpq_lightning.export.sample_file import SAMPLES_FILE as SAMPLES_FILE
 from cpq_lightning.export.sample_file import read_samples as read_samples
 from cpq_lightning.export.sample_file import write_samples as write_samples
 from cpq_lightning.export.samples import Samples as Samples
+from cpq_lightning.export.samples import export_obstacle as export_obstacle
 from cpq_lightning.export.samples import record_samples as record_samples
 from cpq_lightning.export.samples import recorded_samples as recorded_samples
 from cpq_lightning.export.samples import stop_recording_samples as stop_recording_samples

@@ -29,6 +29,7 @@ from cpq_lightning.attach import (
     rewritten_weights,
     source_of,
     tied_readers,
+    unwrapped,
 )
 from cpq_lightning.attach.computed import copied, leave_computed
 from cpq_lightning.export.levels import weight_codes
@@ -129,6 +130,7 @@ def evaluated(model: nn.Module) -> nn.Module:
         ValueError: the model is not quantized, its quantization has not begun or lacks ranges, layers have come or
             weights were rewritten behind it, or its weights are spread over processes.
     """
+    model = unwrapped(model)
     check_exportable(model)
     own = copied(model).cpu().float().eval()
     for module in own.modules():

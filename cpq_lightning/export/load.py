@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import Operand, avoid_fused_paths, call_projections, quantize_products
+from cpq_lightning.attach import Operand, avoid_fused_paths, call_projections, quantize_products, unwrapped
 from cpq_lightning.attach.computed import computing, leave_computed, weight_now
 from cpq_lightning.backbones import create_backbone, known_backbone
 from cpq_lightning.export.coded import InputGrid, input_of, with_input
@@ -49,8 +49,9 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> nn.Modul
 
 def build(content: PackedFile, path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """:func:`load_quantized` of a file that has been read; ``path`` is for messages."""
-    network = model
-    if network is None:
+    if model is not None:
+        network = unwrapped(model)
+    else:
         network = _build(
             content.header["architecture"], path, lambda net: _check_fit(net, *_described_state(content), path)
         )
@@ -81,7 +82,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
         module = _module(network, entry["module"], path)
         quantize_products(module, entry["plan"], entry["counts"], grids, "input_grid")
     avoid_fused_paths(network, nn.Linear)
-    return network.eval().requires_grad_(False)
+    return (network if model is None else model).eval().requires_grad_(False)
 
 
 def _grid(entry: Mapping[str, Any] | None, content: PackedFile) -> InputGrid | None:

@@ -170,11 +170,17 @@ def export_table(export: Export) -> Table:
         ("size", f"{_bytes(export.file_bytes)} instead of {_bytes(export.float_bytes)} in float32"),
         ("average bits", _averages(export.weight_bits, export.act_bits) or "nothing but first and last layers"),
         *([("in full precision", ", ".join(export.full_precision))] if export.full_precision else []),
+        *_constants(export),
         *_proof(export.verification),
         *_speed(export),
     ):
         table.add_row(f"{name}  ", value)
     return table
+
+
+def _constants(export: Export) -> list[tuple[str, str]]:
+    told = ", ".join(f"{name}={value!r}" for name, value in export.constants.items())
+    return [("constants", f"the arguments {told}")] if told else []
 
 
 def _proof(proof: Verification | None) -> list[tuple[str, str]]:

@@ -78,7 +78,7 @@ class Quantizer(nn.Module):
     def __init__(
         self,
         kind: Kind,
-        config: CPQConfig,
+        config: CPQConfig | Mapping[str, Any],
         *,
         key: int = 0,
         numel: int = 0,
@@ -90,6 +90,7 @@ class Quantizer(nn.Module):
     ) -> None:
         super().__init__()
         weight = kind == "weight"
+        config = CPQConfig.of(config)
         bits, min_bits = _span(kind, config)
         if bits is None or min_bits is None:
             raise ValueError("act_bits=None leaves activations alone: there is no quantizer to build.")

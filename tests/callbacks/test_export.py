@@ -1,6 +1,7 @@
 """CPQCallback(export=[...]): files at the end of a fit, of anybody's module."""
 
 import json
+import re
 import warnings
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
+from cpq_lightning.callbacks._ship import known_samples
 from cpq_lightning.export import SAMPLES_FILE, MismatchError, read_samples, recorded_samples
 from cpq_lightning.export import ship as shipping
 from tests.models import IMAGES, Classifier, convnet, data, run_of
@@ -83,17 +85,109 @@ def test_a_module_may_say_what_ships(fit, tmp_path):
     assert (loaded(IMAGES) - module.eval().net(IMAGES)).abs().max() <= 1e-5
 
 
-def test_no_samples_is_told_with_what_to_do(fit, tmp_path):
-    class Named(Classifier):
-        def forward(self, x, scale):
-            return self.net(x) * scale
+class Labelled(Classifier):
+    """Takes arguments by name, in containers, and labels in training alone."""
 
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self(x=batch[0], scale=2.0), batch[1])
+    def forward(self, batch, *, scale, labels=None):
+        logits = self.net(batch["images"][0]) * scale
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"logits": logits, "loss": loss}
 
-    with pytest.warns(UserWarning, match="packed file could not be written .*"):
-        fit(Named(), [exported()])
+    def training_step(self, batch, batch_idx):
+        return self({"images": [batch[0]]}, scale=2.0, labels=batch[1])["loss"]
+
+
+def test_a_call_of_any_form_is_recorded_and_exported(fit, tmp_path, caplog):
+    module = Labelled()
+    fit(module, [exported(export=["packed", "torch"])], max_epochs=1)
+    samples = read_samples(tmp_path / SAMPLES_FILE)
+    assert samples.places(module) == (["batch.images.0", "labels"], {"scale": 2.0})
+    assert files(tmp_path) == ["Labelled.pt2", "Labelled.safetensors"]
+    assert "constants of the torch file: scale=2.0" in caplog.text
+    program = torch.export.load(tmp_path / "Labelled.pt2").module()
+    found = program({"images": [IMAGES[:3]]}, scale=2.0, labels=torch.zeros(3, dtype=torch.int64))
+    assert found["logits"].allclose(module.eval().net(IMAGES[:3]) * 2, atol=1e-5)
+
+
+def test_an_example_says_which_arguments_an_export_has_and_the_run_gives_the_data(fit, tmp_path):
+    module = Labelled()
+    module.example_input_array = {"batch": {"images": [torch.zeros(2, 3, 8, 8)]}, "scale": 1.0}
+    fit(module, [exported(export=[])], max_epochs=1)
+    samples = known_samples(module)
+    assert samples.places(module) == (["batch.images.0"], {"scale": 2.0})
+    assert samples.real
+    assert images_in(samples.inputs) == 16
+
+
+class Graph:
+    def __init__(self, x):
+        self.x = x
+
+
+class OfGraphs(Classifier):
+    def forward(self, graph):
+        return self.net(graph.x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(Graph(batch[0])), batch[1])
+
+
+class Naming(Classifier):
+    """Returns what no file can hold."""
+
+    def forward(self, x):
+        return {"logits": self.net(x), "names": ["cat", "dog"]}
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0])["logits"], batch[1])
+
+
+class NamingUnseen(Naming):
+    """Its forward is called by nobody in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = IMAGES[:2]
+
+    training_step = Classifier.training_step
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (OfGraphs, "the argument 'graph' is Graph.*Set example_input_array"),
+        (Naming, r"the output 'names\.0' of the model is str"),
+        (NamingUnseen, r"the output 'names\.0' of the model is str"),
+    ],
+)
+def test_what_no_export_can_take_or_hold_is_said_before_training_and_ends_no_fit(make, words, fit, tmp_path):
+    said = []
+
+    class Begins(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            said.append([str(w.message) for w in caught])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(make(), [exported(export=["packed", "torch"]), Begins()], limit_train_batches=2, max_epochs=1)
+    assert trainer.state.finished
     assert files(tmp_path) == []
+    early = [text for text in said[0] if re.search(rf"\(packed, torch\) will fail as it is: .*{words}", text)]
+    assert len(early) == 1
+    late = [str(w.message) for w in caught if re.search(rf"file could not be written .*{words}", str(w.message))]
+    assert len(late) == 2
+
+
+def test_lightnings_summary_gives_no_samples(fit, tmp_path):
+    """A run that is resumed is summarized before its first batch, with an example that is none of the data."""
+    trainer = fit(Chosen(), [exported(export=[])], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = WithForward()
+    module.example_input_array = torch.zeros(2, 3, 8, 8)
+    module.training_step = lambda batch, batch_idx: nn.functional.cross_entropy(module(batch[0]), batch[1])
+    settings = {"default_root_dir": tmp_path / "again", "ckpt_path": tmp_path / "a.ckpt", "enable_model_summary": True}
+    fit(module, [exported(export=[])], **settings)
+    assert images_in(read_samples(tmp_path / "again" / SAMPLES_FILE).inputs) == 16
 
 
 def test_an_example_input_array_will_do(fit, tmp_path, capsys):

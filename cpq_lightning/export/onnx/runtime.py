@@ -23,6 +23,7 @@ from cpq_lightning.export.onnx.norms import NORM
 from cpq_lightning.export.onnx.pairs import cut_off, products
 from cpq_lightning.export.onnx.store import stored_codes, use_unsigned_bytes
 from cpq_lightning.export.onnx.trace import SHAPE
+from cpq_lightning.export.samples import Samples
 from cpq_lightning.export.verify import Artefact, Place
 
 
@@ -77,18 +78,16 @@ class OnnxArtefact:
             if NORM in node.metadata_props and node.inputs[1] is not None
         }
 
-    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def outputs(self, batch: Samples) -> list[Tensor]:
         names = [i.name for i in self._session.get_inputs()]
-        fed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        fed = {name: tensor.numpy() for name, tensor in zip(names, batch.inputs, strict=True)}
         return [torch.from_numpy(np.asarray(o)) for o in self._session.run(None, fed)]
 
-    def codes(
-        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
         feed = bool(given)
         if feed not in self._cuts:
             self._cuts[feed] = _Cut(self._model, feed)
-        return self._cuts[feed].codes(inputs, given)
+        return self._cuts[feed].codes(batch, given)
 
     def remedy(self) -> tuple[str, Artefact] | None:
         layers = {layer_of(product.weight, "weight"): None for product in cut_off(self._graph)}
@@ -185,10 +184,8 @@ class _Cut:
         graph.outputs.append(codes)
         self._places[place] = (codes.name, int(known(quantize.inputs[2])), LAST in quantize.metadata_props)
 
-    def codes(
-        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        fed = {name: tensor.numpy() for name, tensor in zip(self._inputs, inputs, strict=True)}
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
+        fed = {name: tensor.numpy() for name, tensor in zip(self._inputs, batch.inputs, strict=True)}
         for name, (place, last) in self._given.items():
             fed[name] = _as_fed(given[place], self._ranks[name], last)
         needed = {i.name for i in self._session.get_inputs()}

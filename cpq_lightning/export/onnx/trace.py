@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
-from torch.utils._pytree import tree_leaves
 
+from cpq_lightning.export.calls import forward_replaced, named_outputs
 from cpq_lightning.export.coded import CodedLayer, CodedTable, InputGrid, coded, coded_layers, coded_tables
 from cpq_lightning.export.samples import Samples
 
@@ -150,40 +151,68 @@ def trace(model: nn.Module, samples: Samples) -> ir.Model:
 
 
 def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
-    """The graph of any network, any number of samples; ``input`` and ``output`` are numbered if there are several."""
-    inputs = samples.pair()
+    """The graph of any network, any number of samples.
+
+    A tensor that comes in alone is ``input``, several are named after the arguments that they are or are in; one that
+    goes out alone is ``output``, several are named as :func:`~cpq_lightning.export.calls.named_outputs` says.
+    Constants among the arguments are part of the graph.
+    """
+    pair = samples.pair()
+    names, _ = pair.places(network)
+    names = ["input"] if len(names) == 1 else names
+    returned: list[str] = []
+    own, form = network.forward, pair.form
+    assert form is not None
+
+    def forward(*tensors: Tensor) -> list[Tensor]:
+        args, kwargs = form.call(tensors)
+        outputs = named_outputs(own(*args, **kwargs))
+        returned[:] = [name for name, _ in outputs]
+        return [tensor for _, tensor in outputs]
+
     batch = torch.export.Dim("batch", min=1)
+    places = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(names))]
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
-    hook = network.register_forward_hook(_tensors_alone)
     try:
         exporter.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            forward_replaced(network, forward, inspect.Signature(places)),
+        ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network.eval(),
-                inputs,
+                pair.inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=tuple({0: batch} if t.dim() else None for t in pair.inputs),
                 verbose=False,
             )
     finally:
-        hook.remove()
         exporter.setLevel(level)
     assert program is not None
-    for value in program.model.graph.inputs:
-        if value.shape is None or isinstance(value.shape[0], int):
+    graph = program.model.graph
+    for value, tensor in zip(graph.inputs, pair.inputs, strict=True):
+        if tensor.dim() and (value.shape is None or isinstance(value.shape[0], int)):
             raise ValueError(
                 f"The forward of {type(network).__name__} works for one number of samples only, as with len(x) or a "
                 "size that is turned into a number: use x.shape[0], or x.flatten(1)."
             )
-    for kind, values in (("input", program.model.graph.inputs), ("output", program.model.graph.outputs)):
-        for index, value in enumerate(values):
-            value.name = kind if len(values) == 1 else f"{kind}_{index}"
+    _name(graph, names, returned)
     return program.model
 
 
-def _tensors_alone(module: nn.Module, args: Any, output: Any) -> list[Any]:
-    """A None among the outputs is none of a graph's; torch 2.8 stumbles over it."""
-    return [leaf for leaf in tree_leaves(output) if leaf is not None]
+def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name what goes in and out; what has one of these names by chance gets another."""
+    wanted = dict(zip(graph.inputs, inputs, strict=True))
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        wanted[value] = f"output.{name}" if name in inputs else name
+    taken = set(wanted.values())
+    made = (value for node in graph for value in node.outputs)
+    for number, value in enumerate((*graph.initializers.values(), *made)):
+        if value.name in taken and value not in wanted:
+            value.name = f"{value.name}.inner.{number}"
+    for value, name in wanted.items():
+        value.name = name

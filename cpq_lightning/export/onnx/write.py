@@ -62,6 +62,7 @@ def write_onnx(
     content = {
         "container": container,
         "architecture": None if architecture is None else dict(architecture),
+        "constants": samples.places(model)[1],
         "levels": compact_manifest(model),
     }
     finish(graph, content)
