@@ -105,8 +105,9 @@ def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
 
     Args:
         model: An attached model.
-        example_inputs: What to call it with, as :func:`attach` takes them; it runs in evaluation, without gradients, and nothing of the model changes. Without them, what its last
-            audited forward has shown: calibration's, or the first in training or evaluation.
+        example_inputs: What to call it with, as :func:`attach` takes them; it runs in evaluation, without gradients,
+            and nothing of the model changes. Without them, what its last audited forward has shown: calibration's, or
+            the first in training or evaluation.
 
     Raises:
         ValueError: the model is not attached, or no forward of it was recorded and there are no example inputs.
