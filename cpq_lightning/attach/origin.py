@@ -22,6 +22,8 @@ from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
 
 class Origin(NamedTuple):
     """What a quantized layer remembers of the model that it was quantized in.
@@ -74,7 +76,7 @@ def attached_config(model: nn.Module) -> CPQConfig | None:
     nothing is quantized, or the quantizers came with a ``state_dict``.
     """
     origins = [(name, layer.__dict__.get(ORIGIN)) for name, layer in quantized_layers(model)]
-    found = [origin.config for name, origin in origins if origin is not None and origin.name == name]
+    found = [origin.config for name, origin in origins if origin is not None and _own(origin.name) == _own(name)]
     return found[0] if found and all(config == found[0] for config in found) else None
 
 
@@ -147,13 +149,14 @@ class _Scopes:
         for name, layer in quantized_layers(model):
             origin = layer.__dict__.get(ORIGIN)
             if origin is not None:
-                place = _prefixes(name, origin.name)
+                place = _prefixes(_own(name), _own(origin.name))
                 votes[place] += 1
                 self._origins.setdefault(place, origin)
         self._places = [place for place, _ in votes.most_common()]
 
     def leaves_out(self, name: str, module: nn.Module) -> bool:
         """Whether a layer was to be left in full precision, or nothing is known of it."""
+        name = _own(name)
         place = next((place for place in self._places if name.startswith(place[0])), None)
         if place is None:
             return True
@@ -161,6 +164,11 @@ class _Scopes:
         if origin.config is None:
             return there in origin.plain
         return any(matches(there, module, pattern) for pattern in origin.config.ignore)
+
+
+def _own(name: str) -> str:
+    """A name without what is put around modules later, to compile or to checkpoint them."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _prefixes(here: str, there: str) -> tuple[str, str]:

@@ -158,6 +158,15 @@ def test_the_config_survives_where_the_model_is_built_anew():
         assert list(late_layers(other)) == ["3"]
 
 
+def test_the_config_survives_what_is_put_around_a_part():
+    model = attach(Framed(convnet()), CPQConfig(ignore=["net.0"]))
+    model.net = torch.compile(model.net, backend="eager")
+    assert attached_config(model) == CPQConfig(ignore=["net.0"])
+    assert not late_layers(model)
+    model.head = nn.Linear(4, 4)
+    assert list(late_layers(model)) == ["head"]
+
+
 def test_names_are_those_at_attachment_in_parts_and_within_others():
     model = attach(Framed(convnet()), CPQConfig(ignore=["net.0", "head"]))
     part = model.net
