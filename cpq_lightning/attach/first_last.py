@@ -77,7 +77,7 @@ def nothing_between(model: nn.Module) -> str | None:
     nowhere = [f"{name}={bits}" for name, bits in wanted.items() if bits != config.first_last_bits]
     if not nowhere:
         return None
-    named = ", ".join(exempt[:4]) + (", ..." if len(exempt) > 4 else "")
+    named = ", ".join(name or "the model itself" for name in exempt[:4]) + (", ..." if len(exempt) > 4 else "")
     return (
         f"All {len(exempt)} quantized layers ({named}) are first or last ones, which have "
         f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(nowhere)}. Set first_last_bits=None, or "

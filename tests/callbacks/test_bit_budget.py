@@ -338,7 +338,7 @@ def test_a_run_that_ends_early_fixes_its_widths(fit):
     [
         (1.5, {}, r"1\.5 average bits of the weights is out of reach.* allow 2 to 8"),
         (9.0, {}, r"allow 2 to 8"),
-        (10, {"unit": "bytes"}, r"bytes is out of reach"),
+        (10, {"unit": "bytes"}, r"10 bytes of the packed file is out of reach"),
         (3.0, {"freeze": 0}, "later freeze"),
         (3.0, {"quantize_from": 10_000}, "earlier quantize_from"),
         (3.0, {"config": {"learn_bits": False}}, "nothing to learn"),
