@@ -12,6 +12,7 @@ from cpq_lightning.attach.computed import computing
 from cpq_lightning.attach.layers import QuantizedLayer, bypassed, quantized_layers, quantizers
 from cpq_lightning.attach.products import quantized_operands
 from cpq_lightning.attach.timm_layers import shared_weight
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.functional import WidthCost, average_bits, packed_bytes
 from cpq_lightning.nn import Quantizer
 
@@ -27,6 +28,7 @@ def learning_quantizers(model: nn.Module) -> list[tuple[str, Quantizer]]:
 
 def float_bytes(model: nn.Module) -> int:
     """Bytes in float32 of the model before it was attached; what several modules share counts once."""
+    model = unwrapped(model)
     own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
     weights = {id(shared_weight(layer)): layer for _, layer in quantized_layers(model)}
     # What a weight is computed from is gone when it ships.

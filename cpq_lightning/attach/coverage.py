@@ -135,6 +135,7 @@ def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
 
 def remember_products(model: nn.Module, report: AuditReport) -> None:
     """Leave with the modules what a forward has shown of them, for :func:`coverage`."""
+    model = unwrapped(model)
     forget_products(model)
     for module, shown in _by_module(model, report).items():
         module.__dict__[_FORWARD] = shown

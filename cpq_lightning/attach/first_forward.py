@@ -105,6 +105,7 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
 
 def note_unseen(model: nn.Module, report: AuditReport) -> None:
     """Write into the quantizers what a forward in evaluation showed of layers that training does not call."""
+    model = unwrapped(model)
     known = [layer for _, layer in quantized_layers(model) if layer.weight_quantizer.execution_index]
     if not known:
         return
@@ -160,7 +161,7 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
 
 def is_training(model: nn.Module) -> bool:
     """Whether weights have been updated behind the last forward in training that the model's hooks have followed."""
-    tracking: _Tracking | None = model.__dict__.get(_TRACKING)
+    tracking: _Tracking | None = unwrapped(model).__dict__.get(_TRACKING)
     return tracking is not None and tracking.is_behind()
 
 

@@ -20,6 +20,7 @@ from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.reading import TiedReader
 from cpq_lightning.attach.switching import switch_class, switch_class_back
 from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
@@ -57,7 +58,7 @@ def tied_to(model: nn.Module, parameters: Mapping[int, str]) -> list[Tied]:
     """
     return [
         Tied(name, module, key)
-        for name, module in model.named_modules()
+        for name, module in unwrapped(model).named_modules()
         if not isinstance(module, QuantizedLayer) and not holds_weight(module)
         for key, parameter in module._parameters.items()
         if id(parameter) in parameters
@@ -135,7 +136,7 @@ def untie(reader: TiedReader) -> None:
 
 def tied_readers(model: nn.Module) -> Iterator[tuple[str, TiedReader]]:
     """The modules of a model that read the weight of a quantized layer, with their names."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, TiedReader):
             yield name, module
 

@@ -75,7 +75,7 @@ def byte_cost(
     widest = [torch.full((q.gates.rows,), float(q.bits), dtype=torch.float64) for q in learners]
     for own in widest:
         own[1:2] -= 1
-    most = torch.cat(widest)
+    most = torch.cat(widest) if widest else torch.zeros(0, dtype=torch.float64)
     constant = exact(most) - float((coefficients * most[index]).sum())
     return WidthCost(coefficients, index, torch.full_like(index, rows), constant, exact, _ROUNDING)
 

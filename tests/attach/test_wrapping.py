@@ -136,9 +136,18 @@ def detached(model):
     return unwrapped(model)(X), list(unwrapped(model).state_dict())
 
 
+def covered(model):
+    return [ATTACH.coverage(model), ATTACH.coverage(model, X)]
+
+
+def remembered(model):
+    ATTACH.remember_products(model, audited(model))
+    return ATTACH.coverage(model)
+
+
 def configured(model):
     ATTACH.set_attached_config(model, {"seed": 3})
-    return unwrapped(model)._cpq_config
+    return ATTACH.attached_config(model)
 
 
 def proved(model, tmp_path):
@@ -154,16 +163,25 @@ FUNCTIONS = {
     "attached_config": ATTACH.attached_config,
     "avoid_fused_paths": lambda model: ATTACH.avoid_fused_paths(model, nn.Linear),
     "bit_operations": ATTACH.bit_operations,
+    "bypassed": lambda model: list(map(len, ATTACH.bypassed(model))),
+    "byte_cost": lambda model: EXPORT.byte_cost(model, []).constant,
     "calibrate": changed(lambda model: calibrate(model, [2 * X])),
     "call_projections": ATTACH.call_projections,
     "clipped_shares": EXPORT.clipped_shares,
     "correct_first_and_last": lambda model: ATTACH.correct_first_and_last(model, ["c", "a", "b"]),
+    "coverage": covered,
+    "coverage_once_active": lambda model: ATTACH.coverage_once_active(model),
     "detach": detached,
     "export_model": proved,
+    "float_bytes": ATTACH.float_bytes,
     "forget_first_forwards": hooks,
     "forward_signature": ATTACH.forward_signature,
+    "full_precision_layers": ATTACH.full_precision_layers,
+    "full_precision_messages": EXPORT.full_precision_messages,
     "full_precision_copy": lambda model: list(ATTACH.full_precision_copy(model).state_dict()),
     "is_attached": ATTACH.is_attached,
+    "late_layers": lambda model: list(ATTACH.late_layers(model)),
+    "late_message": lambda model: ATTACH.late_message(model, {"a": 1}),
     "learning_quantizers": ATTACH.learning_quantizers,
     "levels": EXPORT.levels,
     "manifest": EXPORT.manifest,
@@ -171,21 +189,25 @@ FUNCTIONS = {
     "model_costs": ATTACH.model_costs,
     "modules_with_products": lambda model: [name for name, _ in ATTACH.modules_with_products(model)],
     "note_forward": noted,
+    "note_unseen": changed(lambda model: ATTACH.note_unseen(model, audited(model))),
+    "packed_size": EXPORT.packed_size,
     "quantizable_layers": lambda model: list(ATTACH.quantizable_layers(model)),
     "quantized_layers": lambda model: [name for name, _ in quantized_layers(model)],
     "quantized_operands": lambda model: [name for name, _ in ATTACH.quantized_operands(model)],
     "quantizers": states,
     "range_warnings": EXPORT.range_warnings,
+    "read_layers": lambda model: [name for name, _ in ATTACH.read_layers(model)],
     "record_samples": sampled,
     "recording": measured,
     "refit": changed(ATTACH.refit),
+    "remember_products": remembered,
     "renew_rewritten": renewed,
+    "rewritten_weights": ATTACH.rewritten_weights,
     "set_active": changed(lambda model: ATTACH.set_active(model, False)),
     "set_attached_config": configured,
     "set_audited": lambda model: [ATTACH.set_audited(model, mode) for mode in (True, False)],
     "set_noise_step": changed(lambda model: ATTACH.set_noise_step(model, 3)),
-    "size_bytes": ATTACH.size_bytes,
-    "unquantized_bytes": ATTACH.unquantized_bytes,
+    "tied_readers": lambda model: [name for name, _ in ATTACH.tied_readers(model)],
     "unwrapped": lambda model: type(unwrapped(model)),
     "weight_histograms": EXPORT.weight_histograms,
     "width_cost": lambda model: ATTACH.width_cost(model, [], "bops").constant,
@@ -194,7 +216,7 @@ FUNCTIONS = {
 }
 # In tests of their own below; called by others above; of a single layer; and what is to tell compiled code from other.
 APART = {"attach", "load_quantized", "recorded_samples", "export_obstacle", "report_audit", "stop_recording_samples"}
-APART |= {"quantize_products", "weight_parameters", "auditable"}
+APART |= {"quantize_products", "weight_parameters", "auditable", "source_of", "is_training"}
 
 
 def takes_a_model(thing):
