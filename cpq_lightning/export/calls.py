@@ -15,6 +15,7 @@ from torch.utils._pytree import (
     MappingKey,
     SequenceKey,
     TreeSpec,
+    tree_flatten,
     tree_flatten_with_path,
     tree_unflatten,
     treespec_dumps,
@@ -68,12 +69,10 @@ class Form:
         """The names of the tensors in order, and the constants by name: ``mask``, or ``batch.image.0`` for what is
         inside of an argument, each after the parameter of the model's forward that takes it.
         """
-        # Any leaf will do to walk along the containers.
-        paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(list(self.leaves), self.spec))[0]]
-        positional = _parameters(model)
-        names = [_argument_name(path, positional) for path in paths]
-        tensors = [name for name, leaf in zip(names, self.leaves, strict=True) if leaf is TENSOR]
-        return tensors, {name: leaf for name, leaf in zip(names, self.leaves, strict=True) if leaf is not TENSOR}
+        args, kwargs = tree_unflatten(list(self.leaves), self.spec)
+        named = _argument_leaves((args, kwargs), model)
+        tensors = [name for name, leaf in named if leaf is TENSOR]
+        return tensors, {name: leaf for name, leaf in named if leaf is not TENSOR}
 
 
 def split_call(call: Call, model: nn.Module | None = None) -> tuple[list[Tensor], Form]:
@@ -86,22 +85,15 @@ def split_call(call: Call, model: nn.Module | None = None) -> tuple[list[Tensor]
     Raises:
         TypeError: an argument is, or has inside, something that is neither a tensor nor a constant; it says which.
     """
-    flat, spec = tree_flatten_with_path(call)
-    positional = [] if model is None else _parameters(model)
-    tensors, leaves = [], []
-    for path, leaf in flat:
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-            leaves.append(TENSOR)
-        elif leaf is None or type(leaf) in (bool, int, float, str):
-            leaves.append(leaf)
-        else:
-            name = _argument_name(path, positional)
+    flat, spec = tree_flatten(call)
+    for name, leaf in _argument_leaves(call, model):
+        if not isinstance(leaf, Tensor) and leaf is not None and type(leaf) not in (bool, int, float, str):
             raise TypeError(
                 f"the argument {name!r} is {type(leaf).__name__}, and an export takes tensors, numbers, strings and "
                 f"None, and tuples, lists and dicts of them: {_REGISTER}."
             )
-    return tensors, Form(spec, tuple(leaves))
+    leaves = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in flat)
+    return [leaf for leaf in flat if isinstance(leaf, Tensor)], Form(spec, leaves)
 
 
 def dump_spec(form: Form) -> str:
@@ -134,6 +126,23 @@ def load_spec(text: str) -> TreeSpec:
         ) from None
 
 
+def _argument_leaves(call: Call, model: nn.Module | None) -> list[tuple[str, Any]]:
+    """What is in the arguments of a call, in order, each by the name of its argument and the keys that lead there."""
+    args, kwargs = call
+    positional = [] if model is None else _parameters(model)
+    found = []
+    for place, argument in enumerate(args):
+        name = str(place)
+        if positional and positional[-1].startswith("*") and place >= len(positional) - 1:
+            name = f"{positional[-1][1:]}.{place - len(positional) + 1}"
+        elif place < len(positional):
+            name = positional[place]
+        found += [(".".join([name, *keys]), leaf) for keys, leaf in _leaves(argument)]
+    for name, argument in kwargs.items():
+        found += [(".".join([name, *keys]), leaf) for keys, leaf in _leaves(argument)]
+    return found
+
+
 def _parameters(model: nn.Module) -> list[str]:
     """The names of a forward's positional parameters; the last one takes all that come behind, with its star."""
     names = []
@@ -145,16 +154,13 @@ def _parameters(model: nn.Module) -> list[str]:
     return names
 
 
-def _argument_name(path: Sequence[Any], positional: Sequence[str]) -> str:
-    in_kwargs, argument, *inside = map(_key, path)
-    if not int(in_kwargs):
-        place = int(argument)
-        starred = bool(positional) and positional[-1].startswith("*")
-        if starred and place >= len(positional) - 1:
-            argument = f"{positional[-1][1:]}.{place - len(positional) + 1}"
-        elif place < len(positional):
-            argument = positional[place]
-    return ".".join([argument, *inside])
+def _leaves(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[list[str], Any]]:
+    """What is in containers that torch's pytree knows, in order, with the keys that lead there."""
+    try:
+        return [([_key(entry) for entry in path], leaf) for path, leaf in tree_flatten_with_path(value, is_leaf)[0]]
+    except ValueError:
+        # A class that was registered without keys.
+        return [([str(i)], leaf) for i, leaf in enumerate(tree_flatten(value, is_leaf)[0])]
 
 
 def _key(entry: Any) -> str:
@@ -173,7 +179,7 @@ def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
         TypeError: it returns something else; it says which.
     """
     found = []
-    for keys, leaf in _leaves(output):
+    for keys, leaf in _all_leaves(output):
         name = ".".join(keys)
         if isinstance(leaf, Tensor):
             found.append((f"output_{name}" if name[:1].isdigit() else name or "output", leaf))
@@ -189,19 +195,18 @@ def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
     return [("output", found[0][1])] if len(found) == 1 else found
 
 
-def _leaves(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for path, leaf in tree_flatten_with_path(value)[0]:
-        keys = (*above, *map(_key, path))
-        # Of classes that torch's pytree does not know, such as transformers' outputs.
+def _all_leaves(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """:func:`_leaves`, and those of mappings and sequences that torch's pytree does not know, or knows without keys."""
+    for keys, leaf in _leaves(value, lambda part: isinstance(part, Mapping)):
         if isinstance(leaf, Mapping):
             inside = leaf.items()
         elif isinstance(leaf, tuple | list):
             inside = enumerate(leaf)
         else:
-            yield keys, leaf
+            yield (*above, *keys), leaf
             continue
         for key, inner in inside:
-            yield from _leaves(inner, (*keys, str(key)))
+            yield from _all_leaves(inner, (*above, *keys, str(key)))
 
 
 def flat_outputs(output: Any) -> list[Tensor]:

@@ -389,11 +389,6 @@ def test_arguments_out_of_range_are_refused(settings, message):
         CPQCallback(**settings)
 
 
-def test_config_of_the_wrong_type_is_refused():
-    with pytest.raises(TypeError, match="config must be a CPQConfig"):
-        CPQCallback({"weight_bits": 4})
-
-
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_file(fit, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

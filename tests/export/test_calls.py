@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import onnx
 import onnxruntime
@@ -36,6 +36,15 @@ class Foreign:
     x: torch.Tensor
 
 
+class Output(OrderedDict):
+    """As transformers' are: a mapping that is registered without keys."""
+
+
+if Output not in _pytree.SUPPORTED_NODES:
+    _pytree.register_pytree_node(
+        Output, lambda o: (list(o.values()), list(o)), lambda vs, ks: Output(zip(ks, vs, strict=True)),
+        serialized_type_name="tests.Output",
+    )  # fmt: skip
 if Record not in _pytree.SUPPORTED_NODES:
     torch.export.register_dataclass(Record, serialized_type_name="tests.Record")
     _pytree._register_namedtuple(Named, serialized_type_name="tests.Named")
@@ -61,6 +70,11 @@ class Rich(Net):
 class Keywords(Net):
     def forward(self, x, **more):
         return self.net(x) * more["mask"], more["mask"]
+
+
+class OfOutput(Net):
+    def forward(self, given):
+        return Output(logits=self.net(given["x"]), mask=given["mask"] * 2)
 
 
 class OfNamed(Net):
@@ -97,6 +111,7 @@ def trained(cls, samples):
         (Keywords, {"x": X, "mask": MASK}),
         (OfNamed, Named(X, MASK)),
         (OfRecord, (Record(X), MASK)),
+        (OfOutput, ({"x": X, "mask": MASK},)),
     ],
 )
 @pytest.mark.parametrize("format", ["packed", "torch"])
@@ -123,6 +138,7 @@ def test_pytorch_takes_and_returns_what_the_model_does(format, cls, samples, tmp
             (Keywords, {"x": X, "mask": MASK}, ["x", "mask"], ["output_0", "output_1"]),
             (OfNamed, Named(X, MASK), ["pair.u", "pair.v"], ["output"]),
             (OfRecord, (Record(X), MASK), ["record.x", "mask"], ["output"]),
+            (OfOutput, (Output(x=X, mask=MASK),), ["given.0", "given.1"], ["logits", "mask"]),
         ),
     ],
 )

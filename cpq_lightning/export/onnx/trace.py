@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import logging
 import warnings
@@ -168,10 +169,14 @@ def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
 
 def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Name what goes in and out; what has one of these names by chance gets another."""
-    wanted = dict(zip(graph.inputs, inputs, strict=True))
-    for value, name in zip(graph.outputs, outputs, strict=True):
-        wanted[value] = f"output.{name}" if name in inputs else name
-    taken = set(wanted.values())
+    wanted: dict[ir.Value, str] = {}
+    taken: set[str] = set()
+    for value, name in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
+        name = f"output.{name}" if name in taken else name
+        # Keys may have dots in them.
+        more = (f"{name}.{number}" for number in itertools.count(2))
+        wanted[value] = next(n for n in itertools.chain([name], more) if n not in taken)
+        taken.add(wanted[value])
     made = (value for node in graph for value in node.outputs)
     for number, value in enumerate((*graph.initializers.values(), *made)):
         if value.name in taken and value not in wanted:
