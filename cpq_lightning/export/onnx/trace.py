@@ -212,9 +212,9 @@ def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> Non
     for value, name in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
         name = f"output.{name}" if name in taken else name
         # Keys may have dots in them.
-        name = next(n for n in (name, *(f"{name}.{i}" for i in itertools.count(2))) if n not in taken)
-        wanted[value] = name
-        taken.add(name)
+        more = (f"{name}.{number}" for number in itertools.count(2))
+        wanted[value] = next(n for n in itertools.chain([name], more) if n not in taken)
+        taken.add(wanted[value])
     made = (value for node in graph for value in node.outputs)
     for number, value in enumerate((*graph.initializers.values(), *made)):
         if value.name in taken and value not in wanted:
