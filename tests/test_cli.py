@@ -156,7 +156,7 @@ def test_a_fragment_quantizes_another_apps_run(tmp_path, with_optimizer):
         cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "levels.json").exists()
+    assert (tmp_path / "cpq_runs" / "version_0" / "levels.json").exists()
 
 
 def test_the_wheel_runs_outside_of_the_checkout(tmp_path):

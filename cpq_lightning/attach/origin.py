@@ -113,9 +113,9 @@ def full_precision_layers(model: nn.Module) -> list[FullPrecision]:
 def late_message(model: nn.Module, late: Mapping[str, object]) -> str:
     """What is wrong with :func:`late_layers`, and what to do."""
     return (
-        f"{len(late)} layers of {type(unwrapped(model)).__name__} are in full precision, though its config would quantize them: "
-        f"{', '.join(late)}. They came behind attach, as re-parameterizing, fusing or replacing layers brings them, or "
-        "were detached. Do that before attach; or call attach(model, config) again, which quantizes the new ones "
+        f"{len(late)} layers of {type(unwrapped(model)).__name__} are in full precision, though its config would "
+        f"quantize them: {', '.join(late)}. They came behind attach, as re-parameterizing, fusing or replacing layers "
+        "brings them, or were detached. Do that before attach; or call attach(model, config) again, which quantizes the new ones "
         "alone, and calibrate or train; or leave them out: attach(model, config) with their names in ignore."
     )
 
