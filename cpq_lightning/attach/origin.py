@@ -116,7 +116,8 @@ def late_message(model: nn.Module, late: Mapping[str, object]) -> str:
         f"{len(late)} layers of {type(unwrapped(model)).__name__} are in full precision, though its config would "
         f"quantize them: {', '.join(late)}. They came behind attach, as re-parameterizing, fusing or replacing layers "
         "brings them, or were detached. Do that before attach; or call attach(model, config) again, which quantizes "
-        "the new ones alone, and calibrate or train; or leave them out: attach(model, config) with their names in ignore."
+        "the new ones alone, and calibrate or train; or leave them out: attach(model, config) with their names in "
+        "ignore."
     )
 
 
