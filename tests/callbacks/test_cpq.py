@@ -329,7 +329,7 @@ def test_a_start_behind_the_end_is_said(fit):
 def test_a_callback_serves_a_second_fit_afresh(fit):
     callback = CPQCallback(quantize_from=0.5, table=False)
     fit(Classifier(), [callback], max_epochs=2)
-    assert set(callback._metrics) == {"full precision", "quantized"}
+    assert set(callback._metrics) == {"before quantization", "quantized"}
     callback.quantize_from = 0
     fit(Classifier(), [callback], max_epochs=1)
     assert set(callback._metrics) == {"quantized"}
@@ -402,7 +402,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_file(fit, tmp_pat
 def test_table_at_fit_end_names_layers_and_both_accuracies(fit, capsys):
     fit(Classifier(), [CPQCallback(quantize_from=0.5)], max_epochs=4)
     printed = capsys.readouterr().out
-    for expected in ("0 *", "6 *", "named as within net", "full precision", "quantized", "val_acc"):
+    for expected in ("0 *", "6 *", "named as within net", "before quantization", "quantized", "val_acc"):
         assert expected in printed
 
 

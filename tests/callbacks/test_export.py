@@ -100,11 +100,11 @@ class Labelled(Classifier):
 def test_a_call_of_any_form_is_recorded_and_exported(fit, tmp_path, caplog):
     module = Labelled()
     fit(module, [exported(export=["packed", "torch"])], max_epochs=1)
-    samples = read_samples(tmp_path / SAMPLES_FILE)
+    samples = read_samples(run_of(tmp_path) / SAMPLES_FILE)
     assert samples.places(module) == (["batch.images.0", "labels"], {"scale": 2.0})
     assert files(tmp_path) == ["Labelled.pt2", "Labelled.safetensors"]
     assert "constants of the torch file: scale=2.0" in caplog.text
-    program = torch.export.load(tmp_path / "Labelled.pt2").module()
+    program = torch.export.load(run_of(tmp_path) / "Labelled.pt2").module()
     found = program({"images": [IMAGES[:3]]}, scale=2.0, labels=torch.zeros(3, dtype=torch.int64))
     assert found["logits"].allclose(module.eval().net(IMAGES[:3]) * 2, atol=1e-5)
 
@@ -187,7 +187,7 @@ def test_lightnings_summary_gives_no_samples(fit, tmp_path):
     module.training_step = lambda batch, batch_idx: nn.functional.cross_entropy(module(batch[0]), batch[1])
     settings = {"default_root_dir": tmp_path / "again", "ckpt_path": tmp_path / "a.ckpt", "enable_model_summary": True}
     fit(module, [exported(export=[])], **settings)
-    assert images_in(read_samples(tmp_path / "again" / SAMPLES_FILE).inputs) == 16
+    assert images_in(read_samples(run_of(tmp_path / "again") / SAMPLES_FILE).inputs) == 16
 
 
 def test_an_example_input_array_will_do(fit, tmp_path, capsys):

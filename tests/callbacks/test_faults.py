@@ -226,7 +226,7 @@ def test_a_folder_that_cannot_be_written_loses_no_training_and_the_message_names
     blocked.write_text("in the way")
     saver = ModelCheckpoint(tmp_path / "saved", filename="last")
     trainer, module = trainer_in(tmp_path, saver, enable_checkpointing=True), Plain()
-    next(c for c in trainer.callbacks if isinstance(c, CPQCallback)).levels_file = "file/levels.json"
+    next(c for c in trainer.callbacks if isinstance(c, CPQCallback)).levels_file = "../../file/levels.json"
     with pytest.warns(UserWarning, match=r"levels\.json could not be written.*last\.ckpt"):
         trainer.fit(module, data(), data())
     check(trainer, module)
@@ -289,7 +289,7 @@ def test_a_loss_that_turns_into_nan_ends_in_lightning_s_way_and_writes_what_ther
 
 
 def test_levels_that_cannot_be_collected_lose_no_training(tmp_path, monkeypatch):
-    def broken(model):
+    def broken(model, **settings):
         raise RuntimeError("no levels today")
 
     monkeypatch.setattr("cpq_lightning.callbacks._finish.manifest", broken)

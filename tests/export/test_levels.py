@@ -195,7 +195,9 @@ def test_inactive_quantizers_are_shown_as_full_precision(model, capsys):
 
 
 def test_metrics_stand_side_by_side(capsys):
-    Console(width=80).print(metrics_table({"full precision": {"val_acc": 0.9}, "quantized": {"val_acc": 0.85}}))
+    Console(width=80).print(
+        metrics_table({"metrics": {"before quantization": {"val_acc": 0.9}, "quantized": {"val_acc": 0.85}}})
+    )
     row = next(line for line in capsys.readouterr().out.splitlines() if "val_acc" in line)
     assert row.split() == ["val_acc", "0.9000", "0.8500", "-0.0500"]
 
