@@ -51,9 +51,8 @@ def computing(layer: nn.Module) -> dict[str, Tensor]:
     """What a layer's weight is computed from, by its name in the layer's ``state_dict``; nothing of a plain one."""
     if not is_computed(layer):
         return {}
-    state = layer.state_dict(keep_vars=True)
-    return {name: t for name, t in state.items() if name.startswith(("weight_", "parametrizations.weight."))
-            and not name.startswith("weight_quantizer.")}  # fmt: skip
+    state = {n: t for n, t in layer.state_dict(keep_vars=True).items() if not n.startswith("weight_quantizer.")}
+    return {n: t for n, t in state.items() if n.startswith(("weight_", "parametrizations.weight."))}
 
 
 def leave_computed(layer: nn.Module) -> nn.Parameter:

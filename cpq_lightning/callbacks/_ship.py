@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from cpq_lightning.attach import as_call, renew_rewritten, unaudited
+from cpq_lightning.attach import as_call, unaudited
 from cpq_lightning.callbacks._finish import nothing_is_lost
 from cpq_lightning.callbacks._network import shipped_architecture, shipped_candidates, shipped_name, shipped_part
 from cpq_lightning.export import (
@@ -219,9 +219,6 @@ def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, sa
     Returns:
         For each format its ``format``, and the ``file``, or the ``error`` and the ``command`` that tries again.
     """
-    if formats:
-        # The last steps may have outgrown what the run's tracker has looked at before.
-        renew_rewritten(pl_module)
     console = Console()
     outcomes: list[dict[str, Any]] = []
     for format in formats:

@@ -29,6 +29,7 @@ from cpq_lightning.attach import (
     quantizers,
     refit,
     remember_products,
+    renew_rewritten,
     report_audit,
     set_active,
     set_noise_step,
@@ -364,6 +365,9 @@ class CPQCallback(FindsRanges):
             return
         try:
             # On all ranks: where weights are sharded each holds a part.
+            if self.export:
+                # The last steps may have outgrown ranges, which an export would refuse.
+                renew_rewritten(pl_module)
             content = run_manifest(trainer, pl_module, self._metrics, self._last_before)
             for warning in (*full_precision_messages(pl_module), *range_warnings(pl_module)):
                 rank_zero_warn(warning)

@@ -19,10 +19,15 @@ class Predicting(Classifier):
         return self.net(batch[0])
 
 
-def trainer(*callbacks, epochs=1):
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def trainer(*callbacks, epochs=1, folder=None):
     return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+        default_root_dir=folder, max_epochs=epochs, accelerator="cpu", devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
     )  # fmt: skip
 
 
@@ -31,7 +36,7 @@ def callback(config):
 
 
 def saved(folder, module, *callbacks, weights_only=False):
-    run = trainer(*callbacks)
+    run = trainer(*callbacks, folder=folder)
     run.fit(module, data())
     run.save_checkpoint(folder / "run.ckpt", weights_only=weights_only)
     return folder / "run.ckpt"
@@ -75,7 +80,7 @@ def test_a_checkpoint_of_weights_alone_says_its_widths(tmp_path):
 def own(tmp_path_factory):
     torch.manual_seed(0)
     module = QuantizedModule(convnet(), num_classes=4, quantization=TRAINED)
-    return saved(tmp_path_factory.mktemp("own"), module)
+    return saved(tmp_path_factory.mktemp("own"), module, callback(TRAINED))
 
 
 def test_a_quantized_module_says_it_once(own):
