@@ -7,12 +7,14 @@ what it predicts.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 
 import cpq_lightning
 from cpq_lightning import CPQCallback, CPQConfig
@@ -163,8 +165,6 @@ def _detector(name: str, epochs: int, **arguments: Any) -> Journey:
         return getattr(anomalib.models, name)(**arguments)
 
     def train(held: list[Any], seed: int) -> Any:
-        import tempfile
-
         from anomalib.engine import Engine
 
         torch.manual_seed(seed)
@@ -184,15 +184,11 @@ def _detector(name: str, epochs: int, **arguments: Any) -> Journey:
 
     @torch.no_grad()
     def predict(model: Any) -> torch.Tensor:
-        from torch.nn.functional import interpolate
-
         answer = model.eval()(interpolate(_images()[::8], size=256))
         return torch.cat([part.flatten() for part in (answer.pred_score, answer.anomaly_map) if part is not None])
 
     @torch.no_grad()
     def error(model: Any) -> float:
-        from torch.nn.functional import interpolate
-
         images = interpolate(_images()[24:], size=256)
         if name == "Ganomaly":
             # How far the generator is from giving back what is normal.
