@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpq_lightning.attach import attach as attach
 from cpq_lightning.attach import calibrate as calibrate
+from cpq_lightning.attach import coverage as coverage
 from cpq_lightning.attach import detach as detach
 from cpq_lightning.attach import loading as loading
 from cpq_lightning.checkpoint import load_checkpoint as load_checkpoint
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 # Without it `from cpq_lightning import *` would hand out the subpackage `nn` in place of torch's.
 __all__ = [
-    "CPQCallback", "CPQConfig", "QuantizedModule", "__version__", "attach", "calibrate", "detach", "export_model",
-    "levels", "load_checkpoint", "load_quantized", "loading",
+    "CPQCallback", "CPQConfig", "QuantizedModule", "__version__", "attach", "calibrate", "coverage", "detach",
+    "export_model", "levels", "load_checkpoint", "load_quantized", "loading",
 ]  # fmt: skip
 
 

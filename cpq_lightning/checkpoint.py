@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from cpq_lightning.attach import attaching, is_attached, set_attached_config
+from cpq_lightning.attach import attached_config, attaching, is_attached, set_attached_config
 from cpq_lightning.config import CPQConfig
 
 # Where a Lightning checkpoint holds what belongs to the callback.
 CHECKPOINT_KEY = "cpq_lightning"
+# Characters of a value in a message.
+_LONGEST = 80
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
 
@@ -55,6 +58,46 @@ def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
     if config is not None:
         set_attached_config(module, config)
     return module
+
+
+def take_settings(model: nn.Module, checkpoint: Mapping[str, Any]) -> str:
+    """Let an attached model go by the config of a checkpoint whose state it gets: its quantizers are that one's.
+
+    Args:
+        model: The model, attached with what was asked for.
+        checkpoint: The content of a Lightning checkpoint.
+
+    Returns:
+        What differs, a sentence for whoever asked for something else; empty where nothing does, or nothing is known.
+    """
+    saved, asked = checkpoint.get(CHECKPOINT_KEY, {}).get("config"), attached_config(model)
+    if saved is None or asked is None:
+        return ""
+    config = CPQConfig(**saved)
+    different = differences(asked, config, "in the checkpoint")
+    if not different:
+        return ""
+    set_attached_config(model, config)
+    return (
+        f"The checkpoint was trained with other settings than {type(model).__name__} was quantized with here, and runs "
+        f"with its own: {different}. Give the config of the checkpoint; to train with another one, start from its "
+        "weights alone (its state_dict without the keys of quantizers) instead of resuming."
+    )
+
+
+def differences(asked: CPQConfig, other: CPQConfig, where: str) -> str:
+    """The settings in which two configs differ, with both values."""
+    ours, theirs = asked.to_dict(), other.to_dict()
+    return "; ".join(
+        f"{name} {_short(theirs[name])} {where}, {_short(ours[name])} asked for"
+        for name in ours
+        if ours[name] != theirs[name]
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _config_of(path: Any, weights_only: bool | None) -> CPQConfig | None:

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
+from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.data import DataError
 from cpq_lightning.export import (
     common_folder,
@@ -78,6 +79,10 @@ class CPQCLI(LightningCLI):
     def fit(self, model: Any, **settings: Any) -> None:
         self._refuse_to_overwrite()
         self._run("fit", model, settings)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CPQCallback) and callback.failed_exports:
+                formats = " and ".join(callback.failed_exports)
+                raise SystemExit(f"cpq fit: the run is complete but for its {formats} file, which a warning tells of.")
 
     def validate(self, model: Any, **settings: Any) -> None:
         self._run("validate", model, settings)

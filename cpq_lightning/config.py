@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from typing_extensions import TypeAliasType
 
 from cpq_lightning.functional import Estimator, check_bits
 
 Nesting = Literal["auto", "range", "resolution"]
 GateSharing = Literal["tensor", "channel", "element"]
 GateEstimator = Literal["curvature", "concrete"]
+# An alias with a name: OmegaConf, which Lightning's CSVLogger hands hyperparameters to, fails on a union of containers,
+# and passes by on a type that it does not know.
+Levels = TypeAliasType("Levels", str | dict[str, Any] | None)
 
 
-@dataclass(frozen=True)
+def plain(value: Any) -> Any:
+    """The same as dicts, lists and tuples, of whatever mappings and sequences it is made: such as OmegaConf's.
+
+    Example:
+        >>> from collections import UserDict, UserList
+        >>> plain(UserDict(bits=UserList([4, 3]), shape=(2, 2)))
+        {'bits': [4, 3], 'shape': (2, 2)}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(inner) for inner in value]
+    return value
+
+
+@dataclass
 class CPQConfig:
     """Settings of Cluster-Promoting Quantization.
+
+    Mappings and sequences may be of any kind, such as OmegaConf's; what is kept of them are dicts, lists and tuples.
+    Wherever a config is asked for, a mapping of its settings will do: see :meth:`of`.
 
     Args:
         weight_bits: Width of weights, 1-8 bits. With ``min_bits`` below it, the widest one.
@@ -60,9 +85,11 @@ class CPQConfig:
             tells nothing of curvature. A module that accumulates gradients by itself, under manual optimization, draws
             gates in each batch, and tells a bit that only some of them have a part of its worth.
         ignore: Layers to leave in full precision: patterns of full dotted names (as ``fnmatch`` has them, with case)
-            or module types (``"Linear"``).
+            or module types (``"Linear"``). A layer that is registered under several names is meant by each of them. Of
+            layers that share a weight all or none are left out; anything else is refused.
         overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. Of several
-            that match a layer, the last wins, setting by setting.
+            that match a layer, the last wins, setting by setting. A weight that layers share has one quantizer: what
+            one of these layers is given of it holds for all, and what contradicts that is refused.
         weight_range: Starting step of weights: ``"mse"`` (least squared error) or ``"max"`` (no weight is clipped).
         act_range: Starting step of activations, likewise, from calibration batches.
         seed: Seed of the gates' noise.
@@ -83,7 +110,7 @@ class CPQConfig:
     learn_act_bits: bool = False
     min_act_bits: int | None = None
     attention: bool = False
-    levels_from: str | dict[str, Any] | None = None
+    levels_from: Levels = None
     nesting: Nesting = "auto"
     first_last_bits: int | None = 8
     weight_estimator: Estimator = "expectation"
@@ -141,8 +168,12 @@ class CPQConfig:
             raise ValueError("learn_act_bits=True needs act_bits, the widest width that activations may have.")
         if self.attention is True and self.act_bits is None:
             raise ValueError("attention=True quantizes activations: it needs act_bits, their width.")
-        if not isinstance(self.levels_from, str | dict | None):
+        if not isinstance(self.levels_from, str | os.PathLike | Mapping | None):
             raise TypeError(f"levels_from must be the path of a levels.json, got {self.levels_from!r}.")
+        if isinstance(self.levels_from, os.PathLike):
+            self.__dict__["levels_from"] = os.fspath(self.levels_from)
+        if isinstance(self.levels_from, Mapping):
+            self.__dict__["levels_from"] = plain(self.levels_from)
         if self.levels_from is not None and (self.learn_bits or self.learn_act_bits):
             raise ValueError(
                 "levels_from fixes all widths, so nothing is left to learn: leave out learn_bits and learn_act_bits, "
@@ -150,10 +181,11 @@ class CPQConfig:
             )
 
     def _freeze_patterns(self) -> None:
-        patterns = self.ignore
-        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        patterns: Any = self.ignore
+        listed = isinstance(patterns, Sequence) and not isinstance(patterns, str | bytes)
+        if not listed or not all(isinstance(p, str) for p in patterns):
             raise TypeError(f"ignore must be a list of patterns, such as ['head', '*.fc'], got {self.ignore!r}.")
-        object.__setattr__(self, "ignore", tuple(self.ignore))
+        self.__dict__["ignore"] = tuple(patterns)
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map patterns to settings, got {self.overrides!r}.")
         for pattern, settings in self.overrides.items():
@@ -177,7 +209,54 @@ class CPQConfig:
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{pattern!r}]: {error}") from None
         # A copy: what is frozen here does not change under it.
-        object.__setattr__(self, "overrides", {pattern: dict(settings) for pattern, settings in self.overrides.items()})
+        self.__dict__["overrides"] = plain(self.overrides)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Not dataclass(frozen=True): Lightning's loggers and its moves between devices write each field of a dataclass
+        # back as it is, and refuse one that cannot be written.
+        if name not in self.__dataclass_fields__ or (name in self.__dict__ and self.__dict__[name] != value):
+            raise dataclasses.FrozenInstanceError(
+                f"a CPQConfig does not change once it is made, so {name} cannot become {value!r}: make another with "
+                f"dataclasses.replace(config, {name}={value!r})."
+            )
+        self.__dict__[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"a CPQConfig does not change once it is made: {name} stays.")
+
+    @staticmethod
+    def of(value: CPQConfig | Mapping[str, Any], argument: str = "config") -> CPQConfig:
+        """A config, or the one that a mapping has the settings of.
+
+        Args:
+            value: Either.
+            argument: What it was given as, for messages.
+
+        Raises:
+            TypeError: it is neither, or a setting has the wrong type.
+            ValueError: an unknown setting, or one out of its range.
+
+        Example:
+            >>> CPQConfig.of({"weight_bits": 3}) == CPQConfig(weight_bits=3)
+            True
+        """
+        if isinstance(value, CPQConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"{argument} must be a CPQConfig, or a mapping of its settings such as {{'weight_bits': 4}}, got "
+                f"{value!r}."
+            )
+        known = [f.name for f in dataclasses.fields(CPQConfig)]
+        for key in value:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{argument} has the unknown setting {key!r}; a CPQConfig has {tuple(known)}.{hint}")
+        try:
+            return CPQConfig(**value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{argument}: {error}") from None
 
     def for_layer(self, overrides: Sequence[Mapping[str, Any]]) -> CPQConfig:
         """The settings of one layer: these, with the given overrides laid over them in turn."""
@@ -250,6 +329,8 @@ LAYER_SETTINGS = (
     "weight_estimator", "act_estimator", "per_channel", "temperature", "keep_prob", "gate_sharing", "weight_range",
     "act_range",
 )  # fmt: skip
+# Those of a weight: the same in all layers that share it.
+WEIGHT_SETTINGS = tuple(s for s in LAYER_SETTINGS if "act_" not in s)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "nesting": get_args(Nesting),
     "weight_estimator": get_args(Estimator),

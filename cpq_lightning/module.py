@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ import timm
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
@@ -20,7 +21,8 @@ from cpq_lightning.attach import attach, with_levels_read
 from cpq_lightning.backbones import create_backbone
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.callbacks.distillation import DistillationCallback, check_distillation
-from cpq_lightning.config import CPQConfig
+from cpq_lightning.checkpoint import take_settings
+from cpq_lightning.config import CPQConfig, plain
 from cpq_lightning.export import ORIGINS
 
 _Base = LightningModule if TYPE_CHECKING else object
@@ -44,7 +46,8 @@ class QuantizedClassifier(_Base):
         backbone: Name of a timm model, ``"cifar_resnet20"``, ``"cifar_vgg7"``, or any module from images to logits.
         num_classes: Classes; ``None`` is the number that the backbone's pretrained weights distinguish (and, for the
             command ``cpq``, that of the data).
-        quantization: What to quantize, and how; ``None`` leaves the network in full precision.
+        quantization: What to quantize, and how: a config, or a mapping of its settings; ``None`` leaves the network in
+            full precision.
         pretrained: Whether a named backbone starts from timm's pretrained weights; or the path of a file with weights
             of that backbone (safetensors, ``.pth``, or a Lightning checkpoint that has it inside).
         backbone_args: Further arguments of ``timm.create_model``, such as ``in_chans`` or ``img_size``.
@@ -93,13 +96,11 @@ class QuantizedClassifier(_Base):
             raise ValueError(
                 "teacher='self' is for a network that is quantized: give quantization, or another teacher."
             )
-        if isinstance(quantization, Mapping):
-            # As a checkpoint holds it: plain values, so that it loads without unpickling classes.
-            quantization = CPQConfig(**quantization)
         if quantization is not None:
-            # A checkpoint holds the widths themselves, not the path of a file that may be gone.
-            quantization = with_levels_read(quantization)
-        model = _build(backbone, num_classes, pretrained, backbone_args or {})
+            # A checkpoint holds plain values; and the widths themselves, not the path of a file that may be gone.
+            quantization = with_levels_read(CPQConfig.of(quantization, "quantization"))
+        arguments: dict[str, Any] = plain(backbone_args or {})
+        model = _build(backbone, num_classes, pretrained, arguments)
         num_classes = _count_classes(model, num_classes, class_names)
         self.save_hyperparameters(
             {
@@ -107,7 +108,7 @@ class QuantizedClassifier(_Base):
                 "num_classes": num_classes,
                 "quantization": None if quantization is None else quantization.to_dict(),
                 "pretrained": pretrained,
-                "backbone_args": dict(backbone_args or {}),
+                "backbone_args": arguments,
                 "label_smoothing": label_smoothing,
                 "lr_interval": lr_interval,
                 "teacher": teacher,
@@ -201,6 +202,11 @@ class QuantizedClassifier(_Base):
         except TypeError:
             return None
         return {"timm": name, "arguments": arguments, "version": timm.__version__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        message = take_settings(self, checkpoint)
+        if message:
+            rank_zero_warn(message)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Restoring needs no download: the checkpoint has the weights.

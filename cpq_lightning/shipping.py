@@ -14,11 +14,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from cpq_lightning.callbacks._network import shipped_name
-from cpq_lightning.callbacks._ship import shipped_architecture, shipped_part
-from cpq_lightning.checkpoint import load_checkpoint
+from cpq_lightning.attach import as_batch_call, renew_rewritten
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_name, shipped_part
+from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint
 from cpq_lightning.export import (
     SAMPLES_FILE,
     Container,
@@ -68,12 +68,14 @@ def export(
         if samples is not None and data is not None:
             raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
         trained = load_module(ckpt) if module is None else load_own(ckpt, module, module_args or {})
+        # The training may have ended behind steps that have outgrown its ranges.
+        renew_rewritten(trained)
         network, name = shipped_part(trained), shipped_name(trained)
         if samples is None and data is None and format == "packed" and not verify:
             # Nothing is traced and nothing compared: nothing of the input is looked at.
             chosen = Samples.synthetic([[1]], 1)
         else:
-            chosen, source = _choose_samples(ckpt, samples, data, data_samples)
+            chosen, source = _choose_samples(network, ckpt, samples, data, data_samples)
             _check_fit(network, chosen, source, name)
             Console().print(f"Samples of the input: {len(chosen)}, of {source}", soft_wrap=True, highlight=False)
         written = export_model(
@@ -154,20 +156,31 @@ def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> Lightning
         ) from None
 
 
-def _choose_samples(ckpt: str, samples: str | None, data: str | None, count: int) -> tuple[Samples, str]:
+def _choose_samples(
+    network: nn.Module, ckpt: str, samples: str | None, data: str | None, count: int
+) -> tuple[Samples, str]:
     """Samples, and where they are from: as given, or of the run."""
     if data is not None:
-        return samples_of(data, count), f"data={data}"
+        return samples_of(network, data, count), f"data={data}"
     if samples is None:
-        samples = str(find_samples(ckpt))
+        samples = str(find_samples(ckpt, _folder_of(ckpt)))
     return read_samples(samples), f"samples={samples}"
 
 
-def find_samples(ckpt: str) -> Path:
+def _folder_of(ckpt: str) -> str | None:
+    """The folder of the run that has saved a checkpoint, by its name beside what holds the checkpoints."""
+    try:
+        content = torch.load(ckpt, map_location="meta", weights_only=True)
+        return content[CHECKPOINT_KEY]["folder"]
+    except (KeyError, TypeError, pickle.UnpicklingError):
+        return None
+
+
+def find_samples(ckpt: str, run: str | None = None) -> Path:
     """The file of samples in the folder of the run that has saved a checkpoint.
 
     It is looked for in the checkpoint's folder and in those above, up to the run's: the first with a file that every
-    run's folder has, and three folders at most.
+    run's folder has, and three folders at most; in each also under the name of ``run``, as of one without a logger.
 
     Raises:
         FileNotFoundError: there is none; with what to give instead.
@@ -177,8 +190,9 @@ def find_samples(ckpt: str) -> Path:
     for above in (folder, *folder.parents)[: 1 + _MOST_PARENTS]:
         # Named as the checkpoint is.
         candidate = above if Path(ckpt).is_absolute() else Path(os.path.relpath(above))
-        if (candidate / SAMPLES_FILE).is_file():
-            return candidate / SAMPLES_FILE
+        for place in (candidate, *([] if run is None else [candidate / run])):
+            if (place / SAMPLES_FILE).is_file():
+                return place / SAMPLES_FILE
         seen.append(str(candidate))
         if any((candidate / name).is_file() for name in _RUN_FILES):
             break
@@ -193,8 +207,9 @@ def find_samples(ckpt: str) -> Path:
 
 @torch.no_grad()
 def _check_fit(network: nn.Module, samples: Samples, source: str, name: str) -> None:
+    args, kwargs = samples.pair().call()
     try:
-        network(*samples.pair())
+        network(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape[1:])) for t in samples.inputs)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -245,8 +260,8 @@ def fill_in(model: Any, data: Any) -> None:
         model["class_names"] = list(names)
 
 
-def samples_of(config: str, count: int) -> Samples:
-    """Validation inputs of the data module that a config names.
+def samples_of(network: nn.Module, config: str, count: int) -> Samples:
+    """Validation inputs of the data module that a config names, as calibration hands them to a network.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -268,19 +283,13 @@ def samples_of(config: str, count: int) -> Samples:
         raise ValueError(f"data={config}: {error}") from None
     module.prepare_data()
     module.setup("validate")
-    return Samples((_inputs(module, count),))
-
-
-def _inputs(module: LightningDataModule, count: int) -> Tensor:
     loader: Any = module.val_dataloader()
-    found: list[Tensor] = []
+    found: list[Samples] = []
     for batch in loader[0] if isinstance(loader, list | tuple) else loader:
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(x, Tensor):
-            raise ValueError(f"The data's batches begin with {type(x).__name__}: expected a tensor of inputs.")
-        found.append(x)
+        args, kwargs = as_batch_call(network, batch)
+        found.append(Samples.called_with(*args, **kwargs))
         if sum(map(len, found)) >= count:
             break
     if not found:
         raise ValueError("The data has no validation batch: a verification needs some.")
-    return torch.cat(found)[:count]
+    return Samples.joined(found).first(count)

@@ -64,3 +64,8 @@ class Classifier(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
+
+
+def run_of(folder, number=0):
+    """Where a run without a logger leaves its files."""
+    return folder / "cpq_runs" / f"version_{number}"

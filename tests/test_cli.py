@@ -31,7 +31,7 @@ def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
     (checkpoint,) = run.rglob("*.ckpt")
     metrics = torch.load(checkpoint, weights_only=True)["cpq_lightning"]["metrics"]
     assert metrics["quantized"]["val_acc"] >= 0.96
-    shown = ("conv1.0 *", "as within model", "full precision", "quantized", "val_acc", "times smaller", "error")
+    shown = ("conv1.0 *", "as within model", "before quantization", "quantized", "val_acc", "times smaller", "error")
     for expected in shown:
         assert expected in result.stdout, expected
     restored = QuantizedModule.load_from_checkpoint(checkpoint, weights_only=True)
@@ -156,7 +156,7 @@ def test_a_fragment_quantizes_another_apps_run(tmp_path, with_optimizer):
         cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "levels.json").exists()
+    assert (tmp_path / "cpq_runs" / "version_0" / "levels.json").exists()
 
 
 def test_the_wheel_runs_outside_of_the_checkout(tmp_path):

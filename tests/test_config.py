@@ -4,12 +4,20 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import pathlib
 import pickle
+from collections import UserDict, UserList
 
 import pytest
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import nn
 
-from cpq_lightning import CPQConfig
+from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, attach
+from cpq_lightning.attach import attached_config, set_attached_config, with_levels_read
 from cpq_lightning.config import LAYER_SETTINGS
+from cpq_lightning.nn import Quantizer
 
 # A setting, a wrong value, the error, and words of the message.
 ERRORS = [
@@ -76,8 +84,21 @@ def test_temperature_and_keep_prob_take_all_of_the_half_open_interval(value):
 def test_it_is_frozen():
     config = CPQConfig()
     for field in dataclasses.fields(config):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(config, field.name, getattr(config, field.name))
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"replace.config, {field.name}=7.5"):
+            setattr(config, field.name, 7.5)
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"{field.name} stays"):
+            delattr(config, field.name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.weight_bit = 4
+    assert config == CPQConfig()
+
+
+def test_a_field_may_be_written_back_as_it_is():
+    """Lightning rebuilds every dataclass among hyperparameters, and in batches, in this way."""
+    config = CPQConfig(ignore=["head"], overrides={"a": {"weight_bits": 8}})
+    again = apply_to_collection({"config": config}, torch.Tensor, torch.Tensor.double)["config"]
+    assert again == config
+    assert again is not config
 
 
 def test_what_the_caller_does_to_its_own_containers_does_not_change_it():
@@ -205,3 +226,55 @@ def test_contradictions_in_what_is_learned_are_refused(settings, words):
 )
 def test_nesting_follows_what_is_learned(settings, nesting):
     assert CPQConfig(min_bits=2, **settings).nests_by == nesting
+
+
+SETTINGS = {
+    "ignore": ["head", "*.fc"],
+    "overrides": {"*.a": {"weight_bits": 3}, "Linear": {"act_bits": None}},
+    "levels_from": {"a": {"weight": [3, 4], "activation": 8}},
+}
+
+
+def of_other_kinds(value):
+    """The same in mappings and sequences of other kinds."""
+    if isinstance(value, dict):
+        return UserDict({key: of_other_kinds(inner) for key, inner in value.items()})
+    return UserList(map(of_other_kinds, value)) if isinstance(value, list) else value
+
+
+def test_any_mapping_and_sequence_will_do_and_plain_ones_are_kept():
+    config = CPQConfig(**of_other_kinds(SETTINGS))
+    assert config == CPQConfig(**SETTINGS)
+    assert json.loads(json.dumps(config.to_dict())) == CPQConfig(**SETTINGS).to_dict()
+    assert type(config.levels_from["a"]["weight"]) is list
+    assert CPQConfig(levels_from=pathlib.Path("a") / "levels.json").levels_from == os.path.join("a", "levels.json")
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+# Whatever takes a config, and what it makes of one.
+TAKERS = {
+    "CPQConfig.of": CPQConfig.of,
+    "CPQCallback": lambda config: CPQCallback(config).config,
+    "QuantizedModule": lambda config: attached_config(QuantizedModule(net(), 4, config)),
+    "attach": lambda config: attached_config(attach(net(), config)),
+    "with_levels_read": with_levels_read,
+    "set_attached_config": lambda config: (set_attached_config(model := net(), config), attached_config(model))[1],
+    "Quantizer": lambda config: Quantizer("weight", config).bits,
+}
+
+
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+def test_a_mapping_will_do_where_a_config_is_expected(take):
+    settings = UserDict(weight_bits=3, overrides=UserDict({"*1": UserDict(weight_bits=5)}))
+    assert take(settings) == take(CPQConfig(weight_bits=3, overrides={"*1": {"weight_bits": 5}}))
+    with pytest.raises(ValueError, match=r"has the unknown setting 'weight_bit';.* Did you mean 'weight_bits'\?"):
+        take({"weight_bit": 3})
+    with pytest.raises(ValueError, match=r"overrides\['1'\] has the unknown setting 'bits'"):
+        take({"overrides": {"1": {"bits": 3}}})
+    with pytest.raises(ValueError, match=r"(config|quantization): weight_bits must be from 1 to 8 bits, got 9"):
+        take({"weight_bits": 9})
+    with pytest.raises(TypeError, match="must be a CPQConfig, or a mapping of its settings"):
+        take(3)

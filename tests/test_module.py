@@ -7,7 +7,7 @@ from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, calibrate, levels
 from cpq_lightning.attach import is_attached, quantizers
-from tests.models import convnet, data
+from tests.models import convnet, data, run_of
 
 
 def small(**settings):
@@ -60,7 +60,7 @@ def test_without_a_callback_it_calibrates_and_exports(fit, tmp_path):
     module = small()
     trainer = fit(module, max_epochs=1)
     assert [type(c) for c in trainer.callbacks].count(CPQCallback) == 1
-    assert (tmp_path / "levels.json").exists()
+    assert (run_of(tmp_path) / "levels.json").exists()
 
 
 def test_a_callback_of_the_users_own_is_kept(fit):
@@ -73,7 +73,7 @@ def test_full_precision_on_request(fit, tmp_path):
     module = small(quantization=None)
     fit(module, max_epochs=1)
     assert not is_attached(module)
-    assert not (tmp_path / "levels.json").exists()
+    assert not (run_of(tmp_path) / "levels.json").exists()
 
 
 def test_logged_metrics(fit):

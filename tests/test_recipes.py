@@ -111,7 +111,7 @@ def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     assert module.hparams["class_names"] == list(CLASSES)
     assert module.model.num_classes == 3
     assert abs(content["totals"]["weight_bits_avg"] - 4) <= 0.05
-    for word in ("Runs of test_resnet", "full precision", "quantized", "size", "version_0", "Exported to"):
+    for word in ("Runs of test_resnet", "before quantization", "quantized", "size", "version_0", "Exported to"):
         assert word in first.stdout, word
     (packed,) = tmp_path.rglob("test_resnet.safetensors")
     assert load_quantized(packed)(torch.randn(1, 3, 32, 32)).shape == (1, 3)

@@ -7,12 +7,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
 from cpq_lightning.cli import main
 from cpq_lightning.data import DigitsDataModule
 from cpq_lightning.export import Samples, write_samples
-from cpq_lightning.shipping import fill_in, find_samples
+from cpq_lightning.shipping import fill_in, find_samples, samples_of
+from tests.models import run_of
 
 # What its tests share takes seconds to make.
 pytestmark = pytest.mark.xdist_group("shipping")
@@ -71,12 +73,33 @@ def test_verification_on_the_runs_own_data(run, capsys, config):
     assert "synthetic" not in text
 
 
+class Described(pl.LightningDataModule):
+    """Batches that are dicts, in a part of which a network takes its arguments by name."""
+
+    def val_dataloader(self):
+        batches = [{"images": [torch.full((3, 4), float(i))], "mask": torch.ones(3, 1)} for i in range(4)]
+        return DataLoader(batches, batch_size=None)
+
+
+class OfDicts(torch.nn.Module):
+    def forward(self, images, mask):
+        return images[0] * mask
+
+
+def test_data_give_samples_of_any_form(tmp_path):
+    path = tmp_path / "data.yaml"
+    path.write_text(yaml.safe_dump({"class_path": f"{__name__}.Described"}))
+    samples = samples_of(OfDicts(), str(path), 5)
+    assert samples.places(OfDicts()) == (["images.0", "mask"], {})
+    assert samples.inputs[0][:, 0].tolist() == [0, 0, 0, 1, 1]
+
+
 def test_switching_verification_off_says_so(run, capsys):
     assert "switched off: nothing says that this file" in export(run, capsys, "--verify", "false")
 
 
 def test_the_samples_are_found_from_the_checkpoint_and_named(run, capsys):
-    assert f"Samples of the input: 16, of samples={run[0] / 'samples.safetensors'}" in export(run, capsys)
+    assert f"Samples of the input: 16, of samples={run_of(run[0]) / 'samples.safetensors'}" in export(run, capsys)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def spawned(folder: Path) -> str:
     trainer = trainer_in(folder, strategy="ddp_spawn", devices=2)
     trainer.fit(Plain(), data(batch_size=8), data())
     assert trainer.state.finished
-    content = json.loads((folder / "levels.json").read_text())
+    content = json.loads((folder / "cpq_runs" / "version_0" / "levels.json").read_text())
     assert abs(content["totals"]["weight_bits_avg"] - 4) <= 0.2
     return f"weights of {content['totals']['weight_bits_avg']:.2f} bits"
 
@@ -94,7 +94,7 @@ def fsdp2(folder: Path) -> str:
     module = Plain()
     path = next(folder.glob("epoch=9-*.ckpt"))
     trainer_in(folder).validate(module, data(), ckpt_path=path, verbose=False)
-    content = json.loads((folder / "levels.json").read_text())
+    content = json.loads((folder / "cpq_runs" / "version_0" / "levels.json").read_text())
     wanted = [(layer["name"], layer["weight"]["bits"]) for layer in content["layers"]]
     assert [(r.name, r.bits) for r in levels(module) if r.kind == "weight"] == wanted
     return "quantizers whole and equal on both; resumed bit for bit; its checkpoint evaluates in one process"

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from cpq_lightning.attach.computed import copied, weight_now
+from cpq_lightning.attach.coverage import forget_products
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
 from cpq_lightning.attach.layers import (
     QuantizedLayer,
+    bypassed,
     is_attached,
     quantized_layers,
     quantizers,
     switch,
     switch_back,
 )
+from cpq_lightning.attach.origin import Origin, attached_config, late_layers, set_attached_config, set_origin
 from cpq_lightning.attach.products import (
     leave_products,
     modules_with_products,
@@ -28,60 +32,72 @@ from cpq_lightning.attach.products import (
     remember_plan,
 )
 from cpq_lightning.attach.reading import avoid_fused_paths, leave_weights, read_weights, restore_fused_paths
-from cpq_lightning.attach.select import (
-    Site,
-    chosen_operands,
-    select,
-    set_attached_config,
-)
-from cpq_lightning.attach.timm_layers import call_projections, restore_projections, shared_weight
+from cpq_lightning.attach.select import Site, check_same_settings, chosen_operands, select
+from cpq_lightning.attach.tied import leave_tied, tie, tied_readers, tied_to, tied_to_layers, to_be_tied
+from cpq_lightning.attach.timm_layers import call_projections, holds_weight, restore_projections, shared_weight
 from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
-from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = None) -> M:
+def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, example_inputs: Any = None) -> M:
     """Quantize a model in place: weights at once, activations as soon as their ranges are known.
 
     Each convolution and linear layer keeps its Parameters (the same objects, under the same names in
-    ``state_dict``) and gains a ``weight_quantizer`` and, unless ``act_bits`` is ``None``, an ``input_quantizer``.
-    Activation ranges come from :func:`calibrate`, or from the first batch of a forward in training mode. Where
-    anything is wrong the model is left as it was.
+    ``state_dict``) and gains a ``weight_quantizer`` and, unless ``act_bits`` is ``None``, an ``input_quantizer``. A
+    module that has such a layer's weight as its own Parameter, such as an embedding that is tied to the head, reads it
+    quantized too, by the layer's ``weight_quantizer``, unless ``ignore`` names it. Activation ranges come from
+    :func:`calibrate`, or from the first batch of a forward in training mode. Where anything is wrong the model is left
+    as it was.
+
+    Of a model that is attached already, the layers that have come since are quantized, and those that were there stay
+    as they are: what re-parameterizing, fusing or replacing has brought. Calibrate it again then; products of
+    activations (``attention=True``) are not looked for again.
 
     Args:
-        model: Any module; layers made later are not seen.
-        config: What to quantize, and how.
+        model: Any module; layers made later are not seen. Of one inside ``torch.compile``, DistributedDataParallel (of
+            one process) or Fabric, what is wrapped is quantized, under its own names.
+        config: What to quantize, and how: a config, or a mapping of its settings. ``None`` is the default, or what a
+            model was attached with before. Attached again, a model takes other ``ignore`` and ``overrides``, as far as
+            they change nothing that is quantized.
         example_inputs: What to call the model with once, where ``config.attention`` asks for products without a weight:
-            a tensor, a tuple of arguments or a dict of keyword arguments. timm backbones, and a LightningModule with an
+            a tensor, a tuple of arguments or a dict of arguments by name; or the tuple or dict that the forward takes
+            as its one argument. timm backbones, and a LightningModule with an
             ``example_input_array``, need none.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is quantized already, has no layer to quantize or weights that are not finite, or a
-            pattern of the config matches no layer; with ``attention=True``, the model cannot be called.
+        TypeError: ``config`` is neither a config nor a mapping, or a setting in it has the wrong type.
+        ValueError: the model has no layer to quantize, or none that is not quantized already, or weights that are not
+            finite, or is inside a DistributedDataParallel of several processes; a setting is unknown or out of its
+            range, a pattern of the config matches no layer, layers that share a weight are told different things of it,
+            or quantized layers have other settings than it gives them; an embedding with ``max_norm`` is tied to one;
+            with ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
         >>> [name for name, _ in quantizers(model)]
         ['0.weight_quantizer', '0.input_quantizer', '2.weight_quantizer', '2.input_quantizer']
     """
-    config = with_levels_read(config or CPQConfig())
+    config = None if config is None else with_levels_read(config)
+    check_unspread(model)
     given, model = model, cast(M, unwrapped(model))
     if is_attached(model):
-        raise ValueError(
-            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
-        )
+        _attach_late(model, config)
+        return given
+    config = with_levels_read(CPQConfig() if config is None else config)
     products = find_products(model, example_inputs) if config.attention else {}
     plans = {name: found.plan for name, found in products.items()}
-    sites = select(model, config, plans)
+    sites = select(model, config, plans, {tied.name: tied.module for tied in tied_to_layers(model)})
     chosen = chosen_operands(model, plans, config)
     paths = [operand_path(name, operand) for name, own in chosen.items() for operand in own]
     check_names(config, [*(site.name for site in sites), *paths])
+    readers, untied = to_be_tied(model, {site.name: site.layer for site in sites}, config)
     shared: dict[int, Quantizer] = {}
     pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
     operands = _build_operands(model, chosen, 2 * len(sites))
@@ -94,8 +110,11 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
             remember_plan(quantize_products(module, plan, found.counts, operands.get(name, {}), "input_quantizer"))
         for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
             switch(site.layer, weight_quantizer, input_quantizer)
+        for reader in readers:
+            tie(reader, shared[id(reader.tensor)])
         arrange(model)
     except Exception:
+        leave_tied(model, written=False)
         for _, layer in list(quantized_layers(model)):
             switch_back(layer, written=False)
         for _, module in list(modules_with_products(model)):
@@ -104,7 +123,53 @@ def attach(model: M, config: CPQConfig | None = None, *, example_inputs: Any = N
         raise
     set_attached_config(model, config)
     watch(model)
+    for warning in untied:
+        warnings.warn(warning, stacklevel=2)
     return given
+
+
+def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
+    """Quantize the layers of an attached model that are not quantized yet."""
+    known = attached_config(model)
+    config = known if config is None else config
+    if config is None:
+        raise ValueError(
+            f"Layers of {type(model).__name__} are quantized already, and by which config is not known: it was "
+            "attached in parts or as a part, or from a state_dict. Give the config, attach(model, config), to quantize "
+            "the others."
+        )
+    quantized = dict(quantized_layers(model))
+    sites = [s for s in select(model, config, checked=config != known) if s.name not in quantized]
+    if not sites and (known is None or not late_layers(model)):
+        raise ValueError(
+            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
+        )
+    if known is not None:
+        check_same_settings(model, quantized, known, config)
+    if isinstance(config.levels_from, dict):
+        check_names(config, {*config.levels_from, *(site.name for site in sites)})
+    shared = {id(shared_weight(layer)): layer.weight_quantizer for layer in quantized.values()}
+    first = 1 + max(q.settings.key for _, q in quantizers(model)) // 2
+    pairs = [_build(site, index, shared) for index, site in enumerate(sites, start=first)]
+    active = any(q.active for _, q in quantizers(model))
+    for quantizer in (q for pair in pairs for q in pair if q is not None):
+        quantizer.configure(active=active)
+    try:
+        for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
+            switch(site.layer, weight_quantizer, input_quantizer)
+        arrange(model)
+    except Exception:
+        for site in sites:
+            if isinstance(site.layer, QuantizedLayer):
+                switch_back(site.layer, written=False)
+        take_back(model)
+        arrange(model)
+        raise
+    if known is not None:
+        set_attached_config(model, config)
+    for site in sites:
+        set_origin(site.layer, Origin(site.name, config))
+    watch(model)
 
 
 def arrange(model: nn.Module) -> None:
@@ -125,6 +190,7 @@ def watch(model: nn.Module) -> None:
 def unwatch(model: nn.Module) -> None:
     """Take back :func:`watch`, of a model and of its parts."""
     forget_first_forwards(model)
+    forget_products(model)
     for module in model.modules():
         for handle, hook in list(module._forward_pre_hooks.items()):
             if hook is _advance_noise:
@@ -136,11 +202,11 @@ def _advance_noise(model: nn.Module, args: object) -> None:
     if model.training:
         for _, quantizer in quantizers(model):
             if quantizer.has_gates:
-                quantizer.noise_step.add_(1)
+                quantizer.gates.advance()
 
 
 def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quantizer, Quantizer | None]:
-    weight = cast(Tensor, site.layer.weight)
+    weight = weight_now(site.layer)
     # A Parameter that several layers share is one tensor when it ships: it has one quantizer.
     owner = id(shared_weight(site.layer))
     if owner not in shared:
@@ -209,7 +275,8 @@ def take_back(model: nn.Module) -> None:
 def detach(model: M) -> M:
     """Give plain layers back, in place, with the quantized weights written into their Parameters.
 
-    Activations are no longer quantized. Weights evaluate as they did, to the bit.
+    Activations are no longer quantized. Weights evaluate as they did, to the bit: those that the forward multiplies by
+    in full precision, without their layer, are left as they are.
 
     Returns:
         The model itself.
@@ -221,12 +288,32 @@ def detach(model: M) -> M:
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: there is nothing to detach.")
-    plain = [module for module in model.modules() if not isinstance(module, QuantizedLayer)]
-    read_elsewhere = {id(p) for module in plain for p in module._parameters.values() if p is not None}
+    around, _ = bypassed(model)
+    _part_from_float(model)
+    leave_tied(model)
     for layer in layers.values():
-        switch_back(layer, shared=id(layer._parameters.get("weight")) in read_elsewhere)
+        switch_back(layer, written=layer not in around)
     _forget(model)
     return given
+
+
+def _part_from_float(model: nn.Module) -> None:
+    """Give what reads a weight quantized a Parameter of its own, where something else reads the same in full precision.
+
+    Those that read it quantized go on sharing one.
+    """
+    layers = [(name, layer._parameters.get("weight"), layer) for name, layer in quantized_layers(model)]
+    known = {id(parameter): name for name, parameter, _ in layers if parameter is not None}
+    plain = [m for m in model.modules() if holds_weight(m) and not isinstance(m, QuantizedLayer)]
+    read = {id(tied.tensor) for tied in tied_to(model, known) if not tied.reads_quantized}
+    read |= {id(module._parameters.get("weight")) for module in plain}
+    own: dict[int, nn.Parameter] = {}
+    users = [(parameter, layer._parameters, "weight") for _, parameter, layer in layers]
+    users += [(r._parameters[r.tied_name], r._parameters, r.tied_name) for _, r in tied_readers(model)]
+    for parameter, held, key in users:
+        if parameter is not None and id(parameter) in read:
+            fresh = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            held[key] = own.setdefault(id(parameter), fresh)
 
 
 def _forget(model: nn.Module) -> None:
@@ -235,7 +322,6 @@ def _forget(model: nn.Module) -> None:
     for _, module in list(modules_with_products(model)):
         leave_products(module)
     unwatch(model)
-    model.__dict__.pop("_cpq_config", None)
 
 
 def full_precision_copy(model: M) -> M:
@@ -243,11 +329,12 @@ def full_precision_copy(model: M) -> M:
 
     A model that is not quantized is copied as it is; of a wrapped one, what was wrapped.
     """
-    copied: M = copy.deepcopy(cast(M, unwrapped(model)))
-    for _, layer in list(quantized_layers(copied)):
+    copy = copied(cast(M, unwrapped(model)))
+    leave_tied(copy, written=False)
+    for _, layer in list(quantized_layers(copy)):
         switch_back(layer, written=False)
-    _forget(copied)
-    return copied
+    _forget(copy)
+    return copy
 
 
 def set_active(model: nn.Module, active: bool) -> None:
@@ -270,4 +357,5 @@ def set_noise_step(model: nn.Module, step: int) -> None:
     """Set the counter that DropBits' noise is drawn at; quantizers draw the same gates at the same counter."""
     for _, quantizer in quantizers(model):
         if "noise_step" in quantizer.gates._buffers:
+            quantizer.gates.steps_ahead = 0
             quantizer.noise_step.fill_(step)

@@ -16,9 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.computed import is_computed
+from cpq_lightning.attach.flops import MacCounter
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
 from cpq_lightning.attach.operations import (
     FUSED,
+    LOOKUPS,
     WITH_WEIGHT,
     WITHOUT_WEIGHT,
     keeps_values,
@@ -26,9 +29,12 @@ from cpq_lightning.attach.operations import (
     multiply_accumulates,
     product_operands,
 )
+from cpq_lightning.attach.origin import attached_config, late_layers
+from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.products import QuantizedProducts
-from cpq_lightning.attach.select import attached_config, matches
+from cpq_lightning.attach.tied import tied_to_layers
 from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.nn import Quantizer, Watcher
 
 if TYPE_CHECKING:
@@ -69,16 +75,20 @@ class AuditReport:
         macs: Multiply-accumulates in one sample, by name of the weight quantizer, or of a product's left one; a layer
             that is called twice counts once.
         numel: Elements in one sample, by name of the activation quantizer that they passed.
+        products: Multiply-accumulates of all calls, and those of which both operands were quantized, by name of the
+            innermost module whose code multiplies.
     """
 
     never_called: list[str] = field(default_factory=list)
     unquantized: list[tuple[str, str, str]] = field(default_factory=list)
     activation_products: list[tuple[str, str]] = field(default_factory=list)
     overlooked: list[tuple[str, str]] = field(default_factory=list)
+    lookups: list[tuple[str, str]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     macs: dict[str, int] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
     weights: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
+    products: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def messages(self, forward: str = "the first forward") -> list[str]:
         """One sentence a finding, of the forward that is named."""
@@ -95,6 +105,13 @@ class AuditReport:
                 for where, op, what in self.unquantized
             ]
             found.append(f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_some(lines)}.")
+        if self.lookups:
+            lines = [f"{where or 'the model itself'} (the weight of {layer})" for where, layer in self.lookups]
+            found.append(
+                f"{len(lines)} lookups in the weight of a quantized layer stayed in full precision in {forward}: "
+                f"{_some(lines)}. Tie weights before the model is quantized, and let the module that has one look it "
+                "up; or name that module in ignore."
+            )
         if self.overlooked:
             found.append(
                 f"attention=True: {len(self.overlooked)} products of two activations stayed unquantized, of modules "
@@ -129,24 +146,37 @@ class Audit(TorchFunctionMode, Watcher):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model = model = unwrapped(model)
         self.report = AuditReport()
         self._names = {module: name for name, module in model.named_modules()}
         self._called: set[nn.Module] = set()
         self._left_out = _left_out(model)
         config = attached_config(model)
         self._all_products = config is not None and config.attention
+        # Layers by their Parameters; where only a part was attached, what is outside of it is left alone.
+        self._layers = WeakTensorKeyDictionary()
+        for name, layer in () if config is None else quantized_layers(model):
+            parameter = layer._parameters.get("weight")
+            if parameter is not None:
+                self._layers[parameter] = name
+        ignored = () if config is None else config.ignore
+        tied = (found for found in tied_to_layers(model) if any(matches(found.name, found.module, p) for p in ignored))
+        self._left_out |= {found.module for found in tied}
         # Which quantizer a tensor came from.
         self._quantized = WeakTensorKeyDictionary()
         # Parameters, and what is made of their values.
         self._parameters = WeakTensorKeyDictionary()
+        # Buffers, likewise.
+        self._buffers = WeakTensorKeyDictionary()
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
         self._entered = False
+        self._macs = MacCounter()
 
     def __enter__(self) -> Self:
         self._entered = True
         self._parameters.update((parameter, name) for name, parameter in self.model.named_parameters())
+        self._buffers.update((buffer, name) for name, buffer in self.model.named_buffers())
         Watcher.__enter__(self)
         TorchFunctionMode.__enter__(self)
         return self
@@ -178,22 +208,33 @@ class Audit(TorchFunctionMode, Watcher):
 
     def on_product(self, layer: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> None:
         if layer in self._names and isinstance(layer, QuantizedLayer) and not _UNAUDITED.get():
-            places = out.numel() * (weight.numel() // weight.shape[0])
-            self._note_macs(layer.weight_quantizer, places // self._samples(x), self._names[layer])
+            macs = out.numel() * (weight.numel() // weight.shape[0])
+            self._note_macs(layer.weight_quantizer, macs // self._samples(x), self._names[layer])
+            self._note_product(self._names[layer], macs, quantized=True)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if _UNAUDITED.get() or getattr(func, "__name__", "") == "__get__":
+            # A property computes nothing, and may be of a quantized tensor's values: those turned, for one.
+            out = func(*args, **kwargs)
+        else:
+            with self._macs:
+                out = func(*args, **kwargs)
         if _UNAUDITED.get():
             return out
+        if macs := self._macs.take():
+            self._note_product(self._where(), macs, self._multiplies_quantized(func, args, kwargs))
         if func in WITH_WEIGHT:
             self._product(func, args, kwargs, out)
         elif func in WITHOUT_WEIGHT:
             self._product_of_two(func, args, kwargs, out)
         elif func in FUSED:
             self._note_unquantized(func.__name__, "input and weight")
+            self._count_inside(func, args, kwargs, out)
+        elif func in LOOKUPS:
+            self._lookup(func, args, kwargs, out)
         elif may_multiply(func):
             self._unknown_product(func, args, kwargs)
         elif isinstance(out, Tensor | tuple | list):
@@ -201,8 +242,10 @@ class Audit(TorchFunctionMode, Watcher):
         return out
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
-        """What is made of a quantized tensor's values, or of a Parameter's, by an operation that multiplies nothing."""
-        for known in (self._quantized, self._parameters):
+        """What is made of a quantized tensor's values, or of a Parameter's or a buffer's, by an operation that
+        multiplies nothing.
+        """
+        for known in (self._quantized, self._parameters, self._buffers):
             # Of operations that join tensors the first argument is a list of them.
             given = [*args[0], *args[1:2]] if args and isinstance(args[0], tuple | list) else args[:2]
             source = next((value for value in given if isinstance(value, Tensor) and value in known), None)
@@ -231,6 +274,17 @@ class Audit(TorchFunctionMode, Watcher):
             name = getattr(func, "__name__", "").partition(".")[0].strip("_") or str(func)
             self._note_unquantized(name, " and ".join(sorted(missing)), tensors)
 
+    def _lookup(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self._follow(func, args, out)
+        weight = args[LOOKUPS[func]] if len(args) > LOOKUPS[func] else kwargs.get("weight", kwargs.get("input"))
+        if not isinstance(weight, Tensor) or weight not in self._layers:
+            return
+        module = self._module()
+        if module not in self._left_out and not isinstance(module, Quantizer):
+            finding = (self._where(), self._layers[weight])
+            if finding not in self.report.lookups:
+                self.report.lookups.append(finding)
+
     def _note_unquantized(self, operation: str, missing: str, operands: Iterable[Any] = ()) -> None:
         where = self._where()
         finding = (where, operation, missing)
@@ -252,6 +306,8 @@ class Audit(TorchFunctionMode, Watcher):
         if len(kinds) < 2:
             return
         layer = self._module()
+        if self._computes_weight(layer, where, operands):
+            return
         mixed = [quantizer for quantizer, kind in kinds if quantizer is not None and kind == "weight"]
         if mixed and isinstance(layer, QuantizedLayer):
             self._quantized[out] = mixed[0]
@@ -265,6 +321,14 @@ class Audit(TorchFunctionMode, Watcher):
             self.report.activation_products.append((where, name))
             if self._all_products and not isinstance(layer, QuantizedProducts):
                 self.report.overlooked.append((where, name))
+
+    def _computes_weight(self, layer: nn.Module | None, where: str, operands: list[Tensor]) -> bool:
+        """Whether a product is a step on the way to a quantized layer's weight, such as a spectral norm's."""
+        owner, inside, _ = where.partition(".parametrizations.")
+        if inside or where.startswith("parametrizations."):
+            return isinstance(self.model.get_submodule(owner if inside else ""), QuantizedLayer)
+        known = all(operand in self._parameters or operand in self._buffers for operand in operands)
+        return known and isinstance(layer, QuantizedLayer) and is_computed(layer)
 
     def _kind(self, value: Any) -> tuple[Quantizer | None, str]:
         """What quantized an operand of a product, and whether it is a weight or an input."""
@@ -292,6 +356,20 @@ class Audit(TorchFunctionMode, Watcher):
         if missing:
             self._note_unquantized(func.__name__, " and ".join(missing), operands)
 
+    def _multiplies_quantized(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether all operands of a product are quantized."""
+        if func in WITH_WEIGHT:
+            operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
+        elif func in WITHOUT_WEIGHT:
+            operands = product_operands(func, args, kwargs)
+        else:
+            return False
+        return all(map(self._is_quantized, operands))
+
+    def _note_product(self, where: str, macs: int, quantized: bool) -> None:
+        total, known = self.report.products.get(where, (0, 0))
+        self.report.products[where] = (total + macs, known + macs * quantized)
+
     def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
         """Multiply-accumulates of a product with a quantized weight."""
         if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
@@ -304,6 +382,20 @@ class Audit(TorchFunctionMode, Watcher):
         places = (input if "transpose" in func.__name__ else out).numel()
         macs = places * (weight.numel() // weight.shape[0]) // self._samples(input)
         self._note_macs(quantizer, macs, self._where())
+
+    def _count_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Multiply-accumulates of quantized weights that an operation of many products was handed, such as attention's
+        out-projection.
+        """
+        first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+        if func is F.multi_head_attention_forward and first is not None and first.dim() == 3:
+            # Tokens come first there.
+            self._batch = self._batch or first.shape[1]
+        for leaf in tree_leaves((args, kwargs)):
+            quantizer = self._quantized.get(leaf) if isinstance(leaf, Tensor) else None
+            if first is not None and quantizer is not None and quantizer.kind == "weight":
+                macs = first.numel() // first.shape[-1] * leaf.numel()
+                self._note_macs(quantizer, macs // self._samples(first), self._where())
 
     def _note_macs(self, quantizer: Quantizer, macs: int, where: str) -> None:
         """Once a module, however often it is called."""
@@ -339,8 +431,5 @@ class Audit(TorchFunctionMode, Watcher):
 
 def _left_out(model: nn.Module) -> set[nn.Module]:
     """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
-    config = attached_config(model)
-    plain = {n: m for n, m in model.named_modules() if holds_weight(m)}
-    if config is None:
-        return set(plain.values())
-    return {m for n, m in plain.items() if any(matches(n, m, pattern) for pattern in config.ignore)}
+    late = set(late_layers(model).values())
+    return {module for module in model.modules() if holds_weight(module)} - late

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.calls import as_batch_call
 from cpq_lightning.attach.first_forward import agreed, note_forward, report_audit, set_audited
 from cpq_lightning.attach.first_last import correct_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
@@ -42,16 +44,18 @@ def calibrate(
 
     Args:
         model: An attached model.
-        batches: What to run: tensors; tuples or lists whose first element is the input, as ``(images, labels)``; or
-            dicts of keyword arguments. Read once, held in memory.
-        forward: How to run one batch; by default ``model(input)``.
+        batches: What to run: inputs; or tuples or lists whose first element is the input, as ``(images, labels)``. An
+            input is a tensor, or the dict, tuple or list that the forward takes as its one argument; or a dict of its
+            arguments by name, or, where it takes more than one, a tuple or list of them. Read once, held in memory.
+        forward: How to run one batch, where that is another: ``lambda batch: model(*batch[0], **batch[1])``.
         most: Take at most this many batches.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is not attached, or there is no batch.
+        ValueError: the model is not attached, or there is no batch, or an empty one.
+        TypeError: the forward takes no such input.
         FailedElsewhere: a forward failed in another process.
     """
     if not is_attached(model):
@@ -145,17 +149,12 @@ def _uncompiled() -> Any:
 
 def _call(model: nn.Module, batch: Any) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return model(**{key: move(value) for key, value in batch.items()})
-    if isinstance(batch, tuple | list):
-        if not batch:
-            raise ValueError("calibrate got an empty tuple as a batch: its first element must be the input.")
-        batch = batch[0]
-    return model(move(batch))
+    try:
+        call = as_batch_call(model, batch)
+    except TypeError as error:
+        raise TypeError(f"batches: {error}: say how to run one, calibrate(..., forward=...).") from None
+    args, kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, call)
+    return model(*args, **kwargs)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the widths of an attached model cost: average bits, bytes, bit operations."""
+"""What the widths of an attached model cost: average bits and bit operations. Bytes are those of a file: ``export``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
+from cpq_lightning.attach.computed import computing
+from cpq_lightning.attach.layers import QuantizedLayer, bypassed, quantized_layers, quantizers
 from cpq_lightning.attach.products import quantized_operands
+from cpq_lightning.attach.timm_layers import shared_weight
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.functional import WidthCost, average_bits, packed_bytes
 from cpq_lightning.nn import Quantizer
 
-CostUnit = Literal["weight_bits", "act_bits", "bytes", "bops"]
+CostUnit = Literal["weight_bits", "act_bits", "bops"]
 # What is not quantized computes, and is kept, in float32.
 FULL_BITS = 32
 
@@ -23,23 +26,24 @@ def learning_quantizers(model: nn.Module) -> list[tuple[str, Quantizer]]:
     return [(name, q) for name, q in quantizers(model) if q.learns_bits]
 
 
-def unquantized_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes in float32 of the model before it was attached, and of that part of it that is not quantized."""
+def float_bytes(model: nn.Module) -> int:
+    """Bytes in float32 of the model before it was attached; what several modules share counts once."""
+    model = unwrapped(model)
     own = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
+    weights = {id(shared_weight(layer)): layer for _, layer in quantized_layers(model)}
+    # What a weight is computed from is gone when it ships.
+    own |= {id(t) for layer in weights.values() for t in (layer._parameters.get("weight"), *computing(layer).values())}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
-    full = 4 * sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    weights = {layer.weight_id: layer for _, layer in quantized_layers(model)}
-    return full, full - 4 * sum(layer.weight.numel() for layer in weights.values())
+    rest = 4 * sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    return rest + 4 * sum(layer.weight.numel() for layer in weights.values())
 
 
-def size_bytes(model: nn.Module) -> int:
-    """Size of the model as it ships: packed codes, steps and what is not quantized in float32, widths of channels."""
-    _, size = unquantized_bytes(model)
-    for _, q in quantizers(model):
-        size += _overhead(q)
-        if q.kind == "weight":
-            size += weight_bytes(q)
-    return size
+def idle_quantizers(model: nn.Module) -> set[Quantizer]:
+    """Quantizers that no forward uses, of layers that it goes round: they cost nothing, and save nothing."""
+    weights, inputs = bypassed(model)
+    read = {layer.weight_quantizer for _, layer in quantized_layers(model) if layer not in weights}
+    found = {layer.weight_quantizer for layer in weights} - read
+    return found | {q for layer in inputs if (q := layer.input_quantizer) is not None}
 
 
 def weight_bytes(quantizer: Quantizer) -> int:
@@ -50,7 +54,8 @@ def weight_bytes(quantizer: Quantizer) -> int:
 
 def mean_width(model: nn.Module, kind: str, expected: bool = False) -> float | None:
     """Average bits over the elements of all weights or activations that are not exempt; ``None`` of nothing."""
-    found = [q for _, q in quantizers(model) if q.kind == kind and not q.first_or_last]
+    idle = idle_quantizers(model)
+    found = [q for _, q in quantizers(model) if q.kind == kind and not q.first_or_last and q not in idle]
     widths = [(q.expected_widths() if expected else q.decided_widths()).double().mean() for q in found]
     return average_bits((q.numel, float(width)) for q, width in zip(found, widths, strict=True))
 
@@ -64,7 +69,7 @@ def bit_operations(model: nn.Module) -> float | None:
 
 
 def model_costs(model: nn.Module) -> dict[str, float]:
-    """What the model costs now, by name: decided and expected average bits, bytes, bit operations."""
+    """What the model costs now, by name: decided and expected average bits, bit operations."""
     values: dict[str, float | None] = {"weight_bits": mean_width(model, "weight")}
     learned = {q.kind for _, q in quantizers(model) if q.gates.learned}
     if "weight" in learned:
@@ -72,7 +77,7 @@ def model_costs(model: nn.Module) -> dict[str, float]:
     values["act_bits"] = mean_width(model, "activation")
     if "activation" in learned:
         values["expected_act_bits"] = mean_width(model, "activation", expected=True)
-    values |= {"size_bytes": size_bytes(model), "bops": bit_operations(model)}
+    values["bops"] = bit_operations(model)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -88,10 +93,10 @@ def width_cost(model: nn.Module, learners: Sequence[Quantizer], unit: CostUnit) 
     """The cost of the learners' widths, all others as they are.
 
     ``weight_bits`` and ``act_bits`` are the averages that ``levels.json`` calls ``weight_bits_avg`` and
-    ``act_bits_avg``, ``bytes`` its ``size_bytes``, ``bops`` its ``bops``: the sum over quantized layers of
-    multiply-accumulates in a sample, times the width of the weight, times that of the activation (32 where it is in
-    full precision), and over products of two activations that are quantized, of their multiply-accumulates times both
-    widths.
+    ``act_bits_avg``, ``bops`` its ``bops``: the sum over quantized layers of multiply-accumulates in a sample, times
+    the width of the weight, times that of the activation (32 where it is in full precision), and over products of two
+    activations that are quantized, of their multiply-accumulates times both widths. Bytes are
+    :func:`cpq_lightning.export.byte_cost`.
 
     Args:
         model: An attached model.
@@ -124,22 +129,14 @@ def width_cost(model: nn.Module, learners: Sequence[Quantizer], unit: CostUnit) 
         _add_bops(model, add)
     else:
         kind = "activation" if unit == "act_bits" else "weight"
-        counted = [q for _, q in quantizers(model) if q.kind == kind and (unit == "bytes" or not q.first_or_last)]
-        whole = 8.0 if unit == "bytes" else float(sum(q.numel for q in counted)) or 1.0
+        idle = idle_quantizers(model)
+        counted = [q for _, q in quantizers(model) if q.kind == kind and not q.first_or_last and q not in idle]
+        whole = float(sum(q.numel for q in counted)) or 1.0
         for quantizer in counted:
             add(quantizer, quantizer.numel / whole)
-        if unit == "bytes":
-            _, constant_bytes = unquantized_bytes(model)
-            constant += constant_bytes + sum(_overhead(q) for _, q in quantizers(model))
     pairs = [torch.broadcast_tensors(left, right, torch.as_tensor(c, dtype=torch.float64)) for left, right, c in terms]
     joined = [torch.cat([p[i] for p in pairs]) if pairs else torch.zeros(0) for i in range(3)]
     return WidthCost(joined[2].double(), joined[0].long(), joined[1].long(), constant)
-
-
-def _overhead(quantizer: Quantizer) -> int:
-    """Bytes of a quantizer's steps in float32 and, where channels have widths of their own, of those."""
-    widths = quantizer.gates.rows if quantizer.learns_bits else len(quantizer.decided_widths())
-    return 4 * max(len(quantizer.log_scale), widths) + (widths if widths > 1 else 0)
 
 
 def _rows(quantizer: Quantizer | None, first: dict[Quantizer, int], one: int) -> tuple[Tensor | None, float]:
@@ -157,13 +154,14 @@ def _add_bops(model: nn.Module, add: Callable[..., None]) -> None:
         raise ValueError(
             "Bit operations are not known before a forward: run one batch through the model, or calibrate it, first."
         )
+    idle = idle_quantizers(model)
     users: dict[Quantizer, int] = {}
     for layer in layers:
         users[layer.weight_quantizer] = users.get(layer.weight_quantizer, 0) + 1
     for layer in layers:
         # Layers that share a weight share its count: which of them multiplied how much is not kept.
         macs = layer.weight_quantizer.macs / users[layer.weight_quantizer]
-        if layer.input_quantizer is None:
+        if layer.input_quantizer is None or layer.input_quantizer in idle:
             add(layer.weight_quantizer, macs * FULL_BITS)
         else:
             add(layer.weight_quantizer, macs, layer.input_quantizer)

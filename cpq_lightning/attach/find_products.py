@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.calls import Call, as_call
 from cpq_lightning.attach.first_forward import auditable
 from cpq_lightning.attach.operations import product_operands
 from cpq_lightning.attach.timm_layers import holds_weight
@@ -23,8 +24,6 @@ from cpq_lightning.attach.timm_layers import holds_weight
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# A call's arguments.
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 _REMEDY = (
     "give attach(..., example_inputs=batch), or set the LightningModule's example_input_array (of a QuantizedModule "
     "around a network of your own: set it, and leave quantizing to CPQCallback)"
@@ -47,9 +46,9 @@ def find_products(model: nn.Module, example_inputs: Any = None) -> dict[str, Pro
 
     Args:
         model: A model that is not quantized.
-        example_inputs: What to call the model with: a tensor, a tuple or list of arguments, or a dict of keyword
-            arguments. Without them a LightningModule's ``example_input_array`` is taken, or timm backbones in it are
-            called with images of their own size.
+        example_inputs: What to call the model with: see :func:`~cpq_lightning.attach.as_call`. Without them a
+            LightningModule's ``example_input_array`` is taken, or timm backbones in it are called with images of their
+            own size.
 
     Raises:
         ValueError: there is nothing to call the model with, the call fails, or the model is compiled.
@@ -61,7 +60,7 @@ def find_products(model: nn.Module, example_inputs: Any = None) -> dict[str, Pro
     given = example_inputs if example_inputs is not None else getattr(model, "example_input_array", None)
     if given is not None:
         try:
-            return _found(model, _as_call(given))
+            return _found(model, as_call(model, given))
         except Exception as error:
             raise ValueError(f"attention=True: the forward with the example inputs fails ({error}).") from error
     found: dict[str, Products] = {}
@@ -98,14 +97,7 @@ def _of_backbone(name: str, backbone: nn.Module) -> dict[str, Products]:
     ) from failure
 
 
-def _as_call(inputs: Any) -> _Call:
-    # As Lightning takes an example_input_array.
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
-
-
-def _found(model: nn.Module, call: _Call) -> dict[str, Products]:
+def _found(model: nn.Module, call: Call) -> dict[str, Products]:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def ours(value: Any) -> Any:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cpq_lightning.attach.audit import Audit, AuditReport
-from cpq_lightning.attach.first_last import correct_first_and_last
+from cpq_lightning.attach.coverage import remember_products
+from cpq_lightning.attach.first_last import correct_first_and_last, nothing_between
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.nn import Quantizer, watchers
 
 log = logging.getLogger("cpq_lightning")
 
@@ -68,7 +70,7 @@ def forget_first_forwards(model: nn.Module) -> None:
 def set_audited(model: nn.Module, training: bool) -> bool:
     """Note that a forward in training, or in evaluation, has been audited otherwise; whether it had not been before."""
     try:
-        model.__dict__.get(_PENDING, []).remove(training)
+        unwrapped(model).__dict__.get(_PENDING, []).remove(training)
     except ValueError:
         return False
     return True
@@ -82,6 +84,8 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
         report: What it showed.
         counts: Whether to take its count of an activation's elements, which gradients depend on.
     """
+    model = unwrapped(model)
+    remember_products(model, report)
     modules = dict(model.named_modules())
     facts: dict[Quantizer, dict[str, int]] = {}
     for place, name in enumerate(report.order, start=1):
@@ -97,6 +101,25 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
                 facts.setdefault(quantizer, {})[what] = count
     for quantizer, values in facts.items():
         quantizer.configure(has_facts=True, **values)
+
+
+def note_unseen(model: nn.Module, report: AuditReport) -> None:
+    """Write into the quantizers what a forward in evaluation showed of layers that training does not call."""
+    model = unwrapped(model)
+    known = [layer for _, layer in quantized_layers(model) if layer.weight_quantizer.execution_index]
+    if not known:
+        return
+    last = max(layer.weight_quantizer.execution_index for layer in known)
+    modules = dict(model.named_modules())
+    new = [modules[name] for name in report.order if modules.get(name) not in known]
+    for place, layer in enumerate((m for m in new if isinstance(m, QuantizedLayer)), start=last + 1):
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None and not quantizer.execution_index:
+                quantizer.configure(has_facts=True, execution_index=place)
+    for name, macs in report.macs.items():
+        quantizer = modules.get(name)
+        if isinstance(quantizer, Quantizer) and not quantizer.macs:
+            quantizer.configure(has_facts=True, macs=macs)
 
 
 def agreed(report: AuditReport) -> AuditReport:
@@ -119,17 +142,27 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
     calls, such as a second head.
     """
     forward = "the first forward in evaluation" if evaluation else "the first forward"
-    said: set[Any] = model.__dict__.setdefault(_SAID, set())
-    names = ("never_called", "unquantized", "activation_products", "overlooked")
+    said: set[Any] = unwrapped(model).__dict__.setdefault(_SAID, set())
+    names = ("never_called", "unquantized", "activation_products", "overlooked", "lookups")
     new = AuditReport(weights=report.weights)
     for name in names[1:] if evaluation else names:
         setattr(new, name, [found for found in getattr(report, name) if (name, found) not in said])
         said.update((name, found) for found in getattr(new, name))
+    ends = nothing_between(model)
+    if ends is not None and ends not in said:
+        said.add(ends)
+        warnings.warn(ends, stacklevel=2)
     for message in new.messages(forward):
         if message.startswith(f"{len(new.activation_products)} products of two"):
             log.info(message)
         else:
             warnings.warn(message, stacklevel=2)
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether weights have been updated behind the last forward in training that the model's hooks have followed."""
+    tracking: _Tracking | None = unwrapped(model).__dict__.get(_TRACKING)
+    return tracking is not None and tracking.is_behind()
 
 
 def _start(model: nn.Module, args: Any) -> None:
@@ -139,7 +172,8 @@ def _start(model: nn.Module, args: Any) -> None:
         _act_on_what_was_shown(model)
         if _TRACKING in model.__dict__:
             model.__dict__[_TRACKING].before_forward()
-    if model.__dict__.get(_PENDING) and auditable(model) and set_audited(model, model.training):
+    watched = any(isinstance(watcher, Audit) for watcher in watchers())
+    if model.__dict__.get(_PENDING) and not watched and auditable(model) and set_audited(model, model.training):
         audit = Audit(model)
         _started.audits.append((model, audit))
         audit.__enter__()
@@ -230,6 +264,10 @@ class _Tracking:
             self._training = False
             self.tracker.pause()
             self.tracker.propose()
+
+    def is_behind(self) -> bool:
+        """Whether weights are not those of the last forward in training, of which there has been one."""
+        return self._versions is not None and self._versions != self._written()
 
     def _written(self) -> list[tuple[int, int]]:
         """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""

@@ -1,19 +1,28 @@
-"""Which layers are the first and the last, once a forward has shown it."""
+"""Which layers are the first and the last, once a forward has shown it, and whether any other is left."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
 
-from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
-from cpq_lightning.attach.select import attached_config, first_and_last, layer_settings
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
+from cpq_lightning.attach.origin import attached_config
+from cpq_lightning.attach.patterns import names_of, overrides_of
+from cpq_lightning.attach.select import first_and_last, layer_settings
+from cpq_lightning.attach.wrapping import unwrapped
 
 
 def _decided(layers: Iterable[QuantizedLayer]) -> bool:
     """Whether learned widths have been fixed: an earlier forward has settled then which layers are the ends."""
     weights = (layer.weight_quantizer for layer in layers)
     return any(q.gates.learned and not q.learns_bits and not q.first_or_last for q in weights)
+
+
+def _weight_quantizer(layer: nn.Module) -> object:
+    # Of layers that were tied behind attachment each has its own.
+    return cast(QuantizedLayer, layer).weight_quantizer
 
 
 def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
@@ -28,15 +37,17 @@ def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
         Names of the layers whose width changed. Their weights' steps are fitted anew, their activations' by the next
         calibration.
     """
+    model = unwrapped(model)
     layers = dict(quantized_layers(model))
     called = [name for name in order if name in layers]
     config = attached_config(model)
     if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
         return []
     ends = first_and_last(model, list(layers), called)
+    overrides = overrides_of(cast("dict[str, nn.Module]", layers), names_of(model), config, _weight_quantizer)
     changed = []
     for name, layer in layers.items():
-        settings, first_or_last = layer_settings(name, layer, config, name in ends)
+        settings, first_or_last = layer_settings(name, overrides[name], config, name in ends)
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if first_or_last == weights.first_or_last:
             continue
@@ -49,3 +60,26 @@ def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
             inputs.configure(bits=bits, min_bits=narrowest, first_or_last=first_or_last)
             inputs.refit_next()
     return changed
+
+
+def nothing_between(model: nn.Module) -> str | None:
+    """A sentence where all quantized layers are first or last ones, so that the config's own widths are nowhere."""
+    config = attached_config(model)
+    exempt = [name for name, layer in quantized_layers(model) if layer.weight_quantizer.first_or_last]
+    if config is None or config.first_last_bits is None or len(exempt) < len(list(quantized_layers(model))):
+        return None
+    if config.levels_from is not None:
+        # Widths are those of the file.
+        return None
+    wanted = {"weight_bits": config.weight_bits}
+    if config.act_bits is not None and all(q.first_or_last for _, q in quantizers(model) if q.kind == "activation"):
+        wanted["act_bits"] = config.act_bits
+    nowhere = [f"{name}={bits}" for name, bits in wanted.items() if bits != config.first_last_bits]
+    if not nowhere:
+        return None
+    named = ", ".join(name or "the model itself" for name in exempt[:4]) + (", ..." if len(exempt) > 4 else "")
+    return (
+        f"All {len(exempt)} quantized layers ({named}) are first or last ones, which have "
+        f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(nowhere)}. Set first_last_bits=None, or "
+        "give these layers weight_bits of their own in overrides."
+    )

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-from cpq_lightning.attach.reading import ReadQuantized
+from cpq_lightning.attach.computed import leave_computed, weight_now
+from cpq_lightning.attach.reading import ReadQuantized, TiedReader
 from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.kernels import Convolution, Operand, product
 from cpq_lightning.nn import Quantizer, full_tensor, is_sharded, watchers
 
@@ -31,16 +32,8 @@ class QuantizedLayer(Switched):
     input_quantizer: Quantizer | None
 
     def read_weight(self) -> Tensor:
-        """The weight, for who only looks at it: what a parametrization counts in training, it does not count."""
-        computed = self._modules.get("parametrizations")
-        modes = {} if computed is None else {module: module.training for module in computed.modules()}
-        try:
-            for module in modes:
-                module.training = False
-            return self.weight
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        """The weight as it is now, for who only looks at it: what computes it in training counts nothing by it."""
+        return weight_now(self)
 
     @property
     def weight_id(self) -> int:
@@ -116,6 +109,8 @@ class QuantizedLayer(Switched):
                 quantizer.reset()
 
 
+# Where a layer keeps what it remembers of the model that it was quantized in.
+ORIGIN = "_cpq_origin"
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _stock_classes: dict[type[nn.Module], type[nn.Module] | None] = {}
 
@@ -154,20 +149,17 @@ def switch(layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quant
     layer.add_module("input_quantizer", input_quantizer)
 
 
-def switch_back(layer: QuantizedLayer, shared: bool = False, written: bool = True) -> None:
-    """Make a quantized layer a plain one, in place, with the quantized weight ``written`` into its Parameter.
-
-    One that is ``shared`` with a module that reads it in full precision, an embedding for one, is left to that; the
-    layer gets a Parameter of its own.
-    """
+def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
+    """Make a quantized layer a plain one, in place, with the quantized weight ``written`` into its Parameter."""
     if written:
-        _write(layer, shared)
+        _write(layer)
     for name in ("weight_quantizer", "input_quantizer"):
         layer._modules.pop(name, None)
+    layer.__dict__.pop(ORIGIN, None)
     switch_class_back(layer)
 
 
-def _write(layer: QuantizedLayer, shared: bool) -> None:
+def _write(layer: QuantizedLayer) -> None:
     with torch.no_grad():
         weight, bits = layer.read_weight(), layer.weight_quantizer
         training = bits.training
@@ -176,29 +168,14 @@ def _write(layer: QuantizedLayer, shared: bool) -> None:
             value = bits(full_tensor(weight))
             if isinstance(weight, DTensor):
                 value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            _put(layer, value, shared)
+            _put(layer, value)
         finally:
             bits.train(training)
 
 
-def _put(layer: QuantizedLayer, value: Tensor, shared: bool) -> None:
+def _put(layer: QuantizedLayer, value: Tensor) -> None:
     """Write a weight into the Parameter that a layer has, or will have once what computes its weight is gone."""
-    if is_parametrized(layer, "weight"):
-        # Without gradients torch would leave a buffer where a Parameter was made of several tensors.
-        with torch.enable_grad():
-            remove_parametrizations(layer, "weight", leave_parametrized=True)
-    hooks: list[tuple[int, Any]] = list(layer._forward_pre_hooks.items())
-    for handle, hook in hooks:
-        # Pruning, and the older normalizations of weights: they compute the weight anew before each forward.
-        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == "weight" and hasattr(hook, "remove"):
-            hook.remove(layer)
-            layer._forward_pre_hooks.pop(handle, None)
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    if shared:
-        layer._parameters["weight"] = nn.Parameter(value, requires_grad=weight.requires_grad)
-    else:
-        weight.copy_(value)
+    leave_computed(layer).copy_(value)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -208,13 +185,51 @@ def is_attached(model: nn.Module) -> bool:
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """The quantized layers of a model with their names, in registration order."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
 
 
+def bypassed(model: nn.Module) -> tuple[set[QuantizedLayer], set[QuantizedLayer]]:
+    """Quantized layers that the model's forward goes round, once a forward has been seen.
+
+    Returns:
+        Those whose weight it does not read quantized, and those whose input no quantizer meets: of
+        ``nn.MultiheadAttention``'s out-projection only the weight is read.
+    """
+    layers = [layer for _, layer in quantized_layers(model)]
+    called = {layer for layer in layers if (layer.input_quantizer or layer.weight_quantizer).execution_index}
+    if not called:
+        return set(), set()
+    inputs = {layer for layer in layers if layer not in called and layer.input_quantizer is not None}
+    return {layer for layer in layers if layer not in called and not layer.weight_quantizer.macs}, inputs
+
+
+def read_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """The quantized layers of a model whose weights its forward reads quantized, with their names."""
+    around, _ = bypassed(model)
+    yield from ((name, layer) for name, layer in quantized_layers(model) if layer not in around)
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """The quantizers of a model with their names, in registration order."""
-    for name, module in model.named_modules():
+    """The quantizers of a model with their names, in registration order.
+
+    One that a layer shares with a module that is tied to it, such as an embedding, is named after the layer.
+    """
+    found, tied = [], False
+    for name, module in unwrapped(model).named_modules():
+        tied = tied or isinstance(module, TiedReader)
         if isinstance(module, Quantizer):
-            yield name, module
+            found.append((name, module))
+    if not tied:
+        yield from found
+        return
+    layers = {layer.weight_quantizer for _, layer in quantized_layers(model)}
+    seen: set[Quantizer] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Quantizer) or module in seen:
+            continue
+        if module in layers and isinstance(model.get_submodule(name.rpartition(".")[0]), TiedReader):
+            continue
+        seen.add(module)
+        yield name, module

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from cpq_lightning.attach.layers import is_attached
-from cpq_lightning.attach.rebuild import attach_state, plain_in, quantized_in
+from cpq_lightning.attach.rebuild import attach_state, check_same_quantizers, plain_in, quantized_in
 
 # Parts of the names of what only a quantized model has.
 _OF_QUANTIZERS = ("weight_quantizer", "input_quantizer", "product_operands", "product_state")
@@ -90,6 +90,7 @@ def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwarg
         met[0] += 1
     names = plain_in(self, state_dict)
     if not names:
+        check_same_quantizers(self, state_dict, args[0] if args else kwargs.get("strict", True))
         return _load_state_dict(self, state_dict, *args, **kwargs)
     if met is None and not any(expected(self) for expected in _expected):
         own = type(self).__name__

@@ -31,6 +31,10 @@ FUSED: set[Any] = {
     torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
     torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd,  # type: ignore[attr-defined]
 }  # fmt: skip
+# Operations that look rows of a weight up, and which argument that is.
+LOOKUPS: dict[Any, int] = {
+    F.embedding: 1, F.embedding_bag: 1, Tensor.__getitem__: 0, Tensor.index_select: 0, torch.index_select: 0,
+}  # fmt: skip
 # Parts of the names of operations that multiply matrices: of those that are in no list here, such as
 # ``torch._grouped_mm`` and ``torchvision::deform_conv2d``.
 _MULTIPLYING = ("mm", "matmul", "linear", "conv", "einsum", "attention", "lstm", "gru", "rnn", "mv", "dot", "gemm")

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from cpq_lightning.attach.operations import WITHOUT_WEIGHT, flat_operands
 from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.functional import attention
 from cpq_lightning.nn import Quantizer
 
@@ -100,6 +101,7 @@ def quantize_products(
         parts: What quantizes each operand, by :func:`operand_names`; ``None`` leaves one as it is.
         part_name: Its name in the :class:`Operand`.
     """
+    module = unwrapped(module)
     if any(plan) and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ValueError(
             f"attention=True: {type(module).__name__} multiplies activations and is a container, which would take what "
@@ -148,7 +150,7 @@ def leave_products(module: QuantizedProducts) -> None:
 
 def modules_with_products(model: nn.Module) -> Iterator[tuple[str, QuantizedProducts]]:
     """The modules of a model whose products are quantized, with their names, in registration order."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, QuantizedProducts):
             yield name, module
 

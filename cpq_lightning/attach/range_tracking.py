@@ -146,13 +146,7 @@ class RangeTracker:
         Args:
             frozen: Whether at those of layers that do not train, too: somebody may have rewritten them.
         """
-        # A weight that is shared is looked at once.
-        weights = {layer.weight_quantizer: layer for _, layer in quantized_layers(self.model)}
-        return {
-            q
-            for q, layer in weights.items()
-            if _renewable(q, frozen) and self._renew(q, weight_rows(layer, len(q.log_scale)), None)
-        }
+        return {q for q, rows in _weights(self.model, frozen) if self._renew(q, rows, None)}
 
     def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None) -> bool:
         if not rows.numel():
@@ -175,6 +169,22 @@ class RangeTracker:
             for value in optimizer.state[parameter].values():
                 if isinstance(value, Tensor) and value.shape == stale.shape:
                     value.masked_fill_(stale, 0.0)
+
+
+def _weights(model: nn.Module, frozen: bool) -> Iterator[tuple[Quantizer, Tensor]]:
+    # A weight that is shared is looked at once.
+    for q, layer in {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}.items():
+        if _renewable(q, frozen):
+            yield q, weight_rows(layer, len(q.log_scale))
+
+
+@torch.no_grad()
+def rewritten_weights(model: nn.Module) -> list[str]:
+    """Names of the layers whose weight has left the range that was fitted to it, by the rule of
+    :class:`RangeTracker`.
+    """
+    stale = {q for q, rows in _weights(model, frozen=True) if rows.numel() and bool(_stale(q, rows, None)[0].any())}
+    return [name for name, layer in quantized_layers(model) if layer.weight_quantizer in stale]
 
 
 def _renewable(q: Quantizer, frozen: bool = False) -> bool:
@@ -306,17 +316,19 @@ def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
     return outgrown(quantizer, weight_rows(layer, len(quantizer.grid()[0])), None)
 
 
-def renew_rewritten(model: nn.Module) -> None:
-    """Fit ranges anew that a model's weights have left, for an evaluation or an export of it; a warning names them.
+def renew_rewritten(model: nn.Module) -> list[str]:
+    """Fit ranges anew that a model's weights have left; a warning names the layers, which are returned.
 
     Merging an adapter does that, loading other weights, or a training that has ended at once behind a large update.
+    Ranges of inputs stay as they are: where these are others now, :func:`~cpq_lightning.calibrate` finds both.
     """
-    found = RangeTracker(model).renew_weights(frozen=True)
-    if found:
-        names = [name for name, layer in quantized_layers(model) if layer.weight_quantizer in found]
+    names = rewritten_weights(model)
+    if names:
+        RangeTracker(model).renew_weights(frozen=True)
         warnings.warn(
             f"The weights of {len(names)} layers have left the ranges that were fitted to them, which are fitted anew: "
             f"{', '.join(names)}. After merging or loading weights call calibrate(model, batches), so that ranges of "
             "inputs follow as well.",
             stacklevel=3,
         )
+    return names

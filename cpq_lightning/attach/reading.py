@@ -3,7 +3,8 @@
 A quantized layer's ``weight`` is its Parameter. torch's own convolutions and linear layers are handed the quantized
 weight (:mod:`cpq_lightning.attach.layers`); a forward that reads ``self.weight``, as timm's ``StdConv2d`` and
 ``nn.ConvTranspose2d`` do, or ``self.out_proj.weight``, as ``nn.MultiheadAttention`` does, runs within
-:class:`ReadQuantized`. Writing to the weight reaches the Parameter there as well.
+:class:`ReadQuantized`; so does the forward of a module that has the same Parameter, such as an embedding that is tied
+to the head (:mod:`cpq_lightning.attach.tied`). Writing to the weight reaches the Parameter there as well.
 """
 
 from __future__ import annotations
@@ -114,6 +115,19 @@ class WeightReader(Switched):
             else:
                 kwargs = {**kwargs, "query": kwargs["query"].view_as(kwargs["query"])}
         with ReadQuantized(pairs):
+            return super().forward(*args, **kwargs)
+
+
+class TiedReader(Switched):
+    """Mixed in before the class of a module that has the Parameter of a quantized layer as its own, and reads it."""
+
+    weight_quantizer: Quantizer
+    tied_name: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight = self._parameters[self.tied_name]
+        assert weight is not None
+        with ReadQuantized([(weight, self.weight_quantizer)]):
             return super().forward(*args, **kwargs)
 
 

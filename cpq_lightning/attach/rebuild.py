@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import arrange, take_back, unwatch, watch
-from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, switch, switch_back
+from cpq_lightning.attach.layers import (
+    QuantizedLayer,
+    is_attached,
+    quantized_layers,
+    quantizers,
+    switch,
+    switch_back,
+)
+from cpq_lightning.attach.origin import Origin, quantizable_layers, set_origin
 from cpq_lightning.attach.products import (
     STATE,
     QuantizedProducts,
@@ -19,15 +27,19 @@ from cpq_lightning.attach.products import (
     quantize_products,
     remember_plan,
 )
+from cpq_lightning.attach.reading import TiedReader
+from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, untie
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
+from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.state import LAYOUT, read
 
 _PARTS = ("weight_quantizer", "input_quantizer")
 _MARK = "weight_quantizer.state"
 
 
 def quantized_in(state: Mapping[str, Any]) -> list[str]:
-    """Names of the layers that a ``state_dict`` has quantizers of."""
+    """Names of the layers that a ``state_dict`` has quantizers of, and of modules that are tied to their weights."""
     return [key[: -len(_MARK)].rstrip(".") for key in state if key == _MARK or key.endswith(f".{_MARK}")]
 
 
@@ -43,6 +55,8 @@ def plain_in(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
         if module is None:
             continue
         parts = [part for part in _PARTS if _path(name, f"{part}.state") in state]
+        if isinstance(module, TiedReader):
+            continue
         if not isinstance(module, QuantizedLayer) or any(getattr(module, part) is None for part in parts):
             found.append(name)
     for name in _multiplying_in(state):
@@ -51,10 +65,50 @@ def plain_in(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Refuse a state whose quantizers have tensors of another kind than those of the model that it is loaded into.
+
+    Args:
+        model: An attached model, or a part of one.
+        state: Its ``state_dict``.
+        strict: Whether the state has to have all quantizers of the model.
+
+    Raises:
+        RuntimeError: naming the settings in which they differ.
+    """
+    missing, other, what = [], [], ""
+    for name, quantizer in quantizers(model):
+        given = state.get(_path(name, "state"))
+        if given is None:
+            missing.append(name)
+        elif isinstance(given, Tensor) and not given.is_meta:
+            ours, theirs = quantizer.settings, read(given)[0]
+            different = [key for key in LAYOUT if getattr(ours, key) != getattr(theirs, key)]
+            pairs = (f"{LAYOUT[key]} {getattr(theirs, key)!r} there, {getattr(ours, key)!r} here" for key in different)
+            what = what or "; ".join(pairs)
+            other += [name] * bool(different)
+    advice = (
+        "Attach the model with the settings that the state was trained with (a Lightning checkpoint holds them under "
+        "'cpq_lightning'), or build it without quantizers and load within `with cpq_lightning.loading():`."
+    )
+    own = type(model).__name__
+    if other:
+        raise RuntimeError(
+            f"The quantizers of the state_dict are of another kind than {len(other)} of {own}'s, such as {other[0]!r}: "
+            f"{what}. {advice}"
+        )
+    if strict and missing:
+        raise RuntimeError(
+            f"The state_dict has nothing of {len(missing)} quantizers of {own}, such as {missing[0]!r}: what they "
+            f"quantize was in full precision. {advice}"
+        )
+
+
 def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], None]:
     """Attach the quantizers that a ``state_dict`` has and a model lacks; loading the state is left to the caller.
 
-    Layers that share a Parameter and equal quantizers share one. Where anything is wrong the model is left as it was.
+    Layers, and modules tied to them, that share a Parameter and equal quantizers share one. Where anything is wrong the
+    model is left as it was.
 
     Args:
         model: A model, or a part of one, with the layers that the state is of.
@@ -64,31 +118,39 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
         Takes back what this has done.
 
     Raises:
-        ValueError: a quantizer does not fit its layer, or its state cannot be read.
+        ValueError: a quantizer does not fit its layer, its state cannot be read, or the model is inside a
+            DistributedDataParallel of several processes.
     """
     names = plain_in(model, state)
+    # Names are those of the state, in which a wrapper has a part; hooks are the model's own.
+    check_unspread(model)
+    inner = unwrapped(model)
     was_attached = is_attached(model)
     shared: dict[int, list[tuple[dict[str, Tensor], Quantizer]]] = {}
-    for name, layer in quantized_layers(model):
+    holders = [(n, shared_weight(layer), layer.weight_quantizer) for n, layer in quantized_layers(model)]
+    holders += [(n, r._parameters[r.tied_name], r.weight_quantizer) for n, r in tied_readers(model)]
+    for name, owner, own in holders:
         if name not in names:
-            own = layer.weight_quantizer
-            shared.setdefault(id(shared_weight(layer)), []).append((own.state_dict(), own))
+            shared.setdefault(id(owner), []).append((own.state_dict(), own))
     before: list[tuple[QuantizedLayer, Any]] = []
     layers: list[QuantizedLayer] = []
+    readers: list[TiedReader] = []
     multiplying: list[QuantizedProducts] = []
 
     def undo() -> None:
+        for reader in readers:
+            untie(reader)
         for layer in layers:
             switch_back(layer, written=False)
         for layer, inputs in before:
             layer.input_quantizer = inputs
         for module in multiplying:
             leave_products(module)
-        take_back(model)
-        unwatch(model)
+        take_back(inner)
+        unwatch(inner)
         if was_attached:
-            arrange(model)
-            watch(model)
+            arrange(inner)
+            watch(inner)
 
     try:
         for name in _multiplying_in(state):
@@ -103,19 +165,30 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
                     before.append((layer, None))
                     layer.input_quantizer = _build(layer, name, "input_quantizer", state)
                 continue
-            _check(layer, name, state)
-            weights = _shared(shared, layer, _tensors(name, "weight_quantizer", state))
+            tied = None if holds_weight(layer) else _tied_in(model, name, state)
+            _check(layer, name, state, tied)
+            owner = shared_weight(layer) if tied is None else tied.tensor
+            weights = _shared(shared, owner, _tensors(name, "weight_quantizer", state))
             if weights is None:
                 weights = _build(layer, name, "weight_quantizer", state)
-                shared.setdefault(id(shared_weight(layer)), []).append((weights.state_dict(), weights))
+                shared.setdefault(id(owner), []).append((weights.state_dict(), weights))
+            if tied is not None:
+                readers.append(tie(tied, weights))
+                continue
             inputs = _path(name, "input_quantizer.state") in state
             switch(layer, weights, _build(layer, name, "input_quantizer", state) if inputs else None)
             layers.append(cast(QuantizedLayer, layer))
-        arrange(model)
+        arrange(inner)
     except Exception:
         undo()
         raise
-    watch(model)
+    # Read before any is remembered.
+    plain = frozenset(n for n, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer))
+    new = set(layers)
+    for name, layer in quantized_layers(model):
+        if layer in new:
+            set_origin(layer, Origin(name, None, plain))
+    watch(inner)
     return undo
 
 
@@ -132,13 +205,25 @@ def _multiplying_in(state: Mapping[str, Any]) -> list[str]:
     return [key[: -len(STATE)].rstrip(".") for key in state if key == STATE or key.endswith(f".{STATE}")]
 
 
-def _check(layer: nn.Module, name: str, state: Mapping[str, Any]) -> None:
-    if not holds_weight(layer):
+def _tied_in(model: nn.Module, name: str, state: Mapping[str, Any]) -> Tied | None:
+    """Which Parameter of a module that is no layer a state has a weight's quantizer of."""
+    if _path(name, "input_quantizer.state") in state:
+        return None
+    module = model.get_submodule(name)
+    tied = [found for found in tied_to_layers(model) if found.module is module]
+    # Of a part alone, without the layer that it is tied to.
+    matrices = [key for key, p in module._parameters.items() if p is not None and p.dim() > 1]
+    return tied[0] if tied else Tied(name, module, matrices[0]) if len(matrices) == 1 else None
+
+
+def _check(layer: nn.Module, name: str, state: Mapping[str, Any], tied: Tied | None) -> None:
+    if tied is None and not holds_weight(layer):
         raise ValueError(
             f"The state_dict has quantizers of the layer {name!r}, which is {type(layer).__name__} here, and no "
             "convolution or linear layer with a weight: build the model as it was when it was saved."
         )
-    weight, scales = cast(Tensor, layer.weight), state.get(_path(name, "weight_quantizer.log_scale"))
+    weight = cast(Tensor, layer.weight) if tied is None else tied.tensor
+    scales = state.get(_path(name, "weight_quantizer.log_scale"))
     if isinstance(scales, Tensor) and len(scales) not in (1, *weight.shape[:2]):
         raise ValueError(
             f"The state_dict has {len(scales)} scales of the layer {name!r}, one a channel, and its weight has the "
@@ -156,10 +241,10 @@ def _build(layer: nn.Module, name: str, part: str, state: Mapping[str, Any]) -> 
 
 
 def _shared(
-    shared: Mapping[int, list[tuple[dict[str, Tensor], Quantizer]]], layer: nn.Module, tensors: dict[str, Tensor]
+    shared: Mapping[int, list[tuple[dict[str, Tensor], Quantizer]]], owner: object, tensors: dict[str, Tensor]
 ) -> Quantizer | None:
-    """The quantizer of another layer with the same Parameter, where this one's state is the same."""
-    for known, quantizer in shared.get(id(shared_weight(layer)), ()):
+    """The quantizer of another module with the same Parameter, where this one's state is the same."""
+    for known, quantizer in shared.get(id(owner), ()):
         equal = (torch.equal(known[key].cpu(), value.cpu()) for key, value in tensors.items() if key in known)
         if known.keys() == tensors.keys() and all(equal):
             return quantizer

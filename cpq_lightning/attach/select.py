@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.computed import weight_now
+from cpq_lightning.attach.origin import quantizable_layers
+from cpq_lightning.attach.patterns import (
+    check_patterns,
+    is_ignored,
+    names_of,
+    overrides_of,
+    own_overrides,
+    shared_by,
+)
 from cpq_lightning.attach.products import operand_names, operand_path
-from cpq_lightning.attach.timm_layers import holds_weight, shared_weight, weight_parameters
-from cpq_lightning.attach.widths import at_read_widths
+from cpq_lightning.attach.timm_layers import shared_weight, weight_parameters
+from cpq_lightning.attach.widths import at_read_widths, read_weight_widths
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import full_tensor
 
@@ -39,14 +46,27 @@ class Site:
         return 1 if isinstance(self.layer, _ConvTransposeNd) else 0
 
 
-def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[bool]] | None = None) -> list[Site]:
-    """The layers of a model that a config quantizes, in registration order; reads only.
+def select(
+    model: nn.Module,
+    config: CPQConfig,
+    products: Mapping[str, Sequence[bool]] | None = None,
+    tied: Mapping[str, nn.Module] | None = None,
+    checked: bool = True,
+) -> list[Site]:
+    """The layers of a model that a config quantizes, quantized ones too, in registration order; reads only.
 
-    Patterns may also be of the modules whose ``products`` are quantized.
+    Patterns may also be of the modules whose ``products`` are quantized; those of ``ignore``, of modules ``tied`` to a
+    layer's weight.
+
+    Args:
+        model: Any module.
+        config: The config.
+        products: Plans of products that are to be quantized, by module.
+        checked: Whether each pattern has to match something.
 
     Raises:
-        ValueError: no layer to quantize, a pattern that matches none, a layer that is not initialized yet, or
-            weights that are not finite.
+        ValueError: no layer to quantize, a pattern that matches none, layers that share a weight and are told
+            different things of it, a layer that is not initialized yet, or weights that are not finite.
     """
     layers = quantizable_layers(model)
     if not layers:
@@ -55,19 +75,24 @@ def select(model: nn.Module, config: CPQConfig, products: Mapping[str, Sequence[
             "weight of their own. Layers made in configure_model must exist before they can be quantized."
         )
     products = products or {}
-    _check_patterns(model, {**layers, **{name: model.get_submodule(name) for name in products}}, config)
-    chosen = {n: m for n, m in layers.items() if not any(matches(n, m, p) for p in config.ignore)}
+    names = names_of(model)
+    if checked:
+        own = {name: model.get_submodule(name) for name in products}
+        check_patterns({**layers, **own}, names, config, tied or {})
+    chosen = {name: layer for name, layer in layers.items() if not is_ignored(layer, names, config)}
     if not chosen:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
     for name, layer in chosen.items():
         _check_weight(name, layer)
+    _check_shared(layers, chosen, config)
+    overrides = overrides_of(chosen, names, config, shared_weight)
     ends = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
     return [
         Site(
             name,
             layer,
-            *layer_settings(name, layer, config, name in ends),
-            inner=layer_settings(name, layer, config, at_end=False)[0],
+            *layer_settings(name, overrides[name], config, name in ends),
+            inner=layer_settings(name, overrides[name], config, at_end=False)[0],
         )
         for name, layer in chosen.items()
     ]
@@ -77,11 +102,12 @@ def chosen_operands(
     model: nn.Module, products: Mapping[str, Sequence[bool]], config: CPQConfig
 ) -> dict[str, dict[str, CPQConfig]]:
     """What is quantized of modules' products by their plans: the settings of each operand, by module and operand."""
+    names = names_of(model)
     found: dict[str, dict[str, CPQConfig]] = {}
     for name, plan in products.items():
         module = model.get_submodule(name)
-        settings, _ = layer_settings(name, module, config, at_end=False)
-        if settings.act_bits is None or any(matches(name, module, pattern) for pattern in config.ignore):
+        settings, _ = layer_settings(name, own_overrides(module, names, config), config, at_end=False)
+        if settings.act_bits is None or is_ignored(module, names, config):
             continue
         found[name] = {}
         for operand in operand_names(plan):
@@ -94,37 +120,64 @@ def chosen_operands(
     return found
 
 
-def layer_settings(name: str, layer: nn.Module, config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
+def layer_settings(name: str, overrides: Mapping[str, Any], config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
     """Settings of one layer, and whether it is exempt: at an end of the network, with no width of its own given."""
-    overrides = [settings for pattern, settings in config.overrides.items() if matches(name, layer, pattern)]
-    exempt = at_end and config.first_last_bits is not None and not any("weight_bits" in s for s in overrides)
+    exempt = at_end and config.first_last_bits is not None and "weight_bits" not in overrides
     if exempt:
         # A general min_bits does not make an exempt layer drop bits.
-        overrides = [{key: value for key, value in s.items() if key != "min_bits"} for s in overrides]
-    settings = (config.exempt() if at_end else config).for_layer(overrides)
+        overrides = {key: value for key, value in overrides.items() if key != "min_bits"}
+    settings = (config.exempt() if at_end else config).for_layer([overrides])
     return at_read_widths(settings, config, name), exempt
 
 
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions (transposed and conditional ones too) and linear layers with a weight of their own, by name; metrics
-    left out.
+def check_same_settings(model: nn.Module, layers: Mapping[str, nn.Module], known: CPQConfig, config: CPQConfig) -> None:
+    """Refuse a config that gives layers other settings than the one that they were quantized by.
+
+    Raises:
+        ValueError: naming settings, or a layer.
     """
-    found: dict[str, nn.Module] = {}
-    metrics: list[str] = []
-    # Who has one has imported it, and all others need not wait for that.
-    metric = getattr(sys.modules.get("torchmetrics"), "Metric", ())
-    for name, module in model.named_modules():
-        if isinstance(module, metric):
-            metrics.append(f"{name}.")
-        elif any(name.startswith(prefix) for prefix in metrics):
-            continue
-        elif holds_weight(module):
-            found[name] = module
-    return found
+    ours, theirs = known.to_dict(), config.to_dict()
+    other = {name for name in ours if ours[name] != theirs[name]} - {"ignore", "overrides"}
+    names = names_of(model)
+
+    def settings(of: CPQConfig) -> dict[str, CPQConfig]:
+        own = overrides_of(layers, names, of, shared_weight)
+        found = {name: layer_settings(name, own[name], of, at_end=False)[0] for name in layers}
+        return {name: dataclasses.replace(one, ignore=()) for name, one in found.items()}
+
+    before, after = settings(known), settings(config)
+    changed = [n for n, layer in layers.items() if is_ignored(layer, names, config) or before[n] != after[n]]
+    if other or changed:
+        what = [f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in sorted(other)]
+        raise ValueError(
+            f"{', '.join(what) or 'ignore or overrides'} would change what is quantized already, such as "
+            f"{next(iter(changed), next(iter(layers)))!r}: give new layers settings of their own by overrides, or call "
+            "detach(model) first to quantize all of it anew."
+        )
+
+
+def _check_shared(layers: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module], config: CPQConfig) -> None:
+    """Refuse a weight of several layers that is to be quantized in some of them alone, or at several widths."""
+    for shared in shared_by(layers, shared_weight):
+        left_out = [name for name in shared if name not in chosen]
+        quantized = [name for name in shared if name in chosen]
+        if left_out and quantized:
+            raise ValueError(
+                f"ignore: the layers {left_out[0]!r} and {quantized[0]!r} share one weight, and {left_out[0]!r} alone "
+                "is left out: the weight would be quantized in one and in full precision in the other. Leave out both "
+                "or neither, or give each layer a weight of its own."
+            )
+        widths = {name: read_weight_widths(config, name) for name in quantized}
+        for name in quantized[1:]:
+            if widths[name] != widths[quantized[0]]:
+                raise ValueError(
+                    f"levels_from: the layers {quantized[0]!r} and {name!r} share one weight, and have the widths "
+                    f"{widths[quantized[0]]} and {widths[name]} in it: give them the same."
+                )
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
-    weight = cast(Tensor, layer.weight)
+    weight = weight_now(layer)
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
     finite = weight.new_ones(1) if weight.is_meta else full_tensor(weight.detach()).isfinite()
@@ -174,43 +227,3 @@ def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
     if prefix and not names[-1].startswith(prefix):
         last = set()
     return named("first_conv"), last
-
-
-def attached_config(model: nn.Module) -> CPQConfig | None:
-    """The config that the model itself was attached with; ``None`` where only a part of it was, or nothing."""
-    return model.__dict__.get("_cpq_config")
-
-
-def set_attached_config(model: nn.Module, config: CPQConfig) -> None:
-    """Note what a model was attached with."""
-    model.__dict__["_cpq_config"] = config
-
-
-def matches(name: str, layer: nn.Module, pattern: str) -> bool:
-    """Whether a pattern of ``ignore`` or ``overrides`` means a layer: by its dotted name, or by one of its types."""
-    if fnmatchcase(name, pattern):
-        return True
-    base = layer.base_class if isinstance(layer, QuantizedLayer) else type(layer)
-    return any(pattern in _type_names(cls) for cls in base.__mro__ if issubclass(cls, nn.Module))
-
-
-def _type_names(cls: type[nn.Module]) -> set[str]:
-    return {cls.__name__, f"{cls.__module__}.{cls.__qualname__}", f"torch.nn.{cls.__name__}"} - {"Module"}
-
-
-def _check_patterns(model: nn.Module, layers: dict[str, nn.Module], config: CPQConfig) -> None:
-    for argument, patterns in (("ignore", config.ignore), ("overrides", tuple(config.overrides))):
-        for pattern in patterns:
-            if not any(matches(name, layer, pattern) for name, layer in layers.items()):
-                raise ValueError(
-                    f"{argument}: the pattern {pattern!r} matches no layer. {_hint(model, layers, pattern)}"
-                )
-
-
-def _hint(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> str:
-    inside: Callable[[str], bool] = lambda name: name.startswith(f"{pattern}.")  # noqa: E731
-    if any(map(inside, layers)):
-        return f"It names a module with layers inside: write {pattern + '.*'!r}."
-    types = {type(layer).__name__ for layer in layers.values()}
-    near = difflib.get_close_matches(pattern, [*layers, *types], n=3, cutoff=0.5) or list(layers)[:3]
-    return f"There are {len(layers)} layers, for example {near}."

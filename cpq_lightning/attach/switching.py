@@ -66,6 +66,11 @@ def switch_class_back(module: Switched) -> None:
     _change_class(cast(nn.Module, module), lambda own: cast(type[Switched], own).base_class)
 
 
+def own_class(module: nn.Module) -> None:
+    """Give a module with a parametrization a class that it shares with no copy of it."""
+    _change_class(module, lambda own: own)
+
+
 def _change_class(module: nn.Module, change: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
     own = type(module)
     if not is_parametrized(module) or own.__name__ != f"Parametrized{own.__bases__[0].__name__}":

@@ -18,7 +18,11 @@ def holds_weight(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Linear | _ConvNd | CondConv2d):
         return False
-    # A Parameter, or what a parametrization or a pruning mask makes of one.
+    computed = module._modules.get("parametrizations")
+    if computed is not None and "weight" in computed._modules:
+        # Not read: some normalizations count how often they are.
+        return all(p.is_floating_point() for p in computed._modules["weight"].parameters())  # type: ignore[union-attr]
+    # A Parameter, or what a pruning mask or an older normalization has made of one.
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point()
 

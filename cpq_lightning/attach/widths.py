@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ def read_levels(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def with_levels_read(config: CPQConfig) -> CPQConfig:
+def with_levels_read(config: CPQConfig | Mapping[str, Any]) -> CPQConfig:
     """The config with the widths themselves in place of the path in ``levels_from``: the file is not needed again.
 
     Raises:
-        ValueError: there is no such file, or it is no ``levels.json``.
+        TypeError: it is neither a config nor a mapping of its settings.
+        ValueError: there is no such file, or it is no ``levels.json``; or a setting is unknown or out of its range.
     """
+    config = CPQConfig.of(config)
     if not isinstance(config.levels_from, str):
         return config
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -15,10 +16,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        inner = model.module if isinstance(model, DataParallel | DistributedDataParallel) else None
-        # Names in torch's OptimizedModule and in Fabric's module; neither has another way that needs no import.
-        for name in ("_orig_mod", "_original_module"):
-            inner = inner or model._modules.get(name)
+        parts = model._modules
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            inner = parts["module"]
+        else:
+            # Names in torch's OptimizedModule and in Fabric's module; neither has another way that needs no import.
+            inner = parts.get("_orig_mod", parts.get("_original_module"))
         if inner is None:
             return model
         model = inner
+
+
+def check_unspread(model: nn.Module) -> None:
+    """Refuse to add Parameters to a model that several processes train already.
+
+    Raises:
+        ValueError: it is, or has, a DistributedDataParallel of several processes, which would not know of them.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and (count := dist.get_world_size(module.process_group)) > 1:
+            raise ValueError(
+                f"The model is inside DistributedDataParallel with {count} processes, which "
+                "averages the gradients of the Parameters that it found when it was made: those of the quantizers "
+                "would part on each process. Attach, or load, the model itself first, and wrap it then."
+            )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
-from cpq_lightning.attach import attach, is_attached, quantizable_layers
+from cpq_lightning.attach import attach, attached_config, is_attached, late_layers, quantizable_layers, with_levels_read
 from cpq_lightning.callbacks._names import MisconfigurationException
 from cpq_lightning.callbacks._run import overrides
+from cpq_lightning.checkpoint import differences
 from cpq_lightning.config import CPQConfig
 
 
 def attach_module(trainer: Trainer, pl_module: LightningModule, config: CPQConfig) -> bool:
-    """Quantize a module that is not quantized yet, in a callback's ``setup``.
+    """Quantize a module that is not quantized yet, in a callback's ``setup``; of one that is, the layers that have come
+    since, such as a new head.
 
     Returns:
         Whether it has been done now.
@@ -20,6 +23,8 @@ def attach_module(trainer: Trainer, pl_module: LightningModule, config: CPQConfi
         MisconfigurationException: nothing in it can be quantized so, or ``configure_model`` failed here.
     """
     if is_attached(pl_module):
+        _warn_of_other_settings(pl_module, config)
+        _attach_late(pl_module, config)
         return False
     if overrides(pl_module, "configure_model"):
         # Layers that are born or sharded there must be so before they can be switched.
@@ -38,6 +43,33 @@ def attach_module(trainer: Trainer, pl_module: LightningModule, config: CPQConfi
     except ValueError as error:
         raise MisconfigurationException(f"CPQCallback cannot quantize {type(pl_module).__name__}: {error}") from error
     return True
+
+
+def _warn_of_other_settings(pl_module: LightningModule, config: CPQConfig) -> None:
+    known = attached_config(pl_module)
+    # The default is no wish.
+    if known is None or config == CPQConfig():
+        return
+    different = differences(with_levels_read(config), known, "there")
+    if different:
+        rank_zero_warn(
+            f"{type(pl_module).__name__} is quantized already and stays as it is, whatever CPQCallback's config says: "
+            f"{different}. Call detach(module) first to quantize it anew."
+        )
+
+
+def _attach_late(pl_module: LightningModule, config: CPQConfig) -> None:
+    late = late_layers(pl_module)
+    if not late:
+        return
+    try:
+        attach(pl_module, None if attached_config(pl_module) is not None else config)
+    except ValueError as error:
+        raise MisconfigurationException(f"CPQCallback cannot quantize {', '.join(late)}: {error}") from error
+    rank_zero_warn(
+        f"{len(late)} layers have come since {type(pl_module).__name__} was quantized, and are quantized now, like the "
+        f"others: {', '.join(late)}."
+    )
 
 
 def check_layers(pl_module: LightningModule, known: set[str]) -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
+from cpq_lightning.attach import quantizers
 from cpq_lightning.callbacks._company import last_saved
 from cpq_lightning.callbacks._loggers import log_pictures
-from cpq_lightning.callbacks._network import shipped_name
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_name, shipped_part
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.export import (
+    BEFORE,
     CLUSTERS_FILE,
+    FULL,
     describe_run,
     levels_table,
     manifest,
     metrics_table,
-    read_run,
     report_levels,
     runs_table,
     sibling_runs,
@@ -57,37 +59,55 @@ def leave_levels(
         table: Whether to print tables.
     """
     if table:
-        _print_tables(content, content["run"]["metrics"])
+        _print_tables(content)
     if path is not None:
         _write_files(trainer, content, path, before, after)
     if table and path is not None:
-        _print_runs(trainer, path.parent, path.name)
+        _print_runs(path.parent, path.name)
 
 
-def _print_tables(content: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """The layers' levels and, where a validation has run, its metrics in full precision and quantized."""
+def _print_tables(content: Mapping[str, Any]) -> None:
+    """The layers' levels and, where a validation has run, its metrics: the last ones before quantization, and now."""
     console = Console()
     console.print(levels_table(content))
-    if metrics:
+    if content["run"]["metrics"]:
         console.print()
-        console.print(metrics_table(metrics))
+        console.print(metrics_table(content["run"]))
 
 
 def run_manifest(
-    trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, Mapping[str, float]]
+    trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, Mapping[str, float]], before: int | None
 ) -> dict[str, Any]:
-    """The content of ``levels.json``: the model's levels and, under ``run``, what it was measured at, and on what."""
+    """The content of ``levels.json``: the model's levels and, under ``run``, what it was measured at, and on what.
+
+    Args:
+        trainer: At the end of its fit.
+        pl_module: The attached module.
+        metrics: Of the last validation in each state.
+        before: The step of the last one before quantization began.
+    """
     data = trainer.datamodule  # type: ignore[attr-defined]
     root = "" if data is None else str(data.hparams.get("root", ""))
     name = "" if data is None else f"{type(data).__name__} {root}".strip()
-    return {**manifest(pl_module), "run": describe_run(metrics, shipped_name(pl_module), name)}
+    if not all(q.active for _, q in quantizers(pl_module)):
+        metrics = {FULL: metrics[BEFORE]} if BEFORE in metrics else {}
+    content = manifest(pl_module, network=shipped_part(pl_module), architecture=shipped_architecture(pl_module))
+    return {**content, "run": describe_run(metrics, shipped_name(pl_module), name, before)}
 
 
-def _print_runs(trainer: Trainer, folder: Path, levels_file: str) -> None:
+def note_exports(content: dict[str, Any], path: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
+    """Add to a run's ``levels.json`` which files it has, and why others are missing; on one process."""
+    content["run"]["exports"] = list(outcomes)
+    try:
+        write_manifest(content, path)
+    except OSError as error:
+        rank_zero_warn(f"{path} could not be written ({error}): it does not tell of the exports.")
+
+
+def _print_runs(folder: Path, levels_file: str) -> None:
     """A row for this run and, above it, one for each run beside it of the same model on the same data."""
     try:
-        beside = bool(trainer.loggers) and folder.resolve() != Path(trainer.default_root_dir).resolve()
-        runs = sibling_runs(folder, None, levels_file) if beside else [read_run(folder, None, levels_file)]
+        runs = sibling_runs(folder, None, levels_file)
     except (OSError, KeyError, ValueError):
         # No validation, or no accuracy: there is nothing to compare runs by.
         return

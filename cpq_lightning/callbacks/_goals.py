@@ -4,37 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from cpq_lightning.attach import CostUnit, is_attached, quantizers, width_cost
 from cpq_lightning.callbacks._names import MisconfigurationException
-from cpq_lightning.functional import WidthChange, anneal
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_part
+from cpq_lightning.export import byte_cost
+from cpq_lightning.functional import WidthChange, WidthCost, anneal
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Budget
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
 BudgetUnit = Literal["bits", "bytes", "bops"]
 
-# How near decided widths have to be: in bits, and in bytes or bit operations as a share of the target.
+# How far below the target decided widths may stay without bits moving from layer to layer: in bits, and in bytes or bit
+# operations as a share of the target.
 _TOLERANCE_BITS, _TOLERANCE_SHARE = 0.04, 0.015
+# Of a sum of many shares.
+_ROUNDING = 1e-9
 _MOST_NAMED = 20
-_SPELLED_OUT = {"weight_bits": "average bits of the weights", "act_bits": "average bits of the activations"}
+_SPELLED_OUT = {
+    "weight_bits": "average bits of the weights",
+    "act_bits": "average bits of the activations",
+    "bytes": "bytes of the packed file",
+    "bops": "bit operations",
+}
 
 
 @dataclass
 class Goal:
     """A budget with its target and the expected cost that it started from."""
 
-    name: CostUnit
+    name: CostUnit | Literal["bytes"]
     budget: Budget
     target: float
     first: float
 
     @property
     def tolerance(self) -> float:
-        """How far from the target decided widths may stay."""
+        """How far below the target decided widths may stay without bits moving from layer to layer."""
         return _TOLERANCE_BITS if self.name.endswith("bits") else _TOLERANCE_SHARE * self.target
 
     @property
@@ -46,28 +59,36 @@ class Goal:
         return anneal(round(1e6 * progress), 0, 10**6, self.first, self.target, "exponential")
 
     def describe(self, widths: Tensor, moved: list[dict[str, Any]]) -> str:
-        """A sentence on the decision, with the widths that were changed to meet the target."""
+        """A sentence on the decision, with the widths that were changed to meet the target, and what is left of it."""
         listed = [f"{change['name']} from {change['before']} to {change['after']} bits" for change in moved]
         more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
         how = f"after changing {', '.join(listed[:_MOST_NAMED])}{more}" if listed else "as learned"
+        spent = self.budget.cost.of_whole(widths)
+        left = self.target - spent
+        below = f", {left:.3g} below it" if left > 1e-9 * self.target else ""
         return (
-            f"BitBudget: widths are decided, {how}: {self.budget.cost(widths):.6g} "
-            f"{self._spelled_out} for a target of {self.target:g}."
+            f"BitBudget: widths are decided, {how}: {_figures(spent)} {self._spelled_out} for a target of "
+            f"{_figures(self.target)}{below}."
         )
 
     def check_reach(self, narrowest: Tensor, widest: Tensor) -> None:
-        """Refuse a target that no widths have.
+        """Refuse a target that even the narrowest widths cost more than, or the widest ones far less.
 
         Raises:
             MisconfigurationException: naming the range within reach.
         """
-        low, high = self.budget.cost(narrowest), self.budget.cost(widest)
-        if not low - self.tolerance <= self.target <= high + self.tolerance:
+        low, high = (self.budget.cost.of_whole(widths) for widths in (narrowest, widest))
+        if not low <= self.target * (1 + _ROUNDING) or self.target > high + self.tolerance:
             raise MisconfigurationException(
-                f"BitBudget: the target of {self.target:g} {self._spelled_out} is out of reach: the widths that are "
-                f"learned allow {low:.6g} to {high:.6g}. Change the target, or min_bits, weight_bits and "
-                "first_last_bits of CPQConfig."
+                f"BitBudget: the target of {_figures(self.target)} {self._spelled_out} is out of reach: the widths "
+                f"that are learned allow {_figures(low)} to {_figures(high)}. Change the target, or min_bits, "
+                "weight_bits and first_last_bits of CPQConfig."
             )
+
+
+def _figures(value: float) -> str:
+    """Bytes to the last one, and averages to six figures."""
+    return f"{value:.0f}" if value == int(value) and 10 <= value < 1e9 else f"{value:.6g}"
 
 
 def net_changes(changes: list[WidthChange], names: list[str]) -> list[dict[str, Any]]:
@@ -82,15 +103,15 @@ def net_changes(changes: list[WidthChange], names: list[str]) -> list[dict[str, 
 
 
 def make_goals(
-    model: nn.Module, learners: list[Quantizer], target: float, unit: BudgetUnit, act_target: float | None
+    pl_module: LightningModule, learners: list[Quantizer], target: float, unit: BudgetUnit, act_target: float | None
 ) -> list[Goal]:
-    """The goals that a budget sets for the learners' widths.
+    """The goals that a budget sets for the learners' widths; bytes are those of the file of what ships.
 
     Raises:
         MisconfigurationException: learned activations without a target, or bit operations that are not known.
     """
     kinds = {q.kind for q in learners}
-    wanted: list[tuple[CostUnit, float]] = []
+    wanted: list[tuple[Any, float]] = []
     if unit == "bits" and "weight" in kinds:
         wanted.append(("weight_bits", target))
     elif unit != "bits":
@@ -109,9 +130,36 @@ def make_goals(
             )
         wanted.append(("act_bits", own))
     try:
-        return [Goal(name, Budget(width_cost(model, learners, name)), value, value) for name, value in wanted]
+        return [Goal(name, Budget(_cost(pl_module, learners, name)), value, value) for name, value in wanted]
     except ValueError as error:
         raise MisconfigurationException(f"BitBudget(unit={unit!r}): {error}") from error
+
+
+def _cost(pl_module: LightningModule, learners: list[Quantizer], name: Any) -> WidthCost:
+    if name != "bytes":
+        return width_cost(pl_module, learners, name)
+    return byte_cost(shipped_part(pl_module), learners, shipped_architecture(pl_module))
+
+
+def check_ends(model: nn.Module) -> None:
+    """Refuse a model in which all layers that could learn a width are first or last ones, whose width is given.
+
+    Raises:
+        MisconfigurationException: naming them, and ``first_last_bits``.
+    """
+    for kind in ("weight", "activation"):
+        own = [(name, q) for name, q in quantizers(model) if q.gates.learned and q.kind == kind]
+        if own and all(q.first_or_last for _, q in own):
+            raise MisconfigurationException(
+                f"BitBudget has no {kind} to learn a width of: all {len(own)} that could ({_some(own)}) are of first "
+                f"or last layers, which keep first_last_bits={own[0][1].bits}. Set first_last_bits=None in CPQConfig, "
+                "or give these layers weight_bits of their own in overrides."
+            )
+
+
+def _some(named: list[tuple[str, Quantizer]], most: int = 4) -> str:
+    more = f" and {len(named) - most} more" if len(named) > most else ""
+    return ", ".join(name for name, _ in named[:most]) + more
 
 
 def explain_nothing_to_learn(model: nn.Module, targets: Mapping[str, float], done: Mapping[str, Any] | None) -> None:
@@ -130,6 +178,7 @@ def explain_nothing_to_learn(model: nn.Module, targets: Mapping[str, float], don
             f"BitBudget found no quantizer in {type(model).__name__}: add CPQCallback to the Trainer, or train a "
             "QuantizedModule."
         )
+    check_ends(model)
     if any(q.gates.learned for _, q in quantizers(model)):
         then = {} if done is None else {name: target for name, target, _ in done["goals"]}
         if any(targets.get(name) != target for name, target in then.items()):

@@ -1,13 +1,16 @@
-"""Which part of a LightningModule is the network, and what it is called."""
+"""Which part of a LightningModule is the network, which part ships, and what it is called."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from cpq_lightning.attach import quantized_layers
+from cpq_lightning.callbacks._run import overrides
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -26,3 +29,25 @@ def shipped_name(pl_module: LightningModule) -> str:
     if isinstance(backbone, str) and hasattr(pl_module, "export_architecture"):
         return re.sub(r"[^\w.-]", "_", backbone.rpartition(":")[2])
     return type(pl_module).__name__
+
+
+def shipped_part(pl_module: LightningModule) -> nn.Module:
+    """What ships of a LightningModule: what its ``export_module()`` returns; the whole, where it has a forward; or the
+    part of it that holds all quantized layers.
+    """
+    return shipped_candidates(pl_module)[0]
+
+
+def shipped_candidates(pl_module: LightningModule) -> list[nn.Module]:
+    """What ships, and behind it what may see the same input where that itself is never called."""
+    chosen = getattr(pl_module, "export_module", None)
+    if chosen is not None:
+        return [chosen()]
+    network = part_with(pl_module, (name for name, _ in quantized_layers(pl_module)))
+    return [pl_module, network] if overrides(pl_module, "forward") else [network]
+
+
+def shipped_architecture(pl_module: LightningModule) -> dict[str, Any] | None:
+    """How timm builds what ships, where the module knows."""
+    known = getattr(pl_module, "export_architecture", None)
+    return None if known is None else known()

@@ -14,6 +14,7 @@ from cpq_lightning.callbacks._calibration import calibrate_for_training, lacks_r
 from cpq_lightning.callbacks._company import counts_operations
 from cpq_lightning.callbacks._evaluation import LentRanges, lend_ranges
 from cpq_lightning.callbacks._names import Callback
+from cpq_lightning.callbacks._restored import AskedSettings
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn import Quantizer
@@ -37,6 +38,7 @@ class FindsRanges(Callback):
     _stance: Any = None
     _lent: LentRanges | None = None
     _let: Sequence[Quantizer] = ()
+    _asked: AskedSettings | None = None
 
     # Before training --------------------------------------------------------------------------------------------------
 
@@ -123,6 +125,8 @@ class FindsRanges(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
+            if self._asked is not None:
+                self._asked.compare_widths(trainer, pl_module)
             renew_rewritten(pl_module)
         # Some loops, such as the Tuner's, start again without an end.
         self._take_back_ranges()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -51,9 +53,59 @@ def warn_of_restarted_data(trainer: Trainer) -> None:
     )
 
 
+# Folders of runs that no logger has one for.
+RUNS = "cpq_runs"
+_folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+
+
 def run_folder(trainer: Trainer) -> Path:
-    """The run's folder; asked for on all ranks at once."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The run's own folder; asked for on all ranks at once.
+
+    That of the first logger, where it has one for each run. Else ``cpq_runs/version_0``, ``version_1``, … in the
+    Trainer's ``default_root_dir``, counted up: it is made when it is first asked for in a fit.
+    """
+    if trainer not in _folders:
+        _folders[trainer] = _logged_folder(trainer) or Path(
+            trainer.strategy.broadcast(str(_new_folder(trainer)) if trainer.is_global_zero else "")
+        )
+    return _folders[trainer]
+
+
+def begin_run(trainer: Trainer) -> None:
+    """Let the next :func:`run_folder` of a Trainer be that of a new run; to be called ahead of a fit."""
+    _folders.pop(trainer, None)
+
+
+def _logged_folder(trainer: Trainer) -> Path | None:
+    """Where Lightning keeps a run's checkpoints, without its last folder."""
+    if not trainer.loggers:
+        return None
+    logger = trainer.loggers[0]
+    own = getattr(logger, "log_dir", None)
+    if isinstance(own, str | Path):
+        return Path(trainer.strategy.broadcast(str(own)))
+    if logger.version is None:
+        return None
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    folder = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def _new_folder(trainer: Trainer) -> Path:
+    runs = Path(trainer.default_root_dir) / RUNS
+    numbers = [int(p.name[8:]) for p in runs.glob("version_*") if p.name[8:].isdigit()]
+    for number in itertools.count(max(numbers, default=-1) + 1):
+        folder = runs / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            # Another run's, begun at the same time.
+            continue
+        except OSError:
+            # Whoever writes into it says so, and the training goes on.
+            pass
+        return folder
+    raise AssertionError
 
 
 def overrides(module: object, method: str) -> bool:

@@ -149,7 +149,7 @@ class WidthSearch:
         )
 
     def decide(self, step: int) -> None:
-        """Decide whole widths at the target: those of the open gates, and the cheapest single changes."""
+        """Decide whole widths at or below the target: those of the open gates, and the cheapest single changes."""
         noise, beta = self._annealed(step)
         self._name_followers()
         widths = self.gates.decided(noise, beta)

@@ -186,7 +186,10 @@ def restored_teacher(network: nn.Module, saved: Path, mark: str, checkpoint: str
     Raises:
         MisconfigurationException: the file is gone, or cannot be read.
     """
-    places = [] if not checkpoint else [f / saved.name for f in Path(checkpoint).resolve().parents[:2]]
+    folders = [] if not checkpoint else Path(checkpoint).resolve().parents[:2]
+    # Beside a run's checkpoints, or in its own folder there, as of one without a logger.
+    own = Path(*saved.parts[-3:])
+    places = [folder / file for folder in folders for file in (saved.name, own)]
     for place in (*places, saved):
         if not place.is_file():
             continue

@@ -11,13 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from cpq_lightning.attach import auditable, learning_quantizers, model_costs, quantizers, widths_by_name
 from cpq_lightning.callbacks._averages import share_with_averages
 from cpq_lightning.callbacks._company import Bests, last_saved, monitored_bests, quantization_start, warn_of_old_bests
-from cpq_lightning.callbacks._goals import BudgetUnit, explain_nothing_to_learn, make_goals
+from cpq_lightning.callbacks._goals import BudgetUnit, check_ends, explain_nothing_to_learn, make_goals
 from cpq_lightning.callbacks._loggers import log_widths
 from cpq_lightning.callbacks._names import Callback, MisconfigurationException
+from cpq_lightning.callbacks._network import shipped_architecture, shipped_part
 from cpq_lightning.callbacks._optimizers import beside_optimizers
 from cpq_lightning.callbacks._run import run_folder, run_length, run_step
 from cpq_lightning.callbacks._search import WidthSearch
 from cpq_lightning.callbacks._trajectory import Trajectory
+from cpq_lightning.export import packed_size
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.optim import Beside
 
@@ -31,22 +33,24 @@ class BitBudget(Callback):
     step to the freeze the gates' logits are trained by the loss and by a penalty ``lambda · cost`` of the expected bits
     (the paper's), with ``lambda`` solved for in each step (ours), so that the expected cost follows a path from where
     it starts to the target. What the loss says of a gate is ``CPQConfig(gate_estimator=...)``. Noise and temperature of
-    the gates fall on the way (ours). Then whole widths are decided: those of the open gates, and where their cost is
-    off the target, changes by single bits bring it there, of those that are worth least for what they cost; the log
-    names them. At ``freeze`` the widths become fixed, and the chosen network trains on. A run that ends earlier fixes
-    them at its end.
+    the gates fall on the way (ours). Then whole widths are decided: those of the open gates, less the bits that are
+    worth least for what they cost while these are over the target, and more of those that are worth most while some
+    still fit. The target is a limit: widths cost it or less, as little less as is found, and the log names the changes
+    and what is left. At ``freeze`` the widths become fixed, and the chosen network trains on. A run that ends earlier
+    fixes them at its end.
 
     Logits are trained beside the module's optimizers, in their rhythm: they are in none of them, and neither the
     learning rate nor gradient clipping reaches them.
 
     Logged: ``cpq/weight_bits`` (as evaluation has them), ``cpq/expected_weight_bits``, the same of learned activations,
-    ``cpq/size_bytes``, ``cpq/penalty``, ``cpq/target``; after each validation every layer's bits, as a table or as
-    text where the logger takes one. The folder of the run gets ``trajectory.csv`` and ``trajectory.png`` at the end.
+    ``cpq/size_bytes`` (of the packed file), ``cpq/penalty``, ``cpq/target``; after each validation every layer's bits,
+    as a table or as text where the logger takes one. The folder of the run gets ``trajectory.csv`` and
+    ``trajectory.png`` at the end.
 
     Args:
-        target: What the model may cost: average bits of the weights (first and last layer aside), bytes of the whole
-            model as it ships, or bit operations of one sample (the sum over layers of multiply-accumulates times weight
-            bits times activation bits).
+        target: What the model may cost at most: average bits of the weights (first and last layer aside), bytes of the
+            file that ``cpq export --format packed`` writes, its header included, or bit operations of one sample (the
+            sum over layers of multiply-accumulates times weight bits times activation bits).
         unit: ``"bits"``, ``"bytes"`` or ``"bops"``.
         act_target: Average bits of learned activations; ``None`` is ``target`` in ``"bits"``. Has to be given in
             ``"bytes"``, where activations cost nothing, and left out in ``"bops"``, which count both.
@@ -56,8 +60,8 @@ class BitBudget(Callback):
 
     Raises:
         ValueError: an argument out of its range.
-        MisconfigurationException: before training: no quantizer that learns, a target out of reach (with the range that
-            is within it), or a freeze before quantization begins.
+        MisconfigurationException: before training: no quantizer that learns, or none but those of first and last
+            layers, a target out of reach (with the range that is within it), or a freeze before quantization begins.
 
     Example:
         >>> BitBudget(target=3.0).unit
@@ -196,8 +200,10 @@ class BitBudget(Callback):
                     "trainer.save_checkpoint(path) makes one."
                 )
             self._fix(trainer, pl_module)
+        if self._done is None or quiet:
+            return
         folder = run_folder(trainer)
-        if self._done is None or not trainer.is_global_zero or quiet:
+        if not trainer.is_global_zero:
             return
         self._trajectory.note(run_step(trainer), self._values(pl_module), widths_by_name(pl_module))
         self._trajectory.save(folder, last_saved(trainer))
@@ -225,6 +231,7 @@ class BitBudget(Callback):
     # Steps of the work ------------------------------------------------------------------------------------------------
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_ends(pl_module)
         learners = learning_quantizers(pl_module)
         begun = None if self._done is None else self._done["begin"]
         start = quantization_start(trainer) if begun is None else begun
@@ -260,6 +267,7 @@ class BitBudget(Callback):
 
     def _values(self, pl_module: LightningModule) -> dict[str, float]:
         values = model_costs(pl_module)
+        values["size_bytes"] = packed_size(shipped_part(pl_module), shipped_architecture(pl_module))
         if self._search is None:
             reached = [] if self._done is None else [(name, 0.0, target) for name, target, _ in self._done["goals"]]
         else:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cpq_lightning.attach import quantized_layers
+from cpq_lightning.attach.computed import is_computed
 from cpq_lightning.callbacks._names import Callback
 from cpq_lightning.callbacks._run import run_step
 from cpq_lightning.callbacks._schedule import check_span, need_quantizers, resolve_span
@@ -66,13 +68,22 @@ class ClusterPull(Callback):
     def pulled(self, pl_module: LightningModule) -> Mapping[int, Quantizer]:
         """What pulls each weight, by the weight's ``id``."""
         need_quantizers(self, pl_module)
-        return {id(layer.weight): layer.weight_quantizer for _, layer in quantized_layers(pl_module)}
+        layers = list(quantized_layers(pl_module))
+        return {
+            id(p): layer.weight_quantizer for _, layer in layers if (p := layer._parameters.get("weight")) is not None
+        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.teardown(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         owners = self.pulled(pl_module)
+        computed = [name for name, layer in quantized_layers(pl_module) if is_computed(layer)]
+        if computed:
+            rank_zero_warn(
+                f"ClusterPull leaves {len(computed)} layers alone, whose weight is computed from others (weight "
+                f"normalization, a pruning mask): {', '.join(computed)}."
+            )
         self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
         self._pulls = [GridPull(optimizer, owners, lambda: self._now) for optimizer in trainer.optimizers]
 

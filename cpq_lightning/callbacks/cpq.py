@@ -15,16 +15,21 @@ from torch import nn
 
 from cpq_lightning.attach import (
     Audit,
+    AuditReport,
     agreed,
     attach_where,
     attached_config,
     auditable,
     correct_first_and_last,
+    coverage_once_active,
     forget_first_forwards,
     note_forward,
+    note_unseen,
     quantizable_layers,
     quantizers,
     refit,
+    remember_products,
+    renew_rewritten,
     report_audit,
     set_active,
     set_noise_step,
@@ -43,14 +48,29 @@ from cpq_lightning.callbacks._company import (
     quantization_start,
     warn_of_old_bests,
 )
-from cpq_lightning.callbacks._finish import leave_levels, nothing_is_lost, run_manifest, validation_metrics
+from cpq_lightning.callbacks._finish import (
+    leave_levels,
+    note_exports,
+    nothing_is_lost,
+    run_manifest,
+    validation_metrics,
+)
 from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers, warn_of_left_out
 from cpq_lightning.callbacks._ranges import FindsRanges
-from cpq_lightning.callbacks._run import run_folder, run_length, run_step, warn_of_restarted_data
+from cpq_lightning.callbacks._restored import AskedSettings
+from cpq_lightning.callbacks._run import begin_run, run_folder, run_length, run_step, warn_of_restarted_data
 from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
 from cpq_lightning.checkpoint import CHECKPOINT_KEY
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import Format, clipped_shares, range_warnings, weight_histograms
+from cpq_lightning.export import (
+    BEFORE,
+    QUANTIZED,
+    Format,
+    clipped_shares,
+    full_precision_messages,
+    range_warnings,
+    weight_histograms,
+)
 from cpq_lightning.functional import resolve_point
 from cpq_lightning.nn import Quantizer
 from cpq_lightning.optim import Beside, Companion
@@ -66,16 +86,18 @@ class CPQCallback(FindsRanges):
     already, such as :class:`~cpq_lightning.QuantizedModule`, is left as it is). The quantizers' parameters train beside
     the module's optimizer, with another one of the same class and settings, without weight decay: the groups,
     schedulers and saved states of the module's own are those of training without quantization. Activation ranges are
-    calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder, and
-    the terminal shows each layer's levels, and the metrics in full precision beside the quantized ones.
+    calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder (the
+    logger's; without one ``cpq_runs/version_0`` and so on in the Trainer's ``default_root_dir``), and the terminal
+    shows each layer's levels, and the metrics beside those before quantization began.
 
     Everything that defines the quantized model is in the module's ``state_dict``: to use a checkpoint elsewhere, give
     that Trainer the same callback, or see :func:`~cpq_lightning.load_checkpoint` and :func:`~cpq_lightning.loading`.
 
     Args:
-        config: What to quantize, and how.
+        config: What to quantize, and how: a config, or a mapping of its settings.
         quantize_from: When quantization begins, as a step count or a fraction of the run. Until then the network
-            trains in full precision; at it all ranges are fitted afresh, the same on every rank.
+            trains in full precision; at it all ranges are fitted afresh, the same on every rank. With 1.0 the whole
+            run is in full precision: ``cpq report`` compares others with it.
         lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
             rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
         calibration_batches: Training batches for the activation ranges, which training gets all the same. A module
@@ -84,9 +106,15 @@ class CPQCallback(FindsRanges):
             of the levels and of the weights' clusters. ``None`` writes none, and logs no shares of clipped values.
         table: Whether to print the tables at the end.
         export: Formats that the model is written in at the end, into the run's folder, each verified first:
-            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``.
+            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``. What the forward takes or returns that no
+            file can hold is said before training, where a first forward or ``example_input_array`` shows it. One that
+            fails at the end costs a warning with the command that tries again.
         samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. They lie in
             ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
+
+    Attributes:
+        run_folder: Where the run's files are, from the first step of a fit on; ``None`` where it writes none.
+        failed_exports: At the end of a fit, why files are missing, by their formats.
 
     Raises:
         ImportError: a format needs a package that is not installed.
@@ -109,30 +137,34 @@ class CPQCallback(FindsRanges):
         export: Sequence[Format] = (),
         samples: int = 16,
     ) -> None:
-        if not isinstance(config, CPQConfig):
-            raise TypeError(f"config must be a CPQConfig, got {config!r}.")
+        config = CPQConfig.of(config)
         resolve_point("quantize_from", quantize_from, 1)
         if not lr_factor > 0:
             raise ValueError(f"lr_factor must be over 0, got {lr_factor}.")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}.")
-        check_settings(export, samples)
+        # One format alone would be a sequence of letters.
+        formats: Any = (export,) if isinstance(export, str) else tuple(export)
+        check_settings(formats, samples)
         self.config = config
         self.quantize_from = quantize_from
         self.lr_factor = lr_factor
         self.calibration_batches = calibration_batches
         self.levels_file = levels_file
         self.table = table
-        self.export = tuple(export)
+        self.export: tuple[Format, ...] = formats
         self.samples = samples
         # The step at which quantization begins, once a fit has begun.
         self.start_step = 0
+        self.run_folder: Path | None = None
+        self.failed_exports: dict[str, str] = {}
         self._first_step = 0
         self._quantizers: list[Quantizer] = []
         self._layers: set[str] = set()
         self._audit: Audit | None = None
-        self._audited = False
-        # Of the first forward in evaluation.
+        self._audited = self._noted = False
+        # Of the first forward in evaluation, and what it has shown.
+        self._evaluated: AuditReport | None = None
         self._evaluation_audit: Audit | None = None
         self._audits_evaluation = True
         self._companions: list[Companion] = []
@@ -140,11 +172,14 @@ class CPQCallback(FindsRanges):
         self._others: list[Beside] = []
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
+        # The step of the last validation in full precision.
+        self._last_before: int | None = None
         self._before: dict[str, Any] = {}
         self._bests: Bests = {}
         self._restored: Mapping[str, Any] = {}
         self._resumed = False
-        self._folder: Path | None = None
+        # Whether the coverage of this fit has been told.
+        self._told = False
         self._run_samples = RunSamples()
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
@@ -156,8 +191,11 @@ class CPQCallback(FindsRanges):
             self.teardown(trainer, pl_module, stage)
             self._companions = []
             self._metrics, self._before, self._bests, self._restored = {}, {}, {}, {}
-            self._folder, self._audit, self._resumed = None, None, False
+            self.run_folder, self._audit, self._resumed, self._told = None, None, False, False
+            self.failed_exports, self._last_before = {}, None
+            begin_run(trainer)
         fresh = attach_module(trainer, pl_module, self.config)
+        self._asked = AskedSettings(pl_module)
         self._layers = set(quantizable_layers(pl_module))
         if self.quantize_from > 0 and (stage == "fit" or fresh):
             # A checkpoint that is restored after this knows better.
@@ -166,9 +204,12 @@ class CPQCallback(FindsRanges):
             self._let_evaluations_fit(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._asked is not None:
+            self._asked.compare(pl_module, checkpoint)
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))
+        self._last_before = self._restored.get("last_before")
         self._before = dict(self._restored.get("before", {}))
         self._bests = dict(self._restored.get("bests", {}))
         if trainer.state.fn == "fit":
@@ -186,24 +227,37 @@ class CPQCallback(FindsRanges):
         self._companions, self._others = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
+        self._run_samples.listen()
         self._begin_calibration(trainer, pl_module)
+        self._run_samples.pause()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_samples.listen()
+        super().on_sanity_check_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_samples.listen()
         self._calibrate(trainer, pl_module)
         begin_training(trainer)
         self._first_step = trainer.global_step
-        # What a forward shows has been noted in the run that is resumed, of its first batch.
-        self._audited = self._audited or (self._resumed and any(q.execution_index for q in self._quantizers))
+        # What a forward shows has been noted in the run that is resumed, of its first batch: it tells the coverage now.
+        self._noted = self._resumed and any(q.execution_index for q in self._quantizers)
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
-        self._folder = None if quiet else run_folder(trainer)
+        self.run_folder = None if quiet else run_folder(trainer)
+        if self.run_folder is not None:
+            self._run_samples.foresee(trainer, pl_module, self.export)
         self.start_step = quantization_start(trainer)
         length = run_length(trainer) if self.quantize_from else math.inf
-        if self.quantize_from and self.start_step >= length:
+        if self.quantize_from == 1.0 and isinstance(self.quantize_from, float):
+            rank_zero_info("quantize_from=1.0: the whole run is in full precision, for others to be compared with.")
+        elif self.quantize_from and self.start_step >= length:
             rank_zero_warn(
                 f"quantize_from={self.quantize_from} is step {self.start_step} of a run of {length} steps: the run "
                 "ends in full precision. Give an earlier step or fraction."
             )
         warn_of_restarted_data(trainer)
+        if self._audited:
+            self._tell_coverage(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if any(q.has_gates for q in self._quantizers):
@@ -231,7 +285,7 @@ class CPQCallback(FindsRanges):
         if trainer.global_step == self._first_step + _PATIENCE:
             warn_of_left_out(self._companions, trainer.optimizers)
         self._renew_ranges(trainer, pl_module)
-        self._run_samples.leave(trainer, self._folder)
+        self._run_samples.leave(trainer, self.run_folder, self.export)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -259,20 +313,30 @@ class CPQCallback(FindsRanges):
         if audit is not None:
             self._audits_evaluation = False
             audit.__exit__(None, None, None)
+            self._evaluated = audit.report
             if trainer.is_global_zero:
                 report_audit(pl_module, audit.report, evaluation=True)
         self._stop_recording()
         self.on_test_batch_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_validation(trainer)
+        self._take_back_ranges()
+        if self._evaluated is not None:
+            # Not before: what was lent takes its quantizer's state back with it.
+            note_unseen(pl_module, self._evaluated)
+            self._evaluated = None
+
+    def _end_validation(self, trainer: Trainer) -> None:
+        pl_module = trainer.lightning_module
         if trainer.sanity_checking:
-            self._take_back_ranges()
             return
         if trainer.state.fn == "fit":
             self._log_clipped(trainer, pl_module)
         quantized = all(q.active for _, q in quantizers(pl_module))
-        self._metrics["quantized" if quantized else "full precision"] = validation_metrics(trainer)
-        self._take_back_ranges()
+        self._metrics[QUANTIZED if quantized else BEFORE] = validation_metrics(trainer)
+        if not quantized:
+            self._last_before = run_step(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         share_with_averages(trainer, pl_module)
@@ -281,6 +345,9 @@ class CPQCallback(FindsRanges):
         checkpoint[CHECKPOINT_KEY] = {
             "config": None if config is None else config.to_dict(),
             "metrics": self._metrics,
+            "last_before": self._last_before,
+            # Relative to what holds the checkpoints of a run without a logger.
+            "folder": None if self.run_folder is None else f"{self.run_folder.parent.name}/{self.run_folder.name}",
             "before": self._before,
             "bests": self._bests,
             "companions": [companion.state_dict() for companion in self._companions],
@@ -294,14 +361,17 @@ class CPQCallback(FindsRanges):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "quantization had begun: it is a full-precision one")
-        if not (self.table or self._folder):
+        if not (self.table or self.run_folder):
             return
         try:
             # On all ranks: where weights are sharded each holds a part.
-            content = run_manifest(trainer, pl_module, self._metrics)
-            for warning in range_warnings(pl_module):
+            if self.export:
+                # The last steps may have outgrown ranges, which an export would refuse.
+                renew_rewritten(pl_module)
+            content = run_manifest(trainer, pl_module, self._metrics, self._last_before)
+            for warning in (*full_precision_messages(pl_module), *range_warnings(pl_module)):
                 rank_zero_warn(warning)
-            after = weight_histograms(pl_module) if self._folder else {}
+            after = weight_histograms(pl_module) if self.run_folder else {}
         except Exception as error:
             rank_zero_warn(
                 f"Levels could not be collected ({type(error).__name__}: {error}). "
@@ -310,10 +380,15 @@ class CPQCallback(FindsRanges):
             return
         if not trainer.is_global_zero:
             return
-        levels_file = None if self._folder is None or self.levels_file is None else self._folder / self.levels_file
+        folder = self.run_folder
+        levels_file = None if folder is None or self.levels_file is None else folder / self.levels_file
         leave_levels(trainer, content, levels_file, self._before, after, self.table)
-        if self._folder is not None:
-            ship(pl_module, self.export, self._folder, last_saved(trainer))
+        if folder is None or not self.export:
+            return
+        outcomes = ship(pl_module, self.export, folder, last_saved(trainer))
+        self.failed_exports = {outcome["format"]: outcome["error"] for outcome in outcomes if "error" in outcome}
+        if levels_file is not None:
+            note_exports(content, levels_file, outcomes)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_recording()
@@ -327,7 +402,7 @@ class CPQCallback(FindsRanges):
         # Of a batch that another callback has skipped Lightning tells no end.
         self._stop_audits()
         forget_configured(pl_module)
-        self._run_samples.end(pl_module)
+        self._run_samples.end()
         # Companions stay: a checkpoint may be saved after the fit.
         for hooked in (*self._companions, *self._others):
             hooked.remove()
@@ -361,11 +436,24 @@ class CPQCallback(FindsRanges):
             return
         audit, self._audit, self._audited = self._audit, None, True
         audit.__exit__(None, None, None)
+        if self._noted:
+            remember_products(pl_module, audit.report)
+            self._tell_coverage(pl_module)
+            return
         report = agreed(audit.report)
         correct_first_and_last(pl_module, report.order)
         note_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
             report_audit(pl_module, report)
+        self._tell_coverage(pl_module)
+
+    def _tell_coverage(self, pl_module: LightningModule) -> None:
+        """Once a fit, when a forward has shown it."""
+        shown = None if self._told else coverage_once_active(pl_module)
+        if shown is not None:
+            self._told = True
+            later = f"run quantized from step {self.start_step} on" if self.start_step else "run quantized"
+            rank_zero_info(f"Coverage: {shown.sentence(later)}.")
 
     def _stop_audits(self) -> None:
         for audit in (self._audit, self._evaluation_audit):

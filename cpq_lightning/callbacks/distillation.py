@@ -198,9 +198,9 @@ class DistillationCallback(Callback):
     def _keep(self, trainer: Trainer) -> None:
         """Write the copy of the network where a run that is resumed finds it."""
         assert self._teacher is not None
-        folder = run_folder(trainer)
         if getattr(trainer, "fast_dev_run", False):
             return
+        folder = run_folder(trainer)
         # Known on all ranks, so that each one's state says the same.
         self._saved = str(folder.resolve() / TEACHER_FILE)
         if trainer.is_global_zero:

@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 
 from cpq_lightning.backbones import pretrained_config
+from cpq_lightning.config import plain
 from cpq_lightning.data.base import DataError, ImageDataModule, MissingDataError
 
 _TRAIN, _EVALUATION, _TEST = "train", ("val", "valid", "validation"), "test"
@@ -66,6 +67,7 @@ class ImageFolderDataModule(ImageDataModule):
             raise ValueError("val_fraction must be over 0; a folder root/val validates in its place where it is there.")
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
+        augmentation = plain(augmentation)
         self.save_hyperparameters()
         self.root, self.backbone, self.image_size = root, backbone, image_size
         self.augmentation = dict(augmentation or {})

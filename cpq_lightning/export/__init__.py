@@ -1,5 +1,6 @@
 """What leaves a trained model: its levels, as records, files, tables and pictures. Without Lightning."""
 
+from cpq_lightning.export.calls import named_outputs as named_outputs
 from cpq_lightning.export.clusters import weight_histograms as weight_histograms
 from cpq_lightning.export.clusters import write_clusters as write_clusters
 from cpq_lightning.export.files import write_atomically as write_atomically
@@ -8,6 +9,7 @@ from cpq_lightning.export.formats import Format as Format
 from cpq_lightning.export.formats import check_formats as check_formats
 from cpq_lightning.export.levels import LevelsRecord as LevelsRecord
 from cpq_lightning.export.levels import clipped_shares as clipped_shares
+from cpq_lightning.export.levels import full_precision_messages as full_precision_messages
 from cpq_lightning.export.levels import levels as levels
 from cpq_lightning.export.levels import manifest as manifest
 from cpq_lightning.export.levels import range_warnings as range_warnings
@@ -21,6 +23,9 @@ from cpq_lightning.export.report import CLUSTERS_FILE as CLUSTERS_FILE
 from cpq_lightning.export.report import read_manifest as read_manifest
 from cpq_lightning.export.report import report_levels as report_levels
 from cpq_lightning.export.report import write_report as write_report
+from cpq_lightning.export.runs import BEFORE as BEFORE
+from cpq_lightning.export.runs import FULL as FULL
+from cpq_lightning.export.runs import QUANTIZED as QUANTIZED
 from cpq_lightning.export.runs import Run as Run
 from cpq_lightning.export.runs import common_folder as common_folder
 from cpq_lightning.export.runs import compare_runs as compare_runs
@@ -33,11 +38,14 @@ from cpq_lightning.export.sample_file import SAMPLES_FILE as SAMPLES_FILE
 from cpq_lightning.export.sample_file import read_samples as read_samples
 from cpq_lightning.export.sample_file import write_samples as write_samples
 from cpq_lightning.export.samples import Samples as Samples
+from cpq_lightning.export.samples import export_obstacle as export_obstacle
 from cpq_lightning.export.samples import record_samples as record_samples
 from cpq_lightning.export.samples import recorded_samples as recorded_samples
 from cpq_lightning.export.samples import stop_recording_samples as stop_recording_samples
 from cpq_lightning.export.ship import Export as Export
 from cpq_lightning.export.ship import export_model as export_model
+from cpq_lightning.export.size import byte_cost as byte_cost
+from cpq_lightning.export.size import packed_size as packed_size
 from cpq_lightning.export.table import export_table as export_table
 from cpq_lightning.export.table import levels_table as levels_table
 from cpq_lightning.export.table import metrics_table as metrics_table

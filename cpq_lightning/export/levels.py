@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,15 @@ from torch import nn
 from cpq_lightning.attach import (
     QuantizedLayer,
     bit_operations,
+    bypassed,
+    coverage,
+    coverage_once_active,
+    float_bytes,
+    full_precision_layers,
+    late_layers,
+    late_message,
     quantized_layers,
     quantized_operands,
-    size_bytes,
-    unquantized_bytes,
     unwrapped,
     weight_bytes,
 )
@@ -25,6 +32,7 @@ from cpq_lightning.attach.costs import FULL_BITS
 from cpq_lightning.attach.range_tracking import outgrown_weight
 from cpq_lightning.attach.widths import FORMAT
 from cpq_lightning.export.files import write_atomically
+from cpq_lightning.export.size import packed_size
 from cpq_lightning.functional import average_bits
 from cpq_lightning.nn import Quantizer, Usage, full_tensor
 
@@ -53,7 +61,8 @@ class LevelsRecord:
         relative_error: ``sum (x - x_hat)^2 / sum x^2``; ``None`` likewise.
         clipped: Share of values more than half a step outside of the last level; ``None`` likewise.
         exempt: Whether it is a first or last layer, at ``first_last_bits``.
-        quantizing: ``False`` while values pass in full precision.
+        quantizing: ``False`` while values pass in full precision, and of a weight that the forward reads without its
+            layer.
         level_shares: Of a weight, the share of its elements at each level from ``low`` to ``high``.
         bytes: Of a weight, its packed codes.
         macs: Of a weight, multiply-accumulates in one sample; 0 before a forward.
@@ -87,10 +96,12 @@ class LevelsRecord:
 
 def levels(model: nn.Module) -> list[LevelsRecord]:
     """One record per quantizer of an attached model: each layer's weight, then its activation; then the operands of
-    products without a weight, under names of their own.
+    products without a weight, under names of their own. Once a forward has been seen, an input that no quantizer meets
+    since the forward goes round its layer has no record.
 
     Of activations, levels in use and the error are known after a forward under
-    :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch.
+    :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch. A
+    warning names layers with a weight that has no quantizer, and that were not left out by the config.
 
     Raises:
         ValueError: the model is not quantized.
@@ -102,15 +113,26 @@ def levels(model: nn.Module) -> list[LevelsRecord]:
         [('0', 8, -128, 127), ('1', 8, -128, 127)]
     """
     model = unwrapped(model)
+    records = _records(model)
+    for message in full_precision_messages(model):
+        warnings.warn(message, stacklevel=2)
+    return records
+
+
+def _records(model: nn.Module) -> list[LevelsRecord]:
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
     records = []
+    weights, unread = bypassed(model)
     for name, layer in sorted(layers.items(), key=lambda item: item[1].weight_quantizer.execution_index):
         layer.fit_if_needed()
         inputs = layer.input_quantizer
         record = _weight_record(name, layer)
-        if inputs is None:
+        if layer in weights:
+            records.append(replace(record, quantizing=False, macs=0, bops=0.0))
+            continue
+        if inputs is None or layer in unread:
             records.append(replace(record, bops=float((record.macs or 0) * record.mean_bits * FULL_BITS)))
             continue
         activation = _record(name, inputs, inputs.measured)
@@ -175,19 +197,29 @@ def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
     return quantizer.codes(weight).to(torch.int16)
 
 
-def manifest(model: nn.Module) -> dict[str, Any]:
+def manifest(
+    model: nn.Module, *, network: nn.Module | None = None, architecture: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers;
-    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight.
+    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight; under
+    ``full_precision``, where there are some, the layers with a weight that is not quantized and that the config does
+    not leave out, ``late`` those that came behind attach (the others are such as recurrent ones).
 
-    Totals: ``weight_bits_avg`` is the average over the quantized weights that are not exempt as first or last
-    layer, ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all quantized weights; ``act_bits_avg`` over
-    activations (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` counts packed
-    codes, steps in float32, and everything that is not quantized in float32; ``fp32_bytes`` the model before it was
-    attached; ``bops`` bit operations of one sample, in products with a weight and in those that ``attention=True``
-    quantizes, ``null`` before a forward.
+    ``coverage`` is that of :func:`cpq_lightning.coverage`, ``null`` before a forward. Totals: ``weight_bits_avg`` is
+    the average over the quantized weights that the forward reads and that are not exempt as first or last layer,
+    ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all that it reads; ``act_bits_avg`` over activations
+    (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` is the size of the packed
+    file: codes, steps in float32, everything that is not quantized in float32, and the header; ``fp32_bytes`` what
+    ships, before it was attached; ``bops`` bit operations of one sample, in products with a weight and in those that
+    ``attention=True`` quantizes, ``null`` before a forward.
+
+    Args:
+        model: An attached model.
+        network: The part of it that ships; the whole where there is none.
+        architecture: As the packed file has it.
     """
     model = unwrapped(model)
-    records = levels(model)
+    records = _records(model)
     by_layer: dict[str, dict[str, Any]] = {}
     operands = {name for name, _ in quantized_operands(model)}
     products = []
@@ -201,32 +233,56 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "totals": totals(model, records),
+        "totals": totals(model, records, model if network is None else unwrapped(network), architecture),
+        "coverage": _coverage(model),
         "layers": list(by_layer.values()),
     }
-    return {**content, "products": products} if products else content
+    plain = [asdict(layer) for layer in full_precision_layers(model)]
+    more = {"products": products, "full_precision": plain}
+    return content | {name: found for name, found in more.items() if found}
+
+
+def full_precision_messages(model: nn.Module) -> list[str]:
+    """What of an attached model is in full precision, and nobody asked for: a sentence for what came behind attach, and
+    one for layers that nothing quantizes.
+    """
+    late = late_layers(model)
+    others = [str(layer) for layer in full_precision_layers(model) if not layer.late]
+    found = [late_message(model, late)] if late else []
+    if others:
+        found.append(
+            f"The weights of {len(others)} layers that nothing quantizes are in full precision: {', '.join(others)}."
+        )
+    return found
 
 
 def compact_manifest(model: nn.Module) -> dict[str, Any]:
     """:func:`manifest` without the shares of levels, as artefacts carry it."""
     content = manifest(model)
+    del content["coverage"]
     for layer in content["layers"]:
         layer["weight"].pop("level_shares")
     return content
 
 
-def totals(model: nn.Module, records: list[LevelsRecord]) -> dict[str, Any]:
+def _coverage(model: nn.Module) -> dict[str, Any] | None:
+    return None if coverage_once_active(model) is None else coverage(model).to_dict()
+
+
+def totals(
+    model: nn.Module, records: list[LevelsRecord], network: nn.Module, architecture: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The totals of :func:`manifest`."""
-    weights = [r for r in records if r.kind == "weight"]
-    full, _ = unquantized_bytes(model)
+    around = {name for name, layer in quantized_layers(model) if layer in bypassed(model)[0]}
+    read = [r for r in records if r.kind == "weight" and r.name not in around]
     return {
-        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in weights if not r.exempt),
-        "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in weights),
+        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in read if not r.exempt),
+        "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in read),
         "act_bits_avg": average_bits(
             (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.exempt
         ),
-        "size_bytes": size_bytes(model),
-        "fp32_bytes": full,
+        "size_bytes": packed_size(network, architecture),
+        "fp32_bytes": float_bytes(network),
         "bops": bit_operations(model),
     }
 

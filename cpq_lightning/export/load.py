@@ -10,9 +10,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import Operand, avoid_fused_paths, call_projections, quantize_products
+from cpq_lightning.attach import Operand, avoid_fused_paths, call_projections, quantize_products, unwrapped
+from cpq_lightning.attach.computed import computing, leave_computed, weight_now
 from cpq_lightning.backbones import create_backbone, known_backbone
-from cpq_lightning.export.coded import InputGrid, canonical_names, input_of, with_input
+from cpq_lightning.export.coded import InputGrid, input_of, with_input
+from cpq_lightning.export.layout import canonical_names
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.export.read import read_packed
 from cpq_lightning.functional import along_channels, level_bounds
@@ -47,34 +49,40 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> nn.Modul
 
 def build(content: PackedFile, path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """:func:`load_quantized` of a file that has been read; ``path`` is for messages."""
-    network = model
-    if network is None:
+    if model is not None:
+        network = unwrapped(model)
+    else:
         network = _build(
             content.header["architecture"], path, lambda net: _check_fit(net, *_described_state(content), path)
         )
-    layers, weights = content.header["layers"], {}
-    for layer in layers:
-        step = content.tensors[layer["weight"]["step"]]
-        codes = content.codes(layer)
-        weights[layer["name"]] = codes.float() * along_channels(step, codes.dim(), layer["weight"]["channel_dim"])
-    state = {name: content.tensors[name] for name in content.header["rest"]}
-    state |= {f"{name}.weight": weight for name, weight in weights.items()}
-    _check_fit(network, state, [layer["name"] for layer in layers], path)
+    layers, tied = content.header["layers"], content.header["tied"]
+    _check_fit(network, *_described_state(content), path)
     call_projections(network)
-    for name, weight in weights.items():
+    weights: dict[str, nn.Parameter] = {}
+    for layer in layers:
+        entry = layer["weight"]
+        if entry["codes"] not in weights:
+            step, codes = content.tensors[entry["step"]], content.codes(layer)
+            weight = codes.float() * along_channels(step, codes.dim(), entry["channel_dim"])
+            weights[entry["codes"]] = nn.Parameter(weight)
+        leave_computed(network.get_submodule(layer["name"]))
         # Not copied into the Parameter that is there: an embedding may share it, in full precision.
-        network.get_submodule(name).weight = nn.Parameter(weight)
-    network.load_state_dict({name: state[name] for name in content.header["rest"]}, strict=False)
+        network.get_submodule(layer["name"]).weight = weights[entry["codes"]]
+    for name, source in tied.items():
+        module, _, parameter = name.rpartition(".")
+        setattr(network.get_submodule(module), parameter, network.get_submodule(source).weight)
+    state = {name: content.tensors[name] for name in content.header["rest"]}
+    network.load_state_dict(state, strict=False)
     for layer in layers:
         grid = _grid(layer["input"], content)
         if grid is not None:
             quantize_input(network.get_submodule(layer["name"]), grid)
-    for entry in content.header["products"] if content.header["version"] > 1 else ():
+    for entry in content.header["products"]:
         grids = {operand: _grid(described, content) for operand, described in entry["operands"].items()}
         module = _module(network, entry["module"], path)
         quantize_products(module, entry["plan"], entry["counts"], grids, "input_grid")
     avoid_fused_paths(network, nn.Linear)
-    return network.eval().requires_grad_(False)
+    return (network if model is None else model).eval().requires_grad_(False)
 
 
 def _grid(entry: Mapping[str, Any] | None, content: PackedFile) -> InputGrid | None:
@@ -137,13 +145,29 @@ def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
     """Something with the shape of each entry of the network's state, and the names of the quantized layers."""
     layers = content.header["layers"]
     state: dict[str, Any] = {name: content.tensors[name] for name in content.header["rest"]}
-    state |= {f"{layer['name']}.weight": torch.empty(layer["weight"]["shape"], device="meta") for layer in layers}
-    return state, [layer["name"] for layer in layers]
+    shapes = {layer["name"]: torch.empty(layer["weight"]["shape"], device="meta") for layer in layers}
+    state |= {f"{name}.weight": shape for name, shape in shapes.items()}
+    state |= {name: shapes[source] for name, source in content.header["tied"].items()}
+    return state, list(shapes)
+
+
+def _plain_shapes(network: nn.Module, layers: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes in a network's state, with the weights of layers themselves, where they are computed from others."""
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for name in layers:
+        parts = computing(modules[name]) if name in modules else {}
+        for part in parts:
+            shapes.pop(f"{name}.{part}", None)
+        if parts:
+            shapes[f"{name}.weight"] = tuple(weight_now(modules[name]).shape)
+    return shapes
 
 
 def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str], path: str | Path) -> None:
     known = canonical_names(network)
-    expected = {known.get(name, name): tuple(value.shape) for name, value in network.state_dict().items()}
+    plain = _plain_shapes(network, layers)
+    expected = {known.get(name, name): shape for name, shape in plain.items()}
     found = {known.get(name, name): tuple(value.shape) for name, value in state.items()}
     for name in layers:
         key = f"{name}.weight"

@@ -1,17 +1,9 @@
-"""The packed format: one safetensors file with each weight's codes at its own width, and a header that vouches for it.
-
-Tensors, for each quantized layer ``L``: ``L.weight_codes`` (bytes, see
-:func:`~cpq_lightning.functional.pack_codes`; rows are the output channels), ``L.weight_step`` and, where its input is
-quantized, ``L.input_step`` (float32); ``O.input_step`` for each operand ``O`` of a product without a weight that is
-quantized (version 2; files without any are of version 1); and all else of the network's ``state_dict`` under its own
-name. The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a newline, and that text, which lists
-the layers, the architecture, the levels, and type, shape and SHA-256 of each tensor.
+"""Writing the packed format: one safetensors file with each weight's codes at its own width, and a header that vouches
+for it (:mod:`cpq_lightning.export.layout`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +13,30 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import modules_with_products, operand_names, operand_path, quantized_layers
-from cpq_lightning.export.coded import CodedLayer, InputGrid, canonical_names, coded, coded_layers
-from cpq_lightning.export.levels import compact_manifest
+from cpq_lightning.attach import modules_with_products
+from cpq_lightning.export.coded import InputGrid, coded, coded_layers, coded_tables
+from cpq_lightning.export.layout import (
+    CODES,
+    KEY,
+    Rest,
+    canonical_names,
+    complete,
+    describe,
+    digest_of_all,
+    dtype_name,
+    signed,
+)
 from cpq_lightning.functional import pack_codes, unpack_codes
-from cpq_lightning.version import __version__
-
-FORMAT = "cpq-lightning-packed"
-VERSION = 2
-KEY = "cpq_lightning"
 
 
 @dataclass(frozen=True)
 class PackedFile:
-    """The content of a packed file, checked.
+    """The content of a packed file of any version, checked.
 
     Attributes:
-        header: The JSON text's content.
+        header: What it says of the model: ``architecture``; ``layers``, each with its ``name``, its ``weight`` (bits,
+            shape, channel_dim, and the names of its codes and steps) and its ``input`` (bits, signed, step);
+            ``products``; ``tied``; and ``rest``, the names of what is not quantized.
         tensors: All tensors by name, codes still packed.
     """
 
@@ -68,80 +67,43 @@ def write_packed(model: nn.Module, path: str | Path, *, architecture: Mapping[st
         ValueError: the model cannot be exported; see :func:`~cpq_lightning.export.coded.evaluated`.
         OSError: the file cannot be written.
     """
-    header, tensors = _content(model, architecture)
-    text = json.dumps(header, separators=(",", ":"))
-    signed = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
-    safetensors.torch.save_file(tensors, path, metadata={KEY: signed})
+    network = coded(model)
+    described = describe(model)
+    codes, floats, own = _quantized(network, described)
+    state = {name: value for name, value in network.state_dict().items() if name not in own}
+    rest: Rest = {}
+    flat = {CODES: codes, "float32": floats}
+    for name, value in state.items():
+        dtype = dtype_name(value)
+        rest.setdefault(dtype, {})[name] = list(value.shape)
+        flat.setdefault(dtype, []).append(value.reshape(-1))
+    tensors = {name: torch.cat(parts) for name, parts in flat.items() if parts}
+    header = complete(described, rest, architecture, digest_of_all(tensors))
+    safetensors.torch.save_file(tensors, path, metadata={KEY: signed(header)})
     return Path(path)
 
 
-def _content(model: nn.Module, architecture: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    network = coded(model)
-    # A weight that layers share is stored once.
-    owners: dict[int, str] = {}
-    sources = {name: owners.setdefault(layer.weight_id, name) for name, layer in quantized_layers(model)}
-    widths = {name: layer.weight_quantizer.decided_widths().tolist() for name, layer in quantized_layers(model)}
-    own: set[str] = set()
-    tensors: dict[str, Tensor] = {}
-    layers = []
+def _quantized(network: nn.Module, described: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], set[str]]:
+    """Codes and steps of a coded network, in the order of its header; and the names of what these stand for."""
+    entries = {entry["name"]: entry for entry in described["layers"]}
+    own = {*canonical_names(network)}
+    codes: list[Tensor] = []
+    steps: list[Tensor] = []
     for name, layer in coded_layers(network):
         own |= {f"{name}.weight_codes", f"{name}.weight_step", f"{name}.input_grid.step"}
-        source = sources[name]
-        bits = widths[name][0] if len(widths[name]) == 1 else widths[name]
-        entry = _weight_entry(layer, source, bits)
-        if source == name:
-            tensors[entry["codes"]] = pack_codes(layer.weight_codes.movedim(layer.channel_dim, 0).contiguous(), bits)
-            tensors[entry["step"]] = layer.weight_step
-        layers.append({"name": name, "weight": entry, "input": _input_entry(name, layer.input_grid, tensors)})
-    products = []
+        entry = entries[name]
+        if "source" not in entry:
+            rows = layer.weight_codes.movedim(layer.channel_dim, 0).contiguous()
+            codes.append(pack_codes(rows, entry["bits"]))
+            steps.append(layer.weight_step.reshape(-1))
+        if layer.input_grid is not None:
+            steps.append(layer.input_grid.step)
     for name, module in modules_with_products(network):
-        operands = {}
-        for operand in operand_names(module.product_plan):
-            path, grid = operand_path(name, operand), module.product_operands[operand]._modules.get("input_grid")
-            own.add(f"{path}.input_grid.step")
-            operands[operand] = _input_entry(path, grid, tensors)
-        plan, counts = list(module.product_plan), sorted(module.product_counts)
-        products.append({"module": name, "plan": plan, "counts": counts, "operands": operands})
-    own |= canonical_names(network).keys()
-    rest = {name: value for name, value in network.state_dict().items() if name not in own}
-    tensors |= {name: value.contiguous().clone() for name, value in rest.items()}
-    header = {
-        "format": FORMAT,
-        "version": VERSION if products else 1,
-        "written_by": f"cpq-lightning {__version__}",
-        "architecture": None if architecture is None else dict(architecture),
-        "layers": layers,
-        **({"products": products} if products else {}),
-        "rest": list(rest),
-        "levels": compact_manifest(model),
-        "tensors": {name: _vouch(value) for name, value in tensors.items()},
-    }
-    return header, tensors
-
-
-def _weight_entry(layer: CodedLayer, source: str, bits: int | list[int]) -> dict[str, Any]:
-    return {
-        "bits": bits,
-        "shape": list(layer.weight_codes.shape),
-        "channel_dim": layer.channel_dim,
-        "codes": f"{source}.weight_codes",
-        "step": f"{source}.weight_step",
-    }
-
-
-def _input_entry(name: str, grid: nn.Module | None, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """How an input is quantized; its step goes to the ``tensors``."""
-    if not isinstance(grid, InputGrid):
-        return None
-    tensors[f"{name}.input_step"] = grid.step
-    bits = (grid.high - grid.low + 1).bit_length() - 1
-    return {"bits": bits, "signed": grid.low < 0, "step": f"{name}.input_step"}
-
-
-def _vouch(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sha256": digest(tensor)}
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes in memory."""
-    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for key, operand in module.product_operands.items():
+            own.add(f"{name}.product_operands.{key}.input_grid.step".lstrip("."))
+            grid = operand._modules.get("input_grid")
+            if isinstance(grid, InputGrid):
+                steps.append(grid.step)
+    for name, _ in coded_tables(network):
+        own |= {f"{name}.weight_codes".lstrip("."), f"{name}.weight_step".lstrip(".")}
+    return codes, steps, own

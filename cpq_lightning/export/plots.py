@@ -159,7 +159,7 @@ def _telling(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> list[tupl
 
 
 def draw_runs(runs: Sequence[Any], path: Path) -> Path:
-    """Accuracy over size, a point a run with its average bits; grey, the full precision that they started from.
+    """Accuracy over size, a point a run with its average bits; hollow, runs in full precision.
 
     Args:
         runs: :class:`~cpq_lightning.export.runs.Run` each, of one metric.
@@ -177,18 +177,19 @@ def draw_runs(runs: Sequence[Any], path: Path) -> Path:
         own = [run for run in runs if (run.model, run.data) == group]
         model = ", ".join(filter(None, group if several else group[:1]))
         color = _MODELS[index % len(_MODELS)]
-        ended = sorted((run for run in own if run.quantized is not None), key=lambda run: run.size_bytes)
-        sizes, values = [run.size_bytes / unit for run in ended], [run.quantized for run in ended]
-        axis.plot(sizes, values, color=color, marker="o", ms=6, lw=0, label=f"{model}, quantized".lstrip(", "))
+        ended = sorted((run for run in own if run.value is not None), key=lambda run: run.size_bytes)
+        plain, ended = [r for r in ended if r.state != "quantized"], [r for r in ended if r.state == "quantized"]
+        sizes, values = [run.size_bytes / unit for run in ended], [run.value for run in ended]
+        if ended:
+            axis.plot(sizes, values, color=color, marker="o", ms=6, lw=0, label=f"{model}, quantized".lstrip(", "))
         for place, (run, size, value) in enumerate(zip(ended, sizes, values, strict=True)):
             # Neighbours' words on either side.
             offset = (0, 8) if place % 2 == 0 else (0, -16)
             axis.annotate(_shown_bits(run), (size, value), offset, textcoords="offset points", ha="center", fontsize=8)
-        started = [run for run in own if run.full_precision is not None]
-        if started:
+        if plain:
             axis.plot(
-                [run.fp32_bytes / unit for run in started],
-                [run.full_precision for run in started],
+                [run.size_bytes / unit for run in plain],
+                [run.value for run in plain],
                 color=color, marker="o", ms=6, mfc="white", lw=0, label=f"{model}, full precision".lstrip(", "),
             )  # fmt: skip
     axis.set_xscale("log")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from cpq_lightning.export.calls import dump_spec, forward_replaced
 from cpq_lightning.export.coded import coded
 from cpq_lightning.export.levels import compact_manifest
 from cpq_lightning.export.samples import Samples
@@ -26,13 +29,16 @@ def write_program(model: nn.Module, path: str | Path, samples: Samples) -> Path:
     Args:
         model: An attached model, trained.
         path: The file; ``.pt2`` is usual.
-        samples: Inputs to trace with; the number of samples stays free.
+        samples: Inputs to trace with, which the program is called like; the number of samples stays free.
 
     Raises:
         ValueError: the model cannot be exported; see :func:`~cpq_lightning.export.coded.evaluated`.
+        TypeError: the samples come in a class that ``torch.export`` cannot save.
         torch._dynamo.exc.UserError: ``torch.export`` cannot trace its forward.
     """
     path = Path(path)
+    if samples.form is not None:
+        dump_spec(samples.form)
     program = trace(coded(model), samples)
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={LEVELS_ENTRY: json.dumps(compact_manifest(model))})
@@ -41,10 +47,29 @@ def write_program(model: nn.Module, path: str | Path, samples: Samples) -> Path:
 
 def trace(network: nn.Module, samples: Samples) -> ExportedProgram:
     """Trace a network in evaluation, any number of samples."""
-    inputs = samples.pair()
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        return torch.export.export(network, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs), strict=False)
+    pair = samples.pair()
+    args, kwargs = pair.call()
+    shapes, batch = torch.export.ShapesCollection(), torch.export.Dim("batch", min=1)
+    for tensor in pair.inputs:
+        # One without a dimension counts for all samples.
+        if tensor.dim():
+            shapes[tensor] = {0: batch}
+    with torch.no_grad(), _named_keywords(network, kwargs):
+        program = torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
+    # They would go into the file, and are data of the run.
+    program.example_inputs = None
+    return program
+
+
+@contextmanager
+def _named_keywords(network: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Let a forward with ``**kwargs`` have a parameter for each: ``torch.export`` writes code that looks them up."""
+    own = inspect.signature(network.forward)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known = {p.name for p in parameters}
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in known]
+    with forward_replaced(network, network.forward, own.replace(parameters=parameters)):
+        yield
 
 
 def read_program(path: str | Path) -> ExportedProgram:

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cpq_lightning.attach import operand_names
-from cpq_lightning.export.packed import FORMAT, KEY, VERSION, PackedFile, digest
+from cpq_lightning.attach import operand_names, operand_path
+from cpq_lightning.export.layout import CODES, DTYPES, FORMAT, KEY, VERSION, code_bytes, digest, digest_of_all, lengths
+from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.functional import check_bits
 
 
@@ -40,28 +41,17 @@ def read_packed(path: str | Path) -> PackedFile:
             f"{', '.join(map(str, _READERS))}: install the one that wrote it, or a newer one."
         )
     described = {name: _described(entry, name, path) for name, entry in outer.items()}
+    return reader(header, described, data, path)
+
+
+def _loaded(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
-        listed = {name: (entry["dtype"], entry["shape"]) for name, entry in header["tensors"].items()}
-    except (AttributeError, KeyError, TypeError):
-        raise _damaged(path, "its list of tensors is incomplete") from None
-    if described != listed:
-        name = next(n for n in sorted(described.keys() | listed.keys()) if described.get(n) != listed.get(n))
-        raise _damaged(path, f"tensor {name!r} is {described.get(name)} in the file and {listed.get(name)} in its list")
-    try:
-        tensors = safetensors.torch.load(data)
+        return safetensors.torch.load(data)
     except (SafetensorError, ValueError, OverflowError) as error:
         raise _damaged(path, f"safetensors refuses it: {error}") from None
-    for name, entry in header["tensors"].items():
-        if digest(tensors[name]) != entry.get("sha256"):
-            raise _damaged(path, f"the checksum of tensor {name!r} does not match")
-    return reader(header, tensors, path)
 
 
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "C64": "complex64",
-}  # fmt: skip
+_NAMES = {code: name for name, (code, _) in DTYPES.items()}
 
 
 def _outer_header(data: bytes, path: Path) -> dict[str, Any]:
@@ -104,33 +94,120 @@ def _inner_header(metadata: Any, path: Path) -> dict[str, Any]:
 def _described(entry: Any, name: str, path: Path) -> tuple[str, list[int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"the entry of tensor {name!r} in its header is incomplete")
-    return _DTYPES.get(entry["dtype"], "unknown"), entry["shape"]
+    return _NAMES.get(entry["dtype"], "unknown"), entry["shape"]
 
 
-def _version_1(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> PackedFile:
+# What a header that describes no model lets its reader fall over.
+_NONSENSE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+_Described = dict[str, tuple[str, list[int]]]
+
+
+def _version_1(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> PackedFile:
+    return _checked({"products": [], "tied": {}, **header}, _listed(header, described, data, path), path)
+
+
+def _version_2(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> PackedFile:
+    if "products" not in header:
+        raise _damaged(path, "its header does not describe a model (no products)")
+    return _version_1(header, described, data, path)
+
+
+def _listed(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file whose header has type, shape and SHA-256 of each, as in versions 1 and 2."""
     try:
+        listed = {name: (entry["dtype"], entry["shape"]) for name, entry in header["tensors"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise _damaged(path, "its list of tensors is incomplete") from None
+    if described != listed:
+        name = next(n for n in sorted(described.keys() | listed.keys()) if described.get(n) != listed.get(n))
+        raise _damaged(path, f"tensor {name!r} is {described.get(name)} in the file and {listed.get(name)} in its list")
+    tensors = _loaded(data, path)
+    for name, entry in header["tensors"].items():
+        if digest(tensors[name]) != entry.get("sha256"):
+            raise _damaged(path, f"the checksum of tensor {name!r} does not match")
+    return tensors
+
+
+def _version_3(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> PackedFile:
+    tensors = _loaded(data, path)
+    if digest_of_all(tensors) != header.get("sha256"):
+        raise _damaged(path, "the checksum of its tensors does not match")
+    try:
+        found = {name: ("uint8" if name == CODES else name, [count]) for name, count in lengths(header).items()}
+        if described != found:
+            raise ValueError(f"its tensors are {described}, and {found} in its list")
+        content, named = _cut(header, tensors)
+    except _NONSENSE as error:
+        raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
+    return _checked(content, named, path)
+
+
+def _cut(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors in the form of version 2: each tensor under a name of its own."""
+    at: dict[str, int] = {}
+    named: dict[str, Tensor] = {}
+
+    def take(kind: str, name: str, shape: list[int]) -> str:
+        if name in named or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"tensor {name!r} occurs twice, or has the shape {shape}")
+        begin = at.get(kind, 0)
+        at[kind] = begin + math.prod(shape)
+        named[name] = tensors[kind][begin : at[kind]].reshape(shape)
+        return name
+
+    def grid(owner: str, text: str | None) -> dict[str, Any] | None:
+        if text is None:
+            return None
+        if text[0] not in "su" or not text[1:].isdecimal():
+            raise ValueError(f"the input of {owner!r} is {text!r}")
+        return {"bits": int(text[1:]), "signed": text[0] == "s", "step": take("float32", f"{owner}.input_step", [1])}
+
+    layers: dict[str, dict[str, Any]] = {}
+    for entry in header["layers"]:
+        name = entry["name"]
+        if "source" in entry:
+            weight = layers[entry["source"]]["weight"]
+        else:
+            weight = {"bits": entry["bits"], "shape": entry["shape"], "channel_dim": entry.get("channel_dim", 0)}
+            weight["codes"] = take(CODES, f"{name}.weight_codes", [code_bytes(entry)])
+            weight["step"] = take("float32", f"{name}.weight_step", [entry.get("steps", 1)])
+        if name in layers:
+            raise ValueError(f"layer {name!r} is listed twice")
+        layers[name] = {"name": name, "weight": weight, "input": grid(name, entry.get("input"))}
+    products = []
+    for entry in header.get("products", ()):
+        owner = entry["module"]
+        operands = {key: grid(operand_path(owner, key), text) for key, text in entry["operands"].items()}
+        products.append({**entry, "operands": operands})
+    rest = [take(kind, name, shape) for kind, own in header["rest"].items() for name, shape in own.items()]
+    content = {
+        "version": header["version"],
+        "architecture": header.get("architecture"),
+        "layers": list(layers.values()),
+        "products": products,
+        "tied": header.get("tied", {}),
+        "rest": rest,
+    }
+    return content, named
+
+
+def _checked(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> PackedFile:
+    try:
+        modules = [_check_products(entry, tensors) for entry in header["products"]]
         names = [_check_layer(layer, tensors) for layer in header["layers"]]
-        known = header["rest"]
-        if len(set(names)) != len(names) or not all(name in tensors for name in known):
-            raise ValueError("a layer is listed twice, or a tensor is missing")
+        known, tied = header["rest"], header["tied"]
+        if len(set(names)) != len(names) or len(set(modules)) != len(modules):
+            raise ValueError("a layer or a module is listed twice")
+        if not all(name in tensors for name in known) or not all(source in names for source in tied.values()):
+            raise ValueError("a tensor is missing, or a layer")
         architecture = header["architecture"]
         if architecture is not None and not (
             isinstance(architecture["timm"], str) and isinstance(architecture["arguments"], dict)
         ):
             raise ValueError("its architecture is no name with arguments")
-    except (KeyError, TypeError, ValueError) as error:
+    except _NONSENSE as error:
         raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
     return PackedFile(header, tensors)
-
-
-def _version_2(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> PackedFile:
-    try:
-        names = [_check_products(entry, tensors) for entry in header["products"]]
-        if len(set(names)) != len(names):
-            raise ValueError("a module is listed twice")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
-    return _version_1(header, tensors, path)
 
 
 def _check_products(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -176,9 +253,10 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 
 
 # One reader a version of the format; a version that has been released keeps its own.
-_READERS: dict[int, Callable[[dict[str, Any], dict[str, Tensor], Path], PackedFile]] = {
+_READERS: dict[int, Callable[[dict[str, Any], _Described, bytes, Path], PackedFile]] = {
     1: _version_1,
-    VERSION: _version_2,
+    2: _version_2,
+    VERSION: _version_3,
 }
 
 

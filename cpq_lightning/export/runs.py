@@ -15,7 +15,8 @@ from cpq_lightning.export.files import write_atomically
 from cpq_lightning.export.plots import draw_runs
 
 RUNS_FILE, RUNS_PICTURE = "runs.csv", "accuracy_over_size.png"
-FULL, QUANTIZED = "full precision", "quantized"
+# States that a network is measured in: a run that is never quantized, one before it is, and one at its end.
+FULL, BEFORE, QUANTIZED = "full precision", "before quantization", "quantized"
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Run:
         model: The backbone's name, or that of the module's class.
         data: The data module, with its root.
         metric: Name of the metric, such as ``val_acc``.
-        full_precision: The metric before quantization began; ``None`` where the run began quantized.
-        quantized: The metric at its end; ``None`` without validation.
-        size_bytes: Size of what ships: packed codes, steps, the rest in float32. A file has a header beside that.
+        state: ``"quantized"``, or ``"full precision"`` of a run that was never quantized.
+        value: The metric at its end; ``None`` without validation then.
+        size_bytes: Size of the packed file of what ships.
         fp32_bytes: Size in float32.
         weight_bits: Average bits of the weights, first and last layer aside.
         act_bits: The same of activations.
@@ -39,17 +40,28 @@ class Run:
     model: str
     data: str
     metric: str
-    full_precision: float | None
-    quantized: float | None
+    state: str
+    value: float | None
     size_bytes: int
     fp32_bytes: int
     weight_bits: float | None
     act_bits: float | None
 
 
-def describe_run(metrics: Mapping[str, Mapping[str, float]], model: str, data: str) -> dict[str, Any]:
-    """What ``levels.json`` holds of a run beside its levels."""
-    return {"model": model, "data": data, "metrics": {state: dict(values) for state, values in metrics.items()}}
+def describe_run(
+    metrics: Mapping[str, Mapping[str, float]], model: str, data: str, before: int | None = None
+) -> dict[str, Any]:
+    """What ``levels.json`` holds of a run beside its levels.
+
+    Args:
+        metrics: By state: ``"full precision"`` of a run that was never quantized, ``"before quantization"``,
+            ``"quantized"``.
+        model: Its name.
+        data: Its name.
+        before: The step at which those before quantization were measured.
+    """
+    measured = {state: dict(values) for state, values in metrics.items()}
+    return {"model": model, "data": data, "metrics": measured, "before_step": before if BEFORE in measured else None}
 
 
 def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "levels.json") -> Run:
@@ -78,17 +90,19 @@ def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "
         asked = "has no metric with 'acc' in its name" if metric is None else f"has no metric {metric!r}"
         raise ValueError(f"{path} {asked}: it has {known}. Name one with --metric.")
     totals = content["totals"]
+    plain = FULL in metrics and QUANTIZED not in metrics
+    state = FULL if plain else QUANTIZED
     return Run(
         name=Path(folder).resolve().name,
         model=run.get("model", ""),
         data=run.get("data", ""),
         metric=chosen,
-        full_precision=metrics.get(FULL, {}).get(chosen),
-        quantized=metrics.get(QUANTIZED, {}).get(chosen),
-        size_bytes=totals["size_bytes"],
+        state=state,
+        value=metrics.get(state, {}).get(chosen),
+        size_bytes=totals["fp32_bytes" if plain else "size_bytes"],
         fp32_bytes=totals["fp32_bytes"],
-        weight_bits=totals["weight_bits_avg"],
-        act_bits=totals["act_bits_avg"],
+        weight_bits=None if plain else totals["weight_bits_avg"],
+        act_bits=None if plain else totals["act_bits_avg"],
     )
 
 

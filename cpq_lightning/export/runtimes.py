@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
+from cpq_lightning.export.calls import flat_outputs
 from cpq_lightning.export.coded import InputGrid, input_of, with_input
 from cpq_lightning.export.load import build
 from cpq_lightning.export.program import read_program
 from cpq_lightning.export.read import read_packed
-from cpq_lightning.export.samples import flat_outputs
+from cpq_lightning.export.samples import Samples
 from cpq_lightning.export.verify import Place
 
 
@@ -28,9 +30,13 @@ class _InTorch:
     def turned_by(self) -> Mapping[str, str]:
         return {}
 
+    def remedy(self) -> None:
+        return None
+
     @torch.no_grad()
-    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return flat_outputs(self.module(*inputs))
+    def outputs(self, batch: Samples) -> list[Tensor]:
+        args, kwargs = batch.call()
+        return flat_outputs(self.module(*args, **kwargs))
 
 
 class PackedArtefact(_InTorch):
@@ -52,9 +58,7 @@ class PackedArtefact(_InTorch):
         return self._codes
 
     @torch.no_grad()
-    def codes(
-        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
         found: dict[Place, Tensor] = {}
         with ExitStack() as stack:
             for name, layer in self.module.named_modules():
@@ -62,7 +66,7 @@ class PackedArtefact(_InTorch):
                 if isinstance(grid, InputGrid):
                     hook = _substitute(name, grid, given, found)
                     stack.callback(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-            return found, flat_outputs(self.module(*inputs))
+            return found, self.outputs(batch)
 
 
 def _substitute(name: str, grid: InputGrid, given: Mapping[Place, Tensor], found: dict[Place, Tensor]) -> Any:
@@ -94,11 +98,9 @@ class ProgramArtefact(_InTorch):
         return {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
 
     @torch.no_grad()
-    def codes(
-        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
         stepwise = _Stepwise(self.program, given)
-        outputs = stepwise.run_on(inputs)
+        outputs = stepwise.run_on(batch)
         return stepwise.found, outputs
 
 
@@ -116,8 +118,9 @@ class _Stepwise(fx.Interpreter):
         self._tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
         self._counts: dict[str, int] = {}
 
-    def run_on(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        own = iter(inputs)
+    def run_on(self, batch: Samples) -> list[Tensor]:
+        # Constants have a place among the arguments too.
+        own = iter(tree_leaves(batch.call()))
         placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
         outputs = self.run(
             *(

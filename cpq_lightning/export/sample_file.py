@@ -1,20 +1,26 @@
-"""Samples of a run in a file of its folder: safetensors, a tensor an argument, and a header that vouches for them."""
+"""Samples of a run in a file of its folder: safetensors, a tensor an argument, and a header that vouches for them.
+
+Version 2 has the call that they are parts of, ``form``: the containers as torch's pytree writes them, and what is in
+them in order, ``null`` for a tensor and ``[constant]`` for anything else. Positional tensors alone are of version 1.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cpq_lightning.export.calls import TENSOR, Form, dump_spec, load_spec
 from cpq_lightning.export.files import write_atomically
-from cpq_lightning.export.packed import KEY, digest
+from cpq_lightning.export.layout import KEY, digest
 from cpq_lightning.export.samples import Samples
 
 SAMPLES_FILE = "samples.safetensors"
-_FORMAT, _VERSION = "cpq-lightning-samples", 1
+_FORMAT, _VERSION = "cpq-lightning-samples", 2
 
 
 def write_samples(samples: Samples, path: str | Path) -> Path:
@@ -29,6 +35,7 @@ def write_samples(samples: Samples, path: str | Path) -> Path:
 
     Raises:
         OSError: the file cannot be written.
+        TypeError: arguments come in a class that torch's pytree knows no name of.
 
     Example:
         ``write_samples(Samples.of(images), "samples.safetensors")``
@@ -37,9 +44,11 @@ def write_samples(samples: Samples, path: str | Path) -> Path:
     tensors = {
         f"input.{i}": t.detach().clone(memory_format=torch.contiguous_format) for i, t in enumerate(samples.inputs)
     }
+    positional = samples.form == Samples(samples.inputs).form
     header = {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": 1 if positional else _VERSION,
+        **({} if positional else {"form": _written(samples.form)}),
         "real": samples.real,
         "sha256": {name: digest(tensor) for name, tensor in tensors.items()},
     }
@@ -71,18 +80,34 @@ def read_samples(path: str | Path) -> Samples:
         raise _refused(path, "its header is not that of samples") from None
     if known != _FORMAT:
         raise _refused(path, "its header is not that of samples")
-    if version != _VERSION:
+    if version not in (1, _VERSION):
         raise ValueError(
-            f"samples={path} is of version {version} of the file of samples; this cpq-lightning reads {_VERSION}: "
-            "install the one that wrote it, or a newer one."
+            f"samples={path} is of version {version} of the file of samples; this cpq-lightning reads up to "
+            f"{_VERSION}: install the one that wrote it, or a newer one."
         )
     names = [f"input.{i}" for i in range(len(tensors))]
     if not tensors or set(tensors) != set(names) or digests != {name: digest(tensors[name]) for name in names}:
         raise _refused(path, "its tensors are not those that its header vouches for")
     try:
-        return Samples(tuple(tensors[name] for name in names), bool(real))
+        form = None if version == 1 else _read(header.get("form"))
+        return Samples(tuple(tensors[name] for name in names), bool(real), form)
     except ValueError as error:
         raise _refused(path, str(error).rstrip(".")) from None
+
+
+def _written(form: Form | None) -> dict[str, Any]:
+    assert form is not None
+    return {"spec": dump_spec(form), "leaves": [None if leaf is TENSOR else [leaf] for leaf in form.leaves]}
+
+
+def _read(content: Any) -> Form:
+    try:
+        spec, leaves = load_spec(content["spec"]), [TENSOR if leaf is None else leaf[0] for leaf in content["leaves"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its header has no call of them ({error})") from None
+    if spec.num_leaves != len(leaves):
+        raise ValueError(f"its call has {spec.num_leaves} places for {len(leaves)} arguments")
+    return Form(spec, tuple(leaves))
 
 
 def _refused(path: str | Path, reason: str) -> ValueError:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from cpq_lightning.attach import detach, unwrapped
+from cpq_lightning.attach import bypassed, detach, full_precision_layers, quantized_layers, unwrapped
+from cpq_lightning.export.calls import Constant, named_outputs
 from cpq_lightning.export.coded import check_exportable, evaluated, uncalled
 from cpq_lightning.export.files import replacing
 from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
-from cpq_lightning.export.levels import manifest
+from cpq_lightning.export.levels import full_precision_messages, manifest
 from cpq_lightning.export.packed import write_packed
 from cpq_lightning.export.program import write_program
 from cpq_lightning.export.runtimes import PackedArtefact, ProgramArtefact
@@ -55,6 +57,8 @@ class Export:
         file_bytes: The file.
         weight_bits: Average bits over quantized weights, first and last layer left out; ``None`` of nothing.
         act_bits: The same of activations.
+        full_precision: Layers with a weight that nothing quantizes, such as recurrent ones.
+        constants: Arguments by name that are part of the file as the samples have them, because they are no tensors.
     """
 
     path: Path
@@ -66,6 +70,8 @@ class Export:
     file_bytes: int
     weight_bits: float | None
     act_bits: float | None
+    full_precision: tuple[str, ...] = ()
+    constants: Mapping[str, Constant] = field(default_factory=dict)
 
 
 def export_model(
@@ -86,11 +92,17 @@ def export_model(
     :func:`~cpq_lightning.export.verify.verify`. Until then, and where anything fails, what was there stays.
 
     Args:
-        model: An attached model, trained. It is not changed.
+        model: An attached model, trained. It is not changed; but ranges of weights that the last steps of a loop of
+            your own have outgrown are fitted anew, which a warning says.
         folder: Where the file goes, as ``name`` and the format's ending.
         format: ``"packed"``: codes at their own widths in safetensors, for
             :func:`~cpq_lightning.load_quantized`; ``"onnx"``; ``"torch"``: a ``torch.export`` program.
-        samples: Inputs, a few dozen: a tensor of shape (samples, ...), or a sequence of them, one an argument.
+        samples: Inputs, a few dozen: a tensor of the shape (samples, ...), a tuple of positional arguments, a dict of
+            arguments by name (or the tuple or dict that the forward takes as its one argument), or
+            :class:`~cpq_lightning.export.Samples`. Arguments may be tuples, lists, dicts and whatever else torch's
+            pytree knows, with tensors in them. Numbers, strings and None are constants of an ONNX file or a program,
+            which a warning names; an ONNX file takes its tensors by the names of the arguments, a program is called as
+            the samples are given.
         name: The file's name without its ending.
         container: Of ONNX: ``"int8"`` for speed, ``"int4"`` for size.
         architecture: ``{"timm": name, "arguments": {...}}`` where timm builds the network.
@@ -102,7 +114,10 @@ def export_model(
 
     Raises:
         MismatchError: the file does not compute what the model computes.
-        ValueError: the model cannot be exported, or an argument is wrong.
+        ValueError: the model cannot be exported, as where layers have come behind attach that its config would
+            quantize, or where weights were rewritten behind their ranges; or an argument is wrong.
+        TypeError: the samples are no arguments of the forward, have something in them that no file can take, or the
+            model returns something that no file can hold; it says which.
         ImportError: the format needs packages that are not installed.
         OSError: the file cannot be written.
 
@@ -123,9 +138,27 @@ def export_model(
             "precision, as in training.",
             ", ".join(names),
         )
-    samples = Samples.of(samples)
+    around, _ = bypassed(model)
+    if names := [name for name, layer in quantized_layers(model) if layer in around]:
+        log.warning(
+            "The forward multiplies by the weights of the layers %s in full precision, without calling them: so does "
+            "the file.",
+            ", ".join(names),
+        )
+    for message in full_precision_messages(model):
+        log.warning("%s", message)
+    samples = Samples.of(samples, model)
+    # A packed file is a module that takes any arguments.
+    constants = {} if format == "packed" else samples.places(model)[1]
+    if constants:
+        log.warning(
+            "Arguments that are no tensors are constants of the %s file: %s.",
+            format,
+            ", ".join(f"{name}={value!r}" for name, value in constants.items()),
+        )
     path = Path(folder) / f"{name}{SUFFIXES[format]}"
     totals = manifest(model)["totals"]
+    model = evaluated(model)
     with replacing(path) as temporary:
         try:
             proof = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
@@ -142,6 +175,8 @@ def export_model(
         path.stat().st_size,
         totals["weight_bits_avg"],
         totals["act_bits_avg"],
+        tuple(map(str, full_precision_layers(model))),
+        constants,
     )
 
 
@@ -154,6 +189,8 @@ def _write_and_verify(
     architecture: Mapping[str, Any] | None,
     verification: bool,
 ) -> Verification | None:
+    if verification or format != "packed":
+        _check_forward(model, samples)
     if format == "packed":
         write_packed(model, path, architecture=architecture)
     elif format == "torch":
@@ -171,6 +208,23 @@ def _write_and_verify(
             log.warning("%s Written once more without integer biases, which is slower and exact.", error)
         write_onnx(model, path, samples, container=container, architecture=architecture, round_biases=False)
     return verify(model, load_artefact(model, path, format, architecture), samples) if verification else None
+
+
+@torch.no_grad()
+def _check_forward(model: nn.Module, samples: Samples) -> None:
+    """Exporters, and hooks around layers, tell less of samples that do not fit and of outputs that no file can hold."""
+    args, kwargs = samples.pair().call()
+    try:
+        output = evaluated(model)(*args, **kwargs)
+    except Exception as error:
+        names, constants = samples.places(model)
+        arguments = [f"{n}: {tuple(t.shape[1:])}" for n, t in zip(names, samples.inputs, strict=True)]
+        arguments += [f"{name}={value!r}" for name, value in constants.items()]
+        raise ValueError(
+            f"samples: the forward of {type(model).__name__} fails with them, which are {', '.join(arguments)} for "
+            f"each sample ({type(error).__name__}: {error})."
+        ) from error
+    named_outputs(output)
 
 
 def load_artefact(
@@ -192,7 +246,7 @@ def _time(model: nn.Module, path: Path, samples: Samples, budget: float = 3.0, m
 
     sessions = [session(full_precision(detach(evaluated(model)), samples)), session(path.read_bytes())]
     names = [i.name for i in sessions[0].get_inputs()]
-    fed = {name: tensor[:1].numpy() for name, tensor in zip(names, samples.inputs, strict=True)}
+    fed = {name: tensor.numpy() for name, tensor in zip(names, samples.first(1).inputs, strict=True)}
     taken: list[list[float]] = []
     end = time.perf_counter() + budget
     while len(taken) < 5 or (len(taken) < most and time.perf_counter() < end):

@@ -8,7 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from cpq_lightning.export.runs import Run
+from cpq_lightning.attach import Coverage
+from cpq_lightning.export.runs import BEFORE, FULL, QUANTIZED, Run
 from cpq_lightning.export.ship import Export
 from cpq_lightning.export.verify import Verification
 
@@ -49,6 +50,9 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         notes.append("~ mean over the channels, each of which has a step of its own")
     if exempt:
         notes.append("* first or last layer, left out of the average")
+    plain = [f"{layer['name']} ({layer['type']})" for layer in manifest.get("full_precision", ())]
+    if plain:
+        notes.append(f"in full precision: {', '.join(plain)}")
     table.caption = "\n".join([str(table.caption), *notes])
     return table
 
@@ -84,12 +88,16 @@ def _bits(bits: int | list[int]) -> str:
 
 
 def summary(manifest: Mapping[str, Any]) -> str:
-    """Average bits and size, a line each."""
+    """Average bits, size and, where a forward has shown it, coverage, a line each."""
     totals = manifest["totals"]
     averages = _averages(totals["weight_bits_avg"], totals["act_bits_avg"])
     size, full = totals["size_bytes"], totals["fp32_bytes"]
     prefix = f"{averages} on average\n" if averages else ""
-    return f"{prefix}{_bytes(size)} packed instead of {_bytes(full)} in float32, {full / size:.1f} times smaller"
+    covered = manifest.get("coverage")
+    suffix = "" if covered is None else f"\n{Coverage.from_dict(covered).sentence()}"
+    return (
+        f"{prefix}{_bytes(size)} packed instead of {_bytes(full)} in float32, {full / size:.1f} times smaller{suffix}"
+    )
 
 
 def _averages(weights: float | None, activations: float | None) -> str:
@@ -106,13 +114,18 @@ def _bytes(count: int) -> str:
     return f"{value:.3g} GB"
 
 
-def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row a metric, a column a state of the network (full precision, quantized), and their difference."""
+def metrics_table(run: Mapping[str, Any]) -> Table:
+    """A row a metric, a column a state of the network, from ``run`` in the content of ``levels.json``.
+
+    What was measured before quantization began was measured in the middle of the run: it is no full-precision result.
+    """
+    metrics = run["metrics"]
     table = Table(title="Validation", **_LEFT)
     table.add_column("metric")
-    columns = [state for state in ("full precision", "quantized") if state in metrics]
+    columns = [state for state in (FULL, BEFORE, QUANTIZED) if state in metrics]
     for state in columns:
-        table.add_column(state, justify="right")
+        at = f"\nat step {run['before_step']}" if state == BEFORE and run.get("before_step") is not None else ""
+        table.add_column(f"{state}{at}", justify="right")
     if len(columns) == 2:
         table.add_column("difference", justify="right")
     for name in dict.fromkeys(name for state in columns for name in metrics[state]):
@@ -125,28 +138,23 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def runs_table(runs: Sequence[Run], title: str = "Runs") -> Table:
-    """A row a run: the metric in full precision and quantized, size, and average bits."""
+    """A row a run: the metric at its end, size, and average bits; ``fp32`` of a run in full precision."""
     table = Table(title=title, **_LEFT)
     table.add_column("run", overflow="fold")
     apart = [name for name in ("model", "data") if len({getattr(run, name) for run in runs}) > 1]
     for name in apart:
         table.add_column(name, overflow="fold")
-    metric = runs[0].metric
-    for name in (f"{metric}\nfull precision", "\nquantized", "\ndifference", "\nsize", "\nin float32"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("bits of\nweights", "\ninputs"):
+    for name in (f"\n{runs[0].metric}", "\nsize", "\nin float32", "bits of\nweights", "\ninputs"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        before, after = run.full_precision, run.quantized
-        both = before is not None and after is not None
+        bits = [run.weight_bits, run.act_bits]
         table.add_row(
             run.name,
             *(getattr(run, name) for name in apart),
-            *("-" if value is None else f"{value:.4f}" for value in (before, after)),
-            f"{after - before:+.4f}" if both else "",  # type: ignore[operator]
+            "-" if run.value is None else f"{run.value:.4f}",
             _bytes(run.size_bytes),
             _bytes(run.fp32_bytes),
-            *("-" if bits is None else f"{bits:.2f}" for bits in (run.weight_bits, run.act_bits)),
+            *("fp32" if run.state == FULL else "-" if width is None else f"{width:.2f}" for width in bits),
         )
     return table
 
@@ -161,11 +169,18 @@ def export_table(export: Export) -> Table:
         ("format", f"{export.format}{container}"),
         ("size", f"{_bytes(export.file_bytes)} instead of {_bytes(export.float_bytes)} in float32"),
         ("average bits", _averages(export.weight_bits, export.act_bits) or "nothing but first and last layers"),
+        *([("in full precision", ", ".join(export.full_precision))] if export.full_precision else []),
+        *_constants(export),
         *_proof(export.verification),
         *_speed(export),
     ):
         table.add_row(f"{name}  ", value)
     return table
+
+
+def _constants(export: Export) -> list[tuple[str, str]]:
+    told = ", ".join(f"{name}={value!r}" for name, value in export.constants.items())
+    return [("constants", f"the arguments {told}")] if told else []
 
 
 def _proof(proof: Verification | None) -> list[tuple[str, str]]:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import quantized_layers
+from cpq_lightning.attach import read_layers
+from cpq_lightning.export.calls import flat_outputs
 from cpq_lightning.export.coded import evaluated, grid_of, input_of, quantized_inputs
 from cpq_lightning.export.levels import weight_codes
-from cpq_lightning.export.samples import Samples, flat_outputs
+from cpq_lightning.export.samples import Samples
 from cpq_lightning.functional import along_channels
 from cpq_lightning.nn import Quantizer
 
@@ -46,15 +47,19 @@ class Artefact(Protocol):
         """Names of batch norms by the layer that they were folded into: a negative gain turns codes round."""
         ...
 
-    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def outputs(self, batch: Samples) -> list[Tensor]:
         """What the model returns."""
         ...
 
-    def codes(
-        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
         """Levels that each input quantizer gives, and the outputs; where ``given`` has a value for a quantizer, the
         model goes on from that.
+        """
+        ...
+
+    def remedy(self) -> tuple[str, Artefact] | None:
+        """What its runtime may do wrong with this file on some processors, and the file loaded so that it does not;
+        ``None`` where nothing such is known.
         """
         ...
 
@@ -100,7 +105,7 @@ class Reference:
         self.model = evaluated(model)
 
     @torch.no_grad()
-    def trace(self, inputs: Sequence[Tensor]) -> _Trace:
+    def trace(self, batch: Samples) -> _Trace:
         """Outputs, and what comes into each input quantizer and the levels that it gives."""
         values: dict[Place, Tensor] = {}
         codes: dict[Place, Tensor] = {}
@@ -108,18 +113,19 @@ class Reference:
             for name, module, quantizer in quantized_inputs(self.model):
                 hook = _observe(name, quantizer, values, codes)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            outputs = flat_outputs(self.model(*inputs))
+            outputs = self.outputs(batch)
         return _Trace(outputs, values, codes)
 
     @torch.no_grad()
-    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def outputs(self, batch: Samples) -> list[Tensor]:
         """What the model returns."""
-        return flat_outputs(self.model(*inputs))
+        args, kwargs = batch.call()
+        return flat_outputs(self.model(*args, **kwargs))
 
     def weight_codes(self, turned_by: Mapping[str, str]) -> dict[str, Tensor]:
         """Levels of each layer's weight, turned round where the gain of a folded batch norm is negative."""
         found = {}
-        for name, layer in quantized_layers(self.model):
+        for name, layer in read_layers(self.model):
             codes = weight_codes(layer)
             if name in turned_by:
                 gain: Tensor | None = self.model.get_submodule(turned_by[name]).weight  # type: ignore[assignment]
@@ -159,10 +165,34 @@ def verify(model: nn.Module, artefact: Artefact, samples: Samples) -> Verificati
         samples: What to compare on.
 
     Raises:
-        MismatchError: naming the first layer where they part.
+        MismatchError: naming the first layer where they part; or what the runtime does wrong on this processor, where
+            the file is right otherwise.
     """
     reference = Reference(model)
     weights = _compare_weights(reference, artefact)
+    try:
+        return _compare_computed(reference, artefact, samples, weights)
+    except MismatchError as error:
+        fault = _fault(reference, artefact, samples, weights)
+        if fault is None:
+            raise
+        raise MismatchError(f"{fault} What differs: {error}") from None
+
+
+def _fault(reference: Reference, artefact: Artefact, samples: Samples, weights: int) -> str | None:
+    """What the runtime does wrong, where the file is right without that."""
+    remedy = artefact.remedy()
+    if remedy is None:
+        return None
+    fault, remedied = remedy
+    try:
+        _compare_computed(reference, remedied, samples, weights)
+    except MismatchError:
+        return None
+    return fault
+
+
+def _compare_computed(reference: Reference, artefact: Artefact, samples: Samples, weights: int) -> Verification:
     moved, moved_at, places = _compare_layers(reference, artefact, samples)
     agreement, largest = _compare_outputs(reference, artefact, samples)
     if agreement is not None and agreement < LEAST_AGREEMENT:
@@ -194,10 +224,9 @@ def _compare_weights(reference: Reference, artefact: Artefact) -> int:
 def _compare_layers(reference: Reference, artefact: Artefact, samples: Samples) -> tuple[float, str, int]:
     different: dict[Place, int] = {}
     elements: dict[Place, int] = {}
-    few = Samples(tuple(t[:_MOST_SAMPLES] for t in samples.inputs), samples.real)
-    for inputs in few.batches(_BATCH):
-        trace = reference.trace(inputs)
-        found, outputs = artefact.codes(inputs, trace.values)
+    for batch in samples.first(_MOST_SAMPLES).batches(_BATCH):
+        trace = reference.trace(batch)
+        found, outputs = artefact.codes(batch, trace.values)
         for place, codes in trace.codes.items():
             theirs = _found_at(place, found)
             if theirs is None or theirs.numel() != codes.numel():
@@ -252,8 +281,8 @@ def _check_shapes(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
 def _compare_outputs(reference: Reference, artefact: Artefact, samples: Samples) -> tuple[float | None, float]:
     same = judged = 0
     largest = 0.0
-    for inputs in samples.batches(_BATCH):
-        expected, found = reference.outputs(inputs), artefact.outputs(inputs)
+    for batch in samples.batches(_BATCH):
+        expected, found = reference.outputs(batch), artefact.outputs(batch)
         _check_shapes(expected, found)
         for ours, theirs in zip(expected, found, strict=True):
             if not ours.isfinite().equal(theirs.isfinite()):
@@ -267,9 +296,9 @@ def _compare_outputs(reference: Reference, artefact: Artefact, samples: Samples)
 
 
 def _first_parting(reference: Reference, artefact: Artefact, samples: Samples) -> str:
-    inputs = samples.batches(_BATCH)[0]
-    trace = reference.trace(inputs)
-    found, _ = artefact.codes(inputs, {})
+    batch = samples.batches(_BATCH)[0]
+    trace = reference.trace(batch)
+    found, _ = artefact.codes(batch, {})
     for place, codes in trace.codes.items():
         theirs = _found_at(place, found)
         assert theirs is not None

@@ -5,6 +5,7 @@ from cpq_lightning.functional.allocate import adjust_widths as adjust_widths
 from cpq_lightning.functional.attention import attention as attention
 from cpq_lightning.functional.categorical import Estimator as Estimator
 from cpq_lightning.functional.categorical import quantize as quantize
+from cpq_lightning.functional.categorical import quantize_backward as quantize_backward
 from cpq_lightning.functional.categorical import quantize_unchecked as quantize_unchecked
 from cpq_lightning.functional.cost import WidthCost as WidthCost
 from cpq_lightning.functional.cost import average_bits as average_bits
@@ -23,6 +24,8 @@ from cpq_lightning.functional.grid import along_channels as along_channels
 from cpq_lightning.functional.grid import check_bits as check_bits
 from cpq_lightning.functional.grid import level_bounds as level_bounds
 from cpq_lightning.functional.grid import ring_bounds as ring_bounds
+from cpq_lightning.functional.modes import is_differentiated_again as is_differentiated_again
+from cpq_lightning.functional.modes import is_transformed as is_transformed
 from cpq_lightning.functional.packing import pack_codes as pack_codes
 from cpq_lightning.functional.packing import unpack_codes as unpack_codes
 from cpq_lightning.functional.ranges import bin_centers as bin_centers

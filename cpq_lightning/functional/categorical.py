@@ -22,16 +22,18 @@ truncated logistics: ``truncated.py`` has one of them, ``mixture.py`` their sum.
 moments over the cell boundaries ``t``, ``k0 = sum_t dy/dz_t`` and ``k1 = sum_t (t - n) dy/dz_t`` with
 ``z_t = (t - u) / s`` and ``u = x / a``; the chain rule to ``x``, ``step`` and ``sigma`` is then the same three lines
 for both estimators. Nothing has size ``numel * 2**bits``.
+
+These derivatives are what an estimator makes up, and are held constant where a backward is differentiated again: a
+second derivative has what the gradient that comes in brings, and none of their own slope.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cpq_lightning.functional.grid import check_bits, ring_bounds
 from cpq_lightning.functional.mixture import (
@@ -42,6 +44,7 @@ from cpq_lightning.functional.mixture import (
     mask_of,
     mixture_mean,
 )
+from cpq_lightning.functional.modes import is_transformed
 from cpq_lightning.functional.truncated import PRECISIONS
 
 Estimator = Literal["argmax", "expectation"]
@@ -109,6 +112,8 @@ def quantize_unchecked(
     estimator: Estimator,
 ) -> Tensor:
     """:func:`quantize` for callers that guarantee its conditions: reads no value back from the device."""
+    if is_transformed():
+        return _linear(x, step, sigma, masks, bits, min_bits, signed, estimator)
     return _Quantize.apply(x, step, sigma, masks, bits, min_bits, signed, estimator)  # type: ignore[no-any-return]
 
 
@@ -180,35 +185,94 @@ class _Quantize(torch.autograd.Function):
         return (n * a).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, sigma, masks = ctx.saved_tensors
-        bits, min_bits, signed, estimator = ctx.grid
-        bounds = ring_bounds(bits, min_bits, signed)
-        a, g = _computable(step), _computable(grad)
-        u, s = _in_steps(x, a, bounds), _computable(sigma) / a
-        m = _effective(masks, u)
-        n = _argmax_level(u, s, m, bounds)
-        mixture = Mixture.of(u, s, m, bounds)
-        if estimator == "argmax":
-            k0, k1 = argmax_moments(u, s, n, mixture, None if m is None else mask_of(n, m, bounds))
-        else:
-            inner = [part.inner_boundaries(s) for part in mixture.parts]
-            mean = mixture_mean(n, mixture, inner)
-            k0, k1 = expectation_moments(n, mixture, inner, mean)
-
-        # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dstep = t/sigma, dz/dsigma = -z/sigma, and y is in units of the step.
-        d_x = -k0 / s
-        d_step = n + (n * k0 + k1) / s
-        d_sigma = -(k1 - torch.where(mixture.near, (u - n) * k0, 0.0)) / (s * s)
-        grads = [_reduce(g * d, like) for d, like in ((d_x, x), (d_step, step), (d_sigma, sigma))]
+        of_masks = ctx.needs_input_grad[3]
+        found = _slopes(x, step, sigma, masks, *ctx.grid, of_masks=of_masks)
         d_masks = None
-        if m is None and ctx.needs_input_grad[3]:
+        if of_masks and found.masks is None:
             d_masks = torch.zeros_like(masks)
-        elif m is not None and ctx.needs_input_grad[3]:
-            rings = mask_derivatives(u, s, n, mixture, m, bounds, of_mean=estimator == "expectation")
-            d_masks = torch.stack([_reduce(g * a * d, like) for d, like in zip(rings, masks, strict=True)])
-        return (*grads, d_masks, None, None, None, None)
+        elif found.masks is not None:
+            g = _computable(grad)
+            d_masks = torch.stack([_reduce(g * d, like) for d, like in zip(found.masks, masks, strict=True)])
+        return (*_pulled_back(grad, found, x, step, sigma), d_masks, None, None, None, None)
+
+
+def quantize_backward(
+    grad: Tensor, x: Tensor, step: Tensor, sigma: Tensor, *, bits: int, signed: bool, estimator: Estimator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`quantize`, one ring, in x, step and sigma: linear in ``grad``, and differentiable in it."""
+    return _pulled_back(grad, _slopes(x, step, sigma, None, bits, bits, signed, estimator), x, step, sigma)
+
+
+class _Slopes(NamedTuple):
+    """The most probable level, and an estimator's derivatives of ``x_hat``, each of the shape of x."""
+
+    level: Tensor
+    x: Tensor
+    step: Tensor
+    sigma: Tensor
+    masks: list[Tensor] | None
+
+
+def _slopes(
+    x: Tensor,
+    step: Tensor,
+    sigma: Tensor,
+    masks: Tensor | None,
+    bits: int,
+    min_bits: int,
+    signed: bool,
+    estimator: Estimator,
+    of_masks: bool = False,
+) -> _Slopes:
+    x, step, sigma = x.detach(), step.detach(), sigma.detach()
+    bounds = ring_bounds(bits, min_bits, signed)
+    a = _computable(step)
+    u, s = _in_steps(x, a, bounds), _computable(sigma) / a
+    m = _effective(None if masks is None else masks.detach(), u)
+    n = _argmax_level(u, s, m, bounds)
+    mixture = Mixture.of(u, s, m, bounds)
+    if estimator == "argmax":
+        k0, k1 = argmax_moments(u, s, n, mixture, None if m is None else mask_of(n, m, bounds))
+    else:
+        inner = [part.inner_boundaries(s) for part in mixture.parts]
+        mean = mixture_mean(n, mixture, inner)
+        k0, k1 = expectation_moments(n, mixture, inner, mean)
+
+    # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dstep = t/sigma, dz/dsigma = -z/sigma, and y is in units of the step.
+    d_x = -k0 / s
+    d_step = n + (n * k0 + k1) / s
+    d_sigma = -(k1 - torch.where(mixture.near, (u - n) * k0, 0.0)) / (s * s)
+    d_masks = None
+    if m is not None and of_masks:
+        rings = mask_derivatives(u, s, n, mixture, m, bounds, of_mean=estimator == "expectation")
+        d_masks = [a * d for d in rings]
+    return _Slopes(n, d_x, d_step, d_sigma, d_masks)
+
+
+def _pulled_back(grad: Tensor, found: _Slopes, *likes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    g = _computable(grad)
+    d_x, d_step, d_sigma = (_reduce(g * d, like) for d, like in zip(found[1:4], likes, strict=True))
+    return d_x, d_step, d_sigma
+
+
+def _linear(x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, *grid: Any) -> Tensor:
+    """What :class:`_Quantize` computes, for whoever differentiates operations: the value, and slopes times changes that
+    are zero.
+    """
+    found = _slopes(x, step, sigma, masks, *grid, of_masks=masks is not None)
+    change = found.x * _change(x) + found.step * _change(step) + found.sigma * _change(sigma)
+    if masks is not None and found.masks is not None:
+        change = sum((d * _change(m) for d, m in zip(found.masks, masks.unbind(), strict=True)), start=change)
+    return (found.level * _computable(step.detach())).to(x.dtype) + change.to(x.dtype)
+
+
+def _change(t: Tensor) -> Tensor:
+    """Zero, with the derivative 1."""
+    t = _computable(t)
+    # What is infinite has a level too.
+    return (t - t.detach()).nan_to_num()
 
 
 def _computable(t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,9 @@ class WidthCost:
         left: Indices into the widths, shape (terms,).
         right: Indices likewise; the number of widths stands for a factor of 1.
         constant: What does not depend on the widths.
+        exact: What whole widths, shape (n,), cost to the last unit, where that is no such sum: a file rounds each
+            weight up to whole bytes.
+        rounding: By how much one bit may then cost less than its term says.
 
     Example:
         >>> index = torch.tensor
@@ -56,11 +59,17 @@ class WidthCost:
     left: Tensor
     right: Tensor
     constant: float
+    exact: Callable[[Tensor], float] | None = None
+    rounding: float = 0.0
 
     def __call__(self, widths: Tensor) -> float:
         """The cost of widths, shape (n,), float64."""
         padded = _padded(widths)
         return self.constant + float((self.coefficients * padded[self.left] * padded[self.right]).sum())
+
+    def of_whole(self, widths: Tensor) -> float:
+        """The cost of whole widths, shape (n,), float64, to the last unit."""
+        return self(widths) if self.exact is None else self.exact(widths)
 
     def gradient(self, widths: Tensor) -> Tensor:
         """``d cost / d b``, shape (n,)."""

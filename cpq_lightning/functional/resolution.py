@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cpq_lightning.functional.categorical import Estimator, quantize_unchecked
 from cpq_lightning.functional.dropbits import shares_from_masks
+from cpq_lightning.functional.modes import is_transformed
 
 
 def quantize_resolution(
@@ -65,9 +66,9 @@ def quantize_resolution(
     shares = shares_from_masks(masks)
     widths = range(min_bits, bits + 1)
     found = [True] * len(shares)
-    # What is drawn is read where that costs nothing; compiled code, and a GPU, which would have to wait, compute all
-    # widths. And of nothing, nothing is drawn.
-    if x.numel() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    # What is drawn is read where that costs nothing; compiled code, transforms of torch.func, and a GPU, which would
+    # have to wait, compute all widths. And of nothing, nothing is drawn.
+    if x.numel() and x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
         present = shares.detach().reshape(len(shares), -1) != 0
         channels = [d for d in range(x.dim()) if shares.dim() == x.dim() + 1 and shares.shape[d + 1] > 1]
         if len(channels) == 1:

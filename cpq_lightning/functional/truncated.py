@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cpq_lightning.functional.modes import is_transformed
+
 # What the sums are computed in.
 PRECISIONS = (torch.float32, torch.float64)
 
@@ -85,7 +87,7 @@ class Interval:
         right = torch.exp((self.d0 - 0.5) / s)
         reach = _window(s)
         # Each inner boundary brings its own mass less that of the edge beyond it.
-        mean = self.s_low * (-self.low).clamp_(max=reach) - self.r_high * self.high.clamp(max=reach)
+        mean = self.s_low * self.low.clamp(min=-reach).neg_() - self.r_high * self.high.clamp(max=reach)
         slope, slope_t = torch.zeros_like(mean), torch.zeros_like(mean)
         for j in range(reach):
             left.masked_fill_(self.low > -j - 0.5, 0.0)
@@ -111,11 +113,11 @@ class Interval:
 def _window(s: Tensor) -> int:
     """Boundaries to each side that hold all of the sum to rounding: c * s + 1, at most c + 1 as s <= 1.
 
-    The values of s are read only where reading costs nothing (on the CPU, outside a compiler).
+    The values of s are read only where reading costs nothing (on the CPU, outside a compiler and a transform).
     """
     # exp(-reach) is the weight of the first cell boundary that the expectation leaves out. Written here: with dynamic
     # shapes torch 2.8 compiles a number of the module as an unknown one, and fails in the loop over it.
     reach = 32.0 if s.dtype == torch.float64 else 15.0
-    if s.device.type == "cpu" and not torch.compiler.is_compiling() and s.numel() > 0:
+    if s.device.type == "cpu" and not torch.compiler.is_compiling() and s.numel() > 0 and not is_transformed():
         reach *= min(1.0, s.max().item())
     return math.ceil(reach) + 1

@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cpq_lightning.functional import Estimator, quantize_unchecked
+from cpq_lightning.functional import (
+    Estimator,
+    is_differentiated_again,
+    is_transformed,
+    quantize_backward,
+    quantize_unchecked,
+)
 from cpq_lightning.kernels import ring as kernel
 from cpq_lightning.kernels.ring import Ring
 
@@ -32,7 +37,7 @@ def quantize(
     if masks is not None and _all_open(masks):
         masks = None
     if masks is None and _by_rows(x, step, sigma) and kernel.has_kernel(x, step.numel()):
-        return _Fused.apply(x, step, sigma, Ring.of(bits, signed, estimator))  # type: ignore[no-any-return]
+        return quantize_ring(x, step, sigma, Ring.of(bits, signed, estimator))
     settings = {"bits": bits, "min_bits": min_bits if masks is not None else bits, "signed": signed}
     return quantize_unchecked(x, step, sigma, masks, estimator=estimator, **settings)
 
@@ -46,9 +51,22 @@ def _by_rows(x: Tensor, step: Tensor, sigma: Tensor) -> bool:
 
 def _all_open(masks: Tensor) -> bool:
     """Whether masks are 1 and not learned, where that can be read at no cost."""
-    if torch.compiler.is_compiling() or masks.requires_grad or masks.device.type != "cpu":
+    if torch.compiler.is_compiling() or is_transformed() or masks.requires_grad or masks.device.type != "cpu":
         return False
     return bool((masks == 1).all())
+
+
+def quantize_ring(x: Tensor, step: Tensor, sigma: Tensor, ring: Ring) -> Tensor:
+    """:func:`quantize` to one ring, of what there is a kernel for; one step, or one for each row."""
+    return _Fused.apply(x, step, sigma, ring)  # type: ignore[no-any-return]
+
+
+def backward_again(x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cpq_lightning.kernels.ring.backward` in PyTorch operations, which can be differentiated in ``grad``."""
+    rows = [-1, *[1] * (x.dim() - 1)] if x.dim() else []
+    d_x, *others = quantize_backward(grad, x, step.reshape(rows), sigma.reshape(rows), **ring.settings)
+    d_step, d_sigma = (d.reshape(step.shape) for d in others)
+    return d_x, d_step, d_sigma
 
 
 class _Fused(torch.autograd.Function):
@@ -59,7 +77,8 @@ class _Fused(torch.autograd.Function):
         return kernel.forward(x, step, ring)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, sigma = ctx.saved_tensors
+        if is_differentiated_again(grad):
+            return *backward_again(x, grad, step, sigma, ctx.ring), None
         return *kernel.backward(x, grad, step, sigma, ctx.ring), None

@@ -7,14 +7,16 @@ again in backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from cpq_lightning.functional import is_differentiated_again
 from cpq_lightning.kernels import ring as kernel
+from cpq_lightning.kernels.fused import backward_again, quantize_ring
 from cpq_lightning.kernels.ring import Ring
 
 
@@ -89,12 +91,16 @@ class _Product(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, x_step, x_sigma, weight_step, weight_sigma = ctx.saved_tensors
         x_ring, weight_ring, convolution, dtype = ctx.settings
         x_needs, weight_needs, bias_needs, *of_x, step_needs, sigma_needs = ctx.needs_input_grad[:7]
         needs = [x_needs or any(of_x), weight_needs or step_needs or sigma_needs, bias_needs]
+        if is_differentiated_again(grad):
+            sides = Operand(x, x_step, x_sigma, x_ring), Operand(weight, weight_step, weight_sigma, weight_ring)
+            (d_x, d_weight), d_bias = _backward_again(grad, sides, _plain(convolution), dtype, needs)
+            d_bias = None if d_bias is None else d_bias.to(ctx.bias)
+            return d_x[0], d_weight[0], d_bias, *d_x[1:], *d_weight[1:], None, None, None, None
         run = _backward_op if torch.compiler.is_compiling() else _backward
         found = iter(
             run(
@@ -199,10 +205,11 @@ def _product_backward(
         )
         # oneDNN gives the weight's gradient too where only the bias's is asked for.
         return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))  # type: ignore[return-value]
-    rows = grad.flatten(0, -2)
+    # Not flatten, for which the gradients of a batch at once (is_grads_batched) have no rule.
+    rows = grad.reshape(-1, grad.shape[-1])
     return (
-        (rows @ weight).view_as(x) if needs[0] else None,
-        rows.t() @ x.flatten(0, -2) if needs[1] else None,
+        (rows @ weight).reshape(x.shape) if needs[0] else None,
+        rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None,
         rows.sum(0) if needs[2] else None,
     )
 
@@ -218,6 +225,29 @@ def _through(
         return [grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)]
     # Nobody else has this gradient: its place is taken.
     return list(kernel.backward(x, grad, step, sigma, _ring(ring), overwrite=True))
+
+
+def _backward_again(
+    grad: Tensor, sides: Sequence[Operand], convolution: list[int], dtype: torch.dtype | None, needs: list[bool]
+) -> tuple[list[tuple[Tensor | None, ...]], Tensor | None]:
+    """:func:`_backward` in operations that can be differentiated: in ``grad``, and in what sides are quantized to.
+
+    Returns:
+        For each side its gradients in value, step and sigma; and the bias's.
+    """
+    quantized = [
+        side.value if side.ring is None else quantize_ring(side.value, side.step, side.sigma, side.ring)  # type: ignore[arg-type]
+        for side in sides
+    ]
+    x, weight = quantized if dtype is None else (value.to(dtype) for value in quantized)
+    *of_sides, d_bias = _product_backward(grad, x, weight, convolution, needs)
+    found: list[tuple[Tensor | None, ...]] = []
+    for d, side in zip(of_sides, sides, strict=True):
+        if d is None or side.ring is None:
+            found.append((None if d is None else d.to(side.value.dtype), None, None))
+            continue
+        found.append(backward_again(side.value, d.to(side.value.dtype), side.step, side.sigma, side.ring))  # type: ignore[arg-type]
+    return found, d_bias
 
 
 _forward_op = torch.library.custom_op("cpq_lightning::product", _forward, mutates_args=())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional import Estimator, level_bounds
+from cpq_lightning.functional import Estimator, is_transformed, level_bounds
 from cpq_lightning.kernels import cpu, gpu, library
 from cpq_lightning.kernels.layout import has_dense_rows
 
@@ -30,6 +30,12 @@ class Ring(NamedTuple):
         """The ring of all levels of a width."""
         return cls(*level_bounds(bits, signed), estimator == "expectation")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made :meth:`of`."""
+        bits = (self.high - self.low + 1).bit_length() - 1
+        return {"bits": bits, "signed": self.low < 0, "estimator": "expectation" if self.expectation else "argmax"}
+
 
 def has_kernel(x: Tensor, rows: int) -> bool:
     """Whether a kernel quantizes x with float32 steps: one, or one for each row of a tensor that is dense in memory."""
@@ -37,6 +43,8 @@ def has_kernel(x: Tensor, rows: int) -> bool:
         return False
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         # What others run holds no operator that they do not have.
+        return False
+    if is_transformed():
         return False
     if rows > 1 and (x.dim() == 0 or rows != x.shape[0] or not has_dense_rows(x)):
         return False

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cpq_lightning.functional import shares_from_masks
+from cpq_lightning.functional import is_differentiated_again, shares_from_masks
 from cpq_lightning.kernels import ring as kernel
+from cpq_lightning.kernels.fused import backward_again, quantize_ring
 from cpq_lightning.kernels.ring import Ring
 
 
@@ -38,27 +38,29 @@ class _Widths(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, shares: Tensor, scales: Tensor, rings: tuple[Ring, ...]
     ) -> Tensor:
-        ctx.save_for_backward(x, step, sigma, scales)
+        ctx.save_for_backward(x, step, sigma, scales, shares)
         drawn = [(k, share) for k, share in enumerate(shares.to(x.dtype).tolist()) if share]
         ctx.settings = rings, drawn, len(shares)
         terms = (_times(kernel.forward(x, step * scales[k], rings[k]), share) for k, share in drawn)
         return _sum(terms)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, sigma, scales = ctx.saved_tensors
+        x, step, sigma, scales, shares = ctx.saved_tensors
         rings, drawn, widths = ctx.settings
         d_shares = grad.new_zeros(widths)
         d_x, d_step, d_sigma = [], torch.zeros_like(step), torch.zeros_like(sigma)
+        again = is_differentiated_again(grad)
         for k, share in drawn:
             own = step * scales[k], sigma * scales[k]
             if ctx.needs_input_grad[3]:
-                d_shares[k] = torch.sum(grad * kernel.forward(x, own[0], rings[k]))
-            of_x, of_step, of_sigma = kernel.backward(x, grad, *own, rings[k])
-            d_x.append(_times(of_x, share))
-            d_step += of_step * scales[k] * share
-            d_sigma += of_sigma * scales[k] * share
+                d_shares[k] = torch.sum(grad * quantize_ring(x, *own, rings[k]))
+            of_x, of_step, of_sigma = (backward_again if again else kernel.backward)(x, grad, *own, rings[k])
+            # A share that is learned has a second derivative with what it is a share of.
+            part = shares[k] if again else share
+            d_x.append(of_x * part if again else _times(of_x, share))
+            d_step += of_step * scales[k] * part
+            d_sigma += of_sigma * scales[k] * part
         return _sum(d_x), d_step, d_sigma, d_shares, None, None
 
 

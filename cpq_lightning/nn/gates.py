@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cpq_lightning.config import GateEstimator, GateSharing
 from cpq_lightning.functional import (
     hard_concrete,
+    is_transformed,
     keyed_uniform,
     logit_of,
     masks_from_gates,
@@ -42,6 +43,8 @@ class Gates(nn.Module):
     noise_step: Tensor
     noise: Tensor
     beta: Tensor
+    # Forwards within transforms of torch.func, which let nobody write to the counter.
+    steps_ahead = 0
 
     def __init__(self, settings: Settings, *, keep_prob: float, device: torch.device | None) -> None:
         super().__init__()
@@ -80,6 +83,13 @@ class Gates(nn.Module):
     def learned(self) -> bool:
         """Whether there are logits to learn."""
         return self.logit is not None
+
+    def advance(self) -> None:
+        """Draw the next forward's noise."""
+        if is_transformed():
+            self.steps_ahead += 1
+        else:
+            self.noise_step.add_(1)
 
     def logits(self, count: int | None = None) -> Tensor:
         """Logits of the innermost ``count`` gates, or of all, shape (count, rows)."""
@@ -139,7 +149,8 @@ class Gates(nn.Module):
             shared = list(x.shape)
         elif self.sharing == "channel":
             shared[self.channel_dim] = x.shape[self.channel_dim]
-        uniform = keyed_uniform((count, *shared), self.seed, self.noise_step, self.key)
+        step = self.noise_step + self.steps_ahead if self.steps_ahead else self.noise_step
+        uniform = keyed_uniform((count, *shared), self.seed, step, self.key)
         if self.logit is None:
             return hard_concrete(logit_of(self.keep_prob), uniform)
         return hard_concrete(self._shaped(self.logits(count), x), uniform, self.noise, self.beta)

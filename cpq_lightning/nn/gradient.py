@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cpq_lightning.functional import bit_worth
+from cpq_lightning.functional import bit_worth, is_differentiated_again, is_transformed
 from cpq_lightning.kernels import chain, has_kernel
 
 
@@ -49,28 +48,54 @@ class StepAndSigma(torch.autograd.Function):
     def forward(
         ctx: Any, log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
     ) -> tuple[Tensor, Tensor]:
-        reach, least = _constants()
-        bend = torch.tanh(log_scale / reach)
-        step = start * torch.exp(reach * bend)
-        p = torch.sigmoid(noise_logit)
-        sigma = step * (least + (1 - least) * p) * temperature
-        ctx.save_for_backward(start, bend, step, p, sigma, temperature)
+        bend, step, p, sigma = _step_and_sigma(log_scale, noise_logit, start, temperature)
+        ctx.save_for_backward(log_scale, noise_logit, start, bend, step, p, sigma, temperature)
         ctx.root = root
         return step, sigma
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_step: Tensor, d_sigma: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        log_scale, noise_logit, *saved = ctx.saved_tensors
+        start, bend, step, p, sigma, temperature = saved
+        again = is_differentiated_again(d_step)
         # Someone's mixed precision may have cast the parameters.
         whole = all(t.is_cpu and t.dtype == torch.float32 for t in (d_step, d_sigma, *saved))
-        if whole and not torch.compiler.is_compiling() and has_kernel(saved[0], 1):
-            return *chain(d_step, d_sigma, saved, ctx.root, NOISE_MIN), None, None, None
-        start, bend, step, p, sigma, temperature = saved
+        if whole and not again and not torch.compiler.is_compiling() and has_kernel(start, 1):
+            return *chain(d_step, d_sigma, tuple(saved), ctx.root, NOISE_MIN), None, None, None
+        if again:
+            parameters = _scaled(log_scale, noise_logit, start, ctx.root)
+            bend, step, p, sigma = _step_and_sigma(*parameters, start, temperature)
         scale = 1 / (start * ctx.root)
         d_log_scale = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
         d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - _constants()[1]) * scale)
         return d_log_scale, d_logit, None, None, None
+
+
+def step_and_sigma(
+    log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
+) -> tuple[Tensor, Tensor]:
+    """:class:`StepAndSigma`; for ``torch.func`` in operations that it can look into."""
+    if not is_transformed():
+        return StepAndSigma.apply(log_scale, noise_logit, start, temperature, root)  # type: ignore[no-any-return]
+    _, step, _, sigma = _step_and_sigma(*_scaled(log_scale, noise_logit, start, root), start, temperature)
+    return step, sigma
+
+
+def _step_and_sigma(
+    log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The step, and with what it is bent; sigma, and the sigmoid in it."""
+    reach, least = _constants()
+    bend = torch.tanh(log_scale / reach)
+    step = start * torch.exp(reach * bend)
+    p = torch.sigmoid(noise_logit)
+    return bend, step, p, step * (least + (1 - least) * p) * temperature
+
+
+def _scaled(log_scale: Tensor, noise_logit: Tensor, start: Tensor, root: float) -> tuple[Tensor, Tensor]:
+    """The parameters, whose gradient is multiplied by ``1 / (start root)``."""
+    first, second = (p.detach() + (p - p.detach()) / (start * root) for p in (log_scale, noise_logit))
+    return first, second
 
 
 class Worth(torch.autograd.Function):
@@ -78,7 +103,7 @@ class Worth(torch.autograd.Function):
     (:func:`~cpq_lightning.functional.bit_worth`), and 0 where the bit was not there.
 
     Without a bit the loss may be far from where it was, and its gradient tells of that. Of a loss that is scaled by S
-    the worth is S² times as large.
+    the worth is S² times as large. Where a backward is differentiated again, worths are constants in it.
 
     Args:
         out: What was quantized.
@@ -102,11 +127,10 @@ class Worth(torch.autograd.Function):
         return out[...]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, there, steps = ctx.saved_tensors
         widths, signed, channel_dim, samples, by_block = ctx.settings
-        x, of_x = torch.atleast_1d(x), torch.atleast_1d(grad)
+        x, of_x = torch.atleast_1d(x), torch.atleast_1d(grad.detach())
         blocks = 0 if samples else channel_dim % x.dim()
         some = slice(None, None, 1 if by_block else _stride(x, blocks, samples))
         index = (*[slice(None)] * blocks, some)
@@ -136,7 +160,9 @@ class Connect(torch.autograd.Function):
 
     @staticmethod
     def of(x: Tensor, *parameters: Tensor) -> Tensor:
-        """Apply it, where gradients are wanted."""
+        """Apply it, where gradients are wanted, and not by a transform, which knows of no such processes."""
+        if is_transformed():
+            return x
         # Without gradients a view of a Parameter would still ask for one, and have no way to it.
         return Connect.apply(x, *parameters) if torch.is_grad_enabled() else x.detach()
 

@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.functional import Estimator, along_channels, expected_bits, level_bounds, quantize_resolution
+from cpq_lightning.functional import (
+    Estimator,
+    along_channels,
+    expected_bits,
+    is_transformed,
+    level_bounds,
+    quantize_resolution,
+)
 from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize, quantize_widths
 from cpq_lightning.nn.fitting import weight_scales
 from cpq_lightning.nn.gates import Gates
-from cpq_lightning.nn.gradient import STEP_REACH, Connect, StepAndSigma, noise_logit
+from cpq_lightning.nn.gradient import STEP_REACH, Connect, noise_logit, step_and_sigma
 from cpq_lightning.nn.observer import RangeObserver, Usage
 from cpq_lightning.nn.state import (
     HEADER,
@@ -24,8 +31,10 @@ from cpq_lightning.nn.state import (
     Kind,
     Settings,
     encode,
+    is_stacked,
     places,
     read,
+    read_members,
     size,
     weight_of_pending,
     weight_of_ranges,
@@ -69,7 +78,7 @@ class Quantizer(nn.Module):
     def __init__(
         self,
         kind: Kind,
-        config: CPQConfig,
+        config: CPQConfig | Mapping[str, Any],
         *,
         key: int = 0,
         numel: int = 0,
@@ -81,6 +90,7 @@ class Quantizer(nn.Module):
     ) -> None:
         super().__init__()
         weight = kind == "weight"
+        config = CPQConfig.of(config)
         bits, min_bits = _span(kind, config)
         if bits is None or min_bits is None:
             raise ValueError("act_bits=None leaves activations alone: there is no quantizer to build.")
@@ -167,7 +177,7 @@ class Quantizer(nn.Module):
         state = self._buffers["state"]
         # Traced code has no values to read: it holds what the host knew then, and is compiled anew where that changes.
         if _is_traced() or type(state) is not Tensor or state.is_meta:
-            return self._host
+            return self._host if state is None or not is_stacked(state) else read_members(state)
         seen, version, content = self._seen
         if state.device.type == "cpu":
             if seen is state and state.numpy()[:HEADER].tobytes() == content:
@@ -389,7 +399,7 @@ class Quantizer(nn.Module):
         """
         highest = level_bounds(settings.bits, settings.signed)[1]
         root = math.sqrt(max(1, settings.numel // settings.channels) * max(1, highest))
-        return StepAndSigma.apply(self.log_scale, self.noise_logit, self._start(), self.temperature, root)  # type: ignore[no-any-return]
+        return step_and_sigma(self.log_scale, self.noise_logit, self._start(), self.temperature, root)
 
     def decided_widths(self) -> Tensor:
         """The widths of evaluation, int64: one, or one a channel where channels have their own."""
@@ -495,6 +505,12 @@ class Quantizer(nn.Module):
         settings = self.settings
         if not settings.active or any(watcher.passes(self, x) for watcher in watchers()):
             return None
+        if not settings.fitted and is_transformed():
+            raise RuntimeError(
+                "A quantizer's range is not known yet, and is not found within a transform of torch.func: call "
+                "calibrate(model, batches) first, or the model once in training, outside of the transform. (Of a "
+                "weight that holds zeros alone there is no range: leave its layer out with ignore until it does not.)"
+            )
         if not settings.fitted or (not settings.settled and self._settles(x)):
             self._fit_to(x)  # type: ignore[call-arg]
             settings = self.settings
@@ -503,7 +519,7 @@ class Quantizer(nn.Module):
     def _settles(self, x: Tensor) -> bool:
         """Whether a weight that was fitted at attachment is fitted again: as training begins."""
         trains = self.kind == "weight" and self.training and torch.is_grad_enabled()
-        return trains and not x.is_meta and not torch.compiler.is_compiling()
+        return trains and not x.is_meta and not torch.compiler.is_compiling() and not is_transformed()
 
     @property
     def _is_watched(self) -> bool:
@@ -530,6 +546,12 @@ class Quantizer(nn.Module):
 
     def _with_worth(self, out: Tensor, x: Tensor, masks: Tensor, step: Tensor, settings: Settings) -> Tensor:
         """``out``, whose backward tells the gates what their bits are worth."""
+        if is_transformed():
+            raise RuntimeError(
+                "Learned widths are told what their bits are worth by a backward that torch.func does not run: use "
+                "loss.backward() while they are learned, call the model in evaluation (model.eval()), or learn them by "
+                "CPQConfig(gate_estimator='concrete')."
+            )
         scales = self.width_scale[settings.min_bits - 1 : settings.bits]
         steps = step.detach() * (scales if settings.nesting == "resolution" else torch.ones_like(scales))
         return self.gates.with_worth(

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
 
 VERSION = 1
 Kind = Literal["weight", "activation"]
@@ -132,6 +133,15 @@ _PLACES = {
 _PENDING = ("pending_signed",)
 # What is no setting: each has a weight of its own.
 KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", "fitted")
+# What decides which tensors a quantizer has, and of which shape, with the names of the config that it comes from.
+LAYOUT = {
+    "nesting": "nesting",
+    "channels": "per_channel (scales)",
+    "gate_count": "min_bits (bits that may be gone)",
+    "gates_learned": "learn_bits or learn_act_bits",
+    "gate_rows": "gate_sharing (rows of gates)",
+    "width_count": "gate_sharing (widths)",
+}
 _SETTINGS = tuple(name for name in Settings._fields if name not in KNOWN)
 _BOOLEANS = frozenset(name for name, default in Settings._field_defaults.items() if isinstance(default, bool))
 
@@ -244,6 +254,33 @@ def read(state: Tensor) -> tuple[Settings, int]:
     if len(state) != size(settings):
         raise ValueError(f"A quantizer's state says of itself {size(settings)} elements, and has {len(state)}.")
     return settings, revision
+
+
+def is_stacked(state: Tensor) -> bool:
+    """Whether it is the states of several models at once, within ``torch.func.vmap``."""
+    return type(state) is Tensor and not torch.compiler.is_compiling() and _functorch.is_batchedtensor(state)
+
+
+def read_members(state: Tensor) -> Settings:
+    """The settings that models have in common whose states are stacked.
+
+    Raises:
+        ValueError: they differ in one that decides what is computed.
+    """
+    dimension = _functorch.maybe_get_bdim(state)
+    rows = _functorch.get_unwrapped(state).movedim(dimension, 0)
+    first, *others = [read(row)[0] for row in rows]
+    for name in first._fields:
+        if name in (*_FACTS, "has_facts", "key", "numel", "settled"):
+            continue
+        different = {getattr(settings, name) for settings in (first, *others)}
+        if len(different) > 1:
+            raise ValueError(
+                f"Models within torch.func.vmap are computed as one, and their {first.kind} quantizers at one place "
+                f"have {name} {' and '.join(map(repr, sorted(different)))}: call the models one by one, or give them "
+                "the same settings."
+            )
+    return first
 
 
 def weight_of_ranges(state: Tensor) -> Tensor:

@@ -295,6 +295,68 @@ def test_an_exempt_layer_drops_no_bits_unless_it_has_a_width_of_its_own():
     assert spans == {"0.weight_quantizer": (8, 8), "3.weight_quantizer": (2, 4), "6.weight_quantizer": (2, 6)}
 
 
+def tied():
+    """Four layers, of which the two in the middle share a weight."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    model[1].weight = model[2].weight
+    return model
+
+
+def widths(model):
+    return {name: (layer.weight_quantizer.bits, layer.input_quantizer.bits) for name, layer in quantized_layers(model)}
+
+
+@pytest.mark.parametrize("name", ["1", "2"])
+def test_what_one_layer_is_given_of_a_shared_weight_holds_in_all_that_share_it(name):
+    config = CPQConfig(overrides={name: {"weight_bits": 3, "act_bits": 6}})
+    model = attach(tied(), config)
+    assert widths(model) == {"0": (8, 8), "1": (3, 4), "2": (3, 4), "3": (8, 8), **{name: (3, 6)}}
+    assert model[1].weight_quantizer is model[2].weight_quantizer
+    # Also behind a forward that shows other layers to be the first and last ones.
+    calibrate(model, [torch.randn(4, 4)])
+    assert widths(model)["1"][0] == widths(model)["2"][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            CPQConfig(overrides={"1": {"weight_bits": 3}, "2": {"weight_bits": 5}}),
+            r"^overrides: the layers '1' and '2' share one weight, .* '1' is given weight_bits=3, '2' weight_bits=5\. "
+            "Give both the same",
+        ),
+        (CPQConfig(overrides={"*": {"per_channel": False}, "2": {"per_channel": True}}), "'2' per_channel=True"),
+        (CPQConfig(ignore=["2"]), r"^ignore: the layers '2' and '1' share one weight, and '2' alone is left out"),
+        (
+            CPQConfig(levels_from={n: {"weight": 3 + (n == "2"), "activation": 4} for n in "0123"}),
+            r"^levels_from: the layers '1' and '2' share one weight, and have the widths \[3\] and \[4\] in it",
+        ),
+    ],
+)
+def test_layers_that_share_a_weight_are_not_told_different_things_of_it(config, message):
+    model = tied()
+    with pytest.raises(ValueError, match=message):
+        attach(model, config)
+    assert not any(True for _ in quantized_layers(model))
+
+
+def test_layers_that_share_a_weight_may_be_told_different_things_of_their_inputs_or_be_left_out_together():
+    assert widths(attach(tied(), CPQConfig(overrides={"1": {"act_bits": 3}, "2": {"act_bits": 5}})))["2"] == (4, 5)
+    assert set(widths(attach(tied(), CPQConfig(ignore=["[12]"])))) == {"0", "3"}
+
+
+def test_a_layer_with_several_names_is_meant_by_each_of_them():
+    def aliased():
+        model = nn.ModuleDict({"body": nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))})
+        model["middle"] = model["body"][1]
+        return model
+
+    assert bits(attach(aliased(), CPQConfig(overrides={"middle": {"weight_bits": 3}})))["body.1"] == 3
+    of_all = CPQConfig(overrides={"*": {"weight_bits": 2}, "middle": {"weight_bits": 3}})
+    assert bits(attach(aliased(), of_all)) == {"body.0": 2, "body.1": 3, "body.2": 2}
+    assert set(bits(attach(aliased(), CPQConfig(ignore=["middle"])))) == {"body.0", "body.2"}
+
+
 def test_layers_in_metrics_are_left_alone():
     from torchmetrics import Metric
 

@@ -196,9 +196,33 @@ def test_what_multiplies_by_no_weight_is_not_named():
         Holder(lambda x, w: x + F.embedding(torch.arange(len(x)) % 8, w)),
         nn.Dropout(0.1),
     ]
-    model = attach(nn.Sequential(nn.Linear(8, 8), *quiet, nn.Linear(8, 2)))
+    model = attach(nn.Sequential(nn.Linear(8, 8), *quiet, nn.Linear(8, 2)), CPQConfig(first_last_bits=None))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         calibrate(model, [X])
         model.train()(X).sum().backward()
         model.eval()(X)
+
+
+@pytest.mark.parametrize("how", ["calibrated", "called"])
+@pytest.mark.parametrize(
+    ("config", "nowhere"),
+    [
+        (CPQConfig(weight_bits=4, act_bits=4), "weight_bits=4 or act_bits=4"),
+        (CPQConfig(weight_bits=8, act_bits=4), "act_bits=4"),
+        (CPQConfig(weight_bits=4, act_bits=None), "weight_bits=4"),
+        (CPQConfig(weight_bits=8, act_bits=8), None),
+        (CPQConfig(first_last_bits=None), None),
+        (CPQConfig(overrides={"0": {"weight_bits": 4}}), None),
+        (CPQConfig(levels_from={n: {"weight": 3, "activation": 4} for n in ("0", "2")}), None),
+    ],
+)
+def test_a_warning_says_where_no_layer_has_the_bits_that_the_config_asks_for(how, config, nowhere):
+    model = attach(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            calibrate(model, [X]) if how == "calibrated" else model(X)
+    said = [str(w.message) for w in caught if "first or last ones" in str(w.message)]
+    assert len(said) == (nowhere is not None)
+    assert nowhere is None or f"first_last_bits=8: no layer has {nowhere}. Set first_last_bits=None" in said[0]

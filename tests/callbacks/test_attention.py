@@ -11,7 +11,7 @@ from torch import nn
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
 from cpq_lightning.attach import quantized_operands
 from cpq_lightning.export import SAMPLES_FILE
-from tests.models import Classifier, data
+from tests.models import Classifier, data, run_of
 
 CONFIG = CPQConfig(attention=True)
 ARGUMENTS = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -34,7 +34,7 @@ def test_a_run_learns_its_operands_writes_them_and_restores_them(tmp_path):
     held = [id(p) for p in companion.parameters]
     assert all(held.count(id(p)) == 1 for q in operands.values() for p in q.parameters())
 
-    content = json.loads((tmp_path / "levels.json").read_text())
+    content = json.loads((run_of(tmp_path) / "levels.json").read_text())
     assert [entry["name"] for entry in content["products"]] == list(operands)
     assert all(entry["used_levels"] >= 1 for entry in content["products"])
 
@@ -45,7 +45,7 @@ def test_a_run_learns_its_operands_writes_them_and_restores_them(tmp_path):
     with torch.no_grad():
         expected = module.eval()(images)
         assert torch.equal(restored(images), expected)
-        [path] = (p for p in tmp_path.glob("*.safetensors") if p.name != SAMPLES_FILE)
+        [path] = (p for p in run_of(tmp_path).glob("*.safetensors") if p.name != SAMPLES_FILE)
         torch.testing.assert_close(load_quantized(path)(images), expected)
 
 

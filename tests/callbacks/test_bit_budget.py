@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import warnings
 from functools import partial
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach import learning_quantizers, mean_width, model_costs, quantizers
 from cpq_lightning.callbacks import BitBudget
+from cpq_lightning.export import SAMPLES_FILE
 from tests.marks import thorough
 from tests.models import IMAGES, LABELS, Classifier, data
 
@@ -41,6 +43,11 @@ def callbacks(target=3.0, config=None, quantize_from=0, **settings):
     return [cpq, BitBudget(target, **settings)]
 
 
+def just_below(value, target, by=0.05):
+    """Whether a cost is at most its target, and not far below it."""
+    return target - by <= value <= target * (1 + 1e-9)
+
+
 class Watch(pl.Callback):
     """Expected and decided bits before each batch, and whether widths were still learned."""
 
@@ -57,7 +64,7 @@ class Watch(pl.Callback):
 def test_the_run_ends_at_the_target_and_the_freeze_changes_nothing(fit, target):
     module, watch = Deep(), Watch()
     fit(module, [*callbacks(target), watch], max_epochs=20)
-    assert abs(mean_width(module, "weight") - target) <= 0.05
+    assert just_below(mean_width(module, "weight"), target)
     frozen = [learning for learning, *_ in watch.seen].index(False)
     assert frozen == 40
     _, expected, decided = watch.seen[frozen - 1]
@@ -132,34 +139,48 @@ class DigitsVal(pl.LightningDataModule):
         return DataLoader(self.digits.val_data, 360)
 
 
-@pytest.mark.parametrize(("unit", "low", "high"), [("bytes", 0.3, 0.6), ("bops", 0.35, 0.7)])
-def test_bytes_and_bit_operations_end_within_two_percent(fit, unit, low, high):
-    key = {"bytes": "size_bytes", "bops": "bops"}[unit]
+def test_bit_operations_end_below_their_target_by_little(fit):
     widest = Deep()
     fit(widest, [CPQCallback(CPQConfig(weight_bits=8, act_bits=4), table=False, levels_file=None)], max_epochs=1)
-    target = round(0.55 * model_costs(widest)[key])
+    target = round(0.55 * model_costs(widest)["bops"])
     module = Deep()
-    fit(module, callbacks(target, unit=unit), max_epochs=20)
-    assert model_costs(module)[key] == pytest.approx(target, rel=0.02)
+    fit(module, callbacks(target, unit="bops"), max_epochs=20)
+    assert just_below(model_costs(module)["bops"], target, 0.02 * target)
+
+
+@pytest.mark.parametrize("gates", ["tensor", *thorough("channel")])
+def test_bytes_are_those_of_the_file_that_is_written_and_no_more_than_the_target(fit, gates, tmp_path):
+    module, target = Deep(), 9_000
+    cpq, budget = callbacks(target, {"gate_sharing": gates}, unit="bytes")
+    cpq.export, cpq.levels_file = ("packed",), "levels.json"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*could not be written.*")
+        fit(module, [cpq, budget], max_epochs=8)
+    assert not learning_quantizers(module)
+    (path,) = (path for path in tmp_path.rglob("*.safetensors") if path.name != SAMPLES_FILE)
+    size = path.stat().st_size
+    assert just_below(size, target, 0.015 * target)
+    (levels_file,) = tmp_path.rglob("levels.json")
+    assert json.loads(levels_file.read_text())["totals"]["size_bytes"] == size
 
 
 def test_activations_learn_their_bits_too(fit):
     module = Deep()
     config = {"act_bits": 8, "learn_act_bits": True}
     fit(module, callbacks(3.5, config, act_target=4.0), max_epochs=20)
-    assert abs(mean_width(module, "weight") - 3.5) <= 0.05
-    assert abs(mean_width(module, "activation") - 4.0) <= 0.05
+    assert just_below(mean_width(module, "weight"), 3.5)
+    assert just_below(mean_width(module, "activation"), 4.0)
     # Bit operations count both together.
     module = Deep()
     fit(module, callbacks(3e6, config, unit="bops"), max_epochs=20)
-    assert model_costs(module)["bops"] == pytest.approx(3e6, rel=0.02)
+    assert just_below(model_costs(module)["bops"], 3e6, 6e4)
     assert mean_width(module, "activation") < 7
 
 
 def test_channels_learn_widths_of_their_own(fit):
     module = Deep()
     fit(module, callbacks(3.0, {"gate_sharing": "channel", "per_channel": True}), max_epochs=20)
-    assert abs(mean_width(module, "weight") - 3.0) <= 0.05
+    assert just_below(mean_width(module, "weight"), 3.0)
     records = [r for r in levels(module) if r.kind == "weight" and not r.exempt]
     assert any(isinstance(r.bits, list) and len(set(r.bits)) > 1 for r in records)
     copy = Deep()
@@ -218,7 +239,7 @@ def test_one_layer_that_needs_six_bits_gets_them_and_the_others_two(tmp_path, wi
 def test_the_rate_of_the_widths_is_their_own_whatever_trains_the_weights(fit, make):
     module = Deep(make_optimizer=make)
     fit(module, callbacks(3.0), max_epochs=20)
-    assert abs(mean_width(module, "weight") - 3.0) <= 0.05
+    assert just_below(mean_width(module, "weight"), 3.0)
     held = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
     assert not any(id(q.gates.logit) in held for _, q in quantizers(module) if q.gates.logit is not None)
 
@@ -267,7 +288,7 @@ def test_a_resumed_run_decides_and_ends_as_the_uninterrupted_one(fit, tmp_path):
 def test_accumulation_and_bfloat16_arrive_too(fit, settings):
     module = Deep()
     fit(module, callbacks(3.0), max_epochs=20, **settings)
-    assert abs(mean_width(module, "weight") - 3.0) <= 0.05
+    assert just_below(mean_width(module, "weight"), 3.0)
     assert all(p.isfinite().all() for p in module.parameters())
 
 
@@ -295,13 +316,13 @@ class Manual(Deep):
 def test_manual_optimization_with_two_optimizers_arrives_too(fit):
     module = Manual()
     fit(module, callbacks(3.0), max_epochs=20)
-    assert abs(mean_width(module, "weight") - 3.0) <= 0.05
+    assert just_below(mean_width(module, "weight"), 3.0)
 
 
 def test_a_full_precision_start_comes_first(fit):
     module, watch = Deep(), Watch()
     fit(module, [*callbacks(3.0, quantize_from=0.25), watch], max_epochs=20)
-    assert abs(mean_width(module, "weight") - 3.0) <= 0.05
+    assert just_below(mean_width(module, "weight"), 3.0)
 
 
 def test_a_run_that_ends_early_fixes_its_widths(fit):
@@ -309,7 +330,7 @@ def test_a_run_that_ends_early_fixes_its_widths(fit):
     with pytest.warns(UserWarning, match="before the freeze"):
         fit(module, callbacks(3.0, freeze=10_000), max_epochs=3)
     assert not learning_quantizers(module)
-    assert abs(mean_width(module, "weight") - 3.0) <= 0.05
+    assert just_below(mean_width(module, "weight"), 3.0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +338,7 @@ def test_a_run_that_ends_early_fixes_its_widths(fit):
     [
         (1.5, {}, r"1\.5 average bits of the weights is out of reach.* allow 2 to 8"),
         (9.0, {}, r"allow 2 to 8"),
-        (10, {"unit": "bytes"}, r"bytes is out of reach"),
+        (10, {"unit": "bytes"}, r"10 bytes of the packed file is out of reach"),
         (3.0, {"freeze": 0}, "later freeze"),
         (3.0, {"quantize_from": 10_000}, "earlier quantize_from"),
         (3.0, {"config": {"learn_bits": False}}, "nothing to learn"),
@@ -365,7 +386,7 @@ def test_what_is_logged_and_left_behind(fit, cpq, tmp_path):
         rows = [row for row in csv.DictReader(file) if row["cpq/weight_bits"]]
     assert {"cpq/expected_weight_bits", "cpq/size_bytes", "cpq/penalty", "cpq/target", "cpq/bops"} <= set(rows[0])
     assert float(rows[0]["cpq/weight_bits"]) == 8
-    assert abs(float(rows[-1]["cpq/weight_bits"]) - 3) <= 0.05
+    assert just_below(float(rows[-1]["cpq/weight_bits"]), 3.0)
     for name in ("levels.csv", "levels.png", "clusters.png", "trajectory.png", "trajectory.csv", "clusters.json"):
         assert (folder / name).stat().st_size > 500, name
     made_again = [folder / "levels.csv", folder / "levels.png"]
@@ -440,3 +461,34 @@ def test_labels_are_learned_all_the_same(fit):
     fit(module, callbacks(3.0), max_epochs=30)
     accuracy = (module.net.eval()(IMAGES).argmax(1) == LABELS).float().mean()
     assert accuracy > 0.6
+
+
+class Recurrent(Classifier):
+    """A recurrent layer, which is not quantized, between two linear ones: a first and a last layer, and no other."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(2), nn.Linear(64, 8), Last(nn.LSTM(8, 8, batch_first=True)), nn.Linear(8, 4)
+        )
+
+
+class Last(nn.Module):
+    def __init__(self, recurrent):
+        super().__init__()
+        self.recurrent = recurrent
+
+    def forward(self, x):
+        return self.recurrent(x)[0][:, -1]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"act_bits": 8, "learn_act_bits": True}, {"act_bits": None}], ids=["weights", "both", "no inputs"]
+)
+def test_where_all_layers_are_first_or_last_ones_a_budget_is_refused_by_the_name_of_the_setting(fit, config):
+    module = Recurrent()
+    words = r"no weight to learn .*net\.1\.weight_quantizer, net\.3\.weight_quantizer.* first_last_bits=8.*=None"
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(module, callbacks(4.0, config))
+    fit(module := Recurrent(), callbacks(4.0, {"first_last_bits": None} | config), max_epochs=20)
+    assert mean_width(module, "weight") <= 4.0

@@ -15,7 +15,7 @@ from cpq_lightning.callbacks import BatchNormReestimation, BitBudget, Distillati
 from cpq_lightning.callbacks._teacher import loaded_teacher
 from cpq_lightning.functional import distillation_loss
 from tests.marks import thorough
-from tests.models import IMAGES, Classifier, convnet, data
+from tests.models import IMAGES, Classifier, convnet, data, run_of
 
 
 class Forward(Classifier):
@@ -67,7 +67,7 @@ def test_self_is_the_network_when_quantization_begins(fit, tmp_path, module, aft
     losses = Losses()
     callbacks = [CPQCallback(CPQConfig(weight_bits=2), quantize_from=4, table=False), DistillationCallback()]
     fit(module(), [losses, *(callbacks if after else callbacks[::-1])], max_epochs=2)
-    teacher = torch.load(tmp_path / "teacher.pt", weights_only=True)["state_dict"]
+    teacher = torch.load(run_of(tmp_path) / "teacher.pt", weights_only=True)["state_dict"]
     then = losses.modules[4].state_dict()
     assert len(teacher) == len(convnet().state_dict())
     # Of the fifth batch: batch norms have seen four.
@@ -115,8 +115,8 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(fit, tmp_path):
     expected = whole.state_dict()
     assert all(value.equal(expected[key]) for key, value in resumed.state_dict().items())
     # The resumed run has a teacher of its own: the one before may go.
-    assert (tmp_path / "rest" / "teacher.pt").exists()
-    (tmp_path / "moved" / "teacher.pt").unlink()
+    assert (run_of(tmp_path / "rest") / "teacher.pt").exists()
+    (run_of(tmp_path / "moved") / "teacher.pt").unlink()
     with pytest.raises(MisconfigurationException, match=r"the file that holds it is neither beside .*last\.ckpt nor"):
         fit(Classifier(), callbacks(), max_epochs=4, loaders=loaders, **moved)
 
@@ -130,11 +130,11 @@ def test_a_run_that_kept_no_copy_cannot_begin_to_learn_from_itself(fit, tmp_path
 def test_a_trainer_that_goes_on_keeps_the_teacher(fit, tmp_path):
     module = Classifier()
     trainer = fit(module, [CPQCallback(quantize_from=2, table=False), DistillationCallback()], max_epochs=1)
-    before = torch.load(tmp_path / "teacher.pt", weights_only=True)
+    before = torch.load(run_of(tmp_path) / "teacher.pt", weights_only=True)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, data())
     assert "cpq/distillation" in trainer.callback_metrics
-    after = torch.load(tmp_path / "teacher.pt", weights_only=True)
+    after = torch.load(run_of(tmp_path) / "teacher.pt", weights_only=True)
     assert after["mark"] == before["mark"]
     assert all(value.equal(before["state_dict"][key]) for key, value in after["state_dict"].items())
 
@@ -175,7 +175,7 @@ def test_two_processes(fit, tmp_path):
     callbacks = [CPQCallback(CPQConfig(weight_bits=2), quantize_from=1, table=False), DistillationCallback()]
     trainer = fit(Forward(), callbacks, strategy="ddp_fork", devices=2, loaders=(data(8), None))
     assert float(trainer.callback_metrics["cpq/distillation"]) > 0
-    assert (tmp_path / "teacher.pt").exists()
+    assert (run_of(tmp_path) / "teacher.pt").exists()
 
 
 class Heads(pl.LightningModule):

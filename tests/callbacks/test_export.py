@@ -1,5 +1,7 @@
 """CPQCallback(export=[...]): files at the end of a fit, of anybody's module."""
 
+import json
+import re
 import warnings
 
 import lightning.pytorch as pl
@@ -11,9 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
+from cpq_lightning.callbacks._ship import known_samples
 from cpq_lightning.export import SAMPLES_FILE, MismatchError, read_samples, recorded_samples
 from cpq_lightning.export import ship as shipping
-from tests.models import IMAGES, Classifier, convnet, data
+from tests.models import IMAGES, Classifier, convnet, data, run_of
 
 
 def exported(**settings):
@@ -22,7 +25,18 @@ def exported(**settings):
 
 def files(folder):
     suffixes = (".safetensors", ".onnx", ".pt2", ".tmp")
-    return sorted(p.name for p in folder.iterdir() if p.suffix in suffixes and p.name != SAMPLES_FILE)
+    return sorted(p.name for p in run_of(folder).glob("*") if p.suffix in suffixes and p.name != SAMPLES_FILE)
+
+
+def _blocking(name):
+    """CPQCallback.on_train_start, with a folder of this name in the way of a run's file."""
+    real = CPQCallback.on_train_start
+
+    def on_train_start(self, trainer, pl_module):
+        real(self, trainer, pl_module)
+        (self.run_folder / name).mkdir()
+
+    return on_train_start
 
 
 def test_all_formats_at_the_end_of_a_fit(fit, tmp_path, capsys):
@@ -30,9 +44,11 @@ def test_all_formats_at_the_end_of_a_fit(fit, tmp_path, capsys):
     fit(module, [exported(export=["packed", "onnx", "torch"])])
     assert files(tmp_path) == ["Classifier.onnx", "Classifier.pt2", "Classifier.safetensors"]
     expected = module.eval().net(IMAGES).detach()
-    loaded = load_quantized(tmp_path / "Classifier.safetensors", convnet())
+    loaded = load_quantized(run_of(tmp_path) / "Classifier.safetensors", convnet())
     assert (loaded(IMAGES) - expected).abs().max() <= 1e-5
-    (found,) = onnxruntime.InferenceSession(str(tmp_path / "Classifier.onnx")).run(None, {"input": IMAGES.numpy()})
+    (found,) = onnxruntime.InferenceSession(str(run_of(tmp_path) / "Classifier.onnx")).run(
+        None, {"input": IMAGES.numpy()}
+    )
     assert (found.argmax(1) == expected.argmax(1).numpy()).mean() >= 0.98
     assert np.isfinite(found).all()
     text = capsys.readouterr().out
@@ -50,7 +66,7 @@ def test_a_module_with_a_forward_ships_as_a_whole(fit, tmp_path):
     # Its training step calls the network, not the module: the samples are the network's.
     module = WithForward()
     fit(module, [exported()])
-    loaded = load_quantized(tmp_path / "WithForward.safetensors", WithForward())
+    loaded = load_quantized(run_of(tmp_path) / "WithForward.safetensors", WithForward())
     assert (loaded(IMAGES) - module.eval()(IMAGES)).abs().max() <= 1e-4
     assert recorded_samples(module) is None
     assert recorded_samples(module.net) is not None
@@ -65,21 +81,113 @@ class Chosen(WithForward):
 def test_a_module_may_say_what_ships(fit, tmp_path):
     module = Chosen()
     fit(module, [exported()])
-    loaded = load_quantized(tmp_path / "Chosen.safetensors", convnet())
+    loaded = load_quantized(run_of(tmp_path) / "Chosen.safetensors", convnet())
     assert (loaded(IMAGES) - module.eval().net(IMAGES)).abs().max() <= 1e-5
 
 
-def test_no_samples_is_told_with_what_to_do(fit, tmp_path):
-    class Named(Classifier):
-        def forward(self, x, scale):
-            return self.net(x) * scale
+class Labelled(Classifier):
+    """Takes arguments by name, in containers, and labels in training alone."""
 
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self(x=batch[0], scale=2.0), batch[1])
+    def forward(self, batch, *, scale, labels=None):
+        logits = self.net(batch["images"][0]) * scale
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"logits": logits, "loss": loss}
 
-    with pytest.warns(UserWarning, match="packed file could not be written .*"):
-        fit(Named(), [exported()])
+    def training_step(self, batch, batch_idx):
+        return self({"images": [batch[0]]}, scale=2.0, labels=batch[1])["loss"]
+
+
+def test_a_call_of_any_form_is_recorded_and_exported(fit, tmp_path, caplog):
+    module = Labelled()
+    fit(module, [exported(export=["packed", "torch"])], max_epochs=1)
+    samples = read_samples(run_of(tmp_path) / SAMPLES_FILE)
+    assert samples.places(module) == (["batch.images.0", "labels"], {"scale": 2.0})
+    assert files(tmp_path) == ["Labelled.pt2", "Labelled.safetensors"]
+    assert "constants of the torch file: scale=2.0" in caplog.text
+    program = torch.export.load(run_of(tmp_path) / "Labelled.pt2").module()
+    found = program({"images": [IMAGES[:3]]}, scale=2.0, labels=torch.zeros(3, dtype=torch.int64))
+    assert found["logits"].allclose(module.eval().net(IMAGES[:3]) * 2, atol=1e-5)
+
+
+def test_an_example_says_which_arguments_an_export_has_and_the_run_gives_the_data(fit, tmp_path):
+    module = Labelled()
+    module.example_input_array = {"batch": {"images": [torch.zeros(2, 3, 8, 8)]}, "scale": 1.0}
+    fit(module, [exported(export=[])], max_epochs=1)
+    samples = known_samples(module)
+    assert samples.places(module) == (["batch.images.0"], {"scale": 2.0})
+    assert samples.real
+    assert images_in(samples.inputs) == 16
+
+
+class Graph:
+    def __init__(self, x):
+        self.x = x
+
+
+class OfGraphs(Classifier):
+    def forward(self, graph):
+        return self.net(graph.x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(Graph(batch[0])), batch[1])
+
+
+class Naming(Classifier):
+    """Returns what no file can hold."""
+
+    def forward(self, x):
+        return {"logits": self.net(x), "names": ["cat", "dog"]}
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0])["logits"], batch[1])
+
+
+class NamingUnseen(Naming):
+    """Its forward is called by nobody in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = IMAGES[:2]
+
+    training_step = Classifier.training_step
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (OfGraphs, "the argument 'graph' is Graph.*Set example_input_array"),
+        (Naming, r"the output 'names\.0' of the model is str"),
+        (NamingUnseen, r"the output 'names\.0' of the model is str"),
+    ],
+)
+def test_what_no_export_can_take_or_hold_is_said_before_training_and_ends_no_fit(make, words, fit, tmp_path):
+    said = []
+
+    class Begins(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            said.append([str(w.message) for w in caught])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(make(), [exported(export=["packed", "torch"]), Begins()], limit_train_batches=2, max_epochs=1)
+    assert trainer.state.finished
     assert files(tmp_path) == []
+    early = [text for text in said[0] if re.search(rf"\(packed, torch\) will fail as it is: .*{words}", text)]
+    assert len(early) == 1
+    late = [str(w.message) for w in caught if re.search(rf"file could not be written .*{words}", str(w.message))]
+    assert len(late) == 2
+
+
+def test_lightnings_summary_gives_no_samples(fit, tmp_path):
+    """A run that is resumed is summarized before its first batch, with an example that is none of the data."""
+    trainer = fit(Chosen(), [exported(export=[])], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = WithForward()
+    module.example_input_array = torch.zeros(2, 3, 8, 8)
+    module.training_step = lambda batch, batch_idx: nn.functional.cross_entropy(module(batch[0]), batch[1])
+    settings = {"default_root_dir": tmp_path / "again", "ckpt_path": tmp_path / "a.ckpt", "enable_model_summary": True}
+    fit(module, [exported(export=[])], **settings)
+    assert images_in(read_samples(run_of(tmp_path / "again") / SAMPLES_FILE).inputs) == 16
 
 
 def test_an_example_input_array_will_do(fit, tmp_path, capsys):
@@ -107,13 +215,13 @@ def test_other_precisions(precision, fit, tmp_path):
 def test_a_compiled_network_that_is_resumed_records_too(fit, tmp_path):
     trainer = fit(Classifier(), [exported(export=[])], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    module = Classifier()
+    module, callback = Classifier(), exported()
     module.net.compile(backend="eager")
-    fit(module, [exported()], max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-    assert files(tmp_path) == ["Classifier.safetensors"]
+    fit(module, [callback], max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert (callback.run_folder / "Classifier.safetensors").is_file()
 
 
-def test_a_mismatch_fails_once_all_else_is_done(fit, tmp_path, monkeypatch):
+def test_a_failed_export_ends_no_fit_and_names_what_tries_again(fit, tmp_path, monkeypatch):
     real = shipping.verify
 
     def verify(model, artefact, samples):
@@ -122,14 +230,26 @@ def test_a_mismatch_fails_once_all_else_is_done(fit, tmp_path, monkeypatch):
         return real(model, artefact, samples)
 
     monkeypatch.setattr(shipping, "verify", verify)
-    with pytest.raises(MismatchError, match=r"Classifier\.pt2 was not written.*layer 'x'"):
-        fit(Classifier(), [exported(export=["torch", "packed"])])
+    callback, saving = exported(export=["torch", "packed"]), ModelCheckpoint(tmp_path / "saved", save_last=True)
+    with pytest.warns(UserWarning, match="torch file could not be written") as found:
+        trainer = fit(Classifier(), [callback, saving], enable_checkpointing=True)
+    told = next(str(w.message) for w in found if "could not be written" in str(w.message))
+    command = f"cpq export --ckpt {saving.last_model_path} --format torch --module tests.models.Classifier"
+    assert "Classifier.pt2 was not written" in told
+    assert "layer 'x'" in told
+    assert command in told
+    assert trainer.state.finished
     assert files(tmp_path) == ["Classifier.safetensors"]
-    assert (tmp_path / "levels.json").is_file()
+    assert list(callback.failed_exports) == ["torch"]
+    failed, written = json.loads((callback.run_folder / "levels.json").read_text())["run"]["exports"]
+    assert (failed["format"], failed["command"]) == ("torch", command)
+    assert written == {"format": "packed", "file": "Classifier.safetensors"}
+    # A test may follow.
+    trainer.test(Classifier(), data(), verbose=False)
 
 
-def test_what_cannot_be_written_names_the_checkpoint(fit, tmp_path):
-    (tmp_path / "Classifier.safetensors").mkdir()
+def test_what_cannot_be_written_names_the_checkpoint(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(CPQCallback, "on_train_start", _blocking("Classifier.safetensors"))
     saving = ModelCheckpoint(tmp_path / "saved")
     with pytest.warns(
         UserWarning, match=r"packed file could not be written .*Nothing of the training is lost: .*saved"
@@ -201,7 +321,7 @@ def test_no_checkpoint_carries_data(run, name):
 
 
 def test_the_samples_lie_in_the_runs_folder(run):
-    samples = read_samples(run[0] / "samples.safetensors")
+    samples = read_samples(run_of(run[0]) / "samples.safetensors")
     assert samples.real
     assert [t.shape for t in samples.inputs] == [(16, 3, 8, 8)]
     assert images_in(samples.inputs) == 16
@@ -209,7 +329,7 @@ def test_the_samples_lie_in_the_runs_folder(run):
 
 def test_the_file_builds_its_own_network(run):
     folder, module = run
-    loaded = load_quantized(folder / "test_resnet.safetensors")
+    loaded = load_quantized(run_of(folder) / "test_resnet.safetensors")
     assert type(loaded).__module__.startswith("timm.")
     assert (loaded(IMAGES) - module.eval()(IMAGES)).abs().max() <= 1e-5
 
@@ -225,7 +345,7 @@ def quantized():
 )
 def test_no_samples_are_written(fit, tmp_path, settings, trainer):
     fit(quantized(), [CPQCallback(table=False, **settings)], **{"max_epochs": 1, "limit_train_batches": 1, **trainer})
-    assert not (tmp_path / "samples.safetensors").exists()
+    assert not (run_of(tmp_path) / "samples.safetensors").exists()
 
 
 def test_none_are_written_of_an_earlier_fit_of_the_module(fit, tmp_path):
@@ -233,16 +353,16 @@ def test_none_are_written_of_an_earlier_fit_of_the_module(fit, tmp_path):
     for samples in (16, 0):
         settings = {"default_root_dir": tmp_path / str(samples), "max_epochs": 1, "limit_train_batches": 1}
         fit(module, [CPQCallback(table=False, samples=samples)], **settings)
-    assert (tmp_path / "16" / "samples.safetensors").exists()
-    assert not (tmp_path / "0" / "samples.safetensors").exists()
+    assert (run_of(tmp_path / "16") / "samples.safetensors").exists()
+    assert not (run_of(tmp_path / "0") / "samples.safetensors").exists()
 
 
 def test_any_run_that_writes_files_leaves_samples(fit, tmp_path):
-    for module in (Classifier(), QuantizedModule(convnet(), num_classes=4)):
+    for place, module in enumerate((Classifier(), QuantizedModule(convnet(), num_classes=4))):
         fit(module, [CPQCallback(table=False)], max_epochs=1, limit_train_batches=1)
-        (tmp_path / SAMPLES_FILE).unlink()
+        assert (run_of(tmp_path, 2 * place) / SAMPLES_FILE).is_file()
         fit(module, [CPQCallback(table=False, samples=0)], max_epochs=1, limit_train_batches=1)
-        assert not (tmp_path / SAMPLES_FILE).exists()
+        assert not (run_of(tmp_path, 2 * place + 1) / SAMPLES_FILE).exists()
 
 
 class HoldsItsNetwork(Classifier):
@@ -271,7 +391,7 @@ class Interrupts(pl.Callback):
 def test_an_interrupted_run_has_left_them_and_says_where(fit, tmp_path, caplog):
     with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="interrupted"):
         fit(quantized(), [CPQCallback(table=False), Interrupts()])
-    assert len(read_samples(tmp_path / "samples.safetensors")) == 16
+    assert len(read_samples(run_of(tmp_path) / "samples.safetensors")) == 16
     told = next(text for text in caplog.messages if "samples.safetensors" in text)
     assert "16 inputs of the run's data written to" in told
     assert "samples=0" in told
@@ -282,11 +402,11 @@ def test_a_run_that_is_resumed_elsewhere_leaves_its_own(fit, tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     second = tmp_path / "second"
     fit(quantized(), [CPQCallback(table=False, samples=3)], default_root_dir=second, ckpt_path=tmp_path / "a.ckpt")
-    assert len(read_samples(second / "samples.safetensors")) == 3
+    assert len(read_samples(run_of(second) / "samples.safetensors")) == 3
 
 
-def test_samples_that_cannot_be_written_cost_a_warning(fit, tmp_path):
-    (tmp_path / "samples.safetensors").mkdir()
+def test_samples_that_cannot_be_written_cost_a_warning(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(CPQCallback, "on_train_start", _blocking("samples.safetensors"))
     with pytest.warns(UserWarning, match=r"samples\.safetensors could not be written .*will need --samples or --data"):
         trainer = fit(quantized(), [CPQCallback(table=False)], max_epochs=1, limit_train_batches=1)
     assert trainer.state.finished
@@ -296,4 +416,4 @@ def test_samples_that_cannot_be_written_cost_a_warning(fit, tmp_path):
 def test_of_several_processes_the_first_writes_its_samples(fit, tmp_path):
     module = quantized()
     fit(module, [CPQCallback(table=False)], strategy="ddp_fork", devices=2, max_epochs=1, limit_train_batches=1)
-    assert len(read_samples(tmp_path / "samples.safetensors")) == 16
+    assert len(read_samples(run_of(tmp_path) / "samples.safetensors")) == 16

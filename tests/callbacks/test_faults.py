@@ -18,7 +18,7 @@ from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach import learning_quantizers, quantizers
 from cpq_lightning.callbacks import BitBudget
 from tests.marks import thorough
-from tests.models import IMAGES, LABELS, Classifier
+from tests.models import IMAGES, LABELS, Classifier, run_of
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +191,7 @@ def test_a_layer_that_is_never_called_is_named_and_costs_nothing_else(tmp_path):
     with pytest.warns(UserWarning, match=r"never called.*spare.weight_quantizer"):
         trainer.fit(module, data(), data())
     assert not learning_quantizers(module)
-    assert (tmp_path / "levels.json").exists()
+    assert (run_of(tmp_path) / "levels.json").exists()
 
 
 def full_disk(monkeypatch, suffixes):
@@ -226,7 +226,7 @@ def test_a_folder_that_cannot_be_written_loses_no_training_and_the_message_names
     blocked.write_text("in the way")
     saver = ModelCheckpoint(tmp_path / "saved", filename="last")
     trainer, module = trainer_in(tmp_path, saver, enable_checkpointing=True), Plain()
-    next(c for c in trainer.callbacks if isinstance(c, CPQCallback)).levels_file = "file/levels.json"
+    next(c for c in trainer.callbacks if isinstance(c, CPQCallback)).levels_file = "../../file/levels.json"
     with pytest.warns(UserWarning, match=r"levels\.json could not be written.*last\.ckpt"):
         trainer.fit(module, data(), data())
     check(trainer, module)
@@ -285,11 +285,11 @@ def test_a_loss_that_turns_into_nan_ends_in_lightning_s_way_and_writes_what_ther
     trainer = trainer_in(tmp_path)
     trainer.fit(Lost(), data(), data())
     assert trainer.state.finished
-    assert (tmp_path / "levels.json").exists()
+    assert (run_of(tmp_path) / "levels.json").exists()
 
 
 def test_levels_that_cannot_be_collected_lose_no_training(tmp_path, monkeypatch):
-    def broken(model):
+    def broken(model, **settings):
         raise RuntimeError("no levels today")
 
     monkeypatch.setattr("cpq_lightning.callbacks._finish.manifest", broken)

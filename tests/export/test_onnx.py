@@ -311,6 +311,45 @@ def test_several_inputs_and_outputs(format, tmp_path):
 # What else a network may do -------------------------------------------------------------------------------------------
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, each in front of a sum."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.b = make(), make()
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        x = x + self.a(x).relu()
+        return x + self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [(lambda: nn.Linear(16, 16), torch.randn(32, 16)), (lambda: nn.Conv2d(32, 32, 3, padding=1), images())],
+    ids=["linear", "convolution"],
+)
+@pytest.mark.parametrize("container", ["int8", *thorough("int4")])
+def test_layers_with_one_weight_read_one_set_of_codes(make, x, container, tmp_path):
+    model = Tied(make)
+    graph, written = shipped(model, x, tmp_path, container=container)
+    codes = [i.name for i in graph.graph.initializer if i.name.endswith("weight_codes")]
+    assert codes == ["a.weight_codes"]
+    assert written.verification.weights == written.verification.activations == 2
+    found = OnnxArtefact(written.path).weight_codes()
+    for name, layer in quantized_layers(model):
+        assert torch.equal(found[name].short(), weight_codes(layer))
+    np.testing.assert_allclose(run(graph, x), model(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_of_layers_with_one_weight_the_one_that_needs_unsigned_codes_decides(tmp_path):
+    model, x = Tied(lambda: nn.Linear(16, 16)), torch.randn(32, 16)
+    config = CPQConfig(weight_bits=8, act_bits=8, first_last_bits=None, overrides={"b": {"act_bits": 4}})
+    graph, _ = shipped(model, x, tmp_path, config)
+    (codes,) = (v for name, v in initializers(graph).items() if name.endswith("weight_codes"))
+    assert codes.dtype == np.uint8
+
+
 def test_a_weight_that_two_kinds_of_layers_share(tmp_path):
     class Shared(nn.Module):
         def __init__(self):

@@ -63,7 +63,7 @@ def test_weights_are_identical_and_outputs_equal(config, tmp_path):
 
 
 class Odd(nn.Module):
-    """Kinds of layers, a weight that two of them share, an embedding that shares another, a layer called twice."""
+    """Kinds of layers, a weight that two of them share, an embedding that is tied to another, a layer called twice."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.up(self.one(x)).relu()
-        x = self.b(self.a(self.a(x.mean(1)))) + self.embedding.weight[0]
+        x = self.b(self.a(self.a(x.mean(1)))) + self.embedding(x.new_zeros((), dtype=torch.int64))
         return self.head(x)
 
 
@@ -86,8 +86,8 @@ def test_shared_weights_and_odd_layers(tmp_path):
     path = write_packed(model, tmp_path / "odd.safetensors")
     loaded = load_quantized(path, Odd())
     assert (loaded(x) - model(x)).abs().max() <= 1e-5
-    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
-    assert not torch.equal(loaded.head.weight, loaded.embedding.weight)
+    assert loaded.embedding.weight is loaded.head.weight
+    assert loaded.a.weight is loaded.b.weight
     assert sum("weight_codes" in name for name in read_packed(path).tensors) == 4
 
 
@@ -200,7 +200,7 @@ def edited(path, change):
 
 def test_an_edited_header_is_refused(written):
     _, path = written
-    edited(path, lambda header: header["layers"][0]["weight"].update(bits=2))
+    edited(path, lambda header: header["layers"][0].update(bits=2))
     with pytest.raises(ValueError, match="was edited: the checksum of its header does not match"):
         load_quantized(path, convnet())
 
@@ -224,18 +224,30 @@ def resigned(path, change):
         lambda h: h.update(version=[1]),
         lambda h: h.update(version=True),
         lambda h: h.pop("layers"),
-        lambda h: h.pop("tensors"),
+        lambda h: h.pop("sha256"),
+        lambda h: h.pop("rest"),
         lambda h: h.update(architecture=3),
         lambda h: h.update(rest=["nothing"]),
+        lambda h: h["rest"]["float32"].update(nothing=[3]),
+        lambda h: h["rest"]["float32"].update({"0.bias": [-8]}),
+        lambda h: h["rest"]["float32"].update({"0.bias": [8.0]}),
+        lambda h: h["rest"].update(nothing={"0.bias": [8]}),
         lambda h: h["layers"].append(h["layers"][0]),
-        lambda h: h["layers"][0]["weight"].update(bits=[]),
-        lambda h: h["layers"][0]["weight"].update(bits="4"),
-        lambda h: h["layers"][0]["weight"].update(bits=0),
-        lambda h: h["layers"][0]["weight"].update(shape=[8, -3, 3, 3]),
-        lambda h: h["layers"][0]["weight"].update(shape=[2**40, 2**20]),
-        lambda h: h["layers"][0]["weight"].update(channel_dim=7),
-        lambda h: h["layers"][0]["weight"].update(codes="nothing"),
-        lambda h: h["layers"][0]["input"].update(bits=99),
+        lambda h: h["layers"][0].update(bits=[]),
+        lambda h: h["layers"][0].update(bits="4"),
+        lambda h: h["layers"][0].update(bits=0),
+        lambda h: h["layers"][0].update(shape=[8, -3, 3, 3]),
+        lambda h: h["layers"][0].update(shape=[2**40, 2**20]),
+        lambda h: h["layers"][0].update(shape=[2**2000, 2**20]),
+        lambda h: h["layers"][0].update(channel_dim=7),
+        lambda h: h["layers"][0].update(steps=3),
+        lambda h: h["layers"][0].update(source="nothing"),
+        lambda h: h["layers"][0].update(input="u99"),
+        lambda h: h["layers"][0].update(input="4"),
+        lambda h: h["layers"][0].update(input=""),
+        lambda h: h["layers"][0].update(input=4),
+        lambda h: h.update(tied={"0.bias": "nothing"}),
+        lambda h: h.update(tied=["3"]),
     ],
 )
 def test_a_signed_header_that_describes_no_model_is_refused(change, written):
@@ -262,9 +274,9 @@ def test_arguments_that_do_not_fit_the_file_allocate_nothing(tmp_path):
 
 def test_a_newer_version_names_who_reads_it(written):
     _, path = written
-    resigned(path, lambda header: header.update(version=3, written_by="cpq-lightning 9.1"))
+    resigned(path, lambda header: header.update(version=4, written_by="cpq-lightning 9.1"))
     with pytest.raises(
-        ValueError, match=r"version 3 of the packed format, written by cpq-lightning 9\.1; .* version 1, 2"
+        ValueError, match=r"version 4 of the packed format, written by cpq-lightning 9\.1; .* version 1, 2, 3"
     ):
         load_quantized(path, convnet())
 

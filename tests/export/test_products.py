@@ -58,9 +58,9 @@ def test_a_packed_file_builds_them_around_a_plain_network(net, tmp_path):
         lambda h: h["products"][0].update(counts=[]),
         lambda h: h["products"][0].update(counts=[9]),
         lambda h: h["products"][0]["operands"].pop("0_left"),
-        lambda h: h["products"][0]["operands"]["0_left"].update(bits=99),
-        lambda h: h["products"][0]["operands"]["0_left"].update(step="nowhere"),
-        lambda h: h["products"][0]["operands"]["0_left"].update(signed=1),
+        lambda h: h["products"][0]["operands"].update({"0_left": "u99"}),
+        lambda h: h["products"][0]["operands"].update({"0_left": None}),
+        lambda h: h["products"][0]["operands"].update({"0_left": 4}),
         lambda h: h.pop("products"),
     ],
 )

@@ -17,9 +17,11 @@ from cpq_lightning.export import (
 )
 
 
-def run(folder, model="resnet18", data="Digits", size=5_000_000, full=0.9, quantized=0.89, bits=3.0, **more):
+def run(
+    folder, model="resnet18", data="Digits", size=5_000_000, before=0.9, full=None, quantized=0.89, bits=3.0, **more
+):
     folder.mkdir(parents=True)
-    states = {"full precision": full, "quantized": quantized}
+    states = {"before quantization": before, "full precision": full, "quantized": quantized}
     metrics = {state: {"val_loss": 0.5, "val_acc": value} for state, value in states.items() if value is not None}
     totals = {"weight_bits_avg": bits, "act_bits_avg": 4.0, "size_bytes": size, "fp32_bytes": 46_000_000}
     content = {"format": "cpq-levels", "version": 1, "totals": totals, "layers": []}
@@ -31,16 +33,20 @@ def run(folder, model="resnet18", data="Digits", size=5_000_000, full=0.9, quant
 def test_a_run_is_read_from_its_folder(tmp_path):
     found = read_run(run(tmp_path / "version_3"))
     assert (found.name, found.model, found.metric) == ("version_3", "resnet18", "val_acc")
-    assert (found.full_precision, found.quantized, found.weight_bits, found.size_bytes) == (0.9, 0.89, 3.0, 5_000_000)
-    assert read_run(tmp_path / "version_3", "val_loss").quantized == 0.5
-    assert read_run(run(tmp_path / "begun_quantized", full=None)).full_precision is None
+    assert (found.state, found.value, found.weight_bits, found.size_bytes) == ("quantized", 0.89, 3.0, 5_000_000)
+    assert read_run(tmp_path / "version_3", "val_loss").value == 0.5
+
+
+def test_a_run_that_was_never_quantized_takes_part_at_its_own_size(tmp_path):
+    found = read_run(run(tmp_path / "baseline", before=None, full=0.91, quantized=None))
+    assert (found.state, found.value, found.weight_bits, found.size_bytes) == ("full precision", 0.91, None, 46_000_000)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no metric 'f1': it has \['val_acc', 'val_loss'\]"):
         read_run(run(tmp_path / "a"), "f1")
     with pytest.raises(ValueError, match="has no metrics"):
-        read_run(run(tmp_path / "b", full=None, quantized=None))
+        read_run(run(tmp_path / "b", before=None, quantized=None))
     with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
         read_run(tmp_path)
 
@@ -82,13 +88,17 @@ def test_runs_are_compared_by_one_metric_under_names_of_their_own(tmp_path):
 
 @pytest.mark.pictures
 def test_table_csv_and_picture(tmp_path):
-    runs = [read_run(run(tmp_path / "one", full=None)), read_run(run(tmp_path / "two", quantized=None, size=900))]
+    baseline = run(tmp_path / "full", before=None, full=0.91, quantized=None)
+    folders = [run(tmp_path / "one", before=None), run(tmp_path / "two", quantized=None, size=900), baseline]
+    runs = [read_run(folder) for folder in folders]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(runs_table(runs))
     text = console.export_text()
-    for word in ("one", "0.8900", "5 MB", "46 MB", "3.00", "900 B", "val_acc"):
+    for word in ("one", "0.8900", "5 MB", "46 MB", "3.00", "900 B", "val_acc", "0.9100", "fp32"):
         assert word in text
+    # What was measured in the middle of a run is no result.
+    assert "0.9000" not in text
     table, picture = write_runs(runs, tmp_path / "out")
     rows = list(csv.DictReader(table.open()))
-    assert [row["quantized"] for row in rows] == ["0.89", ""]
+    assert [row["value"] for row in rows] == ["0.89", "", "0.91"]
     assert Image.open(picture).size[0] > 500

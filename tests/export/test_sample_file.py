@@ -51,7 +51,7 @@ def foreign(path):
         (lambda path: edited(path, format="cpq-lightning-packed"), "its header is not that of samples"),
         (lambda path: edited(path, sha256=None), "not those that its header vouches for"),
         (lambda path: edited(path, tensors={"other": torch.zeros(2)}), "not those that its header vouches for"),
-        (lambda path: edited(path, version=2), "is of version 2 of the file of samples"),
+        (lambda path: edited(path, version=3), "is of version 3 of the file of samples"),
     ],
 )
 def test_a_file_that_is_none_of_ours_or_damaged_is_refused(tmp_path, damage, words):

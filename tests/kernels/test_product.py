@@ -229,13 +229,6 @@ def test_what_is_begun_with_kernels_ends_with_them():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
-    q = quantized(*LAYERS["conv2d"])[0][0].weight_quantizer
-    (grad,) = torch.autograd.grad((q._step_and_sigma(q.settings)[1] ** 2).sum(), q.noise_logit, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_checkpointed_and_copied(monkeypatch):
     model, x = quantized(*LAYERS["conv2d"])
     own = step(model, x)

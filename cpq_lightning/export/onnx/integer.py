@@ -30,6 +30,7 @@ from cpq_lightning.export.onnx.graph import (
     scaled_along,
     tidy,
 )
+from cpq_lightning.export.onnx.pairs import MOST, largest_byte, largest_pair, quantizer_of
 from cpq_lightning.export.onnx.trace import SHAPE
 
 # Of a weight's DequantizeLinear: codes are stored times 2 to this power, and the scale is divided by it.
@@ -161,22 +162,15 @@ def _as_convolution(edit: Editor, conv: _Conv) -> bool:
 
 
 def _room(conv: _Conv) -> int:
-    """How many bits codes can be shifted up: within a byte, and so that two products add up within 16 bits.
-
-    Processors without VNNI add pairs of products in saturating 16 bits.
-    """
-    codes = conv.codes.astype(np.int32)
+    """How many bits codes can be shifted up: within a byte, and so that two products add up within 16 bits."""
+    codes = conv.codes.astype(np.int16)
     largest = int(np.maximum(codes, -codes - 1).max(initial=0))
     shift = 7 - largest.bit_length()
-    while shift and 2 * _top(conv) * (int(np.abs(codes).max(initial=0)) << shift) > 2**15 - 1:
+    quantize = quantizer_of(conv.node.inputs[0])
+    byte = 255 if quantize is None else largest_byte(quantize)
+    while shift and largest_pair(codes << shift, 0, byte) > MOST:
         shift -= 1
     return shift
-
-
-def _top(conv: _Conv) -> int:
-    """The highest byte that an input's code can be."""
-    clip = made_by(conv.decode_input.inputs[0], "Clip")
-    return 255 if clip is None else int(known(clip.inputs[2]))
 
 
 def _as_product(edit: Editor, conv: _Conv) -> None:

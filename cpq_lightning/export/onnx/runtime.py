@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from cpq_lightning.export.onnx.graph import Editor, known, layer_of, only_user
 from cpq_lightning.export.onnx.integer import SHIFT
 from cpq_lightning.export.onnx.layout import LAST
 from cpq_lightning.export.onnx.norms import NORM
-from cpq_lightning.export.onnx.store import stored_codes
+from cpq_lightning.export.onnx.pairs import cut_off, products
+from cpq_lightning.export.onnx.store import stored_codes, use_unsigned_bytes
 from cpq_lightning.export.onnx.trace import SHAPE
-from cpq_lightning.export.verify import Place
+from cpq_lightning.export.samples import Samples
+from cpq_lightning.export.verify import Artefact, Place
 
 
 def session(model: bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -54,11 +56,11 @@ class OnnxArtefact:
     # Its kernels add up in another order, and approximate exponentials.
     tolerance = 1e-3
 
-    def __init__(self, path: Path) -> None:
-        model = path.read_bytes()
+    def __init__(self, file: Path | bytes) -> None:
+        model = file if isinstance(file, bytes) else file.read_bytes()
         self._model = model
         self._session = session(model)
-        self._graph = ir.serde.deserialize_model(onnx.load_from_string(model)).graph
+        self._graph = _read(model).graph
         self._cuts: dict[bool, _Cut] = {}
 
     def weight_codes(self) -> dict[str, Tensor]:
@@ -76,18 +78,34 @@ class OnnxArtefact:
             if NORM in node.metadata_props and node.inputs[1] is not None
         }
 
-    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def outputs(self, batch: Samples) -> list[Tensor]:
         names = [i.name for i in self._session.get_inputs()]
-        fed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        fed = {name: tensor.numpy() for name, tensor in zip(names, batch.inputs, strict=True)}
         return [torch.from_numpy(np.asarray(o)) for o in self._session.run(None, fed)]
 
-    def codes(
-        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
         feed = bool(given)
         if feed not in self._cuts:
             self._cuts[feed] = _Cut(self._model, feed)
-        return self._cuts[feed].codes(inputs, given)
+        return self._cuts[feed].codes(batch, given)
+
+    def remedy(self) -> tuple[str, Artefact] | None:
+        layers = {layer_of(product.weight, "weight"): None for product in cut_off(self._graph)}
+        if not layers:
+            return None
+        fault = (
+            "Integer products saturate on this processor: without VNNI, ONNX Runtime adds two products of an unsigned "
+            "byte and a signed one in 16 bits, which do not hold those of the layers "
+            f"{', '.join(map(repr, layers))}. With those weights stored as unsigned bytes, as cpq-lightning now writes "
+            "them, the file is right: export the model again."
+        )
+        model = _read(self._model)
+        use_unsigned_bytes(model)
+        return fault, OnnxArtefact(ir.serde.serialize_model(model).SerializeToString())
+
+
+def _read(model: bytes) -> ir.Model:
+    return ir.serde.deserialize_model(onnx.load_from_string(model))
 
 
 def _as_weight(codes: Any, shape: Sequence[int]) -> Any:
@@ -166,10 +184,8 @@ class _Cut:
         graph.outputs.append(codes)
         self._places[place] = (codes.name, int(known(quantize.inputs[2])), LAST in quantize.metadata_props)
 
-    def codes(
-        self, inputs: Sequence[Tensor], given: Mapping[Place, Tensor]
-    ) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        fed = {name: tensor.numpy() for name, tensor in zip(self._inputs, inputs, strict=True)}
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
+        fed = {name: tensor.numpy() for name, tensor in zip(self._inputs, batch.inputs, strict=True)}
         for name, (place, last) in self._given.items():
             fed[name] = _as_fed(given[place], self._ranks[name], last)
         needed = {i.name for i in self._session.get_inputs()}
@@ -185,20 +201,6 @@ class _Cut:
         return levels
 
 
-_MOVES = {
-    "Transpose",
-    "Reshape",
-    "Gather",
-    "Pad",
-    "Slice",
-    "Concat",
-    "DequantizeLinear",
-    "Clip",
-    "Squeeze",
-    "Unsqueeze",
-}
-
-
 def quantized_inputs(graph: ir.Graph) -> dict[Place, ir.Node]:
     """Which quantizer each product with a layer's weight gets its input from, in the order of the graph, and those of
     both sides of products without a weight.
@@ -207,45 +209,18 @@ def quantized_inputs(graph: ir.Graph) -> dict[Place, ir.Node]:
     """
     counts: dict[str, int] = {}
     found: dict[Place, ir.Node] = {}
-    for node in graph:
-        if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-            continue
-        sides = [_back(side, _MOVES, _quantizes_input) for side in node.inputs[:2]]
-        if sides[1] is not None:
-            for quantize in sides:
-                if quantize is not None:
-                    operand = str(layer_of(quantize, "input"))
-                    found[operand, counts.get(operand, 0)] = quantize
-                    counts[operand] = counts.get(operand, 0) + 1
-            continue
-        weight = _back(node.inputs[1], None, _decodes_weight)
-        if weight is None:
-            continue
-        layer = str(layer_of(weight, "weight"))
-        place = (layer, counts.get(layer, 0))
-        counts[layer] = place[1] + 1
-        if sides[0] is not None:
-            found[place] = sides[0]
+    for product in products(graph):
+        named: list[tuple[str | None, ir.Node | None]] = []
+        if product.weight is not None:
+            named = [(layer_of(product.weight, "weight"), product.first)]
+        elif product.second is not None:
+            named = [(layer_of(q, "input"), q) for q in (product.first, product.second) if q is not None]
+        for name, quantize in named:
+            place = (str(name), counts.get(str(name), 0))
+            counts[place[0]] = place[1] + 1
+            if quantize is not None:
+                found[place] = quantize
     return found
-
-
-def _decodes_weight(node: ir.Node) -> bool:
-    return node.op_type == "DequantizeLinear" and layer_of(node, "weight") is not None
-
-
-def _quantizes_input(node: ir.Node) -> bool:
-    return node.op_type == "QuantizeLinear" and layer_of(node, "input") is not None
-
-
-def _back(value: ir.Value | None, through: set[str] | None, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
-    """The nearest node before a value, along first inputs (or all, of any operation), that is wanted."""
-    node = None if value is None else value.producer()
-    if node is None or wanted(node):
-        return node
-    if through is not None and node.op_type not in through:
-        return None
-    inputs = node.inputs if through is None else node.inputs[:1]
-    return next((n for v in inputs if (n := _back(v, through, wanted)) is not None), None)
 
 
 def _rank(value: ir.Value) -> int:

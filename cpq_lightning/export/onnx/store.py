@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -11,12 +12,15 @@ import numpy as np
 import onnx_ir as ir
 
 from cpq_lightning.export.formats import Container
-from cpq_lightning.export.onnx.graph import Array, Editor, known, layer_of, nodes, tidy
+from cpq_lightning.export.onnx.graph import Array, Editor, integer, known, layer_of, nodes, tidy
+from cpq_lightning.export.onnx.pairs import cut_off
 from cpq_lightning.version import __version__
 
 FORMAT, VERSION = "cpq-lightning-onnx", 1
 # The entry of the model's metadata.
 KEY = "cpq_lightning"
+# The zero point of codes in unsigned bytes.
+_MIDDLE = 128
 
 
 def lowest_level(codes: Array, container: Container) -> int:
@@ -31,15 +35,55 @@ def _fits_in_four_bits(codes: Array) -> bool:
 def use_four_bits(model: ir.Model) -> None:
     """Hold the codes of each weight that has at most 4 bits in an INT4 tensor, two in a byte."""
     edit = Editor(model.graph)
-    for decode in nodes(model.graph, "DequantizeLinear"):
-        layer = layer_of(decode, "weight")
-        codes = known(decode.inputs[0]) if layer is not None else None
-        if codes is None or not _fits_in_four_bits(codes):
+    for layer, decode in _decoders(model.graph):
+        codes = known(decode.inputs[0])
+        if not _fits_in_four_bits(codes):
             continue
         zeros = np.zeros(known(decode.inputs[1]).shape, ml_dtypes.int4)
         decode.replace_input_with(0, edit.constant(f"{layer}.weight_codes", codes.astype(ml_dtypes.int4)))
         decode.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", zeros))
     tidy(model)
+
+
+def share_codes(model: ir.Model) -> None:
+    """Hold codes that several layers have in common, as those with one weight do, in one tensor that all read."""
+    first: dict[tuple[Any, ...], ir.Value] = {}
+    for _, decode in _decoders(model.graph):
+        codes, value = known(decode.inputs[0]), decode.inputs[0]
+        assert value is not None
+        content = hashlib.sha256(codes.tobytes()).digest()
+        decode.replace_input_with(0, first.setdefault((codes.dtype, codes.shape, content), value))
+    tidy(model)
+
+
+def use_unsigned_bytes(model: ir.Model) -> None:
+    """Hold codes as unsigned bytes, with a zero point of 128, where two products of signed ones could be cut off.
+
+    Signed bytes stay where that is not so: kernels for them are faster on some processors. Of codes that several layers
+    read, one such layer decides.
+    """
+    edit = Editor(model.graph)
+    wide = {product.weight.inputs[0] for product in cut_off(model.graph) if product.weight is not None}
+    stored: dict[ir.Value, ir.Value] = {}
+    for layer, decode in _decoders(model.graph):
+        value = decode.inputs[0]
+        if value is None or value not in wide:
+            continue
+        if value not in stored:
+            codes = (known(value).astype(np.int16) + _MIDDLE).astype(np.uint8)
+            stored[value] = edit.constant(f"{layer}.weight_codes", codes)
+        middle = np.full(known(decode.inputs[1]).shape, _MIDDLE, np.uint8)
+        decode.replace_input_with(0, stored[value])
+        decode.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", middle))
+    tidy(model)
+
+
+def _decoders(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """What decodes each layer's weight; safe against changes meanwhile."""
+    for decode in nodes(graph, "DequantizeLinear"):
+        layer = layer_of(decode, "weight")
+        if layer is not None:
+            yield layer, decode
 
 
 def finish(model: ir.Model, content: Mapping[str, Any]) -> None:
@@ -53,7 +97,9 @@ def finish(model: ir.Model, content: Mapping[str, Any]) -> None:
         layer = layer_of(node, "weight")
         if layer is not None and node.op_type == "DequantizeLinear":
             for value, part in zip(node.inputs, ("codes", "scale", "zero_point"), strict=False):
-                if value is not None and len(value.uses()) == 1:
+                # Codes that several layers read have the first one's name.
+                named = value in wanted.values() if part == "codes" else value is not None and len(value.uses()) > 1
+                if value is not None and not named:
                     wanted[_free(f"{layer}.weight_{part}", wanted)] = value
     for value in [*graph.initializers.values(), *(o for n in graph for o in n.outputs)]:
         value.metadata_props.clear()
@@ -93,10 +139,12 @@ def _rename(graph: ir.Graph, wanted: Mapping[str, ir.Value]) -> None:
 
 
 def stored_codes(graph: ir.Graph) -> dict[str, tuple[Array, ir.Node]]:
-    """Codes of each layer's weight as the file holds them (the first of several), and what decodes them."""
+    """Codes of each layer's weight, less their zero point (the first of several), and what decodes them."""
     found: dict[str, tuple[Array, ir.Node]] = {}
-    for decode in nodes(graph, "DequantizeLinear"):
-        layer = layer_of(decode, "weight")
-        if layer is not None and layer not in found:
-            found[layer] = (known(decode.inputs[0]).astype(np.int8), decode)
+    for layer, decode in _decoders(graph):
+        if layer not in found:
+            codes, zero = (known(value).astype(np.int16) for value in (decode.inputs[0], decode.inputs[2]))
+            if zero.ndim:
+                zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(codes.ndim)])
+            found[layer] = (codes - zero, decode)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import logging
 import warnings
@@ -10,18 +12,24 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
-from torch.utils._pytree import tree_leaves
 
-from cpq_lightning.export.coded import CodedLayer, InputGrid, coded, coded_layers
+from cpq_lightning.export.calls import forward_replaced, named_outputs
+from cpq_lightning.export.coded import CodedLayer, CodedTable, InputGrid, coded, coded_layers, coded_tables
 from cpq_lightning.export.samples import Samples
 
 OPSET = 21
 # Metadata of the nodes that this package puts into a graph: of which layer, and what they do there.
 LAYER, ROLE = "cpq.layer", "cpq.role"
+# The role of what is tied to a layer and reads its weight.
+TABLE = "table"
 # Of a weight that is stored as a matrix, input channels first: the shape that it has in its layer.
 SHAPE = "cpq.shape"
+# While a graph is traced, weights are decoded by an operator of this domain that names its layer: PyTorch's exporter
+# makes one node of those that compute the same, and of two layers with one weight the second would be lost.
+_DOMAIN, _NAME = "cpq", "layer"
 
 
 class OnnxGrid(InputGrid):
@@ -62,10 +70,10 @@ class OnnxLayer(CodedLayer):
     def _decoded(self, codes: Tensor, axis: int, **properties: str) -> Tensor:
         per_channel = len(self.weight_step) > 1
         step = self.weight_step if per_channel else self.weight_step.reshape(())
-        attributes = {"axis": axis} if per_channel else {}
+        attributes = {_NAME: self.layer_name} | ({"axis": axis} if per_channel else {})
         inputs = (codes, step, torch.zeros_like(step, dtype=torch.int8))
         properties |= {LAYER: self.layer_name, ROLE: "weight"}
-        return emit("DequantizeLinear", inputs, attributes, codes.shape, torch.float32, properties)
+        return emit(f"{_DOMAIN}::DequantizeLinear", inputs, attributes, codes.shape, torch.float32, properties)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.base_class.forward is not nn.Linear.forward:
@@ -87,6 +95,29 @@ class OnnxLayer(CodedLayer):
         return y.squeeze(1) if flat else y
 
 
+class OnnxTable(CodedTable):
+    """A module that is tied to a layer: it looks codes up and decodes them, or decodes them all."""
+
+    def decoded(self) -> Tensor:
+        step = self.weight_step if len(self.weight_step) > 1 else self.weight_step.reshape(())
+        return self._decode(self.weight_codes, step, {"axis": self.channel_dim} if step.dim() else {})
+
+    def look_up(self, index: Tensor) -> Tensor:
+        if len(self.weight_step) > 1:
+            return F.embedding(index, self.decoded())
+        shape = (*index.shape, self.weight_codes.shape[1])
+        codes = emit("Gather", (self.weight_codes, index), {"axis": 0}, shape, torch.int8, self._properties)
+        return self._decode(codes, self.weight_step.reshape(()), {})
+
+    def _decode(self, codes: Tensor, step: Tensor, attributes: dict[str, Any]) -> Tensor:
+        inputs = (codes, step, torch.zeros_like(step, dtype=torch.int8))
+        return emit("DequantizeLinear", inputs, attributes, codes.shape, torch.float32, self._properties)
+
+    @property
+    def _properties(self) -> dict[str, str]:
+        return {LAYER: self.source, ROLE: TABLE}
+
+
 def emit(
     op: str,
     inputs: Sequence[Any],
@@ -101,51 +132,92 @@ def emit(
 
 def trace(model: nn.Module, samples: Samples) -> ir.Model:
     """The graph of an attached model; see :func:`trace_plain`."""
-    network = coded(model, OnnxLayer, OnnxGrid)
+    network = coded(model, OnnxLayer, OnnxGrid, OnnxTable)
     for name, layer in coded_layers(network):
         assert isinstance(layer, OnnxLayer)
         layer.layer_name = name
+    for module in [*(layer for _, layer in coded_layers(network)), *(table for _, table in coded_tables(network))]:
+        # The exporter turns a constant round that is read once, and leaves one that others read to the graph.
+        module.weight_codes = module.weight_codes.clone()
     for name, module in network.named_modules():
         if isinstance(module, OnnxGrid):
             module.layer_name = name.rpartition(".")[0]
-    return trace_plain(network, samples)
+    graph = trace_plain(network, samples)
+    for node in graph.graph:
+        if node.domain == _DOMAIN:
+            node.domain = ""
+            del node.attributes[_NAME]
+    graph.opset_imports.pop(_DOMAIN, None)
+    return graph
 
 
 def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
-    """The graph of any network, any number of samples; ``input`` and ``output`` are numbered if there are several."""
-    inputs = samples.pair()
+    """The graph of any network, any number of samples.
+
+    A tensor that comes in alone is ``input``, several are named after the arguments that they are or are in; one that
+    goes out alone is ``output``, several are named as :func:`~cpq_lightning.export.calls.named_outputs` says.
+    Constants among the arguments are part of the graph.
+    """
+    pair = samples.pair()
+    names, _ = pair.places(network)
+    names = ["input"] if len(names) == 1 else names
+    returned: list[str] = []
+    own, form = network.forward, pair.form
+    assert form is not None
+
+    def forward(*tensors: Tensor) -> list[Tensor]:
+        args, kwargs = form.call(tensors)
+        outputs = named_outputs(own(*args, **kwargs))
+        returned[:] = [name for name, _ in outputs]
+        return [tensor for _, tensor in outputs]
+
     batch = torch.export.Dim("batch", min=1)
+    places = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(names))]
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
-    hook = network.register_forward_hook(_tensors_alone)
     try:
         exporter.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            forward_replaced(network, forward, inspect.Signature(places)),
+        ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network.eval(),
-                inputs,
+                pair.inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=tuple({0: batch} if t.dim() else None for t in pair.inputs),
                 verbose=False,
             )
     finally:
-        hook.remove()
         exporter.setLevel(level)
     assert program is not None
-    for value in program.model.graph.inputs:
-        if value.shape is None or isinstance(value.shape[0], int):
+    graph = program.model.graph
+    for value, tensor in zip(graph.inputs, pair.inputs, strict=True):
+        if tensor.dim() and (value.shape is None or isinstance(value.shape[0], int)):
             raise ValueError(
                 f"The forward of {type(network).__name__} works for one number of samples only, as with len(x) or a "
                 "size that is turned into a number: use x.shape[0], or x.flatten(1)."
             )
-    for kind, values in (("input", program.model.graph.inputs), ("output", program.model.graph.outputs)):
-        for index, value in enumerate(values):
-            value.name = kind if len(values) == 1 else f"{kind}_{index}"
+    _name(graph, names, returned)
     return program.model
 
 
-def _tensors_alone(module: nn.Module, args: Any, output: Any) -> list[Any]:
-    """A None among the outputs is none of a graph's; torch 2.8 stumbles over it."""
-    return [leaf for leaf in tree_leaves(output) if leaf is not None]
+def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name what goes in and out; what has one of these names by chance gets another."""
+    wanted: dict[ir.Value, str] = {}
+    taken: set[str] = set()
+    for value, name in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
+        name = f"output.{name}" if name in taken else name
+        # Keys may have dots in them.
+        more = (f"{name}.{number}" for number in itertools.count(2))
+        wanted[value] = next(n for n in itertools.chain([name], more) if n not in taken)
+        taken.add(wanted[value])
+    made = (value for node in graph for value in node.outputs)
+    for number, value in enumerate((*graph.initializers.values(), *made)):
+        if value.name in taken and value not in wanted:
+            value.name = f"{value.name}.inner.{number}"
+    for value, name in wanted.items():
+        value.name = name

@@ -16,7 +16,8 @@ from cpq_lightning.export.onnx.clips import merge_clips
 from cpq_lightning.export.onnx.integer import keep_biases, use_integer_kernels
 from cpq_lightning.export.onnx.layout import keep_channels_last
 from cpq_lightning.export.onnx.norms import fold_norms
-from cpq_lightning.export.onnx.store import finish, lowest_level, use_four_bits
+from cpq_lightning.export.onnx.store import finish, lowest_level, share_codes, use_four_bits, use_unsigned_bytes
+from cpq_lightning.export.onnx.tables import read_codes_of_layers
 from cpq_lightning.export.onnx.trace import trace, trace_plain
 from cpq_lightning.export.samples import Samples
 
@@ -35,7 +36,9 @@ def write_onnx(
 ) -> Path:
     """Write an attached model as ONNX, opset 21, any number of samples.
 
-    Activations are QuantizeLinear and DequantizeLinear with unsigned bytes, weights DequantizeLinear of their codes.
+    Activations are QuantizeLinear and DequantizeLinear with unsigned bytes, weights DequantizeLinear of their codes:
+    signed, or where products of those would be cut off on some processors unsigned, see
+    :func:`~cpq_lightning.export.onnx.store.use_unsigned_bytes`.
     Batch norms are folded into them, see :func:`~cpq_lightning.export.onnx.norms.fold_norms`.
 
     Args:
@@ -59,6 +62,7 @@ def write_onnx(
     content = {
         "container": container,
         "architecture": None if architecture is None else dict(architecture),
+        "constants": samples.places(model)[1],
         "levels": compact_manifest(model),
     }
     finish(graph, content)
@@ -81,6 +85,9 @@ def build(model: nn.Module, samples: Samples, container: Container, round_biases
     else:
         use_four_bits(graph)
     keep_biases(graph)
+    share_codes(graph)
+    use_unsigned_bytes(graph)
+    read_codes_of_layers(graph)
     return graph
 
 

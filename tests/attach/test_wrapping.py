@@ -1,0 +1,297 @@
+"""A model inside what others put around one is what it wraps: names, values, files, hooks."""
+
+import copy
+import inspect
+import sys
+import warnings
+
+import lightning
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+import cpq_lightning
+import cpq_lightning.export
+from cpq_lightning import CPQConfig, attach, calibrate, detach, export_model, load_quantized
+from cpq_lightning.attach import (
+    Audit,
+    RangeTracker,
+    note_forward,
+    quantized_layers,
+    quantizers,
+    recording,
+    unwrapped,
+)
+from cpq_lightning.attach import report_audit as report
+from tests.marks import thorough
+
+ATTACH, EXPORT = sys.modules["cpq_lightning.attach"], cpq_lightning.export
+X = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
+CONFIG = CPQConfig(weight_bits=3, attention=True)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.c(y @ self.b(y).mT @ y)
+
+
+@pytest.fixture
+def one_process(tmp_path_factory):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('d')}/s", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_fabric(model):
+    return lightning.Fabric(accelerator="cpu", devices=1).setup_module(model)
+
+
+WRAPPERS = {
+    "compile": compiled,
+    "ddp": DistributedDataParallel,
+    "dp": DataParallel,
+    "fabric": in_fabric,
+    "ddp of compile": lambda model: DistributedDataParallel(compiled(model)),
+    "compile of ddp": lambda model: compiled(DistributedDataParallel(model)),
+    "fabric of compile": lambda model: in_fabric(compiled(model)),
+}
+NESTED = thorough("compile of ddp", "fabric of compile")
+wrapped = pytest.mark.parametrize("wrap", ["compile", "ddp", "dp", "fabric", "ddp of compile", *NESTED])
+
+
+def quantized():
+    torch.manual_seed(0)
+    return calibrate(attach(Net(), CONFIG, example_inputs=X), [X]).eval()
+
+
+def states(model):
+    return [(name, q.state, q.active) for name, q in quantizers(model)]
+
+
+def audited(model):
+    with Audit(model) as audit:
+        unwrapped(model)(X)
+    return audit.report
+
+
+def noted(model):
+    note_forward(model, audited(model))
+    report(model, audited(model))
+    return [q.execution_index for _, q in quantizers(model)]
+
+
+def measured(model):
+    with recording(model):
+        model(X)
+    return EXPORT.range_warnings(model), EXPORT.clipped_shares(model), EXPORT.levels(model)
+
+
+def sampled(model):
+    EXPORT.record_samples(model, 4)
+    model(X)
+    found, obstacle = EXPORT.recorded_samples(model), EXPORT.export_obstacle(model)
+    EXPORT.stop_recording_samples(model)
+    return found.inputs, obstacle, hooks(model)
+
+
+def tracked(model):
+    tracker = RangeTracker(model)
+    with torch.no_grad():
+        unwrapped(model).b.weight.mul_(9)
+    return len(tracker.renew_weights()), states(model)
+
+
+def renewed(model):
+    with torch.no_grad():
+        unwrapped(model).b.weight.mul_(9)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ATTACH.renew_rewritten(model)
+    return [str(w.message) for w in said], states(model)
+
+
+def changed(change):
+    return lambda model: (change(model), states(model))[1]
+
+
+def hooks(model):
+    ATTACH.forget_first_forwards(model)
+    return len(unwrapped(model)._forward_hooks), len(unwrapped(model)._forward_pre_hooks)
+
+
+def detached(model):
+    assert detach(model) is model
+    return unwrapped(model)(X), list(unwrapped(model).state_dict())
+
+
+def covered(model):
+    return [ATTACH.coverage(model), ATTACH.coverage(model, X)]
+
+
+def remembered(model):
+    ATTACH.remember_products(model, audited(model))
+    return ATTACH.coverage(model)
+
+
+def configured(model):
+    ATTACH.set_attached_config(model, {"seed": 3})
+    return ATTACH.attached_config(model)
+
+
+def proved(model, tmp_path):
+    return export_model(model, tmp_path, samples=X).verification
+
+
+# What each public function that takes a model does with one, as something to compare.
+FUNCTIONS = {
+    "Audit": audited,
+    "RangeTracker": tracked,
+    "as_batch_call": lambda model: ATTACH.as_batch_call(model, {"x": X}),
+    "as_call": lambda model: ATTACH.as_call(model, {"x": X}),
+    "attached_config": ATTACH.attached_config,
+    "avoid_fused_paths": lambda model: ATTACH.avoid_fused_paths(model, nn.Linear),
+    "bit_operations": ATTACH.bit_operations,
+    "bypassed": lambda model: list(map(len, ATTACH.bypassed(model))),
+    "byte_cost": lambda model: EXPORT.byte_cost(model, []).constant,
+    "calibrate": changed(lambda model: calibrate(model, [2 * X])),
+    "call_projections": ATTACH.call_projections,
+    "clipped_shares": EXPORT.clipped_shares,
+    "correct_first_and_last": lambda model: ATTACH.correct_first_and_last(model, ["c", "a", "b"]),
+    "coverage": covered,
+    "coverage_once_active": lambda model: ATTACH.coverage_once_active(model),
+    "detach": detached,
+    "export_model": proved,
+    "float_bytes": ATTACH.float_bytes,
+    "forget_first_forwards": hooks,
+    "forward_signature": ATTACH.forward_signature,
+    "full_precision_layers": ATTACH.full_precision_layers,
+    "full_precision_messages": EXPORT.full_precision_messages,
+    "full_precision_copy": lambda model: list(ATTACH.full_precision_copy(model).state_dict()),
+    "is_attached": ATTACH.is_attached,
+    "late_layers": lambda model: list(ATTACH.late_layers(model)),
+    "late_message": lambda model: ATTACH.late_message(model, {"a": 1}),
+    "learning_quantizers": ATTACH.learning_quantizers,
+    "levels": EXPORT.levels,
+    "manifest": EXPORT.manifest,
+    "mean_width": lambda model: ATTACH.mean_width(model, "weight"),
+    "model_costs": ATTACH.model_costs,
+    "modules_with_products": lambda model: [name for name, _ in ATTACH.modules_with_products(model)],
+    "note_forward": noted,
+    "note_unseen": changed(lambda model: ATTACH.note_unseen(model, audited(model))),
+    "packed_size": EXPORT.packed_size,
+    "quantizable_layers": lambda model: list(ATTACH.quantizable_layers(model)),
+    "quantized_layers": lambda model: [name for name, _ in quantized_layers(model)],
+    "quantized_operands": lambda model: [name for name, _ in ATTACH.quantized_operands(model)],
+    "quantizers": states,
+    "range_warnings": EXPORT.range_warnings,
+    "read_layers": lambda model: [name for name, _ in ATTACH.read_layers(model)],
+    "record_samples": sampled,
+    "recording": measured,
+    "refit": changed(ATTACH.refit),
+    "remember_products": remembered,
+    "renew_rewritten": renewed,
+    "rewritten_weights": ATTACH.rewritten_weights,
+    "set_active": changed(lambda model: ATTACH.set_active(model, False)),
+    "set_attached_config": configured,
+    "set_audited": lambda model: [ATTACH.set_audited(model, mode) for mode in (True, False)],
+    "set_noise_step": changed(lambda model: ATTACH.set_noise_step(model, 3)),
+    "tied_readers": lambda model: [name for name, _ in ATTACH.tied_readers(model)],
+    "unwrapped": lambda model: type(unwrapped(model)),
+    "weight_histograms": EXPORT.weight_histograms,
+    "width_cost": lambda model: ATTACH.width_cost(model, [], "bops").constant,
+    "widths_by_name": ATTACH.widths_by_name,
+    "write_levels": lambda model, tmp_path: EXPORT.write_levels(model, tmp_path / "levels.json").read_text(),
+}
+# In tests of their own below; called by others above; of a single layer; and what is to tell compiled code from other.
+APART = {"attach", "load_quantized", "recorded_samples", "export_obstacle", "report_audit", "stop_recording_samples"}
+APART |= {"quantize_products", "weight_parameters", "auditable", "source_of", "is_training"}
+
+
+def takes_a_model(thing):
+    if (inspect.isclass(thing) and issubclass(thing, Exception)) or not (
+        inspect.isclass(thing) or inspect.isfunction(thing)
+    ):
+        return False
+    annotations = [str(p.annotation) for p in inspect.signature(thing).parameters.values()]
+    return any(a in ("M", "nn.Module", "nn.Module | None") for a in annotations)
+
+
+def test_all_public_functions_that_take_a_model_are_listed():
+    public = {n: thing for package in (cpq_lightning, ATTACH, EXPORT) for n, thing in vars(package).items()}
+    found = {name for name, thing in public.items() if name[0] != "_" and takes_a_model(thing)}
+    assert found == set(FUNCTIONS) | APART
+
+
+def values(thing):
+    return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf, thing)
+
+
+@wrapped
+def test_a_wrapped_model_is_told_as_what_it_wraps(wrap, one_process, tmp_path):
+    original = quantized()
+    for name, function in FUNCTIONS.items():
+        more = [tmp_path] if "tmp_path" in inspect.signature(function).parameters else []
+        plain, inside = copy.deepcopy(original), WRAPPERS[wrap](copy.deepcopy(original))
+        assert values(function(inside, *more)) == values(function(plain, *more)), name
+
+
+@wrapped
+def test_a_wrapped_model_is_attached_and_computes_the_same(wrap, one_process):
+    torch.manual_seed(0)
+    inside = WRAPPERS[wrap](Net())
+    assert attach(inside, CONFIG, example_inputs=X) is inside
+    calibrate(inside, [X])
+    inside.eval()
+    plain = quantized()
+    assert values(states(inside)) == values(states(plain))
+    torch.testing.assert_close(inside(X), plain(X))
+
+
+@wrapped
+def test_a_packed_file_loads_into_a_wrapped_network(wrap, one_process, tmp_path):
+    model = quantized()
+    inside = WRAPPERS[wrap](Net())
+    assert load_quantized(export_model(model, tmp_path, samples=X).path, inside) is inside
+    torch.testing.assert_close(inside(X), model(X))
+
+
+@wrapped
+def test_a_state_loads_into_a_wrapped_model_which_works_on_inside(wrap, one_process):
+    model, inside = quantized(), WRAPPERS[wrap](Net())
+    with cpq_lightning.loading():
+        inside.load_state_dict(WRAPPERS[wrap](model).state_dict())
+    inner = unwrapped(inside).eval()
+    assert inner(X).equal(model(X))
+    # What an attached model does around its forwards is the inner one's, and goes when that is detached.
+    detach(inside)
+    assert not inner._forward_hooks
+    assert not inside._forward_pre_hooks
+    inside.train()(X)
+
+
+def test_a_model_that_several_processes_train_already_is_refused():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        spread = DistributedDataParallel(Net())
+        with pytest.raises(ValueError, match=r"with 2 processes.*wrap it then"):
+            attach(spread, CPQConfig())
+        with cpq_lightning.loading(), pytest.raises(ValueError, match="with 2 processes"):
+            spread.load_state_dict({f"module.{k}": v for k, v in quantized().state_dict().items()})
+        assert not ATTACH.is_attached(spread)
+        DistributedDataParallel(attach(Net(), CPQConfig()))
+    finally:
+        dist.destroy_process_group()
