@@ -121,8 +121,10 @@ def report(
     table, runs.csv and accuracy_over_size.png.
 
     Args:
-        runs: Folders of runs, each with its levels.json; of a folder of runs, all in it.
-        metric: Metric that several runs are compared by; the first with 'acc' in its name if left out.
+        runs: Folders of runs, each with its levels.json; of a folder of runs, such as a Trainer's default_root_dir, all
+            in it.
+        metric: Metric that several runs are compared by; the first with 'acc' in its name, or the only one, if left
+            out.
         levels_file: Name of that file.
         out: Folder for what several runs make; the one that holds them all if left out.
     """
@@ -140,7 +142,8 @@ def report(
     except FileNotFoundError:
         missing = next(f for f in folders if not (f / levels_file).is_file()) / levels_file
         raise SystemExit(
-            f"cpq report: {missing} is missing: expected the folder of a run that has finished its fit."
+            f"cpq report: {missing} is missing: expected the folder of a run that has finished its fit, or one that "
+            "holds such folders."
         ) from None
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"cpq report: {error}") from None

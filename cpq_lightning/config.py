@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+import yaml
 from typing_extensions import TypeAliasType
 
 from cpq_lightning.functional import Estimator, check_bits
@@ -248,6 +249,8 @@ class CPQConfig:
                 f"{value!r}."
             )
         known = [f.name for f in dataclasses.fields(CPQConfig)]
+        # Hydra leaves its own keys in a config that it is told not to instantiate.
+        value = {key: setting for key, setting in value.items() if key not in _OF_HYDRA}
         for key in value:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -321,8 +324,12 @@ def _widened(config: CPQConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     return widened
 
 
-# A checkpoint whose hyperparameters have a config loads with weights_only=True: it is made of plain values.
+# A checkpoint whose hyperparameters have a config loads with weights_only=True: it is made of plain values. So is what
+# Lightning writes to hparams.yaml.
 torch.serialization.add_safe_globals([CPQConfig])
+for _dumper in (yaml.Dumper, yaml.SafeDumper):
+    yaml.add_representer(CPQConfig, lambda dumper, config: dumper.represent_dict(config.to_dict()), _dumper)
+_OF_HYDRA = ("_target_", "_recursive_", "_convert_", "_partial_")
 
 LAYER_SETTINGS = (
     "weight_bits", "act_bits", "min_bits", "learn_bits", "learn_act_bits", "min_act_bits", "nesting",

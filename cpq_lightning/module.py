@@ -236,6 +236,8 @@ def _build(
             "backbone is missing: expected the name of a timm model or an nn.Module. A checkpoint of a module that was "
             "built around an nn.Module is restored with load_from_checkpoint(path, backbone=network)."
         )
+    if not isinstance(backbone, str):
+        raise TypeError(f"backbone must be the name of a timm model or an nn.Module, got {backbone!r}.")
     return create_backbone(backbone, pretrained=pretrained, num_classes=num_classes, **arguments)
 
 

@@ -114,7 +114,8 @@ def load_module(path: str) -> QuantizedModule:
     if not isinstance(settings, dict) or not settings.get("backbone"):
         raise ValueError(
             f"ckpt={path} is no checkpoint of a QuantizedModule with a named backbone. For a module of your own give "
-            "its class: --module mypackage.Net."
+            "its class: --module mypackage.Net. For a QuantizedModule around a network of your own give that: --module "
+            'cpq_lightning.QuantizedModule --module_args \'{"backbone": {"class_path": "mypackage.Net"}}\'.'
         )
     if settings.get("quantization") is None:
         raise ValueError(f"ckpt={path} is of a run in full precision (quantization: null): nothing in it is quantized.")
@@ -143,7 +144,8 @@ def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> Lightning
             "dotted path of a LightningModule's class, such as mypackage.Net."
         )
     try:
-        return load_checkpoint(found, path, map_location="cpu", weights_only=True, **arguments).eval()
+        built = {name: _instantiated(value) for name, value in arguments.items()}
+        return load_checkpoint(found, path, map_location="cpu", weights_only=True, **built).eval()
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"ckpt={path} cannot be read without unpickling code ({str(error).splitlines()[0]}). Use "
@@ -154,6 +156,24 @@ def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> Lightning
             f"module={class_path} cannot be built as it was: {error}. Give its arguments with --module_args, as "
             "'{\"width\": 32}', or call save_hyperparameters() in its __init__."
         ) from None
+
+
+def _instantiated(value: Any) -> Any:
+    """An argument of a module: the object that a ``class_path`` and ``init_args`` describe, else the value itself."""
+    if not isinstance(value, dict) or "class_path" not in value:
+        return value
+    kind = locate(value["class_path"])
+    if not isinstance(kind, type):
+        raise TypeError(f"{value['class_path']!r} is no class that can be found")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "value")
+    return _instantiate(parser, {"value": value})["value"]
+
+
+def _instantiate(parser: ArgumentParser, settings: dict[str, Any]) -> Any:
+    # Its name in jsonargparse up to 4.47, and beyond.
+    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parser.parse_object(settings))
 
 
 def _choose_samples(
@@ -223,9 +243,7 @@ def data_module(settings: Any) -> LightningDataModule:
     """The data module that settings of ``class_path`` and ``init_args`` describe."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    # Its name in jsonargparse up to 4.47, and beyond.
-    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parser.parse_object({"data": settings}))["data"]
+    return _instantiate(parser, {"data": settings})["data"]
 
 
 def fill_in(model: Any, data: Any) -> None:

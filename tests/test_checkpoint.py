@@ -1,15 +1,20 @@
 """A trained module of one's own comes back from its checkpoint alone."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import cpq_lightning
-from cpq_lightning import CPQCallback, CPQConfig
+from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule
 from cpq_lightning.attach import attached_config, quantizers
 from cpq_lightning.cli import main
 from tests.models import IMAGES, convnet, data
@@ -34,6 +39,17 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Plain(nn.Module):
+    """A network of somebody's own."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.net = convnet(width)
+
+    def forward(self, images):
+        return self.net(images)
 
 
 class Unsaved(Net):
@@ -127,14 +143,14 @@ def exported(folder, *arguments):
 def test_export_by_class_path(run, capsys):
     folder, module = run
     exported(folder, "--module", "tests.test_checkpoint.Net")
-    assert "agree on 100.0%" in capsys.readouterr().out
+    assert "agrees on 100.0%" in capsys.readouterr().out
     network = cpq_lightning.load_quantized(folder / "out" / "Net.safetensors", model=Net(6))
     assert (network(IMAGES) - module(IMAGES)).abs().max() <= 1e-5
 
 
 def test_export_with_arguments_of_the_class(run, capsys):
     exported(run[0], "--module", "tests.test_checkpoint.Unsaved", "--module_args", '{"channels": 6}')
-    assert "agree on 100.0%" in capsys.readouterr().out
+    assert "agrees on 100.0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -149,3 +165,25 @@ def test_export_with_arguments_of_the_class(run, capsys):
 def test_export_says_what_is_missing(run, arguments, words):
     with pytest.raises(SystemExit, match=words):
         exported(run[0], *arguments)
+
+
+def test_export_of_a_quantized_module_around_a_network_of_ones_own(tmp_path, capsys):
+    module = QuantizedModule(Plain(6), num_classes=4, quantization=CPQConfig(weight_bits=3))
+    trainer = quiet(tmp_path, CPQCallback(table=False))
+    trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit, match="For a QuantizedModule around a network of your own"):
+        exported(tmp_path)
+    backbone = {"class_path": "tests.test_checkpoint.Plain", "init_args": {"width": 6}}
+    exported(tmp_path, "--module", "cpq_lightning.QuantizedModule", "--module_args", json.dumps({"backbone": backbone}))
+    assert "agrees on 100.0%" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"must be the name of a timm model or an nn\.Module, got 3"):
+        exported(tmp_path, "--module", "cpq_lightning.QuantizedModule", "--module_args", '{"backbone": 3}')
+
+
+def test_a_config_among_hyperparameters_is_plain_in_the_loggers_file(tmp_path):
+    module = Net(config=CPQConfig(weight_bits=2))
+    trainer = quiet(tmp_path, CPQCallback(module.hparams["config"], table=False), logger=CSVLogger(tmp_path))
+    trainer.fit(module, data())
+    written = yaml.safe_load((Path(trainer.logger.log_dir) / "hparams.yaml").read_text())
+    assert CPQConfig.of(written["config"]) == CPQConfig(weight_bits=2)

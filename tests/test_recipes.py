@@ -129,7 +129,7 @@ def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     config = checkpoint.parents[1] / "config.yaml"
     exported = cpq("export", "--ckpt", checkpoint, "--data", config, "--out", "shipped")
     assert exported.returncode == 0, exported.stderr
-    assert "agree on" in exported.stdout
+    assert "agrees on" in exported.stdout
 
 
 def test_the_tutorial(tmp_path):

@@ -54,7 +54,7 @@ def test_one_file_a_call_named_after_the_model(run, capsys, format, ending):
     (path,) = (run[0] / format).iterdir()
     assert path.name == f"test_resnet{ending}"
     for word in ("instead of 1.5 MB in float32", "weights 4.00 bits, activations 4.00 bits", "16 of 16 layers",
-                 "agree on 100.0% of 16 samples"):  # fmt: skip
+                 "agrees on 100.0% of 16 samples"):  # fmt: skip
         assert word in text
     assert ("times as fast" in text) == (format == "onnx")
 

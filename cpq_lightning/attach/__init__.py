@@ -46,6 +46,7 @@ from cpq_lightning.attach.layers import quantizers as quantizers
 from cpq_lightning.attach.layers import read_layers as read_layers
 from cpq_lightning.attach.loading import attach_where as attach_where
 from cpq_lightning.attach.loading import attaching as attaching
+from cpq_lightning.attach.loading import explain_with as explain_with
 from cpq_lightning.attach.loading import loading as loading
 from cpq_lightning.attach.origin import FullPrecision as FullPrecision
 from cpq_lightning.attach.origin import attached_config as attached_config

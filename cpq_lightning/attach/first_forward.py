@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.jit._trace import TracerWarning
 
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.coverage import remember_products
@@ -24,6 +25,7 @@ from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quanti
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.functional import is_transformed
 from cpq_lightning.nn import Quantizer, watchers
 
 log = logging.getLogger("cpq_lightning")
@@ -166,7 +168,11 @@ def is_training(model: nn.Module) -> bool:
 
 
 def _start(model: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return
+    if is_transformed():
+        if torch._C._is_tracing():
+            _note_trace(model)
         return
     if model.training and torch.is_grad_enabled():
         _act_on_what_was_shown(model)
@@ -179,8 +185,19 @@ def _start(model: nn.Module, args: Any) -> None:
         audit.__enter__()
 
 
+def _note_trace(model: nn.Module) -> None:
+    # What is read while a module is traced are shapes, and settings that hold for all of its inputs.
+    warnings.filterwarnings("ignore", category=TracerWarning, module=r"cpq_lightning\.")
+    if model.training:
+        warnings.warn(
+            "A quantized model is traced in training mode. No gradient passes the quantizers of a traced module, and "
+            "it draws no bits: call model.eval() before torch.jit.trace, and train the model itself.",
+            stacklevel=2,
+        )
+
+
 def _finish(model: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_transformed():
         return
     if _TRACKING in model.__dict__:
         model.__dict__[_TRACKING].after_forward()

@@ -29,6 +29,15 @@ _met: ContextVar[list[int] | None] = ContextVar("cpq_lightning_loading", default
 _expected: list[Callable[[nn.Module], bool]] = []
 
 
+# Asked of a module that does not fit a state: how its settings differ from those of the state, a sentence.
+_explanations: list[Callable[[nn.Module], str]] = []
+
+
+def explain_with(explanation: Callable[[nn.Module], str]) -> None:
+    """Add to refusals what somebody knows of the settings that a state was trained with."""
+    _explanations.append(explanation)
+
+
 def attach_where(expected: Callable[[nn.Module], bool]) -> None:
     """Attach on loading outside of :func:`loading` too, where a module is known to be quantized."""
     _expected.append(expected)
@@ -90,8 +99,15 @@ def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwarg
         met[0] += 1
     names = plain_in(self, state_dict)
     if not names:
-        check_same_quantizers(self, state_dict, args[0] if args else kwargs.get("strict", True))
+        check_same_quantizers(self, state_dict, args[0] if args else kwargs.get("strict", True), _explained(self))
         return _load_state_dict(self, state_dict, *args, **kwargs)
+    if met is None and is_attached(self):
+        raise RuntimeError(
+            f"The state_dict has quantizers that {type(self).__name__} lacks, in {len(names)} modules, such as "
+            f"{names[0]!r}: it was trained with other settings. {_explained(self)}Quantize {type(self).__name__} with "
+            "the settings of the state (a Lightning checkpoint holds them under 'cpq_lightning'), or load within "
+            "`with cpq_lightning.loading():`, which attaches what the state has."
+        )
     if met is None and not any(expected(self) for expected in _expected):
         own = type(self).__name__
         cure = "Load it within `with cpq_lightning.loading():`"
@@ -111,6 +127,11 @@ def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwarg
     except BaseException:
         undo()
         raise
+
+
+def _explained(model: nn.Module) -> str:
+    found = next(filter(None, (explanation(model) for explanation in _explanations)), "")
+    return f"{found} " if found else ""
 
 
 def _load_full_precision(model: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -32,7 +32,7 @@ from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, u
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
 from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.nn import Quantizer
-from cpq_lightning.nn.state import LAYOUT, read
+from cpq_lightning.nn.state import layout_differences, read
 
 _PARTS = ("weight_quantizer", "input_quantizer")
 _MARK = "weight_quantizer.state"
@@ -65,13 +65,14 @@ def plain_in(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bool = True, settings: str = "") -> None:
     """Refuse a state whose quantizers have tensors of another kind than those of the model that it is loaded into.
 
     Args:
         model: An attached model, or a part of one.
         state: Its ``state_dict``.
         strict: Whether the state has to have all quantizers of the model.
+        settings: What is known of how the settings of both differ, a sentence.
 
     Raises:
         RuntimeError: naming the settings in which they differ.
@@ -83,13 +84,12 @@ def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bo
             missing.append(name)
         elif isinstance(given, Tensor) and not given.is_meta:
             ours, theirs = quantizer.settings, read(given)[0]
-            different = [key for key in LAYOUT if getattr(ours, key) != getattr(theirs, key)]
-            pairs = (f"{LAYOUT[key]} {getattr(theirs, key)!r} there, {getattr(ours, key)!r} here" for key in different)
-            what = what or "; ".join(pairs)
+            different = layout_differences(theirs, ours)
+            what = what or "; ".join(f"{key} {a!r} there, {b!r} here" for key, (a, b) in different.items())
             other += [name] * bool(different)
     advice = (
-        "Attach the model with the settings that the state was trained with (a Lightning checkpoint holds them under "
-        "'cpq_lightning'), or build it without quantizers and load within `with cpq_lightning.loading():`."
+        f"{settings}Attach the model with the settings that the state was trained with (a Lightning checkpoint holds "
+        "them under 'cpq_lightning'), or build it without quantizers and load within `with cpq_lightning.loading():`."
     )
     own = type(model).__name__
     if other:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
@@ -16,6 +18,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from cpq_lightning.callbacks._names import is_a
@@ -53,6 +56,7 @@ class Relay:
         self._kept: deque[Item] | None = None
         # Random states before and behind the setup of the data.
         self.setup_draw: Any = None
+        self._own_draw: _OwnNumbers | None = None
         fetcher.iterator = self
         fetcher._combined_loader = self  # type: ignore[assignment]
 
@@ -62,9 +66,15 @@ class Relay:
         held: Any = fetcher._combined_loader
         return held if isinstance(held, Relay) else cls(fetcher)
 
-    def read_ahead(self, most: int) -> list[Item]:
-        """Up to ``most`` batches that the loop will get first, those that the fetcher holds already among them."""
+    def read_ahead(self, most: int, own: _OwnNumbers) -> list[Item]:
+        """Up to ``most`` batches that the loop will get first, those that the fetcher holds already among them.
+
+        Args:
+            most: How many.
+            own: Random numbers of the loaders' own, as they were before the data were set up.
+        """
         self._ahead = True
+        own.follow(self._loader.flattened)
         with isolate_rng():
             self._states = self._states or [self._loader_states()]
             while len(self._items) < most and self._end is None:
@@ -77,7 +87,28 @@ class Relay:
                 self._items.append(item)
                 self._draws.append((before, _collect_rng_states()))
                 self._states.append(self._loader_states())
+        own.give_back()
+        self._own_draw = own
         return [item for item in self._items[:most] if item[0] is not None]
+
+    def begin(self, may_start_over: bool) -> None:
+        """Called when training starts, with what was read ahead still to be trained on.
+
+        A generator of the loader's own, or workers that stay, may serve a validation loader too, which has drawn from
+        them since. What was read ahead is then not what training would get: where the data can be read again, training
+        begins them anew.
+        """
+        own, self._own_draw = self._own_draw, None
+        if own is None or self._begun:
+            return
+        if own.is_untouched():
+            own.draw()
+            return
+        if may_start_over and not self._fetched and _independent(self._loader) is not None:
+            self.setup_draw = None
+            self._forget()
+            self._ahead = False
+            self._source = iter(self._loader)
 
     def keep(self, most: int) -> None:
         """Keep copies of the ``most`` batches that the loop gets last, for :attr:`kept`."""
@@ -152,7 +183,7 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
         iterator itself. ``None`` where the run has no training data.
     """
     loop = trainer.fit_loop
-    before = _collect_rng_states()
+    own, before = _OwnNumbers(_data_holders(trainer)), _collect_rng_states()
     loop.setup_data()
     fetcher = loop._data_fetcher
     if loop._combined_loader is None or fetcher is None:
@@ -169,7 +200,7 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
         # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
         iter(fetcher)
     relay = Relay.of(fetcher)
-    items = relay.read_ahead(_limited(trainer, most))
+    items = relay.read_ahead(_limited(trainer, most), own)
     # Without this the data would be set up behind the sanity check, which begins with these random numbers.
     _set_rng_states(before)
     relay.setup_draw = drawn
@@ -181,6 +212,7 @@ def begin_training(trainer: Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     relay: Any = None if fetcher is None else fetcher._combined_loader
     if isinstance(relay, Relay):
+        relay.begin(may_start_over=not trainer.fit_loop.epoch_loop.restarting)
         _retrace(relay.setup_draw)
         relay.setup_draw = None
 
@@ -284,6 +316,100 @@ def copied(batch: Any) -> Any:
         return apply_to_collection(batch, Tensor, torch.clone)
 
 
+class _OwnNumbers:
+    """Random numbers of some loaders' own: generators that they, their samplers or data sets hold; and workers that
+    stay.
+
+    Args:
+        holders: Loaders that something is about to be read from, and what may hold generators of theirs.
+    """
+
+    def __init__(self, holders: Sequence[Any]) -> None:
+        self._loaders: Sequence[Any] = ()
+        self._generators = _generators(holders)
+        self._before = [_state_of(generator) for generator in self._generators]
+        self._after: list[Any] = []
+        self._workers: list[tuple[Any, Any]] = []
+
+    def follow(self, loaders: Sequence[Any]) -> None:
+        """The loaders that it is: of generators that none of them holds nothing is asked any more."""
+        known = {id(g): state for g, state in zip(self._generators, self._before, strict=True)}
+        self._loaders, self._generators = loaders, _generators(loaders)
+        # One that has just been made is where it was.
+        self._before = [known.get(id(g), _state_of(g)) for g in self._generators]
+
+    def give_back(self) -> None:
+        """Set the generators to where they were, once it has been read, and hide the workers that stay: who else
+        iterates the loader starts workers of its own, as it would.
+        """
+        self._after = [_state_of(generator) for generator in self._generators]
+        self._set(self._before)
+        for loader in self._loaders:
+            stays = getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is not None
+            # A StatefulDataLoader's iterator is its state.
+            if stays and not hasattr(loader, "state_dict"):
+                self._workers.append((loader, loader._iterator))
+                loader._iterator = None
+
+    def is_untouched(self) -> bool:
+        """Whether nobody has drawn from the generators, nor read from the workers, since."""
+        now = [_state_of(generator) for generator in self._generators]
+        return _same(now, self._before) and all(loader._iterator is None for loader, _ in self._workers)
+
+    def draw(self) -> None:
+        """Set the generators to where reading had taken them, and give the workers back."""
+        self._set(self._after)
+        for loader, iterator in self._workers:
+            loader._iterator = iterator
+
+    def _set(self, states: Sequence[Any]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state)
+            elif isinstance(generator, random.Random):
+                generator.setstate(state)
+            else:
+                generator.bit_generator.state = state
+
+
+def _data_holders(trainer: Trainer) -> list[Any]:
+    """What is known of the training data before they are set up: loaders that were given, or who makes them."""
+    source = trainer.fit_loop._data_source
+    if source.is_module():
+        makers = [trainer.lightning_module, trainer.datamodule]  # type: ignore[attr-defined]
+        loaders = [value for maker in makers for value in getattr(maker, "__dict__", {}).values()]
+        return [*makers, *(value for value in loaders if isinstance(value, DataLoader))]
+    given = source.instance
+    return given.flattened if isinstance(given, CombinedLoader) else tree_leaves(given)
+
+
+def _generators(loaders: Sequence[Any]) -> list[Any]:
+    """Generators that loaders hold, or their samplers, data sets and collate functions; each once."""
+    found: dict[int, Any] = {}
+    for loader in loaders:
+        holders = [loader, getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)]
+        samplers = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
+        # Samplers around samplers.
+        while samplers:
+            sampler = samplers.pop()
+            if sampler is not None and not any(sampler is holder for holder in holders):
+                holders.append(sampler)
+                samplers.append(getattr(sampler, "sampler", None))
+        for holder in holders:
+            for value in getattr(holder, "__dict__", {}).values():
+                if isinstance(value, torch.Generator | random.Random | np.random.Generator):
+                    found[id(value)] = value
+    return list(found.values())
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return copy.deepcopy(generator.bit_generator.state)
+
+
 def _retrace(draw: Any) -> None:
     """Draw the random numbers that a batch took, from each generator that is where it was."""
     if draw is None:
@@ -297,5 +423,7 @@ def _retrace(draw: Any) -> None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     same = one == other
     return bool(same.all() if hasattr(same, "all") else same)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,7 +61,12 @@ class Goal:
 
     def describe(self, widths: Tensor, moved: list[dict[str, Any]]) -> str:
         """A sentence on the decision, with the widths that were changed to meet the target, and what is left of it."""
-        listed = [f"{change['name']} from {change['before']} to {change['after']} bits" for change in moved]
+        # Channels that have a width each are told together.
+        counted = Counter((change["name"], change["before"], change["after"]) for change in moved)
+        listed = [
+            f"{f'{count} channels of ' if count > 1 else ''}{name} from {before} to {after} bits"
+            for (name, before, after), count in counted.items()
+        ]
         more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
         how = f"after changing {', '.join(listed[:_MOST_NAMED])}{more}" if listed else "as learned"
         spent = self.budget.cost.of_whole(widths)

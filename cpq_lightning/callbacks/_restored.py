@@ -6,12 +6,29 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
-from cpq_lightning.attach import quantizers
-from cpq_lightning.checkpoint import CHECKPOINT_KEY, take_settings
+from cpq_lightning.attach import attached_config, explain_with, quantizers
+from cpq_lightning.checkpoint import CHECKPOINT_KEY, differences, take_settings
+from cpq_lightning.config import CPQConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+
+def explain_refusal(module: nn.Module) -> str:
+    """How the settings of a module differ from those of the checkpoint that its Trainer restores; else empty."""
+    trainer = getattr(module, "_trainer", None)
+    checkpoint = None if trainer is None else trainer._checkpoint_connector._loaded_checkpoint
+    saved = (checkpoint or {}).get(CHECKPOINT_KEY, {}).get("config")
+    asked = attached_config(module)
+    if saved is None or asked is None:
+        return ""
+    different = differences(asked, CPQConfig(**saved), "in the checkpoint")
+    return f"They differ in {different}." if different else ""
+
+
+explain_with(explain_refusal)
 
 
 class AskedSettings:

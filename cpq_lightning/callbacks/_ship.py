@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from cpq_lightning.attach import as_call, unaudited
+from cpq_lightning.attach import as_call, quantizers, unaudited
 from cpq_lightning.callbacks._finish import nothing_is_lost
 from cpq_lightning.callbacks._network import shipped_architecture, shipped_candidates, shipped_name, shipped_part
 from cpq_lightning.export import (
@@ -233,7 +233,9 @@ def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, sa
             )
         except Exception as error:
             reason = str(error) if isinstance(error, MismatchError) else f"{type(error).__name__}: {error}"
-            command = _command(pl_module, format, saved)
+            begun = any(q.active for _, q in quantizers(pl_module))
+            # No file is ever made of a checkpoint in full precision.
+            command = _command(pl_module, format, saved) if begun else None
             later = f" Once that is mended, this writes it: {command}" if command else ""
             rank_zero_warn(f"The {format} file could not be written ({reason}). {nothing_is_lost(saved)}{later}")
             outcomes.append({"format": format, "error": reason, "command": command})

@@ -178,8 +178,8 @@ class CPQCallback(FindsRanges):
         self._bests: Bests = {}
         self._restored: Mapping[str, Any] = {}
         self._resumed = False
-        # Whether the coverage of this fit has been told.
-        self._told = False
+        # Whether the coverage of this fit has been told, and whether the run ends before quantization begins.
+        self._told = self._never_begins = False
         self._run_samples = RunSamples()
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
@@ -248,9 +248,10 @@ class CPQCallback(FindsRanges):
             self._run_samples.foresee(trainer, pl_module, self.export)
         self.start_step = quantization_start(trainer)
         length = run_length(trainer) if self.quantize_from else math.inf
+        self._never_begins = self.start_step >= length
         if self.quantize_from == 1.0 and isinstance(self.quantize_from, float):
             rank_zero_info("quantize_from=1.0: the whole run is in full precision, for others to be compared with.")
-        elif self.quantize_from and self.start_step >= length:
+        elif self._never_begins:
             rank_zero_warn(
                 f"quantize_from={self.quantize_from} is step {self.start_step} of a run of {length} steps: the run "
                 "ends in full precision. Give an earlier step or fraction."
@@ -361,6 +362,11 @@ class CPQCallback(FindsRanges):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "quantization had begun: it is a full-precision one")
+        if not self._never_begins and self._quantizers and not any(q.active for q in self._quantizers):
+            rank_zero_warn(
+                f"The run has ended at step {run_step(trainer)}, before quantization was to begin at step "
+                f"{self.start_step}: the module is in full precision."
+            )
         if not (self.table or self.run_folder):
             return
         try:
@@ -452,7 +458,8 @@ class CPQCallback(FindsRanges):
         shown = None if self._told else coverage_once_active(pl_module)
         if shown is not None:
             self._told = True
-            later = f"run quantized from step {self.start_step} on" if self.start_step else "run quantized"
+            begins = f"run quantized from step {self.start_step} on" if self.start_step else "run quantized"
+            later = "would run quantized" if self._never_begins else begins
             rank_zero_info(f"Coverage: {shown.sentence(later)}.")
 
     def _stop_audits(self) -> None:

@@ -25,6 +25,7 @@ from cpq_lightning.attach import (
     late_message,
     quantized_layers,
     quantized_operands,
+    quantizers,
     unwrapped,
     weight_bytes,
 )
@@ -64,9 +65,10 @@ class LevelsRecord:
         quantizing: ``False`` while values pass in full precision, and of a weight that the forward reads without its
             layer.
         level_shares: Of a weight, the share of its elements at each level from ``low`` to ``high``.
-        bytes: Of a weight, its packed codes.
+        bytes: Of a weight, its packed codes; in float32 while it passes in full precision.
         macs: Of a weight, multiply-accumulates in one sample; 0 before a forward.
-        bops: Of a weight, bit operations: ``macs`` times its bits times those of the activation (32 if there is none).
+        bops: Of a weight, bit operations: ``macs`` times its bits times those of the activation, each 32 where it is in
+            full precision.
     """
 
     name: str
@@ -92,6 +94,11 @@ class LevelsRecord:
     def mean_bits(self) -> float:
         """Width, the mean over channels that have their own."""
         return sum(self.bits) / len(self.bits) if isinstance(self.bits, list) else self.bits
+
+    @property
+    def computed_bits(self) -> float:
+        """Width of what is multiplied: 32 while values pass in full precision."""
+        return self.mean_bits if self.quantizing else FULL_BITS
 
 
 def levels(model: nn.Module) -> list[LevelsRecord]:
@@ -133,10 +140,10 @@ def _records(model: nn.Module) -> list[LevelsRecord]:
             records.append(replace(record, quantizing=False, macs=0, bops=0.0))
             continue
         if inputs is None or layer in unread:
-            records.append(replace(record, bops=float((record.macs or 0) * record.mean_bits * FULL_BITS)))
+            records.append(replace(record, bops=float((record.macs or 0) * record.computed_bits * FULL_BITS)))
             continue
         activation = _record(name, inputs, inputs.measured)
-        bops = float((record.macs or 0) * record.mean_bits * activation.mean_bits)
+        bops = float((record.macs or 0) * record.computed_bits * activation.computed_bits)
         records += [replace(record, bops=bops), activation]
     for name, quantizer in quantized_operands(model):
         records.append(_record(name, quantizer, quantizer.measured))
@@ -182,7 +189,7 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
         quantizer,
         usage,
         level_shares=[round(share, 6) for share in (counts / counts.sum()).tolist()],
-        bytes=weight_bytes(quantizer),
+        bytes=weight_bytes(quantizer) if quantizer.active else 4 * weight.numel(),
         macs=quantizer.macs,
     )
 
@@ -206,12 +213,12 @@ def manifest(
     not leave out, ``late`` those that came behind attach (the others are such as recurrent ones).
 
     ``coverage`` is that of :func:`cpq_lightning.coverage`, ``null`` before a forward. Totals: ``weight_bits_avg`` is
-    the average over the quantized weights that the forward reads and that are not exempt as first or last layer,
-    ``sum numel bits / sum numel``; ``weight_bits_avg_all`` is over all that it reads; ``act_bits_avg`` over activations
-    (not exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` is the size of the packed
-    file: codes, steps in float32, everything that is not quantized in float32, and the header; ``fp32_bytes`` what
-    ships, before it was attached; ``bops`` bit operations of one sample, in products with a weight and in those that
-    ``attention=True`` quantizes, ``null`` before a forward.
+    the average over the quantized weights that the forward reads and that are not exempt as first or last layer, ``sum
+    numel bits / sum numel``; ``weight_bits_avg_all`` is over all that it reads; ``act_bits_avg`` over activations (not
+    exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` is the size of the packed
+    file: codes, steps in float32, everything that is not quantized in float32, and the header, or ``fp32_bytes`` before
+    quantization begins; ``fp32_bytes`` what ships, before it was attached; ``bops`` bit operations of one sample, in
+    products with a weight and in those that ``attention=True`` quantizes, ``null`` before a forward.
 
     Args:
         model: An attached model.
@@ -274,17 +281,26 @@ def totals(
 ) -> dict[str, Any]:
     """The totals of :func:`manifest`."""
     around = {name for name, layer in quantized_layers(model) if layer in bypassed(model)[0]}
-    read = [r for r in records if r.kind == "weight" and r.name not in around]
+    read = [r for r in records if r.kind == "weight" and r.name not in around and r.quantizing]
+    # Before quantization begins there is no packed file to be made.
+    full = not any(q.active for _, q in quantizers(model))
     return {
         "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in read if not r.exempt),
         "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in read),
         "act_bits_avg": average_bits(
-            (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.exempt
+            (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.exempt and r.quantizing
         ),
-        "size_bytes": packed_size(network, architecture),
+        "size_bytes": float_bytes(network) if full else packed_size(network, architecture),
         "fp32_bytes": float_bytes(network),
-        "bops": bit_operations(model),
+        "bops": _full_operations(model) if full else bit_operations(model),
     }
+
+
+def _full_operations(model: nn.Module) -> float | None:
+    """Bit operations of one sample in full precision; ``None`` before a forward."""
+    macs = sum(layer.weight_quantizer.macs for _, layer in quantized_layers(model))
+    macs += sum(q.macs for name, q in quantized_operands(model) if name.endswith("_left"))
+    return float(macs * FULL_BITS**2) if macs else None
 
 
 def write_levels(model: nn.Module, path: str | Path) -> Path:

@@ -79,7 +79,7 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
             va="center",
             fontsize=8,
         )
-    axes[-1].set_title(f"kB, {total:.3g} in all", fontsize=10, loc="left")
+    axes[-1].set_title(f"kB of weights, {total:.3g} in all", fontsize=10, loc="left")
     axes[-1].set_xlim(0, max(sizes) * 1.25)
     axes[0].set_yticks(rows, [layer["name"] for layer in layers], fontsize=8)
     axes[0].set_ylim(len(layers) - 0.4, -0.6)
@@ -117,7 +117,7 @@ def draw_clusters(clusters: Mapping[str, Any], manifest: Mapping[str, Any], path
             found = pair[key]
             if found is None:
                 continue
-            counts = _coarser(found["counts"], high - low + 3)
+            counts = _coarser(found["counts"], high - low + 3, weight["numel"])
             cells = len(counts)
             width = (found["high"] - found["low"]) / cells
             # Both in steps of the grid that was learned.
@@ -134,7 +134,8 @@ def draw_clusters(clusters: Mapping[str, Any], manifest: Mapping[str, Any], path
         axis.set(xlim=(low - 0.8, high + 0.8), ylim=(0, 1.08 * highest or 1), yticks=[])
         if high - low <= 16:
             axis.set_xticks(range(low, high + 1))
-        axis.set_title(f"{name}   {_mean(weight['bits']):g} bits, {weight['numel']:,} weights", fontsize=9, loc="left")
+        width = f"{_mean(weight['bits']):g} bits" if weight["quantizing"] else "full precision"
+        axis.set_title(f"{name}   {width}, {weight['numel']:,} weights", fontsize=9, loc="left")
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[0, 0].legend(fontsize=8, frameon=False, loc="upper right")
@@ -142,9 +143,12 @@ def draw_clusters(clusters: Mapping[str, Any], manifest: Mapping[str, Any], path
     return _save(figure, path)
 
 
-def _coarser(counts: list[int], levels: int) -> list[int]:
-    """Cells joined so that about two dozen are left for each level: enough to see a cluster, few enough for noise."""
-    joined = max(1, len(counts) // (24 * levels))
+def _coarser(counts: list[int], levels: int, numel: int) -> list[int]:
+    """Cells joined so that about two dozen are left for each level, or of few weights one: enough to see a cluster, few
+    enough for noise.
+    """
+    cells = min(24, max(1, numel // (8 * levels))) * levels
+    joined = max(1, len(counts) // cells)
     return [sum(counts[i : i + joined]) for i in range(0, len(counts) - joined + 1, joined)]
 
 

@@ -18,6 +18,9 @@ RUNS_FILE, RUNS_PICTURE = "runs.csv", "accuracy_over_size.png"
 # States that a network is measured in: a run that is never quantized, one before it is, and one at its end.
 FULL, BEFORE, QUANTIZED = "full precision", "before quantization", "quantized"
 
+# How many folders deep runs are looked for: Trainer's root, a logger's name, its version.
+_DEPTH = 3
+
 
 @dataclass(frozen=True)
 class Run:
@@ -69,7 +72,7 @@ def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "
 
     Args:
         folder: The run's folder.
-        metric: Which metric; ``None`` is the first whose name has ``acc`` in it.
+        metric: Which metric; ``None`` is the first whose name has ``acc`` in it, or the only one.
         levels_file: Name of the file in the folder.
 
     Raises:
@@ -83,7 +86,7 @@ def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "
     run = content.get("run") or {}
     metrics = run.get("metrics") or {}
     known = sorted({name for values in metrics.values() for name in values})
-    chosen = metric or next((name for name in known if "acc" in name), None)
+    chosen = metric or next((name for name in known if "acc" in name), known[0] if len(known) == 1 else None)
     if not known:
         raise ValueError(f"{path} has no metrics: the run had no validation, or was made before they were kept there.")
     if chosen is None or chosen not in known:
@@ -128,10 +131,14 @@ def sibling_runs(folder: str | Path, metric: str | None = None, levels_file: str
 
 
 def expand_runs(folders: Iterable[str | Path], levels_file: str = "levels.json") -> list[Path]:
-    """Folders of runs, each once; of a folder that is none itself, the runs in it."""
+    """Folders of runs, each once; of a folder that is none itself, the runs in it, or in its folders, at the least
+    depth that has some: ``default_root_dir`` of a Trainer is that of its loggers' folders.
+    """
     found: list[Path] = []
     for folder in map(Path, folders):
-        inside = [] if (folder / levels_file).is_file() else sorted(folder.glob(f"*/{levels_file}"), key=_by_number)
+        inside: list[Path] = []
+        for depth in range(_DEPTH + 1):
+            inside = inside or sorted(folder.glob("*/" * depth + levels_file), key=_by_number)
         found += [path.parent for path in inside] or [folder]
     return list({folder.resolve(): folder for folder in found}.values())
 

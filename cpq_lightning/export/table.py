@@ -95,9 +95,15 @@ def summary(manifest: Mapping[str, Any]) -> str:
     prefix = f"{averages} on average\n" if averages else ""
     covered = manifest.get("coverage")
     suffix = "" if covered is None else f"\n{Coverage.from_dict(covered).sentence()}"
+    if not any(quantizer["quantizing"] for layer in manifest["layers"] for quantizer in _quantizers(layer)):
+        return f"in full precision: {_bytes(full)} in float32{suffix}"
     return (
         f"{prefix}{_bytes(size)} packed instead of {_bytes(full)} in float32, {full / size:.1f} times smaller{suffix}"
     )
+
+
+def _quantizers(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [layer[kind] for kind in ("weight", "activation") if layer[kind] is not None]
 
 
 def _averages(weights: float | None, activations: float | None) -> str:
@@ -194,7 +200,7 @@ def _proof(proof: Verification | None) -> list[tuple[str, str]]:
         ("activation codes", f"{proof.moved:.3%} of one quantizer's differ at most{at}, {proof.activations} compared"),
     ]
     if proof.agreement is not None:
-        rows.append(("classes", f"agree on {proof.agreement:.1%} of {proof.samples} {kind}samples"))
+        rows.append(("top-1", f"agrees on {proof.agreement:.1%} of {proof.samples} {kind}samples"))
     rows.append(("outputs", f"{proof.largest_difference:.2g} apart at most, {proof.samples} {kind}samples"))
     return rows
 

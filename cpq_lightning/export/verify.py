@@ -76,7 +76,8 @@ class Verification:
         activations: Quantizers whose codes were compared, each fed by the trained model's own values.
         moved: The largest share of codes of one quantizer that differ, all by one level.
         moved_at: The layer where that is.
-        agreement: Share of samples with the same class; ``None`` where no output looks like classes.
+        agreement: Share of rows, a sample each in all outputs of shape (samples, columns), whose largest entry is in
+            the same column: of a classifier, the same class. ``None`` where no output has that shape.
         largest_difference: Of any number in the outputs.
     """
 
@@ -197,7 +198,8 @@ def _compare_computed(reference: Reference, artefact: Artefact, samples: Samples
     agreement, largest = _compare_outputs(reference, artefact, samples)
     if agreement is not None and agreement < LEAST_AGREEMENT:
         raise MismatchError(
-            f"The classes agree on {agreement:.1%} of {len(samples)} samples, at least {LEAST_AGREEMENT:.0%} expected "
+            f"Top-1 (the largest entry of each output's row) agrees on {agreement:.1%} of {len(samples)} samples, at "
+            f"least {LEAST_AGREEMENT:.0%} expected "
             f"(largest difference of outputs {largest:.3g}). {_first_parting(reference, artefact, samples)}"
         )
     return Verification(

@@ -113,6 +113,8 @@ def quantize_unchecked(
 ) -> Tensor:
     """:func:`quantize` for callers that guarantee its conditions: reads no value back from the device."""
     if is_transformed():
+        if torch._C._is_tracing():
+            return _nearest(x, step, sigma, masks, bits, min_bits, signed)
         return _linear(x, step, sigma, masks, bits, min_bits, signed, estimator)
     return _Quantize.apply(x, step, sigma, masks, bits, min_bits, signed, estimator)  # type: ignore[no-any-return]
 
@@ -178,11 +180,7 @@ class _Quantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, step, sigma, masks)
         ctx.grid = (bits, min_bits, signed, estimator)
-        bounds = ring_bounds(bits, min_bits, signed)
-        a = _computable(step)
-        u = _in_steps(x, a, bounds)
-        n = _argmax_level(u, _computable(sigma) / a, _effective(masks, u), bounds)
-        return (n * a).to(x.dtype)
+        return _nearest(x, step, sigma, masks, bits, min_bits, signed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,6 +194,17 @@ class _Quantize(torch.autograd.Function):
             g = _computable(grad)
             d_masks = torch.stack([_reduce(g * d, like) for d, like in zip(found.masks, masks, strict=True)])
         return (*_pulled_back(grad, found, x, step, sigma), d_masks, None, None, None, None)
+
+
+def _nearest(
+    x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, signed: bool
+) -> Tensor:
+    """The most probable level times the step."""
+    bounds = ring_bounds(bits, min_bits, signed)
+    a = _computable(step)
+    u = _in_steps(x, a, bounds)
+    n = _argmax_level(u, _computable(sigma) / a, _effective(masks, u), bounds)
+    return (n * a).to(x.dtype)
 
 
 def quantize_backward(

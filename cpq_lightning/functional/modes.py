@@ -8,10 +8,14 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func``, or forward-mode differentiation, looks into what is computed."""
+    """Whether a transform of ``torch.func``, forward-mode differentiation, or ``torch.jit.trace`` looks into what is
+    computed.
+    """
     # Compiled code holds what it was traced with; torch compiles no transform of what is below.
     if torch.compiler.is_compiling():
         return False
+    if torch._C._is_tracing():
+        return True
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 

@@ -133,15 +133,39 @@ _PLACES = {
 _PENDING = ("pending_signed",)
 # What is no setting: each has a weight of its own.
 KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", "fitted")
-# What decides which tensors a quantizer has, and of which shape, with the names of the config that it comes from.
+# What decides which tensors a quantizer has, and of which shape, with the setting that it comes from.
 LAYOUT = {
     "nesting": "nesting",
-    "channels": "per_channel (scales)",
-    "gate_count": "min_bits (bits that may be gone)",
+    "channels": "per_channel",
+    "gate_count": "min_bits",
     "gates_learned": "learn_bits or learn_act_bits",
-    "gate_rows": "gate_sharing (rows of gates)",
-    "width_count": "gate_sharing (widths)",
+    "gate_rows": "gate_sharing",
+    "width_count": "gate_sharing",
 }
+
+
+def layout_differences(theirs: Settings, ours: Settings) -> dict[str, tuple[Any, Any]]:
+    """The settings by which two quantizers have other tensors: both values, or counts where these are all that tells
+    them apart.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, name in LAYOUT.items():
+        counts = getattr(theirs, key), getattr(ours, key)
+        if counts[0] == counts[1]:
+            continue
+        if key == "gate_count" and theirs.min_bits != ours.min_bits:
+            found[name] = theirs.min_bits, ours.min_bits
+        elif key == "channels" and 1 in counts:
+            found[name] = theirs.channels > 1, ours.channels > 1
+        elif key in ("gate_rows", "width_count") and theirs.gate_sharing != ours.gate_sharing:
+            found[name] = theirs.gate_sharing, ours.gate_sharing
+        elif isinstance(counts[0], str | bool):
+            found[name] = counts
+        else:
+            found[f"{name} (its {key.replace('_', ' ')})"] = counts
+    return found
+
+
 _SETTINGS = tuple(name for name in Settings._fields if name not in KNOWN)
 _BOOLEANS = frozenset(name for name, default in Settings._field_defaults.items() if isinstance(default, bool))
 

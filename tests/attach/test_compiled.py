@@ -1,6 +1,7 @@
 """Compiled code computes what eager code does: outputs, gradients, and for any batch."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -133,3 +134,28 @@ def test_what_is_written_after_compilation_counts():
         nn.init.normal_(model[3].weight)
     assert not compiled(x).equal(before)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "encoder"])
+def test_a_trace_is_the_model_from_the_first_forward_on(name, grad, tmp_path):
+    make, shape, config = NETWORKS[name]
+    model = attach(make(), config)
+    calibrate(model, [torch.randn(8, *shape)])
+    model.eval()
+    x = torch.randn(4, *shape)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(model, x)
+        torch.jit.save(traced, tmp_path / "model.pt")
+    assert not [warning for warning in caught if "cpq_lightning" in warning.filename]
+    other = torch.randn(4, *shape)
+    with torch.no_grad():
+        assert torch.jit.load(tmp_path / "model.pt")(other).equal(model(other))
+
+
+def test_a_trace_in_training_mode_is_warned_of():
+    model = attach(convnet(), CPQConfig())
+    calibrate(model, [torch.randn(8, 3, 8, 8)])
+    with pytest.warns(UserWarning, match=r"traced in training mode.*model\.eval\(\)"):
+        torch.jit.trace(model.train(), torch.randn(2, 3, 8, 8), check_trace=False)

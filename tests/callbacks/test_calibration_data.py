@@ -188,6 +188,63 @@ SETTINGS = [
 ]
 
 
+class Drawing(Dataset):
+    """Images that a generator of the data set's own moves."""
+
+    def __init__(self):
+        self.generator = numpy.random.default_rng(3)
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, place):
+        return IMAGES[place] + self.generator.random(), LABELS[place]
+
+
+def sharing(kind):
+    """A training and a validation loader that draw from one generator."""
+    if kind == "one data set":
+        held = Drawing()
+        return DataLoader(held, 8, shuffle=True), DataLoader(held, 16)
+    generator = torch.Generator().manual_seed(3)
+    workers = {"num_workers": 1, "persistent_workers": True} if kind == "one loader, workers that stay" else {}
+    training = DataLoader(data().dataset, 8, shuffle=True, generator=generator, **workers)
+    return training, training if "one loader" in kind else DataLoader(data().dataset, 16, generator=generator)
+
+
+class Keeping(Classifier):
+    """Its loaders are attributes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.training_loader, self.validation_loader = sharing("two loaders")
+
+    def train_dataloader(self):
+        return self.training_loader
+
+    def val_dataloader(self):
+        return self.validation_loader
+
+
+@pytest.mark.parametrize("kind", ["one loader", "one loader, workers that stay", "two loaders", "one data set"])
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_validation_may_draw_from_the_generator_of_the_training_data(fit, kind, sanity):
+    watches = Seen(), Seen()
+    for callbacks, watch in zip(([], [cpq()]), watches, strict=True):
+        torch.manual_seed(0)
+        fit(Classifier(), [*callbacks, watch], loaders=sharing(kind), num_sanity_val_steps=sanity)
+    assert len(watches[0].batches) == 16
+    assert watches[0].batches == watches[1].batches
+
+
+def test_validation_may_draw_from_the_generator_of_a_loader_that_the_module_keeps(fit):
+    watches = Seen(), Seen()
+    for callbacks, watch in zip(([], [cpq()]), watches, strict=True):
+        fit(Keeping(), [*callbacks, watch], loaders=(None, None))
+    assert len(watches[0].batches) == 16
+    assert watches[0].batches == watches[1].batches
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("make", [OneShot, seeded])
 def test_whatever_limits_the_trainer_has(fit, make, settings):

@@ -102,8 +102,9 @@ def test_a_module_that_is_quantized_already_is_no_silent_answer_to_another_confi
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (CPQConfig(per_channel=True), r"per_channel \(scales\) 1 there, 8 here"),
-        (CPQConfig(min_bits=2), r"min_bits \(bits that may be gone\) 0 there, 2 here"),
+        (CPQConfig(per_channel=True), "per_channel False there, True here"),
+        (CPQConfig(min_bits=2), "They differ in min_bits None in the checkpoint, 2 asked for"),
+        (CPQConfig(weight_bits=8, min_bits=6), "weight_bits 4 in the checkpoint, 8 asked for; min_bits None in the"),
         (CPQConfig(nesting="resolution"), "nesting 'range' there, 'resolution' here"),
     ],
 )
@@ -118,6 +119,21 @@ def test_quantizers_that_a_checkpoint_lacks_are_refused_by_name(tmp_path):
         RuntimeError, match=r"nothing of 2 quantizers of Predicting, such as 'net\.3\.weight_quantizer'"
     ):
         run("test", Predicting(), path, callback(TRAINED))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (CPQConfig(act_bits=None), r"in 3 modules.*act_bits 4 in the checkpoint, None asked for"),
+        (
+            CPQConfig(ignore=["net.3"]),
+            r"in 1 modules, such as 'net\.3'.*ignore \[\] in the checkpoint, \['net\.3'\] asked",
+        ),
+    ],
+)
+def test_quantizers_that_a_module_lacks_are_refused_by_settings(config, words, ckpt):
+    with pytest.raises(RuntimeError, match=f"has quantizers that Predicting lacks, {words}"):
+        run("fit", Predicting(), ckpt, callback(config))
 
 
 @pytest.mark.parametrize("fn", ["fit", "test"])

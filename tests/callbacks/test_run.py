@@ -133,3 +133,34 @@ def test_what_was_measured_before_quantization_is_no_result(fit, tmp_path, capsy
     shown = capsys.readouterr().out
     assert "fp32" in shown
     assert "before quantization" not in shown
+
+
+def test_a_run_in_full_precision_says_so_throughout(fit, tmp_path, caplog, capsys):
+    with caplog.at_level("INFO"):
+        fit(Classifier(), [quiet(quantize_from=1.0, table=True)])
+    assert "would run quantized" in caplog.text
+    content = json.loads((run_of(tmp_path) / "levels.json").read_text())
+    totals = content["totals"]
+    assert totals["weight_bits_avg"] is totals["weight_bits_avg_all"] is totals["act_bits_avg"] is None
+    assert totals["size_bytes"] == totals["fp32_bytes"]
+    macs = sum(layer["weight"]["macs"] for layer in content["layers"])
+    assert totals["bops"] == sum(layer["weight"]["bops"] for layer in content["layers"]) == 32 * 32 * macs
+    assert sum(layer["weight"]["bytes"] for layer in content["layers"]) == 4 * (3 * 8 * 9 + 8 * 8 * 9 + 128 * 4)
+    shown = capsys.readouterr().out
+    assert "in full precision: " in shown
+    assert "times smaller" not in shown
+    assert "on average" not in shown
+
+
+class StopEarly(pl.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+def test_a_fit_that_ends_before_quantization_begins_says_so(fit, tmp_path):
+    with pytest.warns(UserWarning, match="before quantization was to begin") as caught:
+        fit(Classifier(), [quiet(quantize_from=0.5, export=["packed"]), StopEarly()], max_epochs=4)
+    said = [str(warning.message) for warning in caught]
+    assert any("has ended at step 4, before quantization was to begin at step 8" in message for message in said)
+    (refusal,) = [message for message in said if "packed file could not be written" in message]
+    assert "cpq export" not in refusal

@@ -102,3 +102,17 @@ def test_table_csv_and_picture(tmp_path):
     rows = list(csv.DictReader(table.open()))
     assert [row["value"] for row in rows] == ["0.89", "", "0.91"]
     assert Image.open(picture).size[0] > 500
+
+
+def test_runs_are_found_in_the_folders_that_loggers_make(tmp_path):
+    for place in ("root/lightning_logs/version_10", "root/lightning_logs/version_9", "root/a/b/c/too_deep"):
+        run(tmp_path / place)
+    names = ["version_9", "version_10"]
+    assert [path.name for path in expand_runs([tmp_path / "root"])] == names
+    assert [path.name for path in expand_runs([tmp_path])] == names
+
+
+def test_the_only_metric_is_the_one_that_is_compared(tmp_path):
+    metrics = {"quantized": {"val_loss": 0.25}}
+    folder = run(tmp_path / "a", **{"run": {"model": "net", "data": "series", "metrics": metrics}})
+    assert (read_run(folder).metric, read_run(folder).value) == ("val_loss", 0.25)
