@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.train_step.results import commit
-from cpq_lightning.functional import level_bounds
-from cpq_lightning.kernels import gpu
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.kernels import triton_kernels as gpu
 
 RESULT = Path(__file__).parent / "results" / "gpu_bandwidth.json"
 TARGET = 0.8

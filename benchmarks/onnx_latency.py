@@ -27,9 +27,9 @@ from torch import nn
 
 from benchmarks.train_step.results import commit
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.export import Samples
 from cpq_lightning.export.onnx.runtime import seconds, session
 from cpq_lightning.export.onnx.write import full_precision, write_onnx
+from cpq_lightning.export.samples import Samples
 
 RESULT = Path(__file__).parent / "results" / "onnx_latency.json"
 FULL, TARGET = "full precision", 2.0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from cpq_lightning.functional import level_bounds
-from cpq_lightning.functional.ranges import fit_step
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.ranges import mse_scale
 
 # Values that a step is fitted to are enough.
 _FITTED = 100_003
@@ -142,7 +142,7 @@ class LearnedStep(StepAtFirst):
         super().start(x)
         if self.least_error:
             flat = x.flatten()[:: max(1, x.numel() // _FITTED)]
-            self.log_scale.copy_(fit_step(flat[None], self.bits, self.signed).log())
+            self.log_scale.copy_(mse_scale(flat[None], self.bits, self.signed).log())
 
     def quantize(self, x: Tensor) -> Tensor:
         factor = 1 / (x.numel() * max(1, self.high)) ** 0.5

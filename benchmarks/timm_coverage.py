@@ -32,17 +32,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_lightning import CPQConfig, attach, calibrate, detach, levels, load_quantized
-from cpq_lightning.attach import (
-    Audit,
-    AuditReport,
-    modules_with_products,
-    quantized_layers,
-    quantized_operands,
-    quantizers,
-)
-from cpq_lightning.export import write_atomically
+from cpq_lightning.attach.audit import Audit, AuditReport
+from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.attach.products import modules_with_products, quantized_operands
 from cpq_lightning.export.packed import write_packed
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.files import write_atomically
+from cpq_lightning.nn.quantizer import Quantizer
 
 RESULTS = Path(__file__).parent / "results"
 CONFIG = CPQConfig(weight_bits=4, act_bits=4)

@@ -10,8 +10,8 @@ from cpq_lightning.attach import loading as loading
 from cpq_lightning.checkpoint import load_checkpoint as load_checkpoint
 from cpq_lightning.config import CPQConfig as CPQConfig
 from cpq_lightning.export import export_model as export_model
-from cpq_lightning.export import levels as levels
 from cpq_lightning.export import load_quantized as load_quantized
+from cpq_lightning.report import levels as levels
 from cpq_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ def main() -> None:
         require("The command cpq", "cli")
     except ImportError as error:
         raise SystemExit(str(error)) from None
-    from cpq_lightning.cli import main as run
+    from cpq_lightning.cli.main import main as run
 
     run()
 

@@ -10,7 +10,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from cpq_lightning.attach import attached_config, attaching, is_attached, set_attached_config
+from cpq_lightning.attach.layers import is_attached
+from cpq_lightning.attach.loading import attaching
+from cpq_lightning.attach.origin import attached_config, set_attached_config
 from cpq_lightning.config import CPQConfig
 
 # Where a Lightning checkpoint holds what belongs to the callback.

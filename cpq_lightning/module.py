@@ -17,13 +17,14 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from cpq_lightning.attach import attach, with_levels_read
-from cpq_lightning.backbones import create_backbone
+from cpq_lightning.attach.attach import attach
+from cpq_lightning.attach.levels_file import with_levels_read
+from cpq_lightning.backbones.create import create_backbone
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.callbacks.distillation import DistillationCallback, check_distillation
 from cpq_lightning.checkpoint import take_settings
 from cpq_lightning.config import CPQConfig, plain
-from cpq_lightning.export import ORIGINS
+from cpq_lightning.export.load import ORIGINS
 
 _Base = LightningModule if TYPE_CHECKING else object
 

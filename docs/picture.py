@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from cpq_lightning.export import levels_table, metrics_table
+from cpq_lightning.report.table import levels_table, metrics_table
 
 run, target = Path(sys.argv[1]), Path(sys.argv[2])
 console = Console(record=True, width=84, file=io.StringIO(), force_terminal=True)

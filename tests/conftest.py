@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from cpq_lightning.export.files import write_atomically
+from cpq_lightning.files import write_atomically
 from tests.models import data
 
 # The models here are too small to share, and the suite runs in several processes, those that tests start among them.
@@ -41,7 +41,7 @@ def _seeded():
 def _pictures_are_laid_out_but_not_drawn(request, monkeypatch):
     """Drawing takes as long as much of a small fit, and few tests look at what is drawn: those have the marker."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr("cpq_lightning.export.plots._save", _save_a_pixel)
+        monkeypatch.setattr("cpq_lightning.report.plots._save", _save_a_pixel)
 
 
 def _save_a_pixel(figure, path):
@@ -52,7 +52,7 @@ def _save_a_pixel(figure, path):
 @pytest.fixture
 def cpq(tmp_path, monkeypatch, capsys):
     """Run the command ``cpq`` in an empty folder, within this process: importing everything takes seconds."""
-    from cpq_lightning.cli import main
+    from cpq_lightning.cli.main import main
 
     def run(*arguments):
         monkeypatch.chdir(tmp_path)

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from cpq_lightning import CPQConfig
-from cpq_lightning.functional import level_bounds, masks_from_gates
-from cpq_lightning.nn import Quantizer
-from cpq_lightning.nn.quantizer import Kind
+from cpq_lightning.functional.dropbits import masks_from_gates
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.nn.quantizer import Kind, Quantizer
 
 # Derandomized: a run finds what any other run of the same code finds.
 REPRODUCIBLE = settings(

@@ -12,8 +12,9 @@ from benchmarks.train_step import variants as v
 from benchmarks.train_step.__main__ import main
 from benchmarks.train_step.measure import Setting, Step, measure
 from benchmarks.train_step.peers import BruteForce
-from cpq_lightning.attach import mean_width, quantizers
-from cpq_lightning.functional import quantize
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.bitwidth.model_cost import mean_width
+from cpq_lightning.functional.categorical import quantize
 
 # What its tests share takes seconds to make.
 pytestmark = pytest.mark.xdist_group("benchmarks")

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 import cpq_lightning
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule
-from cpq_lightning.attach import attached_config, quantizers
-from cpq_lightning.cli import main
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.attach.origin import attached_config
+from cpq_lightning.cli.main import main
 from tests.models import IMAGES, convnet, data
 
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from cpq_lightning import QuantizedModule, __version__, levels
-from cpq_lightning.attach import quantizers
-from cpq_lightning.cli import _shipped, main
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.cli.main import _shipped, main
 from cpq_lightning.extras import unmet
 from tests.marks import thorough
 
@@ -173,7 +173,7 @@ def test_the_wheel_runs_outside_of_the_checkout(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True, text=True)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(site)}
-    code = "import cpq_lightning, sys, cpq_lightning.cli as c; print(cpq_lightning.__file__); c.main(sys.argv[1:])"
+    code = "import cpq_lightning, sys, cpq_lightning.cli.main as c; print(cpq_lightning.__file__); c.main(sys.argv[1:])"
     helped = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, "--help"],
         cwd=tmp_path,

@@ -15,9 +15,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, attach
-from cpq_lightning.attach import attached_config, set_attached_config, with_levels_read
+from cpq_lightning.attach.levels_file import with_levels_read
+from cpq_lightning.attach.origin import attached_config, set_attached_config
 from cpq_lightning.config import LAYER_SETTINGS
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.quantizer import Quantizer
 
 # A setting, a wrong value, the error, and words of the message.
 ERRORS = [

@@ -45,8 +45,8 @@ from benchmarks.findings.statistics import estimate, paired
 from benchmarks.findings.train import _fit, clusters, train, train_start, weight_errors
 from benchmarks.quantized_layer import LearnedStep
 from benchmarks.train_step.measure import ROOT
+from cpq_lightning.bitwidth.cost import average_bits
 from cpq_lightning.data import fashion_mnist
-from cpq_lightning.functional import average_bits
 from tests.images import fashion_mnist as make_fashion_mnist
 
 LAYERS = dict.fromkeys(inner_layers(SmallResNet()), 3.0)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, calibrate, levels
-from cpq_lightning.attach import is_attached, quantizers
+from cpq_lightning.attach.layers import is_attached, quantizers
 from tests.models import convnet, data, run_of
 
 

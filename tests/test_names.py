@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import cpq_lightning.callbacks
 from cpq_lightning import CPQCallback, CPQConfig, load_quantized
-from cpq_lightning.attach import quantizers
+from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.callbacks import (
     BatchNormReestimation,
     BitBudget,
@@ -25,8 +25,8 @@ from cpq_lightning.callbacks import (
     DistillationCallback,
     DropBitsSchedule,
     TemperatureSchedule,
-    _names,
 )
+from cpq_lightning.trainer import lightning_names as _names
 from tests.marks import thorough
 from tests.models import Classifier, convnet, data
 
@@ -283,7 +283,7 @@ def test_a_second_averaging_callback_of_either_name_is_seen(pl, exceptions, fit)
 
 
 def test_other_processes_than_the_first_stay_silent(pl, monkeypatch, recwarn):
-    from cpq_lightning.callbacks._finish import rank_zero_warn
+    from cpq_lightning.trainer.run_report import rank_zero_warn
 
     ranks = importlib.import_module(f"{pl.__name__}.utilities.rank_zero").rank_zero_only
     monkeypatch.setattr(ranks, "rank", 1)

@@ -15,8 +15,10 @@ import pytest
 
 pytestmark = pytest.mark.other_lightning
 ROOT = Path(__file__).parent.parent
-FILES = [*(f"callbacks/{p.name}" for p in (ROOT / "tests/callbacks").glob("test_*.py")), "test_module.py"]
-FILES += ["test_lightning_matrix.py"]
+FILES = [
+    f"{folder}/{p.name}" for folder in ("callbacks", "trainer") for p in (ROOT / "tests" / folder).glob("test_*.py")
+]
+FILES += ["test_module.py", "test_lightning_matrix.py"]
 RENAMED = {
     r"\blightning\.pytorch\b": "pytorch_lightning",
     r"\blightning\.fabric\b": "lightning_fabric",

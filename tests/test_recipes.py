@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from cpq_lightning import QuantizedModule, load_quantized
-from cpq_lightning.attach import quantizers
+from cpq_lightning.attach.layers import quantizers
 from tests.images import CLASSES, cifar10, image_folder
 from tests.marks import thorough
 

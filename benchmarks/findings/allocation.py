@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cpq_lightning.functional import level_bounds
-from cpq_lightning.functional.ranges import fit_step
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.ranges import mse_scale
 
 WIDEST = 8
 # Of the average, to either side.
@@ -67,7 +67,7 @@ def squared_errors(weight: Tensor, low: int) -> list[float]:
     flat = weight.detach().reshape(1, -1)
     errors = []
     for bits in range(low, WIDEST + 1):
-        step = fit_step(flat, bits, True)[:, None]
+        step = mse_scale(flat, bits, True)[:, None]
         bottom, top = level_bounds(bits, True)
         errors.append(float((flat - step * (flat / step).round().clamp(bottom, top)).square().sum()))
     return errors

@@ -18,15 +18,9 @@ from benchmarks.findings.allocation import Levels, narrowest
 from benchmarks.findings.relaxed import Relaxed
 from benchmarks.quantized_layer import Bits, LearnedStep, Make, QuantizedLayer, brevitas_layer, replace_layers, show
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import quantizable_layers
-from cpq_lightning.callbacks import (
-    BitBudget,
-    ClusterPull,
-    DistillationCallback,
-    DropBitsSchedule,
-    TemperatureSchedule,
-    _search,
-)
+from cpq_lightning.attach.origin import quantizable_layers
+from cpq_lightning.bitwidth import search as _search
+from cpq_lightning.callbacks import BitBudget, ClusterPull, DistillationCallback, DropBitsSchedule, TemperatureSchedule
 from cpq_lightning.nn import gates
 
 FULL, LSQ, BREVITAS, RQ = "full precision", "LSQ", "Brevitas", "RQ, Gumbel-softmax"

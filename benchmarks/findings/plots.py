@@ -34,7 +34,7 @@ _DPI = 110
 _COLUMNS = 3
 
 
-def draw_clusters(rows: Rows, scale: str, path: Path) -> Path | None:
+def draw_weight_histograms(rows: Rows, scale: str, path: Path) -> Path | None:
     """Histograms of the largest layer's weights in steps at three bits, one a method; ``None`` without rows."""
     w, a = WIDTHS[0]
     cells = [c for c in (cell(rows, scale, method, w, a) for method in dict.fromkeys(_CLUSTERED)) if c]

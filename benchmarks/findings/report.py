@@ -186,7 +186,7 @@ def _widths(rows: Rows, scale: str) -> str:
 
 
 def _clusters(rows: Rows, scale: str, folder: Path) -> str:
-    drawn = plots.draw_clusters(rows, scale, folder / f"findings_clusters_{scale}.png")
+    drawn = plots.draw_weight_histograms(rows, scale, folder / f"findings_clusters_{scale}.png")
     if not drawn:
         return ""
     return (

@@ -32,9 +32,9 @@ from benchmarks.findings.rows import Row
 from benchmarks.findings.runs import BATCH_SIZE, SCALES, WEIGHT_DECAY, Run, Scale
 from benchmarks.quantized_layer import QuantizedLayer
 from cpq_lightning import QuantizedModule
-from cpq_lightning.attach import QuantizedLayer as CPQLayer
-from cpq_lightning.export import levels
-from cpq_lightning.functional import average_bits
+from cpq_lightning.attach.layers import QuantizedLayer as CPQLayer
+from cpq_lightning.bitwidth.cost import average_bits
+from cpq_lightning.report import levels
 
 _START_RATE = 0.004
 # Cells of a histogram across one step of the grid, and how far to each side of zero it reaches, in steps.

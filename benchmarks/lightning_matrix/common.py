@@ -16,9 +16,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import learning_quantizers, mean_width, quantizers
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.bitwidth.model_cost import learning_quantizers, mean_width
 from cpq_lightning.callbacks import BitBudget, ClusterPull, DropBitsSchedule, TemperatureSchedule
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.quantizer import Quantizer
 
 TARGET = 4.0
 # Where the noise of a quantizer begins.

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.lightning_matrix.common import Plain, callbacks, cell, check, data, fit, network, trainer_in
 from cpq_lightning import levels
-from cpq_lightning.attach import learning_quantizers, quantizers
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.bitwidth.model_cost import learning_quantizers
 
 
 @cell("averaging", "EMAWeightAveraging")

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
 from benchmarks.lightning_matrix.common import Plain, callbacks, cell, check, data, fit, rates
-from cpq_lightning.attach import quantizers
+from cpq_lightning.attach.layers import quantizers
 
 
 @cell("precision", "32-true")

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Subset
 
 from benchmarks.lightning_matrix.common import Plain, check, data, trainer_in
 from cpq_lightning import CPQCallback, CPQConfig, levels
-from cpq_lightning.attach import quantizers
-from cpq_lightning.nn import full_tensor
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.nn.sharding import full_tensor
 
 # Batch norm's running statistics are each process's own until the next forward hands the first one's on.
 _OWN = ("running_mean", "running_var", "num_batches_tracked")

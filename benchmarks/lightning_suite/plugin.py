@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.connectors.callback_connector import _CallbackCon
 from lightning.pytorch.tuner import Tuner
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import attaching, quantizable_layers
+from cpq_lightning.attach.loading import attaching
+from cpq_lightning.attach.origin import quantizable_layers
 
 # Set by the command: where outcomes are written, and whether the callback is given.
 RECORD, WITH_CALLBACK = "CPQ_SUITE_RECORD", "CPQ_SUITE_WITH"

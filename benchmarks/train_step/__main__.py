@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks.train_step import measure as m
 from benchmarks.train_step import results, table
 from benchmarks.train_step.variants import VARIANTS, selected
-from cpq_lightning.kernels import describe
+from cpq_lightning.kernels.dispatch import describe
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from cpq_lightning.attach import learning_quantizers
-from cpq_lightning.callbacks._goals import make_goals
-from cpq_lightning.callbacks._search import WidthSearch
+from cpq_lightning.bitwidth.constraints import make_constraints
+from cpq_lightning.bitwidth.model_cost import learning_quantizers
+from cpq_lightning.bitwidth.search import WidthSearch
 
 TARGET = 4.0
 # So far off that a benchmark stays in the middle of the way.
@@ -22,7 +22,7 @@ class Learning:
 
     def __init__(self, model: nn.Module) -> None:
         self.learners = [quantizer for _, quantizer in learning_quantizers(model)]
-        goals = make_goals(model, self.learners, TARGET, "bits", None)
+        goals = make_constraints(model, self.learners, TARGET, "bits", None)
         self._search = WidthSearch(learning_quantizers(model), goals, 0, _FREEZE, lambda decision: decision)
         self._step = 0
 

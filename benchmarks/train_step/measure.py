@@ -29,8 +29,8 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.train_step.learning import Learning
 from benchmarks.train_step.variants import Variant
-from cpq_lightning.attach import quantizers
-from cpq_lightning.kernels import use_kernels
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.kernels.cpu_build import use_kernels
 
 ROOT = Path(__file__).parents[2]
 _CLASSES = 100

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.train_step.measure import ROOT, Figures, Setting
-from cpq_lightning.kernels import describe
+from cpq_lightning.kernels.dispatch import describe
 
 RESULT = ROOT / "benchmarks" / "results" / "train_step.json"
 _PACKAGES = ("torch", "timm", "brevitas", "nncf")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.train_step import peers
 from benchmarks.train_step.learning import Learning
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import forget_first_forwards
+from cpq_lightning.attach.first_forward import forget_first_forwards
 
 FULL, TORCH = "full precision", "torch learnable fake-quantize"
 EXPECTATION, ARGMAX = "CPQ expectation", "CPQ argmax"

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from cpq_lightning.attach.computed import copied, weight_now
 from cpq_lightning.attach.coverage import forget_products
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
@@ -22,7 +21,9 @@ from cpq_lightning.attach.layers import (
     switch,
     switch_back,
 )
+from cpq_lightning.attach.levels_file import check_names, read_weight_widths, with_levels_read
 from cpq_lightning.attach.origin import Origin, attached_config, late_layers, set_attached_config, set_origin
+from cpq_lightning.attach.parametrized import copied, weight_now
 from cpq_lightning.attach.products import (
     leave_products,
     modules_with_products,
@@ -31,14 +32,13 @@ from cpq_lightning.attach.products import (
     quantized_operands,
     remember_plan,
 )
-from cpq_lightning.attach.reading import avoid_fused_paths, leave_weights, read_weights, restore_fused_paths
 from cpq_lightning.attach.select import Site, check_same_settings, chosen_operands, select
 from cpq_lightning.attach.tied import leave_tied, tie, tied_readers, tied_to, tied_to_layers, to_be_tied
 from cpq_lightning.attach.timm_layers import call_projections, holds_weight, restore_projections, shared_weight
-from cpq_lightning.attach.widths import check_names, read_weight_widths, with_levels_read
+from cpq_lightning.attach.weight_readers import avoid_fused_paths, leave_weights, read_weights, restore_fused_paths
 from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.quantizer import Quantizer
 
 M = TypeVar("M", bound=nn.Module)
 

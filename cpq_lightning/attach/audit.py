@@ -16,10 +16,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cpq_lightning.attach.computed import is_computed
-from cpq_lightning.attach.flops import MacCounter
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
-from cpq_lightning.attach.operations import (
+from cpq_lightning.attach.mac_counter import MacCounter
+from cpq_lightning.attach.origin import attached_config, late_layers
+from cpq_lightning.attach.parametrized import is_computed
+from cpq_lightning.attach.patterns import matches
+from cpq_lightning.attach.products import QuantizedProducts
+from cpq_lightning.attach.tied import tied_to_layers
+from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.torch_ops import (
     FUSED,
     LOOKUPS,
     WITH_WEIGHT,
@@ -29,13 +34,9 @@ from cpq_lightning.attach.operations import (
     multiply_accumulates,
     product_operands,
 )
-from cpq_lightning.attach.origin import attached_config, late_layers
-from cpq_lightning.attach.patterns import matches
-from cpq_lightning.attach.products import QuantizedProducts
-from cpq_lightning.attach.tied import tied_to_layers
-from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.attach.wrapping import unwrapped
-from cpq_lightning.nn import Quantizer, Watcher
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.watch import Watcher
 
 if TYPE_CHECKING:
     from typing_extensions import Self

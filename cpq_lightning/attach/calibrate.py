@@ -16,11 +16,13 @@ from torch.utils._pytree import tree_map
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.calls import as_batch_call
 from cpq_lightning.attach.first_forward import agreed, note_forward, report_audit, set_audited
-from cpq_lightning.attach.first_last import correct_first_and_last
+from cpq_lightning.attach.first_last import settle_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import InputSampler, RangeTracker, outgrown, sampled_inputs
 from cpq_lightning.attach.wrapping import unwrapped
-from cpq_lightning.nn import Quantizer, RangeObserver, Usage, UsageRecorder, Watcher, pool
+from cpq_lightning.nn.observer import RangeObserver, Usage, UsageRecorder, pool
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.watch import Watcher
 
 M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger("cpq_lightning")
@@ -93,7 +95,7 @@ def calibrate(
                 observer.close_range(quantizer.state.device)
             _on_all(second_pass, inner)
     report = agreed(audit.report)
-    correct_first_and_last(inner, report.order)
+    settle_first_and_last(inner, report.order)
     note_forward(inner, report)
     for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)

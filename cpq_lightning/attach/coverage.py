@@ -17,7 +17,8 @@ from cpq_lightning.attach.calls import as_call
 from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.attach.wrapping import unwrapped
-from cpq_lightning.nn import Quantizer, Watcher
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.watch import Watcher
 
 # What a forward has shown of a module, kept on it.
 _FORWARD = "_cpq_forward"

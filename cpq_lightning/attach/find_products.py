@@ -18,8 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.calls import Call, as_call
 from cpq_lightning.attach.first_forward import auditable
-from cpq_lightning.attach.operations import product_operands
 from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.torch_ops import product_operands
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,7 +46,7 @@ def find_products(model: nn.Module, example_inputs: Any = None) -> dict[str, Pro
 
     Args:
         model: A model that is not quantized.
-        example_inputs: What to call the model with: see :func:`~cpq_lightning.attach.as_call`. Without them a
+        example_inputs: What to call the model with: see :func:`~cpq_lightning.attach.calls.as_call`. Without them a
             LightningModule's ``example_input_array`` is taken, or timm backbones in it are called with images of their
             own size.
 

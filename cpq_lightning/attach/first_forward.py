@@ -20,13 +20,14 @@ from torch.jit._trace import TracerWarning
 
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.coverage import remember_products
-from cpq_lightning.attach.first_last import correct_first_and_last, nothing_between
+from cpq_lightning.attach.first_last import nothing_between, settle_first_and_last
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker, is_due
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.attach.wrapping import unwrapped
-from cpq_lightning.functional import is_transformed
-from cpq_lightning.nn import Quantizer, watchers
+from cpq_lightning.functional.modes import is_transformed
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.watch import watchers
 
 log = logging.getLogger("cpq_lightning")
 
@@ -226,7 +227,7 @@ def _act_on_what_was_shown(model: nn.Module) -> None:
     report, versions = shown
     if _versions(model) != versions:
         del model.__dict__[_SHOWN]
-        correct_first_and_last(model, report.order)
+        settle_first_and_last(model, report.order)
         note_forward(model, report)
 
 

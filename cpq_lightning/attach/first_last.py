@@ -25,7 +25,7 @@ def _weight_quantizer(layer: nn.Module) -> object:
     return cast(QuantizedLayer, layer).weight_quantizer
 
 
-def correct_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
+def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
     """Move ``first_last_bits`` to the layers that truly run first and last, where timm did not name them.
 
     Args:

@@ -16,12 +16,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from cpq_lightning.attach.computed import leave_computed, weight_now
-from cpq_lightning.attach.reading import ReadQuantized, TiedReader
-from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.parametrized import leave_computed, weight_now
+from cpq_lightning.attach.weight_readers import ReadQuantized, TiedReader
 from cpq_lightning.attach.wrapping import unwrapped
-from cpq_lightning.kernels import Convolution, Operand, product
-from cpq_lightning.nn import Quantizer, full_tensor, is_sharded, watchers
+from cpq_lightning.kernels.product import Convolution, Operand, product
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.sharding import full_tensor, is_sharded
+from cpq_lightning.nn.watch import watchers
 
 
 class QuantizedLayer(Switched):

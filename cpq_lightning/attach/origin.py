@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from cpq_lightning.attach.class_switch import Switched
 from cpq_lightning.attach.layers import ORIGIN, QuantizedLayer, quantized_layers
 from cpq_lightning.attach.patterns import matches
-from cpq_lightning.attach.switching import Switched
 from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.quantizer import Quantizer
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cpq_lightning.attach.switching import Switched
+from cpq_lightning.attach.class_switch import Switched
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import WEIGHT_SETTINGS, CPQConfig
 

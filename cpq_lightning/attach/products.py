@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_unflatten
 
-from cpq_lightning.attach.operations import WITHOUT_WEIGHT, flat_operands
-from cpq_lightning.attach.switching import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.torch_ops import WITHOUT_WEIGHT, flat_operands
 from cpq_lightning.attach.wrapping import unwrapped
-from cpq_lightning.functional import attention
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.functional.attention import attention
+from cpq_lightning.nn.quantizer import Quantizer
 
 # The buffer that holds a module's plan: what attaches its quantizers again knows it from there.
 STATE = "product_state"

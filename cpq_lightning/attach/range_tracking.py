@@ -12,17 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
-from cpq_lightning.functional import (
-    bin_centers,
-    clipped_share,
-    fit_step,
-    grid_errors,
-    histogram,
-    level_bounds,
-    max_step,
-)
-from cpq_lightning.nn import Quantizer, Watcher, full_tensor, pool
-from cpq_lightning.nn.fitting import even_stride
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.ranges import bin_centers, clipped_share, grid_errors, histogram, max_scale, mse_scale
+from cpq_lightning.nn.observer import pool
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.scale_init import even_stride
+from cpq_lightning.nn.sharding import full_tensor
+from cpq_lightning.nn.watch import Watcher
 
 # After so large a share of the steps so far, at most, ranges are looked at again.
 _SPACING = 1 / 8
@@ -194,8 +190,8 @@ def _renewable(q: Quantizer, frozen: bool = False) -> bool:
 
 def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, signed: bool) -> list[Tensor]:
     if q.range_rule == "max":
-        return [max_step(rows.amin(1), rows.amax(1), k, signed) for k in q.fitted_widths]
-    return [fit_step(rows, k, signed, counts) for k in q.fitted_widths]
+        return [max_scale(rows.amin(1), rows.amax(1), k, signed) for k in q.fitted_widths]
+    return [mse_scale(rows, k, signed, counts) for k in q.fitted_widths]
 
 
 def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, bool]:
@@ -209,7 +205,7 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, b
     step = q.step()
     if q.range_rule == "max":
         signed = q.signed or bool((low < -_NEGLIGIBLE * high.abs()).any())
-        full = max_step(low, high, q.bits, signed)
+        full = max_scale(low, high, q.bits, signed)
         # Batches differ in their highest value.
         return (there > 0) & ((full > 1.25 * step) | (full < step / 2)), signed
     now = grid_errors(rows, counts, step[:, None], *level_bounds(q.bits, q.signed))[:, 0]
@@ -224,7 +220,7 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, b
 
 def _least(q: Quantizer, rows: Tensor, counts: Tensor | None, there: Tensor, signed: bool) -> Tensor:
     """About the least squared error of each row at the quantizer's bits, at least the noise of rounding."""
-    ladder = max_step(rows.amin(1), rows.amax(1), q.bits, signed)[:, None] * _LADDER.to(rows)
+    ladder = max_scale(rows.amin(1), rows.amax(1), q.bits, signed)[:, None] * _LADDER.to(rows)
     least, at = grid_errors(rows, counts, ladder, *level_bounds(q.bits, signed)).min(1)
     return torch.maximum(least, there * ladder.gather(1, at[:, None])[:, 0].double().square() / 12)
 
@@ -305,7 +301,7 @@ def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, 
     now = clipped_share(rows, counts, step, low, high)
     signed = q.signed or bool((rows < 0).any())
     bits = int(q.decided_widths().max())
-    fresh = fit_step(rows, bits, signed, counts)
+    fresh = mse_scale(rows, bits, signed, counts)
     lowest, highest = (torch.tensor(float(bound), device=rows.device) for bound in level_bounds(bits, signed))
     return now, clipped_share(rows, counts, fresh, lowest, highest)
 

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import arrange, take_back, unwatch, watch
-from cpq_lightning.attach.layers import (
-    QuantizedLayer,
-    is_attached,
-    quantized_layers,
-    quantizers,
-    switch,
-    switch_back,
-)
+from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, quantizers, switch, switch_back
 from cpq_lightning.attach.origin import Origin, quantizable_layers, set_origin
 from cpq_lightning.attach.products import (
     STATE,
@@ -27,11 +20,11 @@ from cpq_lightning.attach.products import (
     quantize_products,
     remember_plan,
 )
-from cpq_lightning.attach.reading import TiedReader
 from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, untie
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
+from cpq_lightning.attach.weight_readers import TiedReader
 from cpq_lightning.attach.wrapping import check_unspread, unwrapped
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.state import layout_differences, read
 
 _PARTS = ("weight_quantizer", "input_quantizer")

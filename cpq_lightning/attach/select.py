@@ -11,21 +11,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from cpq_lightning.attach.computed import weight_now
+from cpq_lightning.attach.levels_file import at_read_widths, read_weight_widths
 from cpq_lightning.attach.origin import quantizable_layers
-from cpq_lightning.attach.patterns import (
-    check_patterns,
-    is_ignored,
-    names_of,
-    overrides_of,
-    own_overrides,
-    shared_by,
-)
+from cpq_lightning.attach.parametrized import weight_now
+from cpq_lightning.attach.patterns import check_patterns, is_ignored, names_of, overrides_of, own_overrides, shared_by
 from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.attach.timm_layers import shared_weight, weight_parameters
-from cpq_lightning.attach.widths import at_read_widths, read_weight_widths
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.nn import full_tensor
+from cpq_lightning.nn.sharding import full_tensor
 
 
 @dataclass(frozen=True)

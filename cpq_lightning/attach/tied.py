@@ -14,15 +14,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cpq_lightning.attach.class_switch import switch_class, switch_class_back
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.attach.patterns import matches
-from cpq_lightning.attach.reading import TiedReader
-from cpq_lightning.attach.switching import switch_class, switch_class_back
 from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.weight_readers import TiedReader
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.quantizer import Quantizer
 
 # An embedding's gradient may be one of the rows that were looked up alone; a quantizer's is of all of them.
 _BEFORE = "_cpq_before_sparse"

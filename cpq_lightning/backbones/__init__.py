@@ -7,3 +7,13 @@ from cpq_lightning.backbones.create import pretrained_config as pretrained_confi
 from cpq_lightning.backbones.weights import plain_weights as plain_weights
 from cpq_lightning.backbones.weights import read_weights as read_weights
 from cpq_lightning.backbones.weights import under_prefix as under_prefix
+
+__all__ = [
+    "check_name",
+    "create_backbone",
+    "known_backbone",
+    "plain_weights",
+    "pretrained_config",
+    "read_weights",
+    "under_prefix",
+]

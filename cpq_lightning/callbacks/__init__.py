@@ -7,3 +7,13 @@ from cpq_lightning.callbacks.cpq import CPQCallback as CPQCallback
 from cpq_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
 from cpq_lightning.callbacks.dropbits import DropBitsSchedule as DropBitsSchedule
 from cpq_lightning.callbacks.temperature import TemperatureSchedule as TemperatureSchedule
+
+__all__ = [
+    "BatchNormReestimation",
+    "BitBudget",
+    "CPQCallback",
+    "ClusterPull",
+    "DistillationCallback",
+    "DropBitsSchedule",
+    "TemperatureSchedule",
+]

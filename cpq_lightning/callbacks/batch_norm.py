@@ -15,12 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from cpq_lightning.attach import learning_quantizers
-from cpq_lightning.callbacks._batches import keep_training_batches, training_batches
-from cpq_lightning.callbacks._calibration import forward_training_step, late_progress, without_effects
-from cpq_lightning.callbacks._company import last_saved
-from cpq_lightning.callbacks._names import Callback, MisconfigurationException, is_a
-from cpq_lightning.callbacks._renewal import renew, saved_now
+from cpq_lightning.bitwidth.model_cost import learning_quantizers
+from cpq_lightning.trainer.batches import keep_training_batches, training_batches
+from cpq_lightning.trainer.calibration import forward_training_step, late_progress, without_effects
+from cpq_lightning.trainer.checkpoint_patch import renew, saved_now
+from cpq_lightning.trainer.checks import last_saved
+from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException, is_a
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # What still changes the network when it is validated, or when training ends; by name, for either Lightning package.

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cpq_lightning.attach import auditable, learning_quantizers, model_costs, quantizers, widths_by_name
-from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._company import Bests, last_saved, monitored_bests, quantization_start, warn_of_old_bests
-from cpq_lightning.callbacks._goals import BudgetUnit, check_ends, explain_nothing_to_learn, make_goals
-from cpq_lightning.callbacks._loggers import log_widths
-from cpq_lightning.callbacks._names import Callback, MisconfigurationException
-from cpq_lightning.callbacks._network import shipped_architecture, shipped_part
-from cpq_lightning.callbacks._optimizers import beside_optimizers
-from cpq_lightning.callbacks._run import run_folder, run_length, run_step
-from cpq_lightning.callbacks._search import WidthSearch
-from cpq_lightning.callbacks._trajectory import Trajectory
-from cpq_lightning.export import packed_size
-from cpq_lightning.functional import resolve_point
-from cpq_lightning.optim import Beside
+from cpq_lightning.attach.first_forward import auditable
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.bitwidth.constraints import BudgetUnit, check_ends, explain_nothing_to_learn, make_constraints
+from cpq_lightning.bitwidth.cost import WidthCost
+from cpq_lightning.bitwidth.model_cost import learning_quantizers, model_costs, widths_by_name
+from cpq_lightning.bitwidth.search import WidthSearch
+from cpq_lightning.functional.schedule import resolve_point
+from cpq_lightning.optim.optimizer_hook import OptimizerHook
+from cpq_lightning.packing.size import byte_cost, packed_size
+from cpq_lightning.trainer.checks import Bests, last_saved, monitored_bests, quantization_start, warn_of_old_bests
+from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException
+from cpq_lightning.trainer.loggers import log_widths
+from cpq_lightning.trainer.module_parts import exported_architecture, exported_part
+from cpq_lightning.trainer.optimizers import hook_optimizers
+from cpq_lightning.trainer.progress import run_folder, run_length, run_step
+from cpq_lightning.trainer.trajectory import Trajectory
+from cpq_lightning.trainer.weight_averaging import share_with_averages
 
 _FEW_STEPS = 60
 
@@ -100,7 +105,7 @@ class BitBudget(Callback):
         # Where the search has gone once its widths are fixed, for what is shown and saved.
         self._done: dict[str, Any] | None = None
         self._freeze = 0
-        self._beside: list[Beside] = []
+        self._beside: list[OptimizerHook] = []
         self._bests: Bests = {}
         self._trajectory = Trajectory()
         self._restored: dict[str, Any] = {}
@@ -133,7 +138,9 @@ class BitBudget(Callback):
             self._done, self._bests = self._restored["search"], self._restored["bests"]
             self._trajectory.load_state_dict(self._restored["trajectory"])
         if not learning_quantizers(pl_module):
-            explain_nothing_to_learn(pl_module, self._targets(), self._done)
+            with _misconfigured():
+                sentence, serious = explain_nothing_to_learn(pl_module, self._targets(), self._done)
+            (rank_zero_warn if serious else rank_zero_info)(sentence)
             return
         if self.freeze is None:
             start, length = quantization_start(trainer), run_length(trainer)
@@ -231,7 +238,8 @@ class BitBudget(Callback):
     # Steps of the work ------------------------------------------------------------------------------------------------
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_ends(pl_module)
+        with _misconfigured():
+            check_ends(pl_module)
         learners = learning_quantizers(pl_module)
         begun = None if self._done is None else self._done["begin"]
         start = quantization_start(trainer) if begun is None else begun
@@ -245,12 +253,20 @@ class BitBudget(Callback):
                 f"BitBudget has only {self._freeze - start} steps to learn widths in, from step {start} to the "
                 f"freeze at {self._freeze}: they will be rough. A few hundred are better."
             )
-        goals = make_goals(pl_module, [q for _, q in learners], self.target, self.unit, self.act_target)
-        self._search = WidthSearch(learners, goals, start, self._freeze, trainer.strategy.broadcast)
+        learning = [q for _, q in learners]
+
+        def file_cost() -> WidthCost:
+            return byte_cost(exported_part(pl_module), learning, exported_architecture(pl_module))
+
+        with _misconfigured():
+            constraints = make_constraints(pl_module, learning, self.target, self.unit, self.act_target, file_cost)
+            self._search = WidthSearch(
+                learners, constraints, start, self._freeze, trainer.strategy.broadcast, rank_zero_info, rank_zero_warn
+            )
         if self._done is not None:
             self._search.load_state_dict(self._done)
             self._done = None
-        self._beside = beside_optimizers(trainer, pl_module, [q for _, q in learners], self._search.take_gradient)
+        self._beside = hook_optimizers(trainer, pl_module, [q for _, q in learners], self._search.take_gradient)
 
     def _fix(self, trainer: Trainer, pl_module: LightningModule) -> None:
         search = self._search
@@ -267,7 +283,7 @@ class BitBudget(Callback):
 
     def _values(self, pl_module: LightningModule) -> dict[str, float]:
         values = model_costs(pl_module)
-        values["size_bytes"] = packed_size(shipped_part(pl_module), shipped_architecture(pl_module))
+        values["size_bytes"] = packed_size(exported_part(pl_module), exported_architecture(pl_module))
         if self._search is None:
             reached = [] if self._done is None else [(name, 0.0, target) for name, target, _ in self._done["goals"]]
         else:
@@ -277,3 +293,12 @@ class BitBudget(Callback):
             suffix = f"_{name}" if len(reached) > 1 else ""
             values |= {f"penalty{suffix}": strength, f"target{suffix}": target}
         return values
+
+
+@contextmanager
+def _misconfigured() -> Iterator[None]:
+    """A budget that a run cannot keep is a mistake in its settings."""
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from None

@@ -8,14 +8,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cpq_lightning.attach import quantized_layers
-from cpq_lightning.attach.computed import is_computed
-from cpq_lightning.callbacks._names import Callback
-from cpq_lightning.callbacks._run import run_step
-from cpq_lightning.callbacks._schedule import check_span, need_quantizers, resolve_span
-from cpq_lightning.functional import Shape, anneal
-from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import GridPull
+from cpq_lightning.attach.layers import quantized_layers
+from cpq_lightning.attach.parametrized import is_computed
+from cpq_lightning.functional.schedule import Shape, anneal
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.optim.dampening import Dampening
+from cpq_lightning.trainer.lightning_names import Callback
+from cpq_lightning.trainer.progress import run_step
+from cpq_lightning.trainer.schedule import check_span, need_quantizers, resolve_span
 
 
 class ClusterPull(Callback):
@@ -59,7 +59,7 @@ class ClusterPull(Callback):
         self.shape: Shape = shape
         self._span = (0, 0)
         self._now = 0.0
-        self._pulls: list[GridPull] = []
+        self._pulls: list[Dampening] = []
 
     def value(self, step: int) -> float:
         """The strength of the pull behind the update of a step, once a fit has begun."""
@@ -85,7 +85,7 @@ class ClusterPull(Callback):
                 f"normalization, a pruning mask): {', '.join(computed)}."
             )
         self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
-        self._pulls = [GridPull(optimizer, owners, lambda: self._now) for optimizer in trainer.optimizers]
+        self._pulls = [Dampening(optimizer, owners, lambda: self._now) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._now = self.value(run_step(trainer))

@@ -13,34 +13,38 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from cpq_lightning.attach import (
-    Audit,
-    AuditReport,
+from cpq_lightning.attach.attach import refit, set_active, set_noise_step
+from cpq_lightning.attach.audit import Audit, AuditReport
+from cpq_lightning.attach.calibrate import recording
+from cpq_lightning.attach.coverage import coverage_once_active, remember_products
+from cpq_lightning.attach.first_forward import (
     agreed,
-    attach_where,
-    attached_config,
     auditable,
-    correct_first_and_last,
-    coverage_once_active,
     forget_first_forwards,
     note_forward,
     note_unseen,
-    quantizable_layers,
-    quantizers,
-    refit,
-    remember_products,
-    renew_rewritten,
     report_audit,
-    set_active,
-    set_noise_step,
 )
-from cpq_lightning.attach.calibrate import recording
-from cpq_lightning.callbacks._attachment import attach_module, check_layers, forget_configured
-from cpq_lightning.callbacks._averages import share_with_averages
-from cpq_lightning.callbacks._batches import begin_training, correct_loader_states
-from cpq_lightning.callbacks._company import (
+from cpq_lightning.attach.first_last import settle_first_and_last
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.attach.loading import attach_where
+from cpq_lightning.attach.origin import attached_config, quantizable_layers
+from cpq_lightning.attach.range_tracking import renew_rewritten
+from cpq_lightning.checkpoint import CHECKPOINT_KEY
+from cpq_lightning.config import CPQConfig
+from cpq_lightning.export.formats import Format
+from cpq_lightning.functional.schedule import resolve_point
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.optim.auxiliary import AuxiliaryOptimizer
+from cpq_lightning.optim.optimizer_hook import OptimizerHook
+from cpq_lightning.report.levels import clipped_shares, full_precision_messages, range_warnings
+from cpq_lightning.report.runs import BEFORE, QUANTIZED
+from cpq_lightning.report.weight_histograms import weight_histograms
+from cpq_lightning.trainer.batches import begin_training, correct_loader_states
+from cpq_lightning.trainer.checkpoint_settings import AskedSettings
+from cpq_lightning.trainer.checks import (
     Bests,
-    check_company,
+    check_callbacks,
     check_learners,
     check_whole,
     last_saved,
@@ -48,32 +52,19 @@ from cpq_lightning.callbacks._company import (
     quantization_start,
     warn_of_old_bests,
 )
-from cpq_lightning.callbacks._finish import (
-    leave_levels,
+from cpq_lightning.trainer.export import RunSamples, check_settings, ship
+from cpq_lightning.trainer.model_setup import attach_module, check_layers, forget_configured
+from cpq_lightning.trainer.optimizers import restore_auxiliary, train_quantizers, warn_of_left_out
+from cpq_lightning.trainer.progress import begin_run, run_folder, run_length, run_step, warn_of_restarted_data
+from cpq_lightning.trainer.ranges import FindsRanges
+from cpq_lightning.trainer.run_report import (
     note_exports,
     nothing_is_lost,
     run_manifest,
     validation_metrics,
+    write_run_report,
 )
-from cpq_lightning.callbacks._optimizers import restore_companions, train_quantizers, warn_of_left_out
-from cpq_lightning.callbacks._ranges import FindsRanges
-from cpq_lightning.callbacks._restored import AskedSettings
-from cpq_lightning.callbacks._run import begin_run, run_folder, run_length, run_step, warn_of_restarted_data
-from cpq_lightning.callbacks._ship import RunSamples, check_settings, ship
-from cpq_lightning.checkpoint import CHECKPOINT_KEY
-from cpq_lightning.config import CPQConfig
-from cpq_lightning.export import (
-    BEFORE,
-    QUANTIZED,
-    Format,
-    clipped_shares,
-    full_precision_messages,
-    range_warnings,
-    weight_histograms,
-)
-from cpq_lightning.functional import resolve_point
-from cpq_lightning.nn import Quantizer
-from cpq_lightning.optim import Beside, Companion
+from cpq_lightning.trainer.weight_averaging import share_with_averages
 
 # Updates after which an optimizer that tells of none is named: a gradient scaler may skip the first few.
 _PATIENCE = 20
@@ -167,9 +158,9 @@ class CPQCallback(FindsRanges):
         self._evaluated: AuditReport | None = None
         self._evaluation_audit: Audit | None = None
         self._audits_evaluation = True
-        self._companions: list[Companion] = []
+        self._companions: list[AuxiliaryOptimizer] = []
         # What keeps quantizers out of optimizers that train none.
-        self._others: list[Beside] = []
+        self._others: list[OptimizerHook] = []
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
         # The step of the last validation in full precision.
@@ -185,7 +176,7 @@ class CPQCallback(FindsRanges):
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_company(trainer, self)
+        check_callbacks(trainer, self)
         if stage == "fit":
             # An object may serve several fits, and the one before may have failed.
             self.teardown(trainer, pl_module, stage)
@@ -214,7 +205,7 @@ class CPQCallback(FindsRanges):
         self._bests = dict(self._restored.get("bests", {}))
         if trainer.state.fn == "fit":
             # Some strategies restore behind on_fit_start, and the Tuner within it.
-            restore_companions(self._companions, self._restored.get("companions", []))
+            restore_auxiliary(self._companions, self._restored.get("companions", []))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole(quantizers(pl_module))
@@ -388,7 +379,7 @@ class CPQCallback(FindsRanges):
             return
         folder = self.run_folder
         levels_file = None if folder is None or self.levels_file is None else folder / self.levels_file
-        leave_levels(trainer, content, levels_file, self._before, after, self.table)
+        write_run_report(trainer, content, levels_file, self._before, after, self.table)
         if folder is None or not self.export:
             return
         outcomes = ship(pl_module, self.export, folder, last_saved(trainer))
@@ -447,7 +438,7 @@ class CPQCallback(FindsRanges):
             self._tell_coverage(pl_module)
             return
         report = agreed(audit.report)
-        correct_first_and_last(pl_module, report.order)
+        settle_first_and_last(pl_module, report.order)
         note_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
             report_audit(pl_module, report)

@@ -14,12 +14,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from cpq_lightning.attach import is_attached, quantizable_layers
-from cpq_lightning.callbacks._company import quantization_start
-from cpq_lightning.callbacks._names import Callback, MisconfigurationException
-from cpq_lightning.callbacks._network import part_with
-from cpq_lightning.callbacks._run import run_folder, run_step
-from cpq_lightning.callbacks._teacher import (
+from cpq_lightning.attach.layers import is_attached
+from cpq_lightning.attach.origin import quantizable_layers
+from cpq_lightning.functional.distill import distillation_loss
+from cpq_lightning.trainer.checks import quantization_start
+from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException
+from cpq_lightning.trainer.module_parts import part_with
+from cpq_lightning.trainer.progress import run_folder, run_step
+from cpq_lightning.trainer.teacher import (
     TEACHER_FILE,
     Teacher,
     copied_teacher,
@@ -29,7 +31,6 @@ from cpq_lightning.callbacks._teacher import (
     share_buffers,
     warn_of_the_untrained,
 )
-from cpq_lightning.functional import distillation_loss
 
 # Arguments and output of one call of the network.
 _Call = tuple[tuple[Any, ...], dict[str, Any], Any]

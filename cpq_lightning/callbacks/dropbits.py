@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cpq_lightning.callbacks._schedule import BufferSchedule
-from cpq_lightning.functional import Shape
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.functional.schedule import Shape
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.trainer.schedule import BufferSchedule
 
 
 class DropBitsSchedule(BufferSchedule):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cpq_lightning.callbacks._schedule import BufferSchedule
-from cpq_lightning.functional import Shape
+from cpq_lightning.functional.schedule import Shape
+from cpq_lightning.trainer.schedule import BufferSchedule
 
 
 class TemperatureSchedule(BufferSchedule):

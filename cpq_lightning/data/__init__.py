@@ -8,3 +8,14 @@ from cpq_lightning.data.cifar import CIFAR100DataModule as CIFAR100DataModule
 from cpq_lightning.data.digits import DigitsDataModule as DigitsDataModule
 from cpq_lightning.data.fashion_mnist import FashionMNISTDataModule as FashionMNISTDataModule
 from cpq_lightning.data.image_folder import ImageFolderDataModule as ImageFolderDataModule
+
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DataError",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "MissingDataError",
+]

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 
-from cpq_lightning.backbones import pretrained_config
+from cpq_lightning.backbones.create import pretrained_config
 from cpq_lightning.config import plain
 from cpq_lightning.data.base import DataError, ImageDataModule, MissingDataError
 

@@ -1,55 +1,17 @@
-"""What leaves a trained model: its levels, as records, files, tables and pictures. Without Lightning."""
+"""What leaves a trained model: packed, ONNX and ``torch.export`` files, each verified in its own runtime."""
 
-from cpq_lightning.export.calls import named_outputs as named_outputs
-from cpq_lightning.export.clusters import weight_histograms as weight_histograms
-from cpq_lightning.export.clusters import write_clusters as write_clusters
-from cpq_lightning.export.files import write_atomically as write_atomically
+from cpq_lightning.export.export import Export as Export
+from cpq_lightning.export.export import export_model as export_model
 from cpq_lightning.export.formats import Container as Container
 from cpq_lightning.export.formats import Format as Format
-from cpq_lightning.export.formats import check_formats as check_formats
-from cpq_lightning.export.levels import LevelsRecord as LevelsRecord
-from cpq_lightning.export.levels import clipped_shares as clipped_shares
-from cpq_lightning.export.levels import full_precision_messages as full_precision_messages
-from cpq_lightning.export.levels import levels as levels
-from cpq_lightning.export.levels import manifest as manifest
-from cpq_lightning.export.levels import range_warnings as range_warnings
-from cpq_lightning.export.levels import write_levels as write_levels
-from cpq_lightning.export.levels import write_manifest as write_manifest
-from cpq_lightning.export.load import ORIGINS as ORIGINS
 from cpq_lightning.export.load import load_quantized as load_quantized
-from cpq_lightning.export.plots import TRAJECTORY_FILE as TRAJECTORY_FILE
-from cpq_lightning.export.plots import draw_trajectory as draw_trajectory
-from cpq_lightning.export.report import CLUSTERS_FILE as CLUSTERS_FILE
-from cpq_lightning.export.report import read_manifest as read_manifest
-from cpq_lightning.export.report import report_levels as report_levels
-from cpq_lightning.export.report import write_report as write_report
-from cpq_lightning.export.runs import BEFORE as BEFORE
-from cpq_lightning.export.runs import FULL as FULL
-from cpq_lightning.export.runs import QUANTIZED as QUANTIZED
-from cpq_lightning.export.runs import Run as Run
-from cpq_lightning.export.runs import common_folder as common_folder
-from cpq_lightning.export.runs import compare_runs as compare_runs
-from cpq_lightning.export.runs import describe_run as describe_run
-from cpq_lightning.export.runs import expand_runs as expand_runs
-from cpq_lightning.export.runs import read_run as read_run
-from cpq_lightning.export.runs import sibling_runs as sibling_runs
-from cpq_lightning.export.runs import write_runs as write_runs
-from cpq_lightning.export.sample_file import SAMPLES_FILE as SAMPLES_FILE
 from cpq_lightning.export.sample_file import read_samples as read_samples
 from cpq_lightning.export.sample_file import write_samples as write_samples
 from cpq_lightning.export.samples import Samples as Samples
-from cpq_lightning.export.samples import export_obstacle as export_obstacle
-from cpq_lightning.export.samples import record_samples as record_samples
-from cpq_lightning.export.samples import recorded_samples as recorded_samples
-from cpq_lightning.export.samples import stop_recording_samples as stop_recording_samples
-from cpq_lightning.export.ship import Export as Export
-from cpq_lightning.export.ship import export_model as export_model
-from cpq_lightning.export.size import byte_cost as byte_cost
-from cpq_lightning.export.size import packed_size as packed_size
-from cpq_lightning.export.table import export_table as export_table
-from cpq_lightning.export.table import levels_table as levels_table
-from cpq_lightning.export.table import metrics_table as metrics_table
-from cpq_lightning.export.table import runs_table as runs_table
-from cpq_lightning.export.table import summary as summary
 from cpq_lightning.export.verify import MismatchError as MismatchError
 from cpq_lightning.export.verify import Verification as Verification
+
+__all__ = [
+    "Container", "Export", "Format", "MismatchError", "Samples", "Verification", "export_model", "load_quantized",
+    "read_samples", "write_samples",
+]  # fmt: skip

@@ -22,7 +22,7 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
-from cpq_lightning.attach import Call, forward_signature
+from cpq_lightning.attach.calls import Call, forward_signature
 
 # Arguments that are no tensors, and a file can hold.
 Constant = bool | int | float | str | None

@@ -10,14 +10,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import Operand, avoid_fused_paths, call_projections, quantize_products, unwrapped
-from cpq_lightning.attach.computed import computing, leave_computed, weight_now
-from cpq_lightning.backbones import create_backbone, known_backbone
-from cpq_lightning.export.coded import InputGrid, input_of, with_input
-from cpq_lightning.export.layout import canonical_names
+from cpq_lightning.attach.parametrized import computing, leave_computed, weight_now
+from cpq_lightning.attach.products import Operand, quantize_products
+from cpq_lightning.attach.timm_layers import call_projections
+from cpq_lightning.attach.weight_readers import avoid_fused_paths
+from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.backbones.create import create_backbone, known_backbone
+from cpq_lightning.export.integer_model import InputGrid, input_of, with_input
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.export.read import read_packed
-from cpq_lightning.functional import along_channels, level_bounds
+from cpq_lightning.functional.grid import along_channels, level_bounds
+from cpq_lightning.packing.layout import canonical_names
 
 # Arguments of timm.create_model that say where weights come from: they reach for other files, or for the network.
 ORIGINS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")

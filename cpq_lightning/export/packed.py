@@ -1,5 +1,5 @@
 """Writing the packed format: one safetensors file with each weight's codes at its own width, and a header that vouches
-for it (:mod:`cpq_lightning.export.layout`).
+for it (:mod:`cpq_lightning.packing.layout`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import modules_with_products
-from cpq_lightning.export.coded import InputGrid, coded, coded_layers, coded_tables
-from cpq_lightning.export.layout import (
+from cpq_lightning.attach.products import modules_with_products
+from cpq_lightning.export.integer_model import InputGrid, coded, coded_layers, coded_tables
+from cpq_lightning.functional.packing import pack_codes, unpack_codes
+from cpq_lightning.packing.layout import (
     CODES,
     KEY,
     Rest,
@@ -26,7 +27,6 @@ from cpq_lightning.export.layout import (
     dtype_name,
     signed,
 )
-from cpq_lightning.functional import pack_codes, unpack_codes
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write_packed(model: nn.Module, path: str | Path, *, architecture: Mapping[st
         The path.
 
     Raises:
-        ValueError: the model cannot be exported; see :func:`~cpq_lightning.export.coded.evaluated`.
+        ValueError: the model cannot be exported; see :func:`~cpq_lightning.export.integer_model.evaluated`.
         OSError: the file cannot be written.
     """
     network = coded(model)

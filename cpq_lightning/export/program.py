@@ -15,9 +15,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from cpq_lightning.export.calls import dump_spec, forward_replaced
-from cpq_lightning.export.coded import coded
-from cpq_lightning.export.levels import compact_manifest
+from cpq_lightning.export.integer_model import coded
 from cpq_lightning.export.samples import Samples
+from cpq_lightning.report.levels import compact_manifest
 
 # In the archive, beside the program.
 LEVELS_ENTRY = "levels.json"
@@ -32,7 +32,7 @@ def write_program(model: nn.Module, path: str | Path, samples: Samples) -> Path:
         samples: Inputs to trace with, which the program is called like; the number of samples stays free.
 
     Raises:
-        ValueError: the model cannot be exported; see :func:`~cpq_lightning.export.coded.evaluated`.
+        ValueError: the model cannot be exported; see :func:`~cpq_lightning.export.integer_model.evaluated`.
         TypeError: the samples come in a class that ``torch.export`` cannot save.
         torch._dynamo.exc.UserError: ``torch.export`` cannot trace its forward.
     """

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cpq_lightning.attach import operand_names, operand_path
-from cpq_lightning.export.layout import CODES, DTYPES, FORMAT, KEY, VERSION, code_bytes, digest, digest_of_all, lengths
+from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.export.packed import PackedFile
-from cpq_lightning.functional import check_bits
+from cpq_lightning.functional.grid import check_bits
+from cpq_lightning.packing.layout import CODES, DTYPES, FORMAT, KEY, VERSION, code_bytes, digest, digest_of_all, lengths
 
 
 def read_packed(path: str | Path) -> PackedFile:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from cpq_lightning.export.calls import flat_outputs
-from cpq_lightning.export.coded import InputGrid, input_of, with_input
+from cpq_lightning.export.integer_model import InputGrid, input_of, with_input
 from cpq_lightning.export.load import build
 from cpq_lightning.export.program import read_program
 from cpq_lightning.export.read import read_packed

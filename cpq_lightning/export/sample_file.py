@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cpq_lightning.export.calls import TENSOR, Form, dump_spec, load_spec
-from cpq_lightning.export.files import write_atomically
-from cpq_lightning.export.layout import KEY, digest
 from cpq_lightning.export.samples import Samples
+from cpq_lightning.files import write_atomically
+from cpq_lightning.packing.layout import KEY, digest
 
 SAMPLES_FILE = "samples.safetensors"
 _FORMAT, _VERSION = "cpq-lightning-samples", 2

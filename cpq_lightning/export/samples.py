@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import Call, as_call, forward_signature, unwrapped
+from cpq_lightning.attach.calls import Call, as_call, forward_signature
+from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.export.calls import Form, named_outputs, split_call
 
 _MOST_BYTES = 1 << 23
@@ -98,7 +99,7 @@ class Samples:
 
         Arguments may be tuples, lists, dicts and classes that torch's pytree knows, with tensors in them, and numbers,
         strings and None, which stay as they are. What a model takes as its one argument is that: see
-        :func:`~cpq_lightning.attach.as_call`. For positional arguments and others by name see :meth:`called_with`.
+        :func:`~cpq_lightning.attach.calls.as_call`. For positional arguments and others by name see :meth:`called_with`.
 
         Args:
             value: What holds them.

@@ -1,180 +1,24 @@
-"""What the terminal shows: the table of the layers, of the metrics, and what an export has come to."""
+"""What the terminal shows of an export."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from cpq_lightning.attach import Coverage
-from cpq_lightning.export.runs import BEFORE, FULL, QUANTIZED, Run
-from cpq_lightning.export.ship import Export
+from cpq_lightning.export.export import Export
 from cpq_lightning.export.verify import Verification
-
-_LEFT: dict[str, Any] = {
-    "title_justify": "left",
-    "caption_justify": "left",
-    "header_style": "bold",
-    "box": SIMPLE_HEAD,
-    "show_edge": False,
-    "padding": 0,
-}
-
-
-def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
-    """A row a layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
-    table = Table(title=title, caption=summary(manifest), **_LEFT)
-    table.add_column("layer", overflow="fold", min_width=16)
-    for kind in ("weight", "input"):
-        table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
-        for name in ("step", "used", "error", "clip"):
-            table.add_column(f"\n{name}", justify="right", no_wrap=True)
-    exempt = False
-    prefix = _shared_prefix([layer["name"] for layer in manifest["layers"]])
-    for layer in manifest["layers"]:
-        cells = [cell for kind in ("weight", "activation") for cell in _cells(layer[kind])]
-        star = layer["weight"]["exempt"]
-        exempt = exempt or star
-        table.add_row(f"{layer['name'].removeprefix(prefix)}{' *' if star else ''}", *cells)
-    for operand in manifest.get("products", []):
-        # "blocks.0.attn 0 left": a side of the module's first product.
-        module, _, side = operand["name"].rpartition("product_operands.")
-        name = f"{module.rstrip('.').removeprefix(prefix)} {side.replace('_', ' ')}"
-        table.add_row(name, *_cells(None), *_cells(operand))
-    notes = ["used: levels that occur; error: relative squared error; clip: share beyond the levels; u: unsigned"]
-    if prefix:
-        notes.append(f"layers are named as within {prefix[:-1]}")
-    if any(isinstance(layer["weight"]["step"], list) for layer in manifest["layers"]):
-        notes.append("~ mean over the channels, each of which has a step of its own")
-    if exempt:
-        notes.append("* first or last layer, left out of the average")
-    plain = [f"{layer['name']} ({layer['type']})" for layer in manifest.get("full_precision", ())]
-    if plain:
-        notes.append(f"in full precision: {', '.join(plain)}")
-    table.caption = "\n".join([str(table.caption), *notes])
-    return table
-
-
-def _shared_prefix(names: list[str]) -> str:
-    """The module that all layers are in, with a dot behind it: a row has little room for what says nothing."""
-    first = names[0].rpartition(".")[0].split(".") if names else []
-    while first and not all(name.startswith(".".join(first) + ".") for name in names):
-        first.pop()
-    return ".".join(first) + "." if first and first != [""] else ""
-
-
-def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
-    if quantizer is None:
-        return ["-", "", "", "", ""]
-    if not quantizer["quantizing"]:
-        return ["fp32", "", "", "", ""]
-    used, error, step = quantizer["used_levels"], quantizer["relative_error"], quantizer["step"]
-    clipped = quantizer.get("clipped")
-    steps = f"~{sum(step) / len(step):#.2g}" if isinstance(step, list) else f"{step:#.3g}"
-    sign = "" if quantizer["signed"] else "u"
-    return [
-        f"{sign}{_bits(quantizer['bits'])}",
-        steps,
-        "" if used is None else f"{used}",
-        "" if error is None else "<0.01%" if 0 < error < 5e-5 else f"{error:.2%}",
-        "" if clipped is None else "0%" if clipped == 0 else "<0.1%" if clipped < 5e-4 else f"{clipped:.1%}",
-    ]
-
-
-def _bits(bits: int | list[int]) -> str:
-    return f"~{sum(bits) / len(bits):.1f}" if isinstance(bits, list) else f"{bits}"
-
-
-def summary(manifest: Mapping[str, Any]) -> str:
-    """Average bits, size and, where a forward has shown it, coverage, a line each."""
-    totals = manifest["totals"]
-    averages = _averages(totals["weight_bits_avg"], totals["act_bits_avg"])
-    size, full = totals["size_bytes"], totals["fp32_bytes"]
-    prefix = f"{averages} on average\n" if averages else ""
-    covered = manifest.get("coverage")
-    suffix = "" if covered is None else f"\n{Coverage.from_dict(covered).sentence()}"
-    if not any(quantizer["quantizing"] for layer in manifest["layers"] for quantizer in _quantizers(layer)):
-        return f"in full precision: {_bytes(full)} in float32{suffix}"
-    return (
-        f"{prefix}{_bytes(size)} packed instead of {_bytes(full)} in float32, {full / size:.1f} times smaller{suffix}"
-    )
-
-
-def _quantizers(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [layer[kind] for kind in ("weight", "activation") if layer[kind] is not None]
-
-
-def _averages(weights: float | None, activations: float | None) -> str:
-    both = (("weights", weights), ("activations", activations))
-    return ", ".join(f"{name} {bits:.2f} bits" for name, bits in both if bits is not None)
-
-
-def _bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
-
-
-def metrics_table(run: Mapping[str, Any]) -> Table:
-    """A row a metric, a column a state of the network, from ``run`` in the content of ``levels.json``.
-
-    What was measured before quantization began was measured in the middle of the run: it is no full-precision result.
-    """
-    metrics = run["metrics"]
-    table = Table(title="Validation", **_LEFT)
-    table.add_column("metric")
-    columns = [state for state in (FULL, BEFORE, QUANTIZED) if state in metrics]
-    for state in columns:
-        at = f"\nat step {run['before_step']}" if state == BEFORE and run.get("before_step") is not None else ""
-        table.add_column(f"{state}{at}", justify="right")
-    if len(columns) == 2:
-        table.add_column("difference", justify="right")
-    for name in dict.fromkeys(name for state in columns for name in metrics[state]):
-        values = [metrics[state].get(name) for state in columns]
-        cells = ["" if value is None else f"{value:.4f}" for value in values]
-        if len(values) == 2 and values[0] is not None and values[1] is not None:
-            cells.append(f"{values[1] - values[0]:+.4f}")
-        table.add_row(name, *cells)
-    return table
-
-
-def runs_table(runs: Sequence[Run], title: str = "Runs") -> Table:
-    """A row a run: the metric at its end, size, and average bits; ``fp32`` of a run in full precision."""
-    table = Table(title=title, **_LEFT)
-    table.add_column("run", overflow="fold")
-    apart = [name for name in ("model", "data") if len({getattr(run, name) for run in runs}) > 1]
-    for name in apart:
-        table.add_column(name, overflow="fold")
-    for name in (f"\n{runs[0].metric}", "\nsize", "\nin float32", "bits of\nweights", "\ninputs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
-        bits = [run.weight_bits, run.act_bits]
-        table.add_row(
-            run.name,
-            *(getattr(run, name) for name in apart),
-            "-" if run.value is None else f"{run.value:.4f}",
-            _bytes(run.size_bytes),
-            _bytes(run.fp32_bytes),
-            *("fp32" if run.state == FULL else "-" if width is None else f"{width:.2f}" for width in bits),
-        )
-    return table
+from cpq_lightning.report.table import LEFT_ALIGNED, shown_averages, shown_bytes
 
 
 def export_table(export: Export) -> Table:
     """What was written, how large it is, whether it is the model that was trained, and how fast."""
     container = f", container {export.container}" if export.container else ""
-    table = Table(title=f"Exported to {export.path}", show_header=False, **_LEFT)
+    table = Table(title=f"Exported to {export.path}", show_header=False, **LEFT_ALIGNED)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in (
         ("format", f"{export.format}{container}"),
-        ("size", f"{_bytes(export.file_bytes)} instead of {_bytes(export.float_bytes)} in float32"),
-        ("average bits", _averages(export.weight_bits, export.act_bits) or "nothing but first and last layers"),
+        ("size", f"{shown_bytes(export.file_bytes)} instead of {shown_bytes(export.float_bytes)} in float32"),
+        ("average bits", shown_averages(export.weight_bits, export.act_bits) or "nothing but first and last layers"),
         *([("in full precision", ", ".join(export.full_precision))] if export.full_precision else []),
         *_constants(export),
         *_proof(export.verification),

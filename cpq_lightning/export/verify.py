@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach import read_layers
+from cpq_lightning.attach.layers import read_layers
 from cpq_lightning.export.calls import flat_outputs
-from cpq_lightning.export.coded import evaluated, grid_of, input_of, quantized_inputs
-from cpq_lightning.export.levels import weight_codes
+from cpq_lightning.export.integer_model import evaluated, grid_of, input_of, quantized_inputs
 from cpq_lightning.export.samples import Samples
-from cpq_lightning.functional import along_channels
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.functional.grid import along_channels
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.report.levels import weight_codes
 
 # A layer's name, and which of its calls in a forward.
 Place = tuple[str, int]

@@ -1,41 +1,18 @@
-"""Pure functions on tensors: the mathematics of CPQ and DropBits. Knows nothing of modules or of Lightning."""
+"""Pure functions on tensors: the mathematics of CPQ and DropBits. It imports torch alone."""
 
-from cpq_lightning.functional.allocate import WidthChange as WidthChange
-from cpq_lightning.functional.allocate import adjust_widths as adjust_widths
 from cpq_lightning.functional.attention import attention as attention
 from cpq_lightning.functional.categorical import Estimator as Estimator
 from cpq_lightning.functional.categorical import quantize as quantize
-from cpq_lightning.functional.categorical import quantize_backward as quantize_backward
-from cpq_lightning.functional.categorical import quantize_unchecked as quantize_unchecked
-from cpq_lightning.functional.cost import WidthCost as WidthCost
-from cpq_lightning.functional.cost import average_bits as average_bits
-from cpq_lightning.functional.cost import packed_bytes as packed_bytes
 from cpq_lightning.functional.distill import distillation_loss as distillation_loss
-from cpq_lightning.functional.dropbits import expected_bits as expected_bits
-from cpq_lightning.functional.dropbits import expected_slope as expected_slope
 from cpq_lightning.functional.dropbits import hard_concrete as hard_concrete
-from cpq_lightning.functional.dropbits import keyed_uniform as keyed_uniform
-from cpq_lightning.functional.dropbits import logit_of as logit_of
 from cpq_lightning.functional.dropbits import masks_from_gates as masks_from_gates
-from cpq_lightning.functional.dropbits import open_gates as open_gates
-from cpq_lightning.functional.dropbits import open_probability as open_probability
-from cpq_lightning.functional.dropbits import shares_from_masks as shares_from_masks
-from cpq_lightning.functional.grid import along_channels as along_channels
-from cpq_lightning.functional.grid import check_bits as check_bits
-from cpq_lightning.functional.grid import level_bounds as level_bounds
-from cpq_lightning.functional.grid import ring_bounds as ring_bounds
-from cpq_lightning.functional.modes import is_differentiated_again as is_differentiated_again
-from cpq_lightning.functional.modes import is_transformed as is_transformed
-from cpq_lightning.functional.packing import pack_codes as pack_codes
-from cpq_lightning.functional.packing import unpack_codes as unpack_codes
-from cpq_lightning.functional.ranges import bin_centers as bin_centers
-from cpq_lightning.functional.ranges import clipped_share as clipped_share
-from cpq_lightning.functional.ranges import fit_step as fit_step
-from cpq_lightning.functional.ranges import grid_errors as grid_errors
-from cpq_lightning.functional.ranges import histogram as histogram
-from cpq_lightning.functional.ranges import max_step as max_step
+from cpq_lightning.functional.ranges import max_scale as max_scale
+from cpq_lightning.functional.ranges import mse_scale as mse_scale
 from cpq_lightning.functional.resolution import quantize_resolution as quantize_resolution
-from cpq_lightning.functional.schedule import Shape as Shape
+from cpq_lightning.functional.saliency import bit_saliency as bit_saliency
 from cpq_lightning.functional.schedule import anneal as anneal
-from cpq_lightning.functional.schedule import resolve_point as resolve_point
-from cpq_lightning.functional.worth import bit_worth as bit_worth
+
+__all__ = [
+    "Estimator", "anneal", "attention", "bit_saliency", "distillation_loss", "hard_concrete", "masks_from_gates",
+    "max_scale", "mse_scale", "quantize", "quantize_resolution",
+]  # fmt: skip

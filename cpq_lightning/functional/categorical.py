@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpq_lightning.functional.grid import check_bits, ring_bounds
+from cpq_lightning.functional.grid import check_bits, nested_bounds
 from cpq_lightning.functional.mixture import (
     Mixture,
     argmax_moments,
@@ -200,7 +200,7 @@ def _nearest(
     x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, signed: bool
 ) -> Tensor:
     """The most probable level times the step."""
-    bounds = ring_bounds(bits, min_bits, signed)
+    bounds = nested_bounds(bits, min_bits, signed)
     a = _computable(step)
     u = _in_steps(x, a, bounds)
     n = _argmax_level(u, _computable(sigma) / a, _effective(masks, u), bounds)
@@ -236,7 +236,7 @@ def _slopes(
     of_masks: bool = False,
 ) -> _Slopes:
     x, step, sigma = x.detach(), step.detach(), sigma.detach()
-    bounds = ring_bounds(bits, min_bits, signed)
+    bounds = nested_bounds(bits, min_bits, signed)
     a = _computable(step)
     u, s = _in_steps(x, a, bounds), _computable(sigma) / a
     m = _effective(None if masks is None else masks.detach(), u)

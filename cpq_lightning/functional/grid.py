@@ -37,7 +37,7 @@ def level_bounds(bits: int, signed: bool = True) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def ring_bounds(bits: int, min_bits: int, signed: bool = True) -> list[tuple[int, int]]:
+def nested_bounds(bits: int, min_bits: int, signed: bool = True) -> list[tuple[int, int]]:
     """Bounds of the nested grids ``G_min_bits ⊂ … ⊂ G_bits``, innermost first.
 
     Example:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional.cost import packed_bytes
 from cpq_lightning.functional.grid import level_bounds
 
 # Codes at a time: a multiple of 8, so that each piece ends at a byte; what is unpacked meanwhile stays small.
 _PIECE = 1 << 18
+
+
+def packed_bytes(numel: int, bits: float) -> int:
+    """Bytes of ``numel`` codes packed without gaps at ``bits`` each.
+
+    Example:
+        >>> packed_bytes(9, 3)
+        4
+    """
+    return math.ceil(numel * bits / 8)
 
 
 def pack_codes(codes: Tensor, bits: int | Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ _BLOCK, _DEVICE_BLOCK = 2**16, 2**24
 _SMALLEST = 1e-30
 
 
-def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
+def mse_scale(values: Tensor, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
     """Least-squares step ``argmin_a sum_i c_i (v_i - a clamp(round(v_i / a)))^2`` of each row.
 
     A search over steps from 1/256 to twice that of the range (an outlier may deserve to be cut off by far), a finer one
@@ -58,7 +58,7 @@ def fit_step(values: Tensor, bits: int, signed: bool, counts: Tensor | None = No
     return torch.where(empty, 1.0, step)
 
 
-def max_step(lowest: Tensor, highest: Tensor, bits: int, signed: bool) -> Tensor:
+def max_scale(lowest: Tensor, highest: Tensor, bits: int, signed: bool) -> Tensor:
     """The smallest step whose grid clips nothing between two values; 1 where all is zero.
 
     Example:

@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from cpq_lightning.kernels.cpu_build import built
 from cpq_lightning.kernels.layout import dense_in_memory
-from cpq_lightning.kernels.library import built
 
 # Elements that one thread works on at a time; sums of gradients are made chunk by chunk, so that they do not depend on
 # the number of threads.

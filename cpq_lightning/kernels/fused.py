@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional import (
-    Estimator,
-    is_differentiated_again,
-    is_transformed,
-    quantize_backward,
-    quantize_unchecked,
-)
-from cpq_lightning.kernels import ring as kernel
-from cpq_lightning.kernels.ring import Ring
+from cpq_lightning.functional.categorical import Estimator, quantize_backward, quantize_unchecked
+from cpq_lightning.functional.modes import is_differentiated_again, is_transformed
+from cpq_lightning.kernels import dispatch as kernel
+from cpq_lightning.kernels.dispatch import QuantGrid
 
 
 def quantize(
@@ -37,7 +32,7 @@ def quantize(
     if masks is not None and _all_open(masks):
         masks = None
     if masks is None and _by_rows(x, step, sigma) and kernel.has_kernel(x, step.numel()):
-        return quantize_ring(x, step, sigma, Ring.of(bits, signed, estimator))
+        return quantize_to_grid(x, step, sigma, QuantGrid.of(bits, signed, estimator))
     settings = {"bits": bits, "min_bits": min_bits if masks is not None else bits, "signed": signed}
     return quantize_unchecked(x, step, sigma, masks, estimator=estimator, **settings)
 
@@ -56,13 +51,15 @@ def _all_open(masks: Tensor) -> bool:
     return bool((masks == 1).all())
 
 
-def quantize_ring(x: Tensor, step: Tensor, sigma: Tensor, ring: Ring) -> Tensor:
+def quantize_to_grid(x: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid) -> Tensor:
     """:func:`quantize` to one ring, of what there is a kernel for; one step, or one for each row."""
     return _Fused.apply(x, step, sigma, ring)  # type: ignore[no-any-return]
 
 
-def backward_again(x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cpq_lightning.kernels.ring.backward` in PyTorch operations, which can be differentiated in ``grad``."""
+def backward_again(
+    x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cpq_lightning.kernels.dispatch.backward` in PyTorch operations, which can be differentiated in ``grad``."""
     rows = [-1, *[1] * (x.dim() - 1)] if x.dim() else []
     d_x, *others = quantize_backward(grad, x, step.reshape(rows), sigma.reshape(rows), **ring.settings)
     d_step, d_sigma = (d.reshape(step.shape) for d in others)
@@ -71,7 +68,7 @@ def backward_again(x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: R
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, ring: Ring) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid) -> Tensor:
         ctx.save_for_backward(x, step, sigma)
         ctx.ring = ring
         return kernel.forward(x, step, ring)

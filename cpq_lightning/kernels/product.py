@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpq_lightning.functional import is_differentiated_again
-from cpq_lightning.kernels import ring as kernel
-from cpq_lightning.kernels.fused import backward_again, quantize_ring
-from cpq_lightning.kernels.ring import Ring
+from cpq_lightning.functional.modes import is_differentiated_again
+from cpq_lightning.kernels import dispatch as kernel
+from cpq_lightning.kernels.dispatch import QuantGrid
+from cpq_lightning.kernels.fused import backward_again, quantize_to_grid
 
 
 class Operand(NamedTuple):
@@ -34,7 +34,7 @@ class Operand(NamedTuple):
     value: Tensor
     step: Tensor | None = None
     sigma: Tensor | None = None
-    ring: Ring | None = None
+    ring: QuantGrid | None = None
 
 
 class Convolution(NamedTuple):
@@ -77,50 +77,50 @@ class _Product(torch.autograd.Function):
         x_sigma: Tensor | None,
         weight_step: Tensor | None,
         weight_sigma: Tensor | None,
-        x_ring: Ring | None,
-        weight_ring: Ring | None,
+        x_grid: QuantGrid | None,
+        weight_grid: QuantGrid | None,
         convolution: Convolution | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, x_step, x_sigma, weight_step, weight_sigma)
         ctx.bias = None if bias is None else bias.dtype
-        ctx.settings = x_ring, weight_ring, convolution, dtype
+        ctx.settings = x_grid, weight_grid, convolution, dtype
         run = _forward_op if torch.compiler.is_compiling() else _forward
         return run(
-            x, weight, bias, x_step, weight_step, _plain(x_ring), _plain(weight_ring), _plain(convolution), dtype
+            x, weight, bias, x_step, weight_step, _plain(x_grid), _plain(weight_grid), _plain(convolution), dtype
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, x_step, x_sigma, weight_step, weight_sigma = ctx.saved_tensors
-        x_ring, weight_ring, convolution, dtype = ctx.settings
+        x_grid, weight_grid, convolution, dtype = ctx.settings
         x_needs, weight_needs, bias_needs, *of_x, step_needs, sigma_needs = ctx.needs_input_grad[:7]
         needs = [x_needs or any(of_x), weight_needs or step_needs or sigma_needs, bias_needs]
         if is_differentiated_again(grad):
-            sides = Operand(x, x_step, x_sigma, x_ring), Operand(weight, weight_step, weight_sigma, weight_ring)
+            sides = Operand(x, x_step, x_sigma, x_grid), Operand(weight, weight_step, weight_sigma, weight_grid)
             (d_x, d_weight), d_bias = _backward_again(grad, sides, _plain(convolution), dtype, needs)
             d_bias = None if d_bias is None else d_bias.to(ctx.bias)
             return d_x[0], d_weight[0], d_bias, *d_x[1:], *d_weight[1:], None, None, None, None
         run = _backward_op if torch.compiler.is_compiling() else _backward
         found = iter(
             run(
-                grad, x, weight, x_step, x_sigma, weight_step, weight_sigma, _plain(x_ring), _plain(weight_ring),
+                grad, x, weight, x_step, x_sigma, weight_step, weight_sigma, _plain(x_grid), _plain(weight_grid),
                 _plain(convolution), dtype, needs,
             )
         )  # fmt: skip
-        d_x, d_x_step, d_x_sigma = _of_side(found, needs[0], x_ring)
-        d_weight, d_weight_step, d_weight_sigma = _of_side(found, needs[1], weight_ring)
+        d_x, d_x_step, d_x_sigma = _of_side(found, needs[0], x_grid)
+        d_weight, d_weight_step, d_weight_sigma = _of_side(found, needs[1], weight_grid)
         d_bias = next(found).to(ctx.bias) if needs[2] else None
         return d_x, d_weight, d_bias, d_x_step, d_x_sigma, d_weight_step, d_weight_sigma, None, None, None, None
 
 
-def _of_side(found: Any, needed: bool, ring: Ring | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _of_side(found: Any, needed: bool, ring: QuantGrid | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not needed:
         return None, None, None
     return (next(found), None, None) if ring is None else (next(found), next(found), next(found))
 
 
-def _plain(settings: Ring | Convolution | None) -> list[int]:
+def _plain(settings: QuantGrid | Convolution | None) -> list[int]:
     """As an operator of torch takes them: ``[]`` for none, and a convolution's lists one after the other."""
     if isinstance(settings, Convolution):
         return [*settings.stride, *settings.padding, *settings.dilation, settings.groups]
@@ -138,8 +138,8 @@ def _quantized(x: Tensor, step: Tensor | None, ring: list[int], dtype: torch.dty
     return out if dtype is None else out.to(dtype)
 
 
-def _ring(values: list[int]) -> Ring:
-    return Ring(values[0], values[1], bool(values[2]))
+def _ring(values: list[int]) -> QuantGrid:
+    return QuantGrid(values[0], values[1], bool(values[2]))
 
 
 def _forward(
@@ -148,13 +148,13 @@ def _forward(
     bias: Tensor | None,
     x_step: Tensor | None,
     weight_step: Tensor | None,
-    x_ring: list[int],
-    weight_ring: list[int],
+    x_grid: list[int],
+    weight_grid: list[int],
     convolution: list[int],
     dtype: torch.dtype | None,
 ) -> Tensor:
-    x = _quantized(x, x_step, x_ring, dtype)
-    weight = _quantized(weight, weight_step, weight_ring, dtype)
+    x = _quantized(x, x_step, x_grid, dtype)
+    weight = _quantized(weight, weight_step, weight_grid, dtype)
     bias = bias if bias is None or dtype is None else bias.to(dtype)
     return _multiplied(x, weight, bias, convolution)
 
@@ -176,8 +176,8 @@ def _backward(
     x_sigma: Tensor | None,
     weight_step: Tensor | None,
     weight_sigma: Tensor | None,
-    x_ring: list[int],
-    weight_ring: list[int],
+    x_grid: list[int],
+    weight_grid: list[int],
     convolution: list[int],
     dtype: torch.dtype | None,
     needs: list[bool],
@@ -185,13 +185,13 @@ def _backward(
     """Gradients in x (its step, its sigma), in the weight (likewise) and in the bias, of those that are needed."""
     d_x, d_weight, d_bias = _product_backward(
         grad,
-        _quantized(x, x_step, x_ring, dtype),
-        _quantized(weight, weight_step, weight_ring, dtype),
+        _quantized(x, x_step, x_grid, dtype),
+        _quantized(weight, weight_step, weight_grid, dtype),
         convolution,
         needs,
     )
-    found = _through(d_x, x, x_step, x_sigma, x_ring)
-    found += _through(d_weight, weight, weight_step, weight_sigma, weight_ring)
+    found = _through(d_x, x, x_step, x_sigma, x_grid)
+    found += _through(d_weight, weight, weight_step, weight_sigma, weight_grid)
     return found if d_bias is None else [*found, d_bias]
 
 
@@ -236,7 +236,7 @@ def _backward_again(
         For each side its gradients in value, step and sigma; and the bias's.
     """
     quantized = [
-        side.value if side.ring is None else quantize_ring(side.value, side.step, side.sigma, side.ring)  # type: ignore[arg-type]
+        side.value if side.ring is None else quantize_to_grid(side.value, side.step, side.sigma, side.ring)  # type: ignore[arg-type]
         for side in sides
     ]
     x, weight = quantized if dtype is None else (value.to(dtype) for value in quantized)

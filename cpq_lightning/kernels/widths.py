@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional import is_differentiated_again, shares_from_masks
-from cpq_lightning.kernels import ring as kernel
-from cpq_lightning.kernels.fused import backward_again, quantize_ring
-from cpq_lightning.kernels.ring import Ring
+from cpq_lightning.functional.dropbits import shares_from_masks
+from cpq_lightning.functional.modes import is_differentiated_again
+from cpq_lightning.kernels import dispatch as kernel
+from cpq_lightning.kernels.dispatch import QuantGrid
+from cpq_lightning.kernels.fused import backward_again, quantize_to_grid
 
 
 def quantize_widths(
-    x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor, scales: Tensor, rings: Sequence[Ring]
+    x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor, scales: Tensor, rings: Sequence[QuantGrid]
 ) -> Tensor:
     """:func:`cpq_lightning.functional.quantize_resolution` for masks that the whole tensor shares, on a CPU.
 
     ``sum_k share_k q_k(x)``, ``share_k = m_k - m_(k+1)``: functional's values to the bit, its gradients to rounding.
 
     Args:
-        x: What :func:`~cpq_lightning.kernels.has_kernel` says yes to.
+        x: What :func:`~cpq_lightning.kernels.dispatch.has_kernel` says yes to.
         step: Step of the widest grid, one value or one for each row.
         sigma: Scale of its noise, likewise.
         masks: One value for each width, the narrowest first.
@@ -36,7 +37,7 @@ def quantize_widths(
 class _Widths(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, shares: Tensor, scales: Tensor, rings: tuple[Ring, ...]
+        ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, shares: Tensor, scales: Tensor, rings: tuple[QuantGrid, ...]
     ) -> Tensor:
         ctx.save_for_backward(x, step, sigma, scales, shares)
         drawn = [(k, share) for k, share in enumerate(shares.to(x.dtype).tolist()) if share]
@@ -54,7 +55,7 @@ class _Widths(torch.autograd.Function):
         for k, share in drawn:
             own = step * scales[k], sigma * scales[k]
             if ctx.needs_input_grad[3]:
-                d_shares[k] = torch.sum(grad * quantize_ring(x, *own, rings[k]))
+                d_shares[k] = torch.sum(grad * quantize_to_grid(x, *own, rings[k]))
             of_x, of_step, of_sigma = (backward_again if again else kernel.backward)(x, grad, *own, rings[k])
             # A share that is learned has a second derivative with what it is a share of.
             part = shares[k] if again else share

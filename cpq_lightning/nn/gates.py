@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.config import GateEstimator, GateSharing
-from cpq_lightning.functional import (
+from cpq_lightning.functional.dropbits import (
+    BETA,
     hard_concrete,
-    is_transformed,
     keyed_uniform,
     logit_of,
     masks_from_gates,
     open_gates,
     open_probability,
 )
-from cpq_lightning.functional.dropbits import BETA
-from cpq_lightning.nn.gradient import Worth
+from cpq_lightning.functional.modes import is_transformed
+from cpq_lightning.nn.autograd import SaliencyToGates
 from cpq_lightning.nn.state import Settings
 
 # Learned gates start near open: a closed one gets no gradient that could open it.
@@ -114,7 +114,7 @@ class Gates(nn.Module):
             return None
         return masks_from_gates(self._shaped(open_gates(self.probabilities(count)), x))
 
-    def with_worth(
+    def with_saliency(
         self, out: Tensor, x: Tensor, masks: Tensor, steps: Tensor, min_bits: int, signed: bool, samples: bool
     ) -> Tensor:
         """``out``, whose backward tells the logits what their bits are worth.
@@ -134,7 +134,7 @@ class Gates(nn.Module):
         drawn = masks[1:].reshape(len(masks) - 1, -1)
         # Where each element has a gate, a bit is always there for some.
         there = drawn >= 0.5 if drawn.shape[1] == self.rows else drawn.new_ones((len(drawn), 1), dtype=torch.bool)
-        return Worth.apply(  # type: ignore[no-any-return]
+        return SaliencyToGates.apply(  # type: ignore[no-any-return]
             out, x.detach(), logits, there, steps, widths, signed, self.channel_dim, samples
         )
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpq_lightning.functional import bin_centers, fit_step, histogram, level_bounds, max_step
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.ranges import bin_centers, histogram, max_scale, mse_scale
 
 BINS = 2**14
 # Rounding in a kernel that cannot give negative values in exact arithmetic must not cost half of the grid.
@@ -101,7 +102,7 @@ class RangeObserver:
             return None
         if rule == "max":
             signed = bool(low < -_NEGLIGIBLE * high.abs())
-            return [max_step(low, high, bits, signed).reshape(1) for bits in widths], signed
+            return [max_scale(low, high, bits, signed).reshape(1) for bits in widths], signed
         centers, weights = bin_centers(low, high, BINS)[None], counts[None].double()
         grids = [signed for signed in (False, True) if signed or high > 0]
         exact = self._pooled_exact()
@@ -111,7 +112,7 @@ class RangeObserver:
             # Whole numbers, masks and one-hot vectors have no error there, which a histogram is too coarse to show.
             found = [exact.get((signed, bits)) for bits in widths]
             fits[signed] = [
-                fit_step(centers, bits, signed, weights) if step is None else step
+                mse_scale(centers, bits, signed, weights) if step is None else step
                 for bits, step in zip(widths, found, strict=True)
             ]
             errors[signed] = sum(

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from cpq_lightning.config import CPQConfig
-from cpq_lightning.functional import (
-    Estimator,
-    along_channels,
-    expected_bits,
-    is_transformed,
-    level_bounds,
-    quantize_resolution,
-)
-from cpq_lightning.kernels import Operand, Ring, has_kernel, quantize, quantize_widths
-from cpq_lightning.nn.fitting import weight_scales
+from cpq_lightning.functional.categorical import Estimator
+from cpq_lightning.functional.dropbits import expected_bits
+from cpq_lightning.functional.grid import along_channels, level_bounds
+from cpq_lightning.functional.modes import is_transformed
+from cpq_lightning.functional.resolution import quantize_resolution
+from cpq_lightning.kernels.dispatch import QuantGrid, has_kernel
+from cpq_lightning.kernels.fused import quantize
+from cpq_lightning.kernels.product import Operand
+from cpq_lightning.kernels.widths import quantize_widths
+from cpq_lightning.nn.autograd import STEP_REACH, Connect, noise_logit, step_and_sigma
 from cpq_lightning.nn.gates import Gates
-from cpq_lightning.nn.gradient import STEP_REACH, Connect, noise_logit, step_and_sigma
 from cpq_lightning.nn.observer import RangeObserver, Usage
+from cpq_lightning.nn.scale_init import weight_scales
 from cpq_lightning.nn.state import (
     HEADER,
     KNOWN,
@@ -472,7 +472,7 @@ class Quantizer(nn.Module):
         step, sigma = self._step_and_sigma(settings)
         out = self._quantize(x, step, sigma, masks, settings)
         if masks is not None and self._gates_learn(settings) and settings.gate_estimator == "curvature":
-            out = self._with_worth(out, x, masks, step, settings)
+            out = self._with_saliency(out, x, masks, step, settings)
         elif self.gates.logit is not None and not self._gates_learn(settings):
             out = Connect.of(out, self.gates.logit)
         return self._told(x, out)
@@ -498,7 +498,7 @@ class Quantizer(nn.Module):
             step = Connect.of(step, self.gates.logit)
         for watcher in watchers():
             watcher.on_quantized(self, x, None)
-        return Operand(x, step, sigma, Ring.of(ready.bits, ready.signed, cast(Estimator, ready.estimator)))
+        return Operand(x, step, sigma, QuantGrid.of(ready.bits, ready.signed, cast(Estimator, ready.estimator)))
 
     def _ready(self, x: Tensor) -> Settings | None:
         """The settings, with a range to quantize ``x`` in; ``None`` where it is passed on as it is."""
@@ -544,7 +544,7 @@ class Quantizer(nn.Module):
             return self.gates.masks(x, count, with_gradient=self._gates_learn(settings))
         return None
 
-    def _with_worth(self, out: Tensor, x: Tensor, masks: Tensor, step: Tensor, settings: Settings) -> Tensor:
+    def _with_saliency(self, out: Tensor, x: Tensor, masks: Tensor, step: Tensor, settings: Settings) -> Tensor:
         """``out``, whose backward tells the gates what their bits are worth."""
         if is_transformed():
             raise RuntimeError(
@@ -554,7 +554,7 @@ class Quantizer(nn.Module):
             )
         scales = self.width_scale[settings.min_bits - 1 : settings.bits]
         steps = step.detach() * (scales if settings.nesting == "resolution" else torch.ones_like(scales))
-        return self.gates.with_worth(
+        return self.gates.with_saliency(
             out, x, masks, steps, settings.min_bits, settings.signed, samples=settings.kind != "weight"
         )
 
@@ -565,7 +565,7 @@ class Quantizer(nn.Module):
         readable = x.is_cpu and not torch.compiler.is_compiling()
         by_tensor = masks is not None and masks.numel() == len(masks) and settings.nesting == "resolution"
         if masks is not None and by_tensor and readable and self._has_kernel(x, settings):
-            rings = [Ring.of(k, signed, estimator) for k in widths]
+            rings = [QuantGrid.of(k, signed, estimator) for k in widths]
             return quantize_widths(x, step, sigma, masks, self.width_scale[widths[0] - 1 : bits], rings)
         step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)
         options: dict[str, Any] = {

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, detach, levels
-from cpq_lightning.attach import QuantizedLayer, is_attached, quantized_layers, quantizers, set_active
+from cpq_lightning.attach.attach import set_active
+from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, quantizers
 from tests.models import convnet
 
 BACKBONES = ["resnet18", "mobilenetv3_small_050", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet"]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import Audit
+from cpq_lightning.attach.audit import Audit
 from tests.models import convnet
 
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpq_lightning import attach, calibrate, levels
-from cpq_lightning.attach import quantizers, recording
+from cpq_lightning.attach.calibrate import recording
+from cpq_lightning.attach.layers import quantizers
 from tests.models import convnet
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import as_batch_call, as_call, quantizers
+from cpq_lightning.attach.calls import as_batch_call, as_call
+from cpq_lightning.attach.layers import quantizers
 
 X, Y = torch.randn(4, 5), torch.zeros(4)
 Pair = namedtuple("Pair", "u v")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import set_noise_step
+from cpq_lightning.attach.attach import set_noise_step
 from tests.marks import TORCH
 from tests.models import convnet
 

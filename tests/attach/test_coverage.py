@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpq_lightning import CPQConfig, attach, calibrate, coverage, detach, export_model, levels
-from cpq_lightning.attach import bit_operations
 from cpq_lightning.attach.audit import Audit
-from cpq_lightning.export.levels import manifest
+from cpq_lightning.bitwidth.model_cost import bit_operations
+from cpq_lightning.report.levels import manifest
 
 TOKENS = torch.arange(21).reshape(3, 7)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

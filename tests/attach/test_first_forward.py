@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import Audit, quantized_layers
+from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.layers import quantized_layers
 from tests.models import IMAGES, convnet
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cpq_lightning import CPQConfig, QuantizedModule, attach, levels
-from cpq_lightning.attach import mean_width
 from cpq_lightning.attach.attach import quantized_layers
-from cpq_lightning.export import write_levels
+from cpq_lightning.bitwidth.model_cost import mean_width
+from cpq_lightning.report.levels import write_levels
 from tests.models import IMAGES, convnet
 
 WIDTHS = {"0": (8, 8), "3": (3, 4), "6": (8, 8)}

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 import cpq_lightning
 from cpq_lightning import CPQConfig, attach, calibrate, detach, levels
-from cpq_lightning.attach import is_attached, quantizers
+from cpq_lightning.attach.layers import is_attached, quantizers
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

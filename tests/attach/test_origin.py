@@ -23,15 +23,11 @@ from cpq_lightning import (
     levels,
     loading,
 )
-from cpq_lightning.attach import (
-    attached_config,
-    full_precision_layers,
-    late_layers,
-    quantized_layers,
-    quantizers,
-    renew_rewritten,
-)
-from cpq_lightning.export import levels_table, manifest
+from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.attach.origin import attached_config, full_precision_layers, late_layers
+from cpq_lightning.attach.range_tracking import renew_rewritten
+from cpq_lightning.report.levels import manifest
+from cpq_lightning.report.table import levels_table
 from tests.models import IMAGES, Classifier, convnet
 
 CONFIG = CPQConfig(weight_bits=4, overrides={"3": {"weight_bits": 3}})

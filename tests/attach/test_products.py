@@ -12,15 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, detach, levels
-from cpq_lightning.attach import (
-    Audit,
-    bit_operations,
-    modules_with_products,
-    quantized_operands,
-    quantizers,
-    width_cost,
-)
-from cpq_lightning.export import manifest, write_levels
+from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.attach.products import modules_with_products, quantized_operands
+from cpq_lightning.bitwidth.model_cost import bit_operations, width_cost
+from cpq_lightning.report.levels import manifest, write_levels
 
 CONFIG = CPQConfig(attention=True)
 

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, levels
-from cpq_lightning.attach import RangeTracker, is_due, quantized_layers, quantizers
-from cpq_lightning.export import clipped_shares, range_warnings
-from cpq_lightning.nn import RangeObserver
+from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.attach.range_tracking import RangeTracker, is_due
+from cpq_lightning.nn.observer import RangeObserver
+from cpq_lightning.report.levels import clipped_shares, range_warnings
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
 Y = (X @ torch.randn(8, 4, generator=torch.Generator().manual_seed(3))).argmax(1)
@@ -173,7 +174,7 @@ def test_what_is_clipped_is_told_by_name():
 
 
 def test_inputs_on_one_level_are_told_by_name():
-    from cpq_lightning.attach import recording
+    from cpq_lightning.attach.calibrate import recording
 
     model = calibrate(attach(net(), CPQConfig(4, act_bits=4)), [X])
     with recording(model):

@@ -11,7 +11,7 @@ from torch import nn
 
 import cpq_lightning
 from cpq_lightning import CPQConfig, attach, calibrate, detach
-from cpq_lightning.attach import quantizers
+from cpq_lightning.attach.layers import quantizers
 from tests.models import quantized_weight
 
 TOKENS = torch.arange(40).reshape(8, 5)

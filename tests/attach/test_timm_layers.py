@@ -13,7 +13,9 @@ from timm.models.mobilevit import LinearSelfAttention
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, detach, load_quantized
-from cpq_lightning.attach import Audit, quantizable_layers, quantized_layers, quantizers
+from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.export.packed import write_packed
 
 IMAGES = (8, 14, 14)

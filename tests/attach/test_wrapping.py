@@ -16,16 +16,13 @@ from torch.utils._pytree import tree_map
 import cpq_lightning
 import cpq_lightning.export
 from cpq_lightning import CPQConfig, attach, calibrate, detach, export_model, load_quantized
-from cpq_lightning.attach import (
-    Audit,
-    RangeTracker,
-    note_forward,
-    quantized_layers,
-    quantizers,
-    recording,
-    unwrapped,
-)
-from cpq_lightning.attach import report_audit as report
+from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.calibrate import recording
+from cpq_lightning.attach.first_forward import note_forward
+from cpq_lightning.attach.first_forward import report_audit as report
+from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.attach.range_tracking import RangeTracker
+from cpq_lightning.attach.wrapping import unwrapped
 from tests.marks import thorough
 
 ATTACH, EXPORT = sys.modules["cpq_lightning.attach"], cpq_lightning.export
@@ -168,7 +165,7 @@ FUNCTIONS = {
     "calibrate": changed(lambda model: calibrate(model, [2 * X])),
     "call_projections": ATTACH.call_projections,
     "clipped_shares": EXPORT.clipped_shares,
-    "correct_first_and_last": lambda model: ATTACH.correct_first_and_last(model, ["c", "a", "b"]),
+    "correct_first_and_last": lambda model: ATTACH.settle_first_and_last(model, ["c", "a", "b"]),
     "coverage": covered,
     "coverage_once_active": lambda model: ATTACH.coverage_once_active(model),
     "detach": detached,

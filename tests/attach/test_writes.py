@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from cpq_lightning import CPQConfig, attach, calibrate, detach, levels
-from cpq_lightning.attach import full_precision_copy, quantized_layers
+from cpq_lightning.attach.attach import full_precision_copy
+from cpq_lightning.attach.layers import quantized_layers
 from tests.models import quantized_weight
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(2))

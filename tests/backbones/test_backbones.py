@@ -4,9 +4,9 @@ import torch
 from safetensors.torch import save_file
 
 from cpq_lightning import CPQConfig, QuantizedModule, attach, calibrate, load_quantized
-from cpq_lightning.attach import quantizers
-from cpq_lightning.backbones import create_backbone, pretrained_config
-from cpq_lightning.export import export_model
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.backbones.create import create_backbone, pretrained_config
+from cpq_lightning.export.export import export_model
 from tests.marks import thorough
 
 

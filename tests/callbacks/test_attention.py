@@ -9,8 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
-from cpq_lightning.attach import quantized_operands
-from cpq_lightning.export import SAMPLES_FILE
+from cpq_lightning.attach.products import quantized_operands
+from cpq_lightning.export.sample_file import SAMPLES_FILE
 from tests.models import Classifier, data, run_of
 
 CONFIG = CPQConfig(attention=True)

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import learning_quantizers
+from cpq_lightning.bitwidth.model_cost import learning_quantizers
 from cpq_lightning.callbacks import BatchNormReestimation, BitBudget, DropBitsSchedule
 from tests.models import Classifier, data
 

@@ -17,9 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpq_lightning import CPQCallback, CPQConfig, levels
-from cpq_lightning.attach import learning_quantizers, mean_width, model_costs, quantizers
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.bitwidth.model_cost import learning_quantizers, mean_width, model_costs
 from cpq_lightning.callbacks import BitBudget
-from cpq_lightning.export import SAMPLES_FILE
+from cpq_lightning.export.sample_file import SAMPLES_FILE
 from tests.marks import thorough
 from tests.models import IMAGES, LABELS, Classifier, data
 

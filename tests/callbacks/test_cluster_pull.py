@@ -5,8 +5,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.callbacks import BitBudget, ClusterPull
-from tests.callbacks.test_ddp import SameOnAllRanks
 from tests.models import Classifier, data, quantized_weight
+from tests.trainer.test_ddp import SameOnAllRanks
 
 LOADERS = (data(shuffle=False), data(shuffle=False))
 CONFIG = CPQConfig(weight_bits=2, first_last_bits=None)

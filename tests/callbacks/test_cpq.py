@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig, attach, levels
-from cpq_lightning.attach import is_attached, quantizers
+from cpq_lightning.attach.layers import is_attached, quantizers
 from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
 from tests.models import Classifier, convnet, data, quantized_weight, run_of
 

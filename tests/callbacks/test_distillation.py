@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule
-from cpq_lightning.attach import is_attached, quantizers
+from cpq_lightning.attach.layers import is_attached, quantizers
 from cpq_lightning.callbacks import BatchNormReestimation, BitBudget, DistillationCallback
-from cpq_lightning.callbacks._teacher import loaded_teacher
-from cpq_lightning.functional import distillation_loss
+from cpq_lightning.functional.distill import distillation_loss
+from cpq_lightning.trainer.teacher import loaded_teacher
 from tests.marks import thorough
 from tests.models import IMAGES, Classifier, convnet, data, run_of
 

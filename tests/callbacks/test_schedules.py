@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import quantizers
+from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
 from tests.models import Classifier
 
@@ -55,7 +55,7 @@ def test_schedules_follow_optimizer_steps_under_accumulation(fit):
     assert [values[0] for values in record.values] == [1.0, 1.0, 0.875, 0.875, 0.75, 0.75, 0.625, 0.625]
 
 
-class Drawn(pl.Callback):
+class ConcreteStatistics(pl.Callback):
     """The masks that a layer was quantized with in each batch."""
 
     def __init__(self):
@@ -69,7 +69,7 @@ class Drawn(pl.Callback):
 
 def test_batches_that_are_accumulated_draw_the_same_gates(fit):
     """As the batch that they are the parts of."""
-    drawn, config = Drawn(), CPQConfig(weight_bits=6, min_bits=2, keep_prob=0.5, gate_sharing="channel")
+    drawn, config = ConcreteStatistics(), CPQConfig(weight_bits=6, min_bits=2, keep_prob=0.5, gate_sharing="channel")
     fit(
         Classifier(),
         [CPQCallback(config, table=False), drawn],

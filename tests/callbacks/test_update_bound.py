@@ -10,9 +10,10 @@ from timm.optim import Lars, Lookahead
 from torch.nn.functional import cross_entropy
 
 from cpq_lightning import CPQCallback, CPQConfig, levels
-from cpq_lightning.attach import quantizers, set_active
+from cpq_lightning.attach.attach import set_active
+from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.callbacks import BitBudget
-from cpq_lightning.optim.bound import BOUND
+from cpq_lightning.optim.update_clamp import BOUND
 from tests.marks import thorough
 from tests.models import Classifier, data
 
@@ -101,7 +102,7 @@ def test_lookahead_goes_back_among_values_that_were_within_the_bound(fit):
 def test_a_usual_run_is_the_same_to_the_bit(fit, kind, monkeypatch):
     ends = []
     for bound in (BOUND, float("inf")):
-        monkeypatch.setattr("cpq_lightning.optim.bound.UpdateBound.__init__.__defaults__", (bound,))
+        monkeypatch.setattr("cpq_lightning.optim.update_clamp.UpdateClamp.__init__.__defaults__", (bound,))
         torch.manual_seed(3)
         module, watch = RUNS[kind](), Watch()
         trainer = fit(module, [CPQCallback(LEARN, table=False), BitBudget(4.0), watch], max_epochs=10)

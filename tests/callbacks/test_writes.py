@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from cpq_lightning import CPQCallback, CPQConfig
-from cpq_lightning.attach import quantized_layers
+from cpq_lightning.attach.layers import quantized_layers
 from tests.models import Classifier, quantized_weight
 
 HOOKS = (

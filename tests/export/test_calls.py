@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils import _pytree
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quantized
-from cpq_lightning.export import Samples, export_table, read_samples, write_samples
 from cpq_lightning.export.onnx.store import KEY
+from cpq_lightning.export.sample_file import read_samples, write_samples
+from cpq_lightning.export.samples import Samples
+from cpq_lightning.export.table import export_table
 from tests.marks import thorough
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cpq_lightning import export_model, load_quantized
-from cpq_lightning.attach import quantized_layers
+from cpq_lightning.attach.layers import quantized_layers
 from tests.export.trained import NETWORKS, architecture, network, samples
 from tests.models import quantized_weight
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, detach, export_model
-from cpq_lightning.attach import quantized_layers
-from cpq_lightning.export.levels import weight_codes
+from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.export.onnx import integer
 from cpq_lightning.export.onnx.runtime import OnnxArtefact
 from cpq_lightning.export.onnx.store import KEY
+from cpq_lightning.report.levels import weight_codes
 from tests.marks import thorough
 
 SIZE = 12

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quantized
-from cpq_lightning.attach import quantized_layers
+from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.export.packed import KEY, write_packed
 from cpq_lightning.export.read import read_packed
 from tests.models import convnet, quantized_weight

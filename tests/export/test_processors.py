@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model
-from cpq_lightning.export import MismatchError, Samples
 from cpq_lightning.export.onnx import write
 from cpq_lightning.export.onnx.pairs import cut_off
 from cpq_lightning.export.onnx.runtime import OnnxArtefact
-from cpq_lightning.export.verify import verify
+from cpq_lightning.export.samples import Samples
+from cpq_lightning.export.verify import MismatchError, verify
 
 IMAGES = 2 * torch.rand(8, 32, 8, 8, generator=torch.Generator().manual_seed(0))
 W8A8 = CPQConfig(weight_bits=8, act_bits=8)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quantized
-from cpq_lightning.attach import modules_with_products
-from cpq_lightning.export.coded import uncalled
+from cpq_lightning.attach.products import modules_with_products
+from cpq_lightning.export.integer_model import uncalled
 from tests.attach.test_products import Attention, Outer, X
 from tests.export.test_packed import resigned
 

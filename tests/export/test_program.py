@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model
-from cpq_lightning.export.levels import weight_codes
 from cpq_lightning.export.program import LEVELS_ENTRY, read_program
+from cpq_lightning.report.levels import weight_codes
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -6,8 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from cpq_lightning.export import Samples, read_samples, write_samples
 from cpq_lightning.export.packed import KEY
+from cpq_lightning.export.sample_file import read_samples, write_samples
+from cpq_lightning.export.samples import Samples
 
 
 def test_what_was_written_is_read(tmp_path):

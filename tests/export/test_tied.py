@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quantized
-from cpq_lightning.attach import quantized_layers
-from cpq_lightning.export import manifest
+from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.export.read import read_packed
+from cpq_lightning.report.levels import manifest
 from tests.attach.test_tied import EMBEDDINGS, Text, text
 from tests.models import quantized_weight
 

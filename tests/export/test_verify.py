@@ -7,12 +7,13 @@ from packaging.requirements import Requirement
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, extras
-from cpq_lightning.attach import quantized_layers
-from cpq_lightning.export import MismatchError, Samples, export_table
-from cpq_lightning.export import ship as shipping
-from cpq_lightning.export.coded import InputGrid
+from cpq_lightning.attach.layers import quantized_layers
+from cpq_lightning.export import export as shipping
+from cpq_lightning.export.integer_model import InputGrid
 from cpq_lightning.export.runtimes import PackedArtefact
-from cpq_lightning.export.verify import verify
+from cpq_lightning.export.samples import Samples
+from cpq_lightning.export.table import export_table
+from cpq_lightning.export.verify import MismatchError, verify
 from tests.marks import thorough
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpq_lightning.functional import attention
+from cpq_lightning.functional.attention import attention
 
 PLAIN = [lambda x: x] * 4
 

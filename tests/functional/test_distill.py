@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, softmax
 
-from cpq_lightning.functional import distillation_loss
+from cpq_lightning.functional.distill import distillation_loss
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])

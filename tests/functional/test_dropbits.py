@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cpq_lightning.functional import hard_concrete, keyed_uniform, logit_of, masks_from_gates, open_probability
+from cpq_lightning.functional.dropbits import hard_concrete, keyed_uniform, logit_of, masks_from_gates, open_probability
 
 DRAWS = 200_000
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpq_lightning.functional import level_bounds, pack_codes, unpack_codes
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.packing import pack_codes, unpack_codes
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

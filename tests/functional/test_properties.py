@@ -7,22 +7,20 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from cpq_lightning.functional import (
-    WidthCost,
-    adjust_widths,
-    fit_step,
+from cpq_lightning.bitwidth.cost import WidthCost
+from cpq_lightning.bitwidth.rounding import adjust_widths
+from cpq_lightning.functional.categorical import quantize
+from cpq_lightning.functional.dropbits import (
     hard_concrete,
-    histogram,
     keyed_uniform,
-    level_bounds,
     logit_of,
     masks_from_gates,
-    max_step,
     open_gates,
     open_probability,
-    quantize,
-    quantize_resolution,
 )
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.ranges import histogram, max_scale, mse_scale
+from cpq_lightning.functional.resolution import quantize_resolution
 from tests.functional.reference import reference
 from tests.strategies import DENSE_LAYOUTS, Case, cases, contiguous, examples, layout, shapes
 
@@ -397,10 +395,10 @@ grids = st.tuples(st.integers(1, 8), st.booleans())
 @example(torch.tensor([[3e38]]), (1, False), False)
 def test_fitted_steps_are_positive_and_finite_whatever_finite_values_they_are_fitted_to(values, grid, counted):
     counts = torch.arange(values.numel()).reshape(values.shape).double() if counted else None
-    step = fit_step(values, *grid, counts)
+    step = mse_scale(values, *grid, counts)
     assert (step.shape, step.dtype) == (values.shape[:1], torch.float32)
     assert ((step > 0) & step.isfinite()).all()
-    full = max_step(values.amin(1), values.amax(1), *grid)
+    full = max_scale(values.amin(1), values.amax(1), *grid)
     assert ((full > 0) & full.isfinite()).all()
 
 
@@ -415,8 +413,8 @@ def squared_error(values, step, bits, signed):
 @example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e-25, (4, True))
 @example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e25, (4, True))
 def test_no_fitted_step_is_worse_than_the_one_that_clips_nothing(values, grid):
-    fitted = squared_error(values, fit_step(values, *grid), *grid)
-    full = squared_error(values, max_step(values.amin(1), values.amax(1), *grid), *grid)
+    fitted = squared_error(values, mse_scale(values, *grid), *grid)
+    full = squared_error(values, max_scale(values.amin(1), values.amax(1), *grid), *grid)
     assert (fitted <= full * (1 + 1e-5) + 1e-12 * values.double().square().sum(1)).all()
 
 
@@ -425,10 +423,10 @@ def test_no_fitted_step_is_worse_than_the_one_that_clips_nothing(values, grid):
 @example(torch.tensor([[2.0, 5.0]]), (1, False), -75)
 @example(torch.tensor([[2.0, 5.0]]), (1, False), 63)
 def test_a_fitted_step_scales_with_its_values(values, grid, power):
-    fitted = fit_step(values, *grid)
+    fitted = mse_scale(values, *grid)
     # Where no value can be represented the step is 1, whatever the scale.
-    has_scale = max_step(values.amin(1) * 2.0**-9, values.amax(1) * 2.0**-9, *grid) < 1
-    assert torch.equal(fit_step(values * 2.0**power, *grid)[has_scale], (fitted * 2.0**power)[has_scale])
+    has_scale = max_scale(values.amin(1) * 2.0**-9, values.amax(1) * 2.0**-9, *grid) < 1
+    assert torch.equal(mse_scale(values * 2.0**power, *grid)[has_scale], (fitted * 2.0**power)[has_scale])
 
 
 @examples(100)

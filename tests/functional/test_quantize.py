@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 
-from cpq_lightning.functional import level_bounds, masks_from_gates, quantize, quantize_unchecked
+from cpq_lightning.functional.categorical import quantize, quantize_unchecked
+from cpq_lightning.functional.dropbits import masks_from_gates
+from cpq_lightning.functional.grid import level_bounds
 from tests.functional.reference import Recorder, exact, reference
 
 ESTIMATORS = ("argmax", "expectation")

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from cpq_lightning.functional import level_bounds, quantize
+from cpq_lightning.functional.categorical import quantize
+from cpq_lightning.functional.grid import level_bounds
 from cpq_lightning.functional.resolution import quantize_resolution
 
 ESTIMATORS = ("argmax", "expectation")

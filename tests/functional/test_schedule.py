@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from cpq_lightning.functional import anneal, resolve_point
+from cpq_lightning.functional.schedule import anneal, resolve_point
 
 POINTS = [
     (0, 1000, 0), (30, 1000, 30), (5000, 1000, 5000), (30, math.inf, 30), (0, 0, 0),

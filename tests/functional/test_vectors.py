@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpq_lightning.functional import quantize
+from cpq_lightning.functional.categorical import quantize
 
 CASES = json.loads((Path(__file__).parents[1] / "vectors" / "quantizer.json").read_text())["cases"]
 ESTIMATORS = ("argmax", "expectation")

@@ -10,9 +10,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import set_noise_step
-from cpq_lightning.functional import along_channels, quantize
-from cpq_lightning.kernels import use_kernels
+from cpq_lightning.attach.attach import set_noise_step
+from cpq_lightning.functional.categorical import quantize
+from cpq_lightning.functional.grid import along_channels
+from cpq_lightning.kernels.cpu_build import use_kernels
 
 LINEAR = (
     lambda: nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)),

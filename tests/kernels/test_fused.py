@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpq_lightning.functional import quantize_unchecked
-from cpq_lightning.kernels import describe, quantize, use_kernels
-from cpq_lightning.kernels import library as library_module
-from cpq_lightning.kernels.library import _library, library
+from cpq_lightning.functional.categorical import quantize_unchecked
+from cpq_lightning.kernels import cpu_build as library_module
+from cpq_lightning.kernels.cpu_build import _library, library, use_kernels
+from cpq_lightning.kernels.dispatch import describe
+from cpq_lightning.kernels.fused import quantize
 
 pytestmark = pytest.mark.skipif(library() is None, reason=describe())
 

@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import layers, set_noise_step
-from cpq_lightning.functional import level_bounds
-from cpq_lightning.kernels import Convolution, Operand, Ring, describe, product, use_kernels
-from cpq_lightning.kernels.library import library
+from cpq_lightning.attach import layers
+from cpq_lightning.attach.attach import set_noise_step
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.kernels.cpu_build import library, use_kernels
+from cpq_lightning.kernels.dispatch import QuantGrid, describe
+from cpq_lightning.kernels.product import Convolution, Operand, product
 from tests.marks import TORCH
 
 pytestmark = pytest.mark.skipif(library() is None, reason=describe())
@@ -411,7 +413,7 @@ def test_operators_are_well_defined(convolution):
 
 def test_operands_may_come_quantized():
     x, weight, step = torch.randn(3, 4), torch.randn(6, 4), torch.tensor([[0.3]])
-    ring = Ring.of(4, True, "expectation")
+    ring = QuantGrid.of(4, True, "expectation")
     both = product(Operand(x, step, step / 3, ring), Operand(weight, step, step / 3, ring), None, None)
     mixed = product(Operand((x / step).round().clamp(-8, 7) * step), Operand(weight, step, step / 3, ring), None, None)
     assert torch.equal(both, mixed)

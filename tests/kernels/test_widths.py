@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from cpq_lightning import CPQConfig
-from cpq_lightning.functional import quantize_resolution
-from cpq_lightning.kernels import Ring, describe, quantize_widths, use_kernels
-from cpq_lightning.kernels.library import library
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.functional.resolution import quantize_resolution
+from cpq_lightning.kernels.cpu_build import library, use_kernels
+from cpq_lightning.kernels.dispatch import QuantGrid, describe
+from cpq_lightning.kernels.widths import quantize_widths
+from cpq_lightning.nn.quantizer import Quantizer
 
 pytestmark = pytest.mark.skipif(library() is None, reason=describe())
 
@@ -35,7 +36,7 @@ def test_functional_s_values_and_gradients(masks, dtype, rows):
         a, s = step.clone().requires_grad_(), (step / 3).requires_grad_()
         m = torch.tensor(MASKS[masks], dtype=torch.float32).reshape(4, 1, 1).requires_grad_()
         if fused:
-            rings = [Ring.of(k, True, "expectation") for k in range(2, 6)]
+            rings = [QuantGrid.of(k, True, "expectation") for k in range(2, 6)]
             out = quantize_widths(own, a.reshape(-1), s.reshape(-1), m, scales.reshape(4, -1), rings)
         else:
             settings = {"bits": 5, "min_bits": 2, "signed": True, "estimator": "expectation"}

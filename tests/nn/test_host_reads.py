@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach
-from cpq_lightning.attach import quantizers
+from cpq_lightning.attach.layers import quantizers
 
 CONFIGS = {
     "fixed": CPQConfig(),

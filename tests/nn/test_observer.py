@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cpq_lightning.functional import level_bounds
-from cpq_lightning.nn import RangeObserver
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.nn.observer import RangeObserver
 
 WHOLE = {
     "halves": (torch.tensor([[0.5, 1.0, 2.0]]), 8),

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, detach
-from cpq_lightning.attach import quantizers, set_active
-from cpq_lightning.functional import quantize
+from cpq_lightning.attach.attach import set_active
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.functional.categorical import quantize
 from tests.strategies import DENSE_LAYOUTS, QuantizerCase, examples, layout, quantizer_cases, settings_of_layers
 
 # Of the largest entry: layouts add in another order, and halves round.

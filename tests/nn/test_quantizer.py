@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from cpq_lightning import CPQConfig
-from cpq_lightning.functional import fit_step, level_bounds, quantize
-from cpq_lightning.nn import Quantizer, RangeObserver
+from cpq_lightning.functional.categorical import quantize
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.ranges import mse_scale
+from cpq_lightning.nn.observer import RangeObserver
+from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.state import read
 
 SHARINGS = ("tensor", "channel", "element")
@@ -155,7 +158,7 @@ def test_every_channel_has_the_step_that_fits_it_best(channel_dim):
     out = q(weight).detach()
     for i in range(6):
         row = weight.select(channel_dim, i)
-        assert q.step()[i].item() == pytest.approx(fit_step(row[None], 3, True).item(), rel=1e-6)
+        assert q.step()[i].item() == pytest.approx(mse_scale(row[None], 3, True).item(), rel=1e-6)
         quantized = quantize(row, q.step()[i], sigma_of(q)[i], bits=3)
         torch.testing.assert_close(out.select(channel_dim, i), quantized.detach(), rtol=1e-6, atol=0)
 
@@ -164,7 +167,7 @@ def test_a_large_weight_is_fitted_on_a_sample_that_is_enough():
     weight = torch.randn(300, 1000)
     q = Quantizer("weight", CPQConfig(weight_bits=3), numel=weight.numel(), channels=300)
     got = (q(weight) - weight).square().sum().item()
-    assert got <= 1.01 * (weight - quantized_with(weight, fit_step(weight.reshape(1, -1), 3, True), 3)).square().sum()
+    assert got <= 1.01 * (weight - quantized_with(weight, mse_scale(weight.reshape(1, -1), 3, True), 3)).square().sum()
 
 
 def quantized_with(values, step, bits):

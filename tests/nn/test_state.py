@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach import quantizers, refit, set_active
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.attach.attach import refit, set_active
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.state import HEADER, Settings, decode, encode, read
 
 GOLDEN = Path(__file__).parent / "data" / "state_v1.safetensors"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cpq_lightning import CPQConfig
-from cpq_lightning.functional import fit_step
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.functional.ranges import mse_scale
+from cpq_lightning.nn.quantizer import Quantizer
 
 WEIGHT = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
 
@@ -68,7 +68,7 @@ def test_each_width_has_the_step_that_fits_it_best(width):
     """Of the step of the widest grid, doubled for every bit, a narrow grid has little use."""
     q = quantizer().eval()
     decide(q, width)
-    step = fit_step(WEIGHT.reshape(1, -1), width, True)
+    step = mse_scale(WEIGHT.reshape(1, -1), width, True)
     torch.testing.assert_close(q.grid()[0], step, rtol=1e-5, atol=0)
     doubled = q.step() * 2 ** (8 - width)
     error = (WEIGHT - q(WEIGHT)).square().sum()

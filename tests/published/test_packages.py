@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from cpq_lightning.attach import quantizers
+from cpq_lightning.attach.layers import quantizers
 from tests.published.packages import JOURNEYS, callbacks
 
 pytestmark = [pytest.mark.published, pytest.mark.filterwarnings("ignore")]

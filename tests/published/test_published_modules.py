@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from cpq_lightning import CPQCallback, CPQConfig, attach, levels
-from cpq_lightning.attach import learning_quantizers, mean_width, quantized_layers, quantizers
+from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.bitwidth.model_cost import learning_quantizers, mean_width
 from cpq_lightning.callbacks import BitBudget, TemperatureSchedule
-from cpq_lightning.nn import Quantizer
+from cpq_lightning.nn.quantizer import Quantizer
 
 pytestmark = pytest.mark.published
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from cpq_lightning.export.calls import forward_replaced, named_outputs
-from cpq_lightning.export.coded import CodedLayer, CodedTable, InputGrid, coded, coded_layers, coded_tables
+from cpq_lightning.export.integer_model import CodedTable, InputGrid, IntegerLayer, coded, coded_layers, coded_tables
 from cpq_lightning.export.samples import Samples
 
 OPSET = 21
@@ -58,7 +58,7 @@ class OnnxGrid(InputGrid):
         return emit(op, inputs, {}, inputs[0].shape, dtype, {LAYER: self.layer_name, ROLE: "input"})
 
 
-class OnnxLayer(CodedLayer):
+class OnnxLayer(IntegerLayer):
     """A layer whose weight is a DequantizeLinear of its codes."""
 
     layer_name = ""

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from torch import nn
 
 from cpq_lightning.export.formats import Container
-from cpq_lightning.export.levels import compact_manifest
 from cpq_lightning.export.onnx.clips import merge_clips
 from cpq_lightning.export.onnx.integer import keep_biases, use_integer_kernels
 from cpq_lightning.export.onnx.layout import keep_channels_last
@@ -20,6 +19,7 @@ from cpq_lightning.export.onnx.store import finish, lowest_level, share_codes, u
 from cpq_lightning.export.onnx.tables import read_codes_of_layers
 from cpq_lightning.export.onnx.trace import trace, trace_plain
 from cpq_lightning.export.samples import Samples
+from cpq_lightning.report.levels import compact_manifest
 
 # What one protobuf message may hold; weights in files of their own would not be one file.
 _MOST_BYTES = 2**31 - 1

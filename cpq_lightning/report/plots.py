@@ -1,0 +1,261 @@
+"""Pictures of what was learned; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpq_lightning.files import write_atomically
+
+TRAJECTORY_FILE = "trajectory.csv"
+_WEIGHTS, _ACTIVATIONS, _PALE, _DARK = "#2f6db3", "#d98032", "#c9c9c9", "#333333"
+_TELLING = 6
+_MODELS = (_WEIGHTS, _ACTIVATIONS, "#3a8f5c", "#8a4fa3", _DARK)
+
+
+def _figure(**settings: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib, which draws the pictures, is not installed: pip install matplotlib, then cpq report RUN_DIR."
+        ) from error
+    # Without pyplot: no global state, no window, no back end to choose.
+    return Figure(layout="constrained", **settings)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    write_atomically(path, content.getvalue())
+    return path
+
+
+def _mean(bits: Any) -> float:
+    return sum(bits) / len(bits) if isinstance(bits, list) else float(bits)
+
+
+def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
+    """Bits of each layer in the order of execution: weights, activations, and the bytes of the packed weights.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    layers = manifest["layers"]
+    rows = list(range(len(layers)))
+    figure = _figure(figsize=(10, min(60, 1.6 + 0.24 * len(layers))))
+    has_activations = any(layer["activation"] for layer in layers)
+    axes = figure.subplots(
+        1, 3 if has_activations else 2, sharey=True, width_ratios=[3, 3, 2][0 if has_activations else 1 :]
+    )
+    panels = [("weight", "bits of weights", _WEIGHTS), ("activation", "bits of inputs", _ACTIVATIONS)]
+    for axis, (kind, title, color) in zip(axes, panels[: len(axes) - 1], strict=False):
+        for row, layer in zip(rows, layers, strict=True):
+            values = layer[kind]
+            if values is None or not values["quantizing"]:
+                axis.text(0.1, row, "full precision", va="center", fontsize=7, color="grey")
+                continue
+            bits = _mean(values["bits"])
+            axis.barh(row, bits, color=_PALE if values["exempt"] else color, height=0.78)
+            axis.text(bits + 0.1, row, f"{bits:g}" if bits == int(bits) else f"{bits:.1f}", va="center", fontsize=8)
+        key = "weight_bits_avg" if kind == "weight" else "act_bits_avg"
+        average = manifest["totals"][key]
+        if average is not None:
+            axis.axvline(average, color=_DARK, lw=1, ls="--")
+            title += f", {average:.2f} on average"
+        axis.set(xlim=(0, 9), xticks=range(0, 9, 2))
+        axis.set_title(title, fontsize=10, loc="left")
+    sizes = [layer["weight"]["bytes"] / 1000 for layer in layers]
+    total = sum(sizes)
+    axes[-1].barh(rows, sizes, color=_DARK, height=0.78)
+    for row, size in zip(rows, sizes, strict=True):
+        axes[-1].text(
+            size + max(sizes) * 0.02,
+            row,
+            f"{size / total:.0%}" if size / total > 0.005 else "",
+            va="center",
+            fontsize=8,
+        )
+    axes[-1].set_title(f"kB of weights, {total:.3g} in all", fontsize=10, loc="left")
+    axes[-1].set_xlim(0, max(sizes) * 1.25)
+    axes[0].set_yticks(rows, [layer["name"] for layer in layers], fontsize=8)
+    axes[0].set_ylim(len(layers) - 0.4, -0.6)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    if any(layer["weight"]["exempt"] for layer in layers):
+        figure.supxlabel("layers in the order of execution; pale: first and last, left out of the average", fontsize=8)
+    return _save(figure, path)
+
+
+def draw_weight_histograms(clusters: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> Path:
+    """Histograms of a few layers' full-precision weights over their grid points, before training and after.
+
+    Shown are the layers with most weights, the narrowest and the widest, up to 4 bits: beyond, no grid is to be seen.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    shown = _telling(manifest, clusters["layers"])
+    columns = 2 if len(shown) > 1 else 1
+    lines = -(-len(shown) // columns)
+    figure = _figure(figsize=(5.2 * columns, 0.8 + 2.1 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, (name, weight) in zip(axes.flat, shown, strict=False):
+        pair = clusters["layers"][name]
+        after = pair["after"]
+        low, high = weight["low"], weight["high"]
+        highest = 0.0
+        for level in range(low, high + 1):
+            axis.axvline(level, color=_PALE, lw=0.8, zorder=0)
+        for key, color in (("before", _ACTIVATIONS), ("after", _WEIGHTS)):
+            found = pair[key]
+            if found is None:
+                continue
+            counts = _coarser(found["counts"], high - low + 3, weight["numel"])
+            cells = len(counts)
+            width = (found["high"] - found["low"]) / cells
+            # Both in steps of the grid that was learned.
+            unit = found["step"] / after["step"]
+            x = [(found["low"] + (i + 0.5) * width) * unit for i in range(cells)]
+            total = sum(counts) * width * unit
+            y = [count / total for count in counts]
+            # What lies beyond the grid is counted in the outermost cells: it would dwarf the rest.
+            highest = max(highest, *y[1:-1])
+            if key == "after":
+                axis.fill_between(x, y, color=color, alpha=0.75, lw=0, step="mid", label="after")
+            else:
+                axis.plot(x, y, color=color, lw=1.1, label="before")
+        axis.set(xlim=(low - 0.8, high + 0.8), ylim=(0, 1.08 * highest or 1), yticks=[])
+        if high - low <= 16:
+            axis.set_xticks(range(low, high + 1))
+        width = f"{_mean(weight['bits']):g} bits" if weight["quantizing"] else "full precision"
+        axis.set_title(f"{name}   {width}, {weight['numel']:,} weights", fontsize=9, loc="left")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper right")
+    figure.supxlabel("weight in steps; grey lines: grid points", fontsize=8)
+    return _save(figure, path)
+
+
+def _coarser(counts: list[int], levels: int, numel: int) -> list[int]:
+    """Cells joined so that about two dozen are left for each level, or of few weights one: enough to see a cluster, few
+    enough for noise.
+    """
+    cells = min(24, max(1, numel // (8 * levels))) * levels
+    joined = max(1, len(counts) // cells)
+    return [sum(counts[i : i + joined]) for i in range(0, len(counts) - joined + 1, joined)]
+
+
+def _telling(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    weights = [(layer["name"], layer["weight"]) for layer in manifest["layers"] if layer["name"] in known]
+    legible = [w for w in weights if _mean(w[1]["bits"]) <= 4 and not isinstance(w[1]["bits"], list)] or weights
+    by_size = sorted(legible, key=lambda w: -w[1]["numel"])
+    by_bits = sorted(by_size, key=lambda w: _mean(w[1]["bits"]))
+    wanted = [*by_size[:3], by_bits[0], by_bits[-1], *by_size]
+    names = list(dict.fromkeys(name for name, _ in wanted))[:_TELLING]
+    return [w for w in weights if w[0] in names]
+
+
+def draw_runs(runs: Sequence[Any], path: Path) -> Path:
+    """Accuracy over size, a point a run with its average bits; hollow, runs in full precision.
+
+    Args:
+        runs: :class:`~cpq_lightning.report.runs.Run` each, of one metric.
+        path: Where the picture goes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(figsize=(7, 4.2))
+    axis = figure.subplots()
+    unit, name = (1e6, "MB") if max(run.fp32_bytes for run in runs) >= 1e6 else (1e3, "kB")
+    several = len({run.data for run in runs}) > 1
+    groups = list(dict.fromkeys((run.model, run.data) for run in runs))
+    for index, group in enumerate(groups):
+        own = [run for run in runs if (run.model, run.data) == group]
+        model = ", ".join(filter(None, group if several else group[:1]))
+        color = _MODELS[index % len(_MODELS)]
+        ended = sorted((run for run in own if run.value is not None), key=lambda run: run.size_bytes)
+        plain, ended = [r for r in ended if r.state != "quantized"], [r for r in ended if r.state == "quantized"]
+        sizes, values = [run.size_bytes / unit for run in ended], [run.value for run in ended]
+        if ended:
+            axis.plot(sizes, values, color=color, marker="o", ms=6, lw=0, label=f"{model}, quantized".lstrip(", "))
+        for place, (run, size, value) in enumerate(zip(ended, sizes, values, strict=True)):
+            # Neighbours' words on either side.
+            offset = (0, 8) if place % 2 == 0 else (0, -16)
+            axis.annotate(_shown_bits(run), (size, value), offset, textcoords="offset points", ha="center", fontsize=8)
+        if plain:
+            axis.plot(
+                [run.size_bytes / unit for run in plain],
+                [run.value for run in plain],
+                color=color, marker="o", ms=6, mfc="white", lw=0, label=f"{model}, full precision".lstrip(", "),
+            )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xlabel(f"size in {name}, logarithmic", fontsize=9)
+    axis.set_ylabel(runs[0].metric, fontsize=9)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.tick_params(which="both", labelsize=8)
+    axis.margins(0.12, 0.18)
+    axis.grid(color=_PALE, lw=0.5, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="best")
+    return _save(figure, path)
+
+
+def _shown_bits(run: Any) -> str:
+    parts = (("W", run.weight_bits), ("A", run.act_bits))
+    return " ".join(f"{letter}{bits:.3g}" for letter, bits in parts if bits is not None)
+
+
+def draw_trajectory(folder: Path) -> Path | None:
+    """How bits moved over training, from ``trajectory.csv``; ``None`` where the run wrote none.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    source = Path(folder) / TRAJECTORY_FILE
+    if not source.is_file():
+        return None
+    with source.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def line(column: str) -> tuple[list[float], list[float]]:
+        points = [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        return [x for x, _ in points], [y for _, y in points]
+
+    columns = list(rows[0]) if rows else []
+    accuracy = [c for c in columns if "val" in c and "acc" in c and "top5" not in c]
+    kinds = [
+        ("weight", "expected_weight_bits", "weight_bits", _WEIGHTS),
+        ("activation", "expected_act_bits", "act_bits", _ACTIVATIONS),
+    ]
+    panels = [k for k in kinds if k[1] in columns] or kinds[:1]
+    figure = _figure(figsize=(8.5, 2.9 * len(panels) + (1.7 if accuracy else 0.3)))
+    ratios = [3] * len(panels) + ([1.5] if accuracy else [])
+    axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
+    for axis, (kind, expected, decided, color) in zip(axes, panels, strict=False):
+        suffix = "weight_quantizer" if kind == "weight" else "input_quantizer"
+        own = [c for c in columns if c.startswith("bits:") and c.endswith(suffix)]
+        moving = [c for c in own if len(set(line(c)[1])) > 1]
+        for column in moving:
+            axis.plot(*line(column), color=_PALE, lw=0.9)
+        axis.plot([], [], color=_PALE, lw=0.9, label="each layer, expected")
+        axis.plot(*line(expected), color=color, lw=2.4, label="average, expected")
+        axis.plot(*line(decided), color=_DARK, lw=1.2, ls="--", label="average, as evaluated")
+        axis.set_ylabel(f"bits of {kind}s", fontsize=9)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower left")
+    if accuracy:
+        axes[-1].plot(*line(accuracy[0]), color=_DARK, marker="o", ms=3, lw=1)
+        axes[-1].set_ylabel(accuracy[0], fontsize=9)
+    axes[-1].set_xlabel("step", fontsize=9)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, Path(folder) / "trajectory.png")

@@ -1,0 +1,106 @@
+"""The files of a run: levels.json first, and what is made again from the files at any time."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cpq_lightning.attach.levels_file import read_levels
+from cpq_lightning.files import write_atomically
+from cpq_lightning.report.plots import draw_levels, draw_trajectory, draw_weight_histograms
+
+HISTOGRAMS_FILE = "clusters.json"
+_COLUMNS = (
+    "layer", "kind", "bits", "signed", "levels", "used_levels", "step", "relative_error", "clipped", "numel",
+    "bytes", "macs", "bops", "exempt", "level_shares",
+)  # fmt: skip
+
+_SHOWN = (
+    "bits", "step", "low", "high", "numel", "bytes", "exempt", "quantizing", "signed", "used_levels", "relative_error",
+)  # fmt: skip
+
+
+def write_csv(manifest: Mapping[str, Any], path: Path) -> None:
+    """A row a quantizer, operands of products without a weight last.
+
+    Levels' shares are numbers apart by spaces, from the lowest level to the highest.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for layer in manifest["layers"]:
+        for kind in ("weight", "activation"):
+            values = layer[kind]
+            if values is not None:
+                levels = values["high"] - values["low"] + 1
+                row = {**values, "layer": layer["name"], "kind": kind, "levels": levels}
+                writer.writerow({key: _cell(value) for key, value in row.items()})
+    for operand in manifest.get("products", ()):
+        row = {**operand, "layer": operand["name"], "kind": "operand", "levels": operand["high"] - operand["low"] + 1}
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    write_atomically(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return " ".join(f"{v:g}" for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The content of a ``levels.json`` that tables and pictures are made of.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of ours, or lacks what is to be shown.
+    """
+    content = read_levels(path)
+    for layer in content.get("layers", ()):
+        weight = layer.get("weight") or {}
+        missing = [name for name in _SHOWN if name not in weight]
+        if missing:
+            raise ValueError(
+                f"{path} has no {', '.join(missing)} of the weight of layer {layer.get('name')!r}: expected the file "
+                "as a fit of this version writes it, not edited."
+            )
+    return content
+
+
+def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
+    """:func:`report_levels`, and ``trajectory.png`` where the run wrote a ``trajectory.csv``."""
+    made = report_levels(folder, levels_file)
+    drawn = draw_trajectory(Path(folder))
+    return made if drawn is None else [*made, drawn]
+
+
+def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
+    """Make ``levels.csv``, ``levels.png`` and ``clusters.png`` from the files of a run.
+
+    Args:
+        folder: The run's folder, with ``levels.json`` and, where the run wrote it, ``clusters.json``.
+        levels_file: Name of the first.
+
+    Returns:
+        The files that were made.
+
+    Raises:
+        FileNotFoundError: the folder has no ``levels.json``.
+        ImportError: matplotlib is not installed; the table is there by then.
+    """
+    folder = Path(folder)
+    source = folder / levels_file
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is missing: expected the folder of a run that has finished its fit.")
+    manifest = read_manifest(source)
+    stem = source.stem
+    table = folder / f"{stem}.csv"
+    write_csv(manifest, table)
+    made = [table, draw_levels(manifest, folder / f"{stem}.png")]
+    if (folder / HISTOGRAMS_FILE).is_file():
+        clusters = json.loads((folder / HISTOGRAMS_FILE).read_text(encoding="utf-8"))
+        made.append(draw_weight_histograms(clusters, manifest, folder / "clusters.png"))
+    return made

@@ -1,0 +1,44 @@
+"""How weights gather around their grid: histograms before and after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpq_lightning.attach.layers import quantized_layers
+from cpq_lightning.files import write_atomically
+from cpq_lightning.functional.ranges import histogram
+from cpq_lightning.nn.sharding import full_tensor
+
+# Dozens of cells for each level of a 4-bit grid.
+_BINS = 720
+
+
+@torch.no_grad()
+def weight_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of each layer's full-precision weight in units of its step: range and counts in equal cells, by layer."""
+    found = {}
+    for name, layer in quantized_layers(model):
+        quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach())
+        step, low, high = quantizer.grid()
+        levels = weight.float() / quantizer.along_channels(step, weight)
+        bottom, top = (limit.float() for limit in (low.min() - 1, high.max() + 1))
+        counts = histogram(levels.clamp(bottom, top), bottom, top, _BINS)
+        found[name] = {
+            "low": float(bottom),
+            "high": float(top),
+            "step": float(step.mean()),
+            "counts": counts.tolist(),
+        }
+    return found
+
+
+def write_weight_histograms(before: Mapping[str, Any], after: Mapping[str, Any], path: Path) -> None:
+    """Write histograms before and after training as JSON."""
+    layers = {name: {"before": before.get(name), "after": found} for name, found in after.items()}
+    write_atomically(path, json.dumps({"format": "cpq-clusters", "version": 1, "layers": layers}) + "\n")

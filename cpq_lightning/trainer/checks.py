@@ -1,0 +1,145 @@
+"""What callbacks have to know of one another: what cannot share a Trainer, and who begins when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from cpq_lightning.functional.schedule import resolve_point
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.sharding import is_sharded
+from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException, is_a
+from cpq_lightning.trainer.progress import run_length
+
+# Lightning's callbacks that copy the model in their setup; by name, for either of its packages.
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+Bests: TypeAlias = dict[str, list[Any]]
+
+
+def check_callbacks(trainer: Trainer, own: Callback) -> None:
+    """Refuse a second callback of the same type, an averaging callback before this one, and FSDP1.
+
+    Raises:
+        MisconfigurationException: with what to do.
+    """
+    name = type(own).__name__
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if sum(isinstance(c, type(own)) for c in callbacks) > 1:
+        raise MisconfigurationException(
+            f"The Trainer has more than one {name}: keep one, and give settings of single layers through "
+            "CPQConfig(overrides=...)."
+        )
+    for callback in callbacks[: callbacks.index(own)]:
+        if is_a(callback, *_AVERAGING):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} stands before {name}, which must prepare the model that is averaged: put "
+                f"{name} first in the list of callbacks. (A QuantizedModule adds one at the end where the list has "
+                "none.)"
+            )
+    if is_a(trainer.strategy, "FSDPStrategy"):
+        raise MisconfigurationException(
+            "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use DDP, or FSDP2 "
+            "(ModelParallelStrategy, with fully_shard in configure_model)."
+        )
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise MisconfigurationException(
+            f"ModelParallelStrategy(tensor_parallel_size={mesh['tensor_parallel'].size()}) splits products over "
+            "processes, and a quantized layer computes whole ones: set tensor_parallel_size=1."
+        )
+
+
+def check_whole(quantizers: Iterable[tuple[str, Quantizer]]) -> None:
+    """Refuse quantizers whose parameters are sharded.
+
+    Raises:
+        MisconfigurationException: with what to do.
+    """
+    for name, quantizer in quantizers:
+        if any(is_sharded(p) for p in quantizer.parameters()):
+            raise MisconfigurationException(
+                f"The parameters of quantizer {name!r} are sharded (FSDP2), and must be whole on each rank: leave them "
+                "out in configure_model, fully_shard(..., ignored_params={p for _, q in quantizers(self) for p in "
+                "q.parameters()}) with cpq_lightning.attach.quantizers, or let CPQCallback attach a module that is not "
+                "quantized before."
+            )
+
+
+def check_learners(trainer: Trainer, learners: int) -> None:
+    """Refuse widths that nobody trains.
+
+    Raises:
+        MisconfigurationException: with what to do.
+    """
+    if learners and not _of(trainer, "BitBudget"):
+        raise MisconfigurationException(
+            f"{learners} quantizers are to learn their width, but nothing tells them what bits may cost: add a "
+            "BitBudget, for example BitBudget(target=3.0), to the Trainer's callbacks, or leave learn_bits and "
+            "learn_act_bits out."
+        )
+
+
+def quantization_start(trainer: Trainer) -> int:
+    """The step at which quantization begins, asked when training starts."""
+    points = [c.quantize_from for c in _of(trainer, "CPQCallback")]
+    # Where no fraction asks for it, a run may have no length.
+    length = run_length(trainer) if any(isinstance(point, float) and point for point in points) else math.inf
+    return max((resolve_point("quantize_from", point, length) for point in points), default=0)
+
+
+def counts_operations(trainer: Trainer) -> bool:
+    """Whether a budget counts bit operations, which a forward has to show before training."""
+    return any(c.unit == "bops" for c in _of(trainer, "BitBudget"))
+
+
+def last_saved(trainer: Trainer) -> str:
+    """A checkpoint to go on from: a last one, or else a best one."""
+    for name in ("last_model_path", "best_model_path"):
+        for callback in trainer.checkpoint_callbacks:
+            if path := getattr(callback, name, ""):
+                return path
+    return ""
+
+
+def monitored_bests(trainer: Trainer) -> Bests:
+    """Path and score of the best checkpoint so far of each callback that monitors a metric."""
+    return {c.state_key: _best(c) for c in _monitors(trainer) if c.best_model_path}
+
+
+def _best(callback: Any) -> list[Any]:
+    score = callback.best_model_score
+    return [callback.best_model_path, None if score is None else float(score)]
+
+
+def warn_of_old_bests(trainer: Trainer, then: Bests, what: str) -> None:
+    """Warn of callbacks whose best checkpoint is still the one that it was at an earlier moment of the run.
+
+    Args:
+        trainer: At the end of its fit.
+        then: What :func:`monitored_bests` was at that moment.
+        what: What had not happened yet.
+    """
+    for callback in _monitors(trainer):
+        path = callback.best_model_path
+        # A file of a fixed name may have been written again.
+        if path and then.get(callback.state_key) == _best(callback):
+            rank_zero_warn(
+                f"The best checkpoint by {callback.monitor!r}, {path}, was saved before {what}. Use a later one, or "
+                "monitor from there on (a ModelCheckpoint keeps the last one with save_last=True)."
+            )
+
+
+def _monitors(trainer: Trainer) -> list[Any]:
+    return [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) and hasattr(c, "best_model_path")]
+
+
+def _of(trainer: Trainer, name: str) -> list[Any]:
+    """The Trainer's callbacks of a class of this package, by name: none of them imports another."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if is_a(c, name)]

@@ -1,0 +1,92 @@
+"""Evaluation of a module whose ranges are not known yet: ranges that last as long as the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.nn.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class LentRanges:
+    """Activation ranges for one evaluation of what has none, fitted in the forward of its first batch.
+
+    The evaluation's loop, its data and its steps run as without them. Of several processes all go on with what the
+    first one has found. Afterwards all quantizers are what they were.
+    """
+
+    def __init__(self, kept: Iterable[Quantizer], missing: Iterable[Quantizer], reason: str) -> None:
+        self._found = [(q, _copy(q.state_dict()), q.measured, q.fits_next) for q in kept]
+        self._waiting = list(missing)
+        self._reason = reason
+        self.before_batch()
+
+    def before_batch(self) -> None:
+        """Called ahead of each batch: of the first one the forward sets the ranges."""
+        # Again here: the Tuner evaluates, and restores a checkpoint, between the start and the first batch.
+        for quantizer in self._waiting:
+            quantizer.fits_next = not quantizer.fitted
+
+    def after_batch(self, trainer: Trainer) -> None:
+        """Called behind each batch: the ranges that it has set are everybody's from here on."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        if trainer.world_size > 1:
+            states: list[dict[str, Tensor]] = trainer.strategy.broadcast([_copy(q.state_dict()) for q in waiting])
+            for quantizer, state in zip(waiting, states, strict=True):
+                quantizer.load_state_dict(state)
+                quantizer.fits_next = not quantizer.fitted
+        if any(quantizer.fitted for quantizer in waiting):
+            rank_zero_warn(
+                f"{self._reason}: ranges come from the first batch of this evaluation, and are forgotten behind it."
+            )
+
+    def take_back(self) -> None:
+        """Give the quantizers back what they had."""
+        for quantizer, state, measured, fits_next in self._found:
+            quantizer.load_state_dict(state)
+            quantizer.measured, quantizer.fits_next = measured, fits_next
+
+
+def lend_ranges(trainer: Trainer, pl_module: LightningModule, quantize_from: float) -> LentRanges | None:
+    """Ranges for an evaluation that starts; ``None`` where nothing has to be lent."""
+    found: list[Quantizer] = [q for _, q in quantizers(pl_module)]
+    activations = [q for q in found if q.kind == "activation"]
+    if not all(q.active for q in found):
+        if trainer.state.fn != "fit" and trainer.ckpt_path is None and not any(q.fitted for q in activations):
+            rank_zero_warn(
+                f"{type(pl_module).__name__} was never fitted with quantizers, or not as far as "
+                f"quantize_from={quantize_from}: this evaluation runs in full precision. Fit the module, give "
+                "ckpt_path, or leave quantize_from=0 to evaluate it quantized."
+            )
+        return None
+    missing = {n: q for n, q in quantizers(pl_module) if q.kind == "activation" and not q.fitted and not q.settled}
+    if any(q.fitted for q in activations):
+        names = ", ".join(missing)
+        reason = (
+            f"Neither calibration nor training has called the activation quantizers {names} of "
+            f"{type(pl_module).__name__}, as an evaluation may do. Leave their layers out with ignore, or calibrate on "
+            "what calls them"
+        )
+        return LentRanges(missing.values(), missing.values(), reason) if missing else None
+    if all(q.settled for q in found):
+        return None
+    reason = (
+        f"{type(pl_module).__name__} was never fitted with quantizers, so it has no activation ranges. Fit the module, "
+        "give ckpt_path, or attach and calibrate it on training data before"
+    )
+    # What a forward notes of a module that only evaluations have quantized must not last either.
+    return LentRanges(found, missing.values(), reason)
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}

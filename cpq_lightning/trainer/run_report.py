@@ -1,0 +1,141 @@
+"""What a fit leaves behind: tables in the terminal, files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
+
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.report.levels import manifest, write_manifest
+from cpq_lightning.report.run_files import HISTOGRAMS_FILE, report_levels
+from cpq_lightning.report.runs import BEFORE, FULL, describe_run, sibling_runs
+from cpq_lightning.report.table import levels_table, metrics_table, runs_table
+from cpq_lightning.report.weight_histograms import write_weight_histograms
+from cpq_lightning.trainer.checks import last_saved
+from cpq_lightning.trainer.loggers import log_pictures
+from cpq_lightning.trainer.module_parts import exported_architecture, exported_name, exported_part
+from cpq_lightning.trainer.progress import run_step
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """What the last validation has logged."""
+    metrics = trainer.callback_metrics.items()
+    values = {k: float(v) for k, v in metrics if v.numel() == 1 and not k.startswith("cpq/")}
+    return {k: v for k, v in values.items() if "val" in k} or values
+
+
+def write_run_report(
+    trainer: Trainer,
+    content: dict[str, Any],
+    path: Path | None,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    table: bool,
+) -> None:
+    """Show what a run has come to, and write it to its folder; on one process.
+
+    Args:
+        trainer: At the end of its fit.
+        content: Of :func:`run_manifest`.
+        path: Where ``levels.json`` goes; ``None`` writes nothing.
+        before: Histograms of the weights when quantization began.
+        after: Those of now.
+        table: Whether to print tables.
+    """
+    if table:
+        _print_tables(content)
+    if path is not None:
+        _write_files(trainer, content, path, before, after)
+    if table and path is not None:
+        _print_runs(path.parent, path.name)
+
+
+def _print_tables(content: Mapping[str, Any]) -> None:
+    """The layers' levels and, where a validation has run, its metrics: the last ones before quantization, and now."""
+    console = Console()
+    console.print(levels_table(content))
+    if content["run"]["metrics"]:
+        console.print()
+        console.print(metrics_table(content["run"]))
+
+
+def run_manifest(
+    trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, Mapping[str, float]], before: int | None
+) -> dict[str, Any]:
+    """The content of ``levels.json``: the model's levels and, under ``run``, what it was measured at, and on what.
+
+    Args:
+        trainer: At the end of its fit.
+        pl_module: The attached module.
+        metrics: Of the last validation in each state.
+        before: The step of the last one before quantization began.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    root = "" if data is None else str(data.hparams.get("root", ""))
+    name = "" if data is None else f"{type(data).__name__} {root}".strip()
+    if not all(q.active for _, q in quantizers(pl_module)):
+        metrics = {FULL: metrics[BEFORE]} if BEFORE in metrics else {}
+    content = manifest(pl_module, network=exported_part(pl_module), architecture=exported_architecture(pl_module))
+    return {**content, "run": describe_run(metrics, exported_name(pl_module), name, before)}
+
+
+def note_exports(content: dict[str, Any], path: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
+    """Add to a run's ``levels.json`` which files it has, and why others are missing; on one process."""
+    content["run"]["exports"] = list(outcomes)
+    try:
+        write_manifest(content, path)
+    except OSError as error:
+        rank_zero_warn(f"{path} could not be written ({error}): it does not tell of the exports.")
+
+
+def _print_runs(folder: Path, levels_file: str) -> None:
+    """A row for this run and, above it, one for each run beside it of the same model on the same data."""
+    try:
+        runs = sibling_runs(folder, None, levels_file)
+    except (OSError, KeyError, ValueError):
+        # No validation, or no accuracy: there is nothing to compare runs by.
+        return
+    console = Console()
+    console.print()
+    console.print(runs_table(runs, f"Runs of {runs[-1].model}"))
+
+
+def _write_files(
+    trainer: Trainer, content: dict[str, Any], path: Path, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> None:
+    """Write the levels and what shows them, for loggers too; what cannot be written costs a warning, and no training.
+
+    The trajectory is the budget's that has recorded it.
+    """
+    folder, saved = path.parent, last_saved(trainer)
+    try:
+        write_manifest(content, path)
+        write_weight_histograms(before, after, folder / HISTOGRAMS_FILE)
+    except OSError as error:
+        rank_zero_warn(f"{path} could not be written ({error}). {nothing_is_lost(saved)}")
+        return
+    rank_zero_info(f"Levels written to {path}")
+    try:
+        log_pictures(trainer, report_levels(folder, path.name), run_step(trainer))
+    except ImportError as error:
+        rank_zero_info(f"Pictures were not drawn: {error}")
+    except Exception as error:
+        # A picture is not worth a failing run.
+        rank_zero_warn(
+            f"Pictures of {path} were not drawn ({type(error).__name__}: {error}). {nothing_is_lost(saved)} "
+            f"'cpq report {folder}' makes them again."
+        )
+
+
+def nothing_is_lost(saved: str) -> str:
+    """What is left of a training whose files could not be written."""
+    if saved:
+        return f"Nothing of the training is lost: {saved} is a checkpoint of it."
+    return "The trained module is in memory, and no ModelCheckpoint has saved it: trainer.save_checkpoint(path) does."

@@ -1,0 +1,90 @@
+"""What the schedules share: a value for each step of the run, written into a buffer of the quantizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.functional.schedule import Shape, anneal, resolve_point
+from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException
+from cpq_lightning.trainer.progress import run_length, run_step
+
+
+def check_span(start: int | float, end: int | float) -> None:
+    """Refuse two points of a run (a step count or a fraction of it) that no run has, or in the wrong order."""
+    for name, point in (("start", start), ("end", end)):
+        resolve_point(name, point, 1)
+    if type(start) is type(end) and start > end:
+        raise ValueError(f"start must not be after end={end}, got {start}.")
+
+
+def resolve_span(owner: str, start: int | float, end: int | float, trainer: Trainer) -> tuple[int, int]:
+    """Both points as steps of the run, from ``on_train_start`` on; errors name the owner."""
+    fractions = isinstance(start, float) or isinstance(end, float)
+    length = run_length(trainer) if fractions else 0
+    first, last = (resolve_point(n, p, length) for n, p in (("start", start), ("end", end)))
+    if first > last:
+        raise MisconfigurationException(
+            f"{owner}: start={start} is step {first}, after end={end}, step {last}, of a run of {length} steps."
+        )
+    return first, last
+
+
+def need_quantizers(callback: Callback, pl_module: LightningModule) -> list[Quantizer]:
+    """The module's quantizers; an error where there are none."""
+    found = [q for _, q in quantizers(pl_module)]
+    if not found:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} found no quantizer in {type(pl_module).__name__}: add CPQCallback to the "
+            "Trainer, or train a QuantizedModule."
+        )
+    return found
+
+
+class BufferSchedule(Callback):
+    """Anneals one buffer of the quantizers from ``first`` to ``last`` between ``start`` and ``end``.
+
+    The value is a function of the step alone, and the buffer is in the model's ``state_dict``: a resumed run goes on
+    exactly, with nothing to restore here.
+    """
+
+    buffer: str
+
+    def __init__(self, start: int | float, end: int | float, first: float, last: float, shape: Shape) -> None:
+        check_span(start, end)
+        for name, value in (("first", first), ("last", last)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
+        anneal(0, 0, 2, first, last, shape)
+        self.start, self.end = start, end
+        self.first, self.last = first, last
+        self.shape: Shape = shape
+        self._span: tuple[int, int] = (0, 0)
+        self._driven: list[Quantizer] = []
+
+    def drives(self, quantizer: Quantizer) -> bool:
+        """Whether a quantizer has what this schedule drives."""
+        return True
+
+    def nothing_to_drive(self) -> None:
+        """Called when the model has quantizers, but none to drive."""
+
+    def value(self, step: int) -> float:
+        """The value at a step of the run, once a fit has begun."""
+        return anneal(step, *self._span, self.first, self.last, self.shape)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._driven = [q for q in need_quantizers(self, pl_module) if self.drives(q)]
+        if not self._driven:
+            self.nothing_to_drive()
+        self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        value = self.value(run_step(trainer))
+        with torch.no_grad():
+            for quantizer in self._driven:
+                getattr(quantizer, self.buffer).fill_(value)
