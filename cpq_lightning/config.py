@@ -81,8 +81,8 @@ class CPQConfig:
             ``"channel"`` has a width of its own.
         gate_estimator: Gradient of learned gates, one for all of a model. ``"curvature"`` (ours): what a bit is worth
             is how much the loss bends along the residual that it adds, as the square of the gradient's product with it
-            tells (:func:`~cpq_lightning.functional.saliency.bit_saliency`). ``"concrete"`` (the paper's): the gradient through the
-            gates that are drawn, which is what the loss would rise by at once, without the bit and without training
+            tells (:func:`~cpq_lightning.functional.bit_saliency`). ``"concrete"`` (the paper's): the gradient through
+            the gates that are drawn, which is what the loss would rise by at once, without the bit and without training
             behind it. A loss that is zero (a network that starts as its own teacher, and nothing else to learn from)
             tells nothing of curvature. A module that accumulates gradients by itself, under manual optimization, draws
             gates in each batch, and tells a bit that only some of them have a part of its worth.

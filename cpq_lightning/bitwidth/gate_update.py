@@ -1,9 +1,9 @@
 """Learned widths: the update of all gates of a model, under budgets that it keeps step by step.
 
-The logits move by what the loss says of them (:mod:`cpq_lightning.bitwidth.gate_statistics`) and by the gradient of a penalty
-``lambda · cost(expected bits)``, as the paper has it (arXiv 2109.02100). Here lambda is not chosen: each update solves
-for the one with which the expected cost arrives where the schedule wants it (ours), so that a run can neither overshoot
-its target nor stop short of it.
+The logits move by what the loss says of them (:mod:`cpq_lightning.bitwidth.gate_statistics`) and by the gradient of a
+penalty ``lambda · cost(expected bits)``, as the paper has it (arXiv 2109.02100). Here lambda is not chosen: each update
+solves for the one with which the expected cost arrives where the schedule wants it (ours), so that a run can neither
+overshoot its target nor stop short of it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class GateUpdate:
     """Moves the logits of learned gates, all at once and at a rate of their own.
 
     Rows are the quantizers' widths, one for each or one a channel, in order; ``theta`` holds a column of logits for
-    each. With ``m`` the gradient of the loss and ``s`` its unit (:class:`~cpq_lightning.bitwidth.gate_statistics.Values`), and
-    ``c`` the gradient of a cost of the expected bits, an update is
+    each. With ``m`` the gradient of the loss and ``s`` its unit
+    (:class:`~cpq_lightning.bitwidth.gate_statistics.Values`), and ``c`` the gradient of a cost of the expected bits, an
+    update is
 
         theta <- theta - rate · clip((m + lambda c) / s, -1, 1)
 

@@ -99,7 +99,7 @@ class Samples:
 
         Arguments may be tuples, lists, dicts and classes that torch's pytree knows, with tensors in them, and numbers,
         strings and None, which stay as they are. What a model takes as its one argument is that: see
-        :func:`~cpq_lightning.attach.calls.as_call`. For positional arguments and others by name see :meth:`called_with`.
+        :func:`~cpq_lightning.attach.calls.as_call`. For positional and named arguments see :meth:`called_with`.
 
         Args:
             value: What holds them.

@@ -59,7 +59,7 @@ def quantize_to_grid(x: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid) ->
 def backward_again(
     x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cpq_lightning.kernels.dispatch.backward` in PyTorch operations, which can be differentiated in ``grad``."""
+    """:func:`cpq_lightning.kernels.dispatch.backward` in PyTorch operations, differentiable in ``grad``."""
     rows = [-1, *[1] * (x.dim() - 1)] if x.dim() else []
     d_x, *others = quantize_backward(grad, x, step.reshape(rows), sigma.reshape(rows), **ring.settings)
     d_step, d_sigma = (d.reshape(step.shape) for d in others)

@@ -1,11 +1,12 @@
 """The layout of a packed file, and what its header says of a model.
 
 A packed file (version 3) is a safetensors file of a few flat tensors. ``codes`` (bytes) holds the codes of each
-quantized weight one behind the other (:func:`~cpq_lightning.functional.packing.pack_codes`; rows are the output channels), each
-from a whole byte on. ``float32`` holds, for each layer in order, the steps of its weight and, where its input is
-quantized, that of its input; the steps of the operands of products without a weight; and what is not quantized, in the
-order in which it is listed. What is not quantized and of another type lies in a tensor that is named after its type,
-such as ``int64``. The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a newline, and that text:
+quantized weight one behind the other (:func:`~cpq_lightning.functional.packing.pack_codes`; rows are the output
+channels), each from a whole byte on. ``float32`` holds, for each layer in order, the steps of its weight and, where its
+input is quantized, that of its input; the steps of the operands of products without a weight; and what is not
+quantized, in the order in which it is listed. What is not quantized and of another type lies in a tensor that is named
+after its type, such as ``int64``. The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a
+newline, and that text:
 
 - ``format``, ``version``, ``written_by``; ``sha256`` of all tensors (:func:`digest_of_all`);
 - ``architecture``, where timm builds the network;

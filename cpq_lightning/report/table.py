@@ -95,7 +95,8 @@ def summary(manifest: Mapping[str, Any]) -> str:
     suffix = "" if covered is None else f"\n{Coverage.from_dict(covered).sentence()}"
     if not any(quantizer["quantizing"] for layer in manifest["layers"] for quantizer in _quantizers(layer)):
         return f"in full precision: {shown_bytes(full)} in float32{suffix}"
-    return f"{prefix}{shown_bytes(size)} packed instead of {shown_bytes(full)} in float32, {full / size:.1f} times smaller{suffix}"
+    sizes = f"{shown_bytes(size)} packed instead of {shown_bytes(full)} in float32"
+    return f"{prefix}{sizes}, {full / size:.1f} times smaller{suffix}"
 
 
 def _quantizers(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
