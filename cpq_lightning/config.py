@@ -269,7 +269,7 @@ class CPQConfig:
             merged.update(settings)
         return dataclasses.replace(self, overrides={}, **{**_widened(self, merged), "attention": False})
 
-    def exempt(self) -> CPQConfig:
+    def for_first_or_last(self) -> CPQConfig:
         """The settings of a first or last layer: ``first_last_bits`` wide, nothing dropped."""
         if self.first_last_bits is None:
             return self

@@ -99,12 +99,12 @@ print(f"val_acc {full_precision:.4f} in full precision, {quantized:.4f} at 3 bit
 # %% [markdown]
 # ## 4. What training decided
 #
-# `levels.png`: the bits of each layer. `clusters.png`: weights before and after, over their grid points.
+# `levels.png`: the bits of each layer. `weight_histograms.png`: weights before and after, over their grid points.
 # `trajectory.png`: how the bits moved. Beside them lies `levels.json`, with every layer's bits, levels, step and
 # error; `cpq report` makes them all again.
 
 # %%
-for name in ("levels.png", "clusters.png", "trajectory.png"):
+for name in ("levels.png", "weight_histograms.png", "trajectory.png"):
     if "ipykernel" in sys.modules:
         from IPython.display import Image, display
 

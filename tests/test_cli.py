@@ -46,14 +46,14 @@ def test_the_learned_recipe_ends_at_its_target_and_reports_again(tmp_path, cpq):
     run = tmp_path / "lightning_logs" / "version_0"
     content = json.loads((run / "levels.json").read_text())
     assert abs(content["totals"]["weight_bits_avg"] - 3) <= 0.05
-    widths = {layer["weight"]["bits"] for layer in content["layers"] if not layer["weight"]["exempt"]}
+    widths = {layer["weight"]["bits"] for layer in content["layers"] if not layer["weight"]["first_or_last"]}
     assert len(widths) >= 3
     (checkpoint,) = run.rglob("*.ckpt")
     metrics = torch.load(checkpoint, weights_only=True)["cpq_lightning"]["metrics"]
     assert metrics["quantized"]["val_acc"] >= 0.96
     restored = QuantizedModule.load_from_checkpoint(checkpoint, weights_only=True)
     assert [r.bits for r in levels(restored) if r.kind == "weight"] == [x["weight"]["bits"] for x in content["layers"]]
-    pictures = ["levels.csv", "levels.png", "clusters.png", "trajectory.png"]
+    pictures = ["levels.csv", "levels.png", "weight_histograms.png", "trajectory.png"]
     for name in pictures:
         (run / name).unlink()
     again = cpq("report", run)

@@ -184,15 +184,15 @@ def test_a_layer_whose_overrides_contradict_each_other_is_refused():
 @pytest.mark.parametrize("act_bits", [None, 4])
 def test_a_first_or_last_layer_has_its_own_width_and_drops_nothing(act_bits):
     config = CPQConfig(weight_bits=4, min_bits=2, act_bits=act_bits, first_last_bits=8)
-    exempt = config.exempt()
-    assert (exempt.weight_bits, exempt.narrowest_bits) == (8, 8)
-    assert exempt.act_bits == (None if act_bits is None else 8)
-    assert CPQConfig(weight_bits=4, min_bits=2, first_last_bits=None).exempt().weight_bits == 4
+    first_or_last = config.for_first_or_last()
+    assert (first_or_last.weight_bits, first_or_last.narrowest_bits) == (8, 8)
+    assert first_or_last.act_bits == (None if act_bits is None else 8)
+    assert CPQConfig(weight_bits=4, min_bits=2, first_last_bits=None).for_first_or_last().weight_bits == 4
 
 
 def test_a_narrow_first_layer_does_not_collide_with_other_layers_overrides():
     config = CPQConfig(weight_bits=6, first_last_bits=2, overrides={"layer3.*": {"min_bits": 4}})
-    assert config.exempt().weight_bits == 2
+    assert config.for_first_or_last().weight_bits == 2
 
 
 def test_the_narrowest_width_is_the_width_where_nothing_is_dropped():

@@ -139,7 +139,7 @@ def test_the_tutorial(tmp_path):
     assert ran.returncode == 0, ran.stderr
     run = tmp_path / "out" / "lightning_logs" / "version_0"
     assert json.loads((run / "levels.json").read_text())["totals"]["weight_bits_avg"] == pytest.approx(3, abs=0.05)
-    for name in ("levels.png", "clusters.png", "trajectory.png", "Classifier.onnx"):
+    for name in ("levels.png", "weight_histograms.png", "trajectory.png", "Classifier.onnx"):
         assert (run / name).stat().st_size > 10_000
         assert name in ran.stdout
     accuracy = float(re.search(r"accuracy ([\d.]+) on 359 images in ONNX Runtime", ran.stdout)[1])

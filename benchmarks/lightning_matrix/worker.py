@@ -42,7 +42,7 @@ class Same(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.compare(trainer, pl_module)
-        records = [[r.name, r.kind, r.bits, r.step] for r in levels(pl_module)]
+        records = [[r.name, r.kind, r.bits, r.scale] for r in levels(pl_module)]
         everybody = [None] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(everybody, records)

@@ -13,7 +13,7 @@ from cpq_lightning.attach.layers import quantized_layers as quantized_layers
 from cpq_lightning.attach.layers import quantizers as quantizers
 from cpq_lightning.attach.loading import loading as loading
 from cpq_lightning.attach.range_tracking import RangeTracker as RangeTracker
-from cpq_lightning.attach.range_tracking import renew_rewritten as renew_rewritten
+from cpq_lightning.attach.range_tracking import refit_rewritten as refit_rewritten
 
 __all__ = [
     "Coverage", "RangeTracker", "attach", "calibrate", "coverage", "detach", "full_precision_copy", "is_attached",

@@ -119,7 +119,7 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
             switch_back(layer, written=False)
         for _, module in list(modules_with_products(model)):
             leave_products(module)
-        take_back(model)
+        undo_attach(model)
         raise
     set_attached_config(model, config)
     watch(model)
@@ -162,7 +162,7 @@ def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
         for site in sites:
             if isinstance(site.layer, QuantizedLayer):
                 switch_back(site.layer, written=False)
-        take_back(model)
+        undo_attach(model)
         arrange(model)
         raise
     if known is not None:
@@ -217,7 +217,7 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
             numel=weight.numel(),
             channels=weight.shape[site.channel_dim],
             channel_dim=site.channel_dim,
-            exempt=site.exempt,
+            first_or_last=site.first_or_last,
             inner=site.inner,
             device=weight.device,
         )
@@ -240,7 +240,7 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
             "activation",
             site.config,
             key=2 * index + 1,
-            exempt=site.exempt,
+            first_or_last=site.first_or_last,
             inner=site.inner,
             device=weight.device,
         )
@@ -265,7 +265,7 @@ def _build_operands(
     return built
 
 
-def take_back(model: nn.Module) -> None:
+def undo_attach(model: nn.Module) -> None:
     """Take back :func:`arrange`."""
     leave_weights(model)
     restore_fused_paths(model)
@@ -318,7 +318,7 @@ def _part_from_float(model: nn.Module) -> None:
 
 def _forget(model: nn.Module) -> None:
     """Everything of an attached model that is not in its layers."""
-    take_back(model)
+    undo_attach(model)
     for _, module in list(modules_with_products(model)):
         leave_products(module)
     unwatch(model)

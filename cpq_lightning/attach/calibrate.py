@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.calls import as_batch_call
-from cpq_lightning.attach.first_forward import agreed, note_forward, report_audit, set_audited
+from cpq_lightning.attach.first_forward import broadcast_report, record_forward, report_audit, set_audited
 from cpq_lightning.attach.first_last import settle_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import InputSampler, RangeTracker, outgrown, sampled_inputs
@@ -94,9 +94,9 @@ def calibrate(
             for quantizer, observer in observing.observers.items():
                 observer.close_range(quantizer.state.device)
             _on_all(second_pass, inner)
-    report = agreed(audit.report)
+    report = broadcast_report(audit.report)
     settle_first_and_last(inner, report.order)
-    note_forward(inner, report)
+    record_forward(inner, report)
     for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)
     report_audit(inner, report)

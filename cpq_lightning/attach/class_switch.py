@@ -66,7 +66,7 @@ def switch_class_back(module: Switched) -> None:
     _change_class(cast(nn.Module, module), lambda own: cast(type[Switched], own).base_class)
 
 
-def own_class(module: nn.Module) -> None:
+def original_class(module: nn.Module) -> None:
     """Give a module with a parametrization a class that it shares with no copy of it."""
     _change_class(module, lambda own: own)
 

@@ -79,7 +79,7 @@ def set_audited(model: nn.Module, training: bool) -> bool:
     return True
 
 
-def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> None:
+def record_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> None:
     """Write into the quantizers what a forward showed: the order of the layers, and what their weights multiply.
 
     Args:
@@ -106,7 +106,7 @@ def note_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> 
         quantizer.configure(has_facts=True, **values)
 
 
-def note_unseen(model: nn.Module, report: AuditReport) -> None:
+def record_uncalled(model: nn.Module, report: AuditReport) -> None:
     """Write into the quantizers what a forward in evaluation showed of layers that training does not call."""
     model = unwrapped(model)
     known = [layer for _, layer in quantized_layers(model) if layer.weight_quantizer.execution_index]
@@ -125,7 +125,7 @@ def note_unseen(model: nn.Module, report: AuditReport) -> None:
             quantizer.configure(has_facts=True, macs=macs)
 
 
-def agreed(report: AuditReport) -> AuditReport:
+def broadcast_report(report: AuditReport) -> AuditReport:
     """The report of the first process, where there are several: called by all of them at once.
 
     Each has seen batches of its own. What is decided from what a forward showed, such as which layers are first and
@@ -210,7 +210,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
         # The forward raised: the next one is the first.
         model.__dict__.setdefault(_PENDING, []).append(model.training)
         return
-    note_forward(model, audit.report, counts=False)
+    record_forward(model, audit.report, counts=False)
     if model.training:
         model.__dict__[_SHOWN] = (audit.report, _versions(model))
     report_audit(model, audit.report, evaluation=not model.training)
@@ -228,7 +228,7 @@ def _act_on_what_was_shown(model: nn.Module) -> None:
     if _versions(model) != versions:
         del model.__dict__[_SHOWN]
         settle_first_and_last(model, report.order)
-        note_forward(model, report)
+        record_forward(model, report)
 
 
 def _versions(model: nn.Module) -> list[int]:

@@ -65,8 +65,8 @@ def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
 def nothing_between(model: nn.Module) -> str | None:
     """A sentence where all quantized layers are first or last ones, so that the config's own widths are nowhere."""
     config = attached_config(model)
-    exempt = [name for name, layer in quantized_layers(model) if layer.weight_quantizer.first_or_last]
-    if config is None or config.first_last_bits is None or len(exempt) < len(list(quantized_layers(model))):
+    first_or_last = [name for name, layer in quantized_layers(model) if layer.weight_quantizer.first_or_last]
+    if config is None or config.first_last_bits is None or len(first_or_last) < len(list(quantized_layers(model))):
         return None
     if config.levels_from is not None:
         # Widths are those of the file.
@@ -77,9 +77,11 @@ def nothing_between(model: nn.Module) -> str | None:
     nowhere = [f"{name}={bits}" for name, bits in wanted.items() if bits != config.first_last_bits]
     if not nowhere:
         return None
-    named = ", ".join(name or "the model itself" for name in exempt[:4]) + (", ..." if len(exempt) > 4 else "")
+    named = ", ".join(name or "the model itself" for name in first_or_last[:4]) + (
+        ", ..." if len(first_or_last) > 4 else ""
+    )
     return (
-        f"All {len(exempt)} quantized layers ({named}) are first or last ones, which have "
+        f"All {len(first_or_last)} quantized layers ({named}) are first or last ones, which have "
         f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(nowhere)}. Set first_last_bits=None, or "
         "give these layers weight_bits of their own in overrides."
     )

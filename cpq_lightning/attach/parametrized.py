@@ -17,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from cpq_lightning.attach.class_switch import own_class
+from cpq_lightning.attach.class_switch import original_class
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,7 +59,7 @@ def leave_computed(layer: nn.Module) -> nn.Parameter:
     """Take away what computes a layer's weight, of which a Parameter is left; one that is a Parameter stays."""
     if is_parametrized(layer, "weight"):
         # The property is deleted from the class, which torch lets copies of the layer share.
-        own_class(layer)
+        original_class(layer)
         # Without gradients torch would leave a buffer where a Parameter was made of several tensors.
         with torch.enable_grad():
             remove_parametrizations(layer, "weight", leave_parametrized=True)

@@ -312,7 +312,7 @@ def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
     return outgrown(quantizer, weight_rows(layer, len(quantizer.grid()[0])), None)
 
 
-def renew_rewritten(model: nn.Module) -> list[str]:
+def refit_rewritten(model: nn.Module) -> list[str]:
     """Fit ranges anew that a model's weights have left; a warning names the layers, which are returned.
 
     Merging an adapter does that, loading other weights, or a training that has ended at once behind a large update.

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach.attach import arrange, take_back, unwatch, watch
+from cpq_lightning.attach.attach import arrange, undo_attach, unwatch, watch
 from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, quantizers, switch, switch_back
 from cpq_lightning.attach.origin import Origin, quantizable_layers, set_origin
 from cpq_lightning.attach.products import (
@@ -139,7 +139,7 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             layer.input_quantizer = inputs
         for module in multiplying:
             leave_products(module)
-        take_back(inner)
+        undo_attach(inner)
         unwatch(inner)
         if was_attached:
             arrange(inner)

@@ -30,7 +30,7 @@ class Site:
     name: str
     layer: nn.Module
     config: CPQConfig
-    exempt: bool
+    first_or_last: bool
     inner: CPQConfig
 
     @property
@@ -115,12 +115,12 @@ def chosen_operands(
 
 def layer_settings(name: str, overrides: Mapping[str, Any], config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
     """Settings of one layer, and whether it is exempt: at an end of the network, with no width of its own given."""
-    exempt = at_end and config.first_last_bits is not None and "weight_bits" not in overrides
-    if exempt:
+    first_or_last = at_end and config.first_last_bits is not None and "weight_bits" not in overrides
+    if first_or_last:
         # A general min_bits does not make an exempt layer drop bits.
         overrides = {key: value for key, value in overrides.items() if key != "min_bits"}
-    settings = (config.exempt() if at_end else config).for_layer([overrides])
-    return at_read_widths(settings, config, name), exempt
+    settings = (config.for_first_or_last() if at_end else config).for_layer([overrides])
+    return at_read_widths(settings, config, name), first_or_last
 
 
 def check_same_settings(model: nn.Module, layers: Mapping[str, nn.Module], known: CPQConfig, config: CPQConfig) -> None:
@@ -187,7 +187,7 @@ def first_and_last(model: nn.Module, names: list[str], called: list[str] | None 
 
     With them the last one that trains, and those that share a weight with one of them.
     """
-    timm_first, timm_last = timm_ends(model, names)
+    timm_first, timm_last = timm_first_and_last(model, names)
     order = called or names
     weights = {name: shared_weight(model.get_submodule(name)) for name in names}
     # A teacher that runs behind the network that trains takes nothing from that one's last layer.
@@ -198,7 +198,7 @@ def first_and_last(model: nn.Module, names: list[str], called: list[str] | None 
     return {name for name in names if id(weights[name]) in shared}
 
 
-def timm_ends(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
+def timm_first_and_last(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
     """First and last layers among ``names`` by timm's ``default_cfg``; empty sets where nothing is known.
 
     Inside another module the backbone's classifier is the last layer only if nothing is registered behind it.

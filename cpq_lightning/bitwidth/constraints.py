@@ -51,7 +51,7 @@ class Constraint:
     def _spelled_out(self) -> str:
         return _SPELLED_OUT.get(self.name, self.name)
 
-    def on_the_way(self, progress: float) -> float:
+    def scheduled_target(self, progress: float) -> float:
         """The expected cost wanted at a part of the way down; geometric, so that most of it is left for low widths."""
         return anneal(round(1e6 * progress), 0, 10**6, self.first, self.target, "exponential")
 
@@ -151,7 +151,7 @@ def make_constraints(
     return [Constraint(name, Budget(cost), value, value) for (name, value), cost in zip(wanted, costs, strict=True)]
 
 
-def check_ends(model: nn.Module) -> None:
+def check_not_all_first_or_last(model: nn.Module) -> None:
     """Refuse a model in which all layers that could learn a width are first or last ones, whose width is given.
 
     Raises:
@@ -193,7 +193,7 @@ def explain_nothing_to_learn(
             f"BitBudget found no quantizer in {type(model).__name__}: add CPQCallback to the Trainer, or train a "
             "QuantizedModule."
         )
-    check_ends(model)
+    check_not_all_first_or_last(model)
     if any(q.gates.learned for _, q in quantizers(model)):
         then = {} if done is None else {name: target for name, target, _ in done["goals"]}
         if any(targets.get(name) != target for name, target in then.items()):

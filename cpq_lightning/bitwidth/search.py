@@ -78,7 +78,7 @@ class WidthSearch:
 
     def target(self, goal: Constraint) -> float:
         """Where a goal wants the expected cost now."""
-        return goal.on_the_way(self.progress(self._at) / DESCENT)
+        return goal.scheduled_target(self.progress(self._at) / DESCENT)
 
     def enter(self, step: int) -> None:
         """Make the gates ready for the forwards of a step; the search begins with the first at which it can."""
@@ -134,7 +134,7 @@ class WidthSearch:
         progress = self.progress(step)
         if progress < _SETTLE:
             gradients = [self._gradients.get(q) for q in self.quantizers]
-            targets = [goal.on_the_way(progress / DESCENT) for goal in self.goals]
+            targets = [goal.scheduled_target(progress / DESCENT) for goal in self.goals]
             if not self.gates.step(gradients, targets, rate, noise, beta):
                 self._notice_idleness(step)
         else:

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from cpq_lightning.bitwidth.model_cost import learning_quantizers
 from cpq_lightning.trainer.batches import keep_training_batches, training_batches
 from cpq_lightning.trainer.calibration import forward_training_step, late_progress, without_effects
-from cpq_lightning.trainer.checkpoint_patch import renew, saved_now
+from cpq_lightning.trainer.checkpoint_patch import renew, saved_checkpoints
 from cpq_lightning.trainer.checks import last_saved
 from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException, is_a
 
@@ -142,7 +142,7 @@ class BatchNormReestimation(Callback):
             named = pl_module.named_modules(remove_duplicate=False)
             self._names = {f"{name}.{value}" for name, module in named if module in norms for value in _STATISTICS}
         if done:
-            self._outdated = saved_now(trainer)
+            self._outdated = saved_checkpoints(trainer)
             rank_zero_info(f"The statistics of {len(norms)} batch norms were estimated again, on training batches.")
         return done
 

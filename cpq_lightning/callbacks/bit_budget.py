@@ -12,7 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach.first_forward import auditable
 from cpq_lightning.attach.layers import quantizers
-from cpq_lightning.bitwidth.constraints import BudgetUnit, check_ends, explain_nothing_to_learn, make_constraints
+from cpq_lightning.bitwidth.constraints import (
+    BudgetUnit,
+    check_not_all_first_or_last,
+    explain_nothing_to_learn,
+    make_constraints,
+)
 from cpq_lightning.bitwidth.cost import WidthCost
 from cpq_lightning.bitwidth.model_cost import learning_quantizers, model_costs, widths_by_name
 from cpq_lightning.bitwidth.search import WidthSearch
@@ -239,7 +244,7 @@ class BitBudget(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with _misconfigured():
-            check_ends(pl_module)
+            check_not_all_first_or_last(pl_module)
         learners = learning_quantizers(pl_module)
         begun = None if self._done is None else self._done["begin"]
         start = quantization_start(trainer) if begun is None else begun

@@ -18,18 +18,18 @@ from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.attach.coverage import coverage_once_active, remember_products
 from cpq_lightning.attach.first_forward import (
-    agreed,
     auditable,
+    broadcast_report,
     forget_first_forwards,
-    note_forward,
-    note_unseen,
+    record_forward,
+    record_uncalled,
     report_audit,
 )
 from cpq_lightning.attach.first_last import settle_first_and_last
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.attach.loading import attach_where
 from cpq_lightning.attach.origin import attached_config, quantizable_layers
-from cpq_lightning.attach.range_tracking import renew_rewritten
+from cpq_lightning.attach.range_tracking import refit_rewritten
 from cpq_lightning.checkpoint import CHECKPOINT_KEY
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export.formats import Format
@@ -41,27 +41,27 @@ from cpq_lightning.report.levels import clipped_shares, full_precision_messages,
 from cpq_lightning.report.runs import BEFORE, QUANTIZED
 from cpq_lightning.report.weight_histograms import weight_histograms
 from cpq_lightning.trainer.batches import begin_training, correct_loader_states
-from cpq_lightning.trainer.checkpoint_settings import AskedSettings
+from cpq_lightning.trainer.checkpoint_settings import RequestedSettings
 from cpq_lightning.trainer.checks import (
     Bests,
     check_callbacks,
     check_learners,
-    check_whole,
+    check_unsharded,
     last_saved,
     monitored_bests,
     quantization_start,
     warn_of_old_bests,
 )
-from cpq_lightning.trainer.export import RunSamples, check_settings, ship
+from cpq_lightning.trainer.export import RunSamples, check_settings, export_at_fit_end
 from cpq_lightning.trainer.model_setup import attach_module, check_layers, forget_configured
 from cpq_lightning.trainer.optimizers import restore_auxiliary, train_quantizers, warn_of_left_out
 from cpq_lightning.trainer.progress import begin_run, run_folder, run_length, run_step, warn_of_restarted_data
-from cpq_lightning.trainer.ranges import FindsRanges
+from cpq_lightning.trainer.ranges import RangeHooks
 from cpq_lightning.trainer.run_report import (
-    note_exports,
-    nothing_is_lost,
+    record_exports,
     run_manifest,
     validation_metrics,
+    what_is_saved,
     write_run_report,
 )
 from cpq_lightning.trainer.weight_averaging import share_with_averages
@@ -70,7 +70,7 @@ from cpq_lightning.trainer.weight_averaging import share_with_averages
 _PATIENCE = 20
 
 
-class CPQCallback(FindsRanges):
+class CPQCallback(RangeHooks):
     """Train any LightningModule with Cluster-Promoting Quantization, its code unchanged.
 
     In ``setup`` the module's convolutions and linear layers are quantized in place (a module that is quantized
@@ -186,7 +186,7 @@ class CPQCallback(FindsRanges):
             self.failed_exports, self._last_before = {}, None
             begin_run(trainer)
         fresh = attach_module(trainer, pl_module, self.config)
-        self._asked = AskedSettings(pl_module)
+        self._asked = RequestedSettings(pl_module)
         self._layers = set(quantizable_layers(pl_module))
         if self.quantize_from > 0 and (stage == "fit" or fresh):
             # A checkpoint that is restored after this knows better.
@@ -208,7 +208,7 @@ class CPQCallback(FindsRanges):
             restore_auxiliary(self._companions, self._restored.get("companions", []))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_whole(quantizers(pl_module))
+        check_unsharded(quantizers(pl_module))
         check_layers(pl_module, self._layers)
         self._run_samples.begin(pl_module, self.samples)
         self._audited = not auditable(pl_module)
@@ -316,7 +316,7 @@ class CPQCallback(FindsRanges):
         self._take_back_ranges()
         if self._evaluated is not None:
             # Not before: what was lent takes its quantizer's state back with it.
-            note_unseen(pl_module, self._evaluated)
+            record_uncalled(pl_module, self._evaluated)
             self._evaluated = None
 
     def _end_validation(self, trainer: Trainer) -> None:
@@ -364,15 +364,14 @@ class CPQCallback(FindsRanges):
             # On all ranks: where weights are sharded each holds a part.
             if self.export:
                 # The last steps may have outgrown ranges, which an export would refuse.
-                renew_rewritten(pl_module)
+                refit_rewritten(pl_module)
             content = run_manifest(trainer, pl_module, self._metrics, self._last_before)
             for warning in (*full_precision_messages(pl_module), *range_warnings(pl_module)):
                 rank_zero_warn(warning)
             after = weight_histograms(pl_module) if self.run_folder else {}
         except Exception as error:
             rank_zero_warn(
-                f"Levels could not be collected ({type(error).__name__}: {error}). "
-                f"{nothing_is_lost(last_saved(trainer))}"
+                f"Levels could not be collected ({type(error).__name__}: {error}). {what_is_saved(last_saved(trainer))}"
             )
             return
         if not trainer.is_global_zero:
@@ -382,10 +381,10 @@ class CPQCallback(FindsRanges):
         write_run_report(trainer, content, levels_file, self._before, after, self.table)
         if folder is None or not self.export:
             return
-        outcomes = ship(pl_module, self.export, folder, last_saved(trainer))
+        outcomes = export_at_fit_end(pl_module, self.export, folder, last_saved(trainer))
         self.failed_exports = {outcome["format"]: outcome["error"] for outcome in outcomes if "error" in outcome}
         if levels_file is not None:
-            note_exports(content, levels_file, outcomes)
+            record_exports(content, levels_file, outcomes)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_recording()
@@ -437,9 +436,9 @@ class CPQCallback(FindsRanges):
             remember_products(pl_module, audit.report)
             self._tell_coverage(pl_module)
             return
-        report = agreed(audit.report)
+        report = broadcast_report(audit.report)
         settle_first_and_last(pl_module, report.order)
-        note_forward(pl_module, report)
+        record_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
             report_audit(pl_module, report)
         self._tell_coverage(pl_module)

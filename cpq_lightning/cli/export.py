@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from cpq_lightning.attach.calls import as_batch_call
-from cpq_lightning.attach.range_tracking import renew_rewritten
+from cpq_lightning.attach.range_tracking import refit_rewritten
 from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint
 from cpq_lightning.export.export import export_model
 from cpq_lightning.export.formats import Container, Format
@@ -66,7 +66,7 @@ def export(
             raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
         trained = load_module(ckpt) if module is None else load_own(ckpt, module, module_args or {})
         # The training may have ended behind steps that have outgrown its ranges.
-        renew_rewritten(trained)
+        refit_rewritten(trained)
         network, name = exported_part(trained), exported_name(trained)
         if samples is None and data is None and format == "packed" and not verify:
             # Nothing is traced and nothing compared: nothing of the input is looked at.

@@ -21,7 +21,7 @@ from cpq_lightning.attach.products import (
     quantize_products,
     quantized_operands,
 )
-from cpq_lightning.attach.range_tracking import renew_rewritten, rewritten_weights
+from cpq_lightning.attach.range_tracking import refit_rewritten, rewritten_weights
 from cpq_lightning.attach.tied import source_of, tied_readers
 from cpq_lightning.attach.timm_layers import call_projections
 from cpq_lightning.attach.weight_readers import avoid_fused_paths
@@ -263,11 +263,11 @@ def check_exportable(model: nn.Module) -> None:
             f"The weights of {len(stale)} layers have been rewritten behind the ranges that were fitted to them: "
             f"{', '.join(stale)}. Their grids have four times the error of fresh ones, or more. Call "
             "calibrate(model, batches), which fits weights and inputs anew; or, where inputs are what they were, "
-            "cpq_lightning.attach.renew_rewritten(model), which fits these weights alone."
+            "cpq_lightning.attach.refit_rewritten(model), which fits these weights alone."
         )
     if stale:
         # What the next step of training would have done.
-        renew_rewritten(model)
+        refit_rewritten(model)
     unknown = uncalled(model)
     if unknown and len(unknown) == sum(1 for _ in quantized_inputs(model)):
         raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")

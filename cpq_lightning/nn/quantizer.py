@@ -84,7 +84,7 @@ class Quantizer(nn.Module):
         numel: int = 0,
         channels: int = 1,
         channel_dim: int = 0,
-        exempt: bool = False,
+        first_or_last: bool = False,
         inner: CPQConfig | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class Quantizer(nn.Module):
             bits=bits,
             min_bits=min_bits,
             signed=weight,
-            first_or_last=exempt,
+            first_or_last=first_or_last,
             estimator=config.weight_estimator if weight else config.act_estimator,
             nesting=inner.nests_by,
             range_rule=config.weight_range if weight else config.act_range,

@@ -45,8 +45,9 @@ class LevelsRecord:
         bits: Width; a list where each channel has its own.
         min_bits: Narrowest width that DropBits may drop to in training.
         signed: Whether there are negative levels.
-        step: Distance between levels, in the unit of what is quantized; a list where each channel has its own.
-        low: Lowest level, in steps; of the widest channel.
+        scale: Distance between neighbouring levels, in the unit of what is quantized (papers call it step size); a list
+            where each channel has its own.
+        low: Lowest level, as a multiple of the scale; of the widest channel.
         high: Highest level, likewise.
         numel: Elements of the weight, or of the activation in one sample; 0 before a range is known.
         used_levels: How many levels occur; ``None`` for an activation that was not measured.
@@ -67,14 +68,14 @@ class LevelsRecord:
     bits: int | list[int]
     min_bits: int
     signed: bool
-    step: float | list[float]
+    scale: float | list[float]
     low: int
     high: int
     numel: int
     used_levels: int | None
     relative_error: float | None
     clipped: float | None
-    exempt: bool
+    first_or_last: bool
     quantizing: bool
     level_shares: list[float] | None = None
     bytes: int | None = None
@@ -143,21 +144,21 @@ def _records(model: nn.Module) -> list[LevelsRecord]:
 
 def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -> LevelsRecord:
     step, low, high = quantizer.grid()
-    widths, steps = quantizer.decided_widths().tolist(), step.detach().tolist()
+    widths, scales = quantizer.decided_widths().tolist(), step.detach().tolist()
     return LevelsRecord(
         name=name,
         kind=quantizer.kind,
         bits=widths[0] if len(widths) == 1 else widths,
         min_bits=quantizer.min_bits,
         signed=quantizer.signed,
-        step=steps[0] if len(steps) == 1 else steps,
+        scale=scales[0] if len(scales) == 1 else scales,
         low=int(low.min()),
         high=int(high.max()),
         numel=quantizer.numel,
         used_levels=None if usage is None else usage.used_levels,
         relative_error=None if usage is None else usage.relative_error,
         clipped=None if usage is None else usage.clipped,
-        exempt=quantizer.first_or_last,
+        first_or_last=quantizer.first_or_last,
         quantizing=quantizer.active,
         **more,
     )
@@ -276,10 +277,10 @@ def totals(
     # Before quantization begins there is no packed file to be made.
     full = not any(q.active for _, q in quantizers(model))
     return {
-        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in read if not r.exempt),
+        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in read if not r.first_or_last),
         "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in read),
         "act_bits_avg": average_bits(
-            (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.exempt and r.quantizing
+            (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.first_or_last and r.quantizing
         ),
         "size_bytes": float_bytes(network) if full else packed_size(network, architecture),
         "fp32_bytes": float_bytes(network),

@@ -59,7 +59,7 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
                 axis.text(0.1, row, "full precision", va="center", fontsize=7, color="grey")
                 continue
             bits = _mean(values["bits"])
-            axis.barh(row, bits, color=_PALE if values["exempt"] else color, height=0.78)
+            axis.barh(row, bits, color=_PALE if values["first_or_last"] else color, height=0.78)
             axis.text(bits + 0.1, row, f"{bits:g}" if bits == int(bits) else f"{bits:.1f}", va="center", fontsize=8)
         key = "weight_bits_avg" if kind == "weight" else "act_bits_avg"
         average = manifest["totals"][key]
@@ -86,12 +86,12 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    if any(layer["weight"]["exempt"] for layer in layers):
+    if any(layer["weight"]["first_or_last"] for layer in layers):
         figure.supxlabel("layers in the order of execution; pale: first and last, left out of the average", fontsize=8)
     return _save(figure, path)
 
 
-def draw_weight_histograms(clusters: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> Path:
+def draw_weight_histograms(histograms: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> Path:
     """Histograms of a few layers' full-precision weights over their grid points, before training and after.
 
     Shown are the layers with most weights, the narrowest and the widest, up to 4 bits: beyond, no grid is to be seen.
@@ -99,7 +99,7 @@ def draw_weight_histograms(clusters: Mapping[str, Any], manifest: Mapping[str, A
     Raises:
         ImportError: matplotlib is not installed.
     """
-    shown = _telling(manifest, clusters["layers"])
+    shown = _telling(manifest, histograms["layers"])
     columns = 2 if len(shown) > 1 else 1
     lines = -(-len(shown) // columns)
     figure = _figure(figsize=(5.2 * columns, 0.8 + 2.1 * lines))
@@ -107,7 +107,7 @@ def draw_weight_histograms(clusters: Mapping[str, Any], manifest: Mapping[str, A
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     for axis, (name, weight) in zip(axes.flat, shown, strict=False):
-        pair = clusters["layers"][name]
+        pair = histograms["layers"][name]
         after = pair["after"]
         low, high = weight["low"], weight["high"]
         highest = 0.0
@@ -121,7 +121,7 @@ def draw_weight_histograms(clusters: Mapping[str, Any], manifest: Mapping[str, A
             cells = len(counts)
             width = (found["high"] - found["low"]) / cells
             # Both in steps of the grid that was learned.
-            unit = found["step"] / after["step"]
+            unit = found["scale"] / after["scale"]
             x = [(found["low"] + (i + 0.5) * width) * unit for i in range(cells)]
             total = sum(counts) * width * unit
             y = [count / total for count in counts]
@@ -139,7 +139,7 @@ def draw_weight_histograms(clusters: Mapping[str, Any], manifest: Mapping[str, A
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[0, 0].legend(fontsize=8, frameon=False, loc="upper right")
-    figure.supxlabel("weight in steps; grey lines: grid points", fontsize=8)
+    figure.supxlabel("weight over its scale; grey lines: grid points", fontsize=8)
     return _save(figure, path)
 
 

@@ -13,14 +13,15 @@ from cpq_lightning.attach.levels_file import read_levels
 from cpq_lightning.files import write_atomically
 from cpq_lightning.report.plots import draw_levels, draw_trajectory, draw_weight_histograms
 
-HISTOGRAMS_FILE = "clusters.json"
+HISTOGRAMS_FILE = "weight_histograms.json"
 _COLUMNS = (
-    "layer", "kind", "bits", "signed", "levels", "used_levels", "step", "relative_error", "clipped", "numel",
-    "bytes", "macs", "bops", "exempt", "level_shares",
+    "layer", "kind", "bits", "signed", "levels", "used_levels", "scale", "relative_error", "clipped", "numel",
+    "bytes", "macs", "bops", "first_or_last", "level_shares",
 )  # fmt: skip
 
 _SHOWN = (
-    "bits", "step", "low", "high", "numel", "bytes", "exempt", "quantizing", "signed", "used_levels", "relative_error",
+    "bits", "scale", "low", "high", "numel", "bytes", "first_or_last", "quantizing", "signed", "used_levels",
+    "relative_error",
 )  # fmt: skip
 
 
@@ -78,10 +79,10 @@ def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[P
 
 
 def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
-    """Make ``levels.csv``, ``levels.png`` and ``clusters.png`` from the files of a run.
+    """Make ``levels.csv``, ``levels.png`` and ``weight_histograms.png`` from the files of a run.
 
     Args:
-        folder: The run's folder, with ``levels.json`` and, where the run wrote it, ``clusters.json``.
+        folder: The run's folder, with ``levels.json`` and, where the run wrote it, ``weight_histograms.json``.
         levels_file: Name of the first.
 
     Returns:
@@ -101,6 +102,6 @@ def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[
     write_csv(manifest, table)
     made = [table, draw_levels(manifest, folder / f"{stem}.png")]
     if (folder / HISTOGRAMS_FILE).is_file():
-        clusters = json.loads((folder / HISTOGRAMS_FILE).read_text(encoding="utf-8"))
-        made.append(draw_weight_histograms(clusters, manifest, folder / "clusters.png"))
+        histograms = json.loads((folder / HISTOGRAMS_FILE).read_text(encoding="utf-8"))
+        made.append(draw_weight_histograms(histograms, manifest, folder / "weight_histograms.png"))
     return made

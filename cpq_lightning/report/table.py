@@ -27,14 +27,14 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
     table.add_column("layer", overflow="fold", min_width=16)
     for kind in ("weight", "input"):
         table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
-        for name in ("step", "used", "error", "clip"):
+        for name in ("scale", "used", "error", "clip"):
             table.add_column(f"\n{name}", justify="right", no_wrap=True)
-    exempt = False
+    first_or_last = False
     prefix = _shared_prefix([layer["name"] for layer in manifest["layers"]])
     for layer in manifest["layers"]:
         cells = [cell for kind in ("weight", "activation") for cell in _cells(layer[kind])]
-        star = layer["weight"]["exempt"]
-        exempt = exempt or star
+        star = layer["weight"]["first_or_last"]
+        first_or_last = first_or_last or star
         table.add_row(f"{layer['name'].removeprefix(prefix)}{' *' if star else ''}", *cells)
     for operand in manifest.get("products", []):
         # "blocks.0.attn 0 left": a side of the module's first product.
@@ -44,9 +44,9 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
     notes = ["used: levels that occur; error: relative squared error; clip: share beyond the levels; u: unsigned"]
     if prefix:
         notes.append(f"layers are named as within {prefix[:-1]}")
-    if any(isinstance(layer["weight"]["step"], list) for layer in manifest["layers"]):
-        notes.append("~ mean over the channels, each of which has a step of its own")
-    if exempt:
+    if any(isinstance(layer["weight"]["scale"], list) for layer in manifest["layers"]):
+        notes.append("~ mean over the channels, each of which has a scale of its own")
+    if first_or_last:
         notes.append("* first or last layer, left out of the average")
     plain = [f"{layer['name']} ({layer['type']})" for layer in manifest.get("full_precision", ())]
     if plain:
@@ -68,13 +68,13 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
         return ["-", "", "", "", ""]
     if not quantizer["quantizing"]:
         return ["fp32", "", "", "", ""]
-    used, error, step = quantizer["used_levels"], quantizer["relative_error"], quantizer["step"]
+    used, error, scale = quantizer["used_levels"], quantizer["relative_error"], quantizer["scale"]
     clipped = quantizer.get("clipped")
-    steps = f"~{sum(step) / len(step):#.2g}" if isinstance(step, list) else f"{step:#.3g}"
+    shown = f"~{sum(scale) / len(scale):#.2g}" if isinstance(scale, list) else f"{scale:#.3g}"
     sign = "" if quantizer["signed"] else "u"
     return [
         f"{sign}{_bits(quantizer['bits'])}",
-        steps,
+        shown,
         "" if used is None else f"{used}",
         "" if error is None else "<0.01%" if 0 < error < 5e-5 else f"{error:.2%}",
         "" if clipped is None else "0%" if clipped == 0 else "<0.1%" if clipped < 5e-4 else f"{clipped:.1%}",

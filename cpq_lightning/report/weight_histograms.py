@@ -32,7 +32,7 @@ def weight_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
         found[name] = {
             "low": float(bottom),
             "high": float(top),
-            "step": float(step.mean()),
+            "scale": float(step.mean()),
             "counts": counts.tolist(),
         }
     return found
@@ -41,4 +41,4 @@ def weight_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
 def write_weight_histograms(before: Mapping[str, Any], after: Mapping[str, Any], path: Path) -> None:
     """Write histograms before and after training as JSON."""
     layers = {name: {"before": before.get(name), "after": found} for name, found in after.items()}
-    write_atomically(path, json.dumps({"format": "cpq-clusters", "version": 1, "layers": layers}) + "\n")
+    write_atomically(path, json.dumps({"format": "cpq-weight-histograms", "version": 1, "layers": layers}) + "\n")

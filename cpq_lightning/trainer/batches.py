@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Item: TypeAlias = tuple[Any, int, int]
 
 
-class Relay:
+class Prefetcher:
     """Stands between a loop's fetcher and its loader.
 
     It reads batches ahead and hands them to the loop in front of the rest, so that the loader is iterated as often, and
@@ -61,10 +61,10 @@ class Relay:
         fetcher._combined_loader = self  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, fetcher: _DataFetcher) -> Relay:
+    def of(cls, fetcher: _DataFetcher) -> Prefetcher:
         """The one that a fetcher has, or else a new one."""
         held: Any = fetcher._combined_loader
-        return held if isinstance(held, Relay) else cls(fetcher)
+        return held if isinstance(held, Prefetcher) else cls(fetcher)
 
     def read_ahead(self, most: int, own: _OwnNumbers) -> list[Item]:
         """Up to ``most`` batches that the loop will get first, those that the fetcher holds already among them.
@@ -199,7 +199,7 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
     if trainer.current_epoch > 0 and not resuming and not loop.epoch_loop.restarting:
         # The second fit of a Trainer: its loop is going to begin the data again, and some loaders count that.
         iter(fetcher)
-    relay = Relay.of(fetcher)
+    relay = Prefetcher.of(fetcher)
     items = relay.read_ahead(_limited(trainer, most), own)
     # Without this the data would be set up behind the sanity check, which begins with these random numbers.
     _set_rng_states(before)
@@ -211,7 +211,7 @@ def begin_training(trainer: Trainer) -> None:
     """Draw the random numbers that :func:`read_training_ahead` took to set up the data; for when training starts."""
     fetcher = trainer.fit_loop._data_fetcher
     relay: Any = None if fetcher is None else fetcher._combined_loader
-    if isinstance(relay, Relay):
+    if isinstance(relay, Prefetcher):
         relay.begin(may_start_over=not trainer.fit_loop.epoch_loop.restarting)
         _retrace(relay.setup_draw)
         relay.setup_draw = None
@@ -237,7 +237,7 @@ def correct_loader_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Let a checkpoint say of stateful loaders where training is, not how far was read ahead of it."""
     fetcher = trainer.fit_loop._data_fetcher
     relay: Any = None if fetcher is None else fetcher._combined_loader
-    states = relay.states() if isinstance(relay, Relay) else None
+    states = relay.states() if isinstance(relay, Prefetcher) else None
     if states:
         checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
 
@@ -249,7 +249,7 @@ def keep_training_batches(trainer: Trainer, most: int) -> None:
     if fetcher is None or loader is None or is_a(fetcher, "_DataLoaderIterDataFetcher"):
         return
     if _independent(loader) is None:
-        Relay.of(fetcher).keep(most)
+        Prefetcher.of(fetcher).keep(most)
 
 
 def training_batches(trainer: Trainer, most: int) -> Iterator[Any]:
@@ -263,7 +263,7 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Any]:
     if loop._combined_loader is None or loop._data_fetcher is None:
         return
     held: Any = loop._data_fetcher._combined_loader
-    kept = held.kept[-most:] if isinstance(held, Relay) else []
+    kept = held.kept[-most:] if isinstance(held, Prefetcher) else []
     loader = None if kept else _independent(loop._combined_loader)
     with isolate_rng():
         for item in islice(iter(kept if loader is None else loader), most):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def saved_now(trainer: Trainer) -> list[str]:
+def saved_checkpoints(trainer: Trainer) -> list[str]:
     """Checkpoints that were written at the step that the run is at, and that no metric has chosen."""
     paths: list[str] = []
     for callback in trainer.checkpoint_callbacks:

@@ -33,7 +33,7 @@ def explain_refusal(module: nn.Module) -> str:
 explain_with(explain_refusal)
 
 
-class AskedSettings:
+class RequestedSettings:
     """What a module was quantized with before a checkpoint is restored into it.
 
     Args:

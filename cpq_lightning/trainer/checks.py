@@ -55,7 +55,7 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
         )
 
 
-def check_whole(quantizers: Iterable[tuple[str, Quantizer]]) -> None:
+def check_unsharded(quantizers: Iterable[tuple[str, Quantizer]]) -> None:
     """Refuse quantizers whose parameters are sharded.
 
     Raises:

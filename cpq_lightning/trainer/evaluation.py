@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-class LentRanges:
+class TemporaryRanges:
     """Activation ranges for one evaluation of what has none, fitted in the forward of its first batch.
 
     The evaluation's loop, its data and its steps run as without them. Of several processes all go on with what the
@@ -50,14 +50,14 @@ class LentRanges:
                 f"{self._reason}: ranges come from the first batch of this evaluation, and are forgotten behind it."
             )
 
-    def take_back(self) -> None:
+    def undo_attach(self) -> None:
         """Give the quantizers back what they had."""
         for quantizer, state, measured, fits_next in self._found:
             quantizer.load_state_dict(state)
             quantizer.measured, quantizer.fits_next = measured, fits_next
 
 
-def lend_ranges(trainer: Trainer, pl_module: LightningModule, quantize_from: float) -> LentRanges | None:
+def use_temporary_ranges(trainer: Trainer, pl_module: LightningModule, quantize_from: float) -> TemporaryRanges | None:
     """Ranges for an evaluation that starts; ``None`` where nothing has to be lent."""
     found: list[Quantizer] = [q for _, q in quantizers(pl_module)]
     activations = [q for q in found if q.kind == "activation"]
@@ -77,7 +77,7 @@ def lend_ranges(trainer: Trainer, pl_module: LightningModule, quantize_from: flo
             f"{type(pl_module).__name__}, as an evaluation may do. Leave their layers out with ignore, or calibrate on "
             "what calls them"
         )
-        return LentRanges(missing.values(), missing.values(), reason) if missing else None
+        return TemporaryRanges(missing.values(), missing.values(), reason) if missing else None
     if all(q.settled for q in found):
         return None
     reason = (
@@ -85,7 +85,7 @@ def lend_ranges(trainer: Trainer, pl_module: LightningModule, quantize_from: flo
         "give ckpt_path, or attach and calibrate it on training data before"
     )
     # What a forward notes of a module that only evaluations have quantized must not last either.
-    return LentRanges(found, missing.values(), reason)
+    return TemporaryRanges(found, missing.values(), reason)
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

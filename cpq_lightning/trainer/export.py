@@ -33,7 +33,7 @@ from cpq_lightning.export.table import export_table
 from cpq_lightning.export.verify import MismatchError
 from cpq_lightning.nn.sharding import is_sharded
 from cpq_lightning.trainer.module_parts import exported_architecture, exported_candidates, exported_name, exported_part
-from cpq_lightning.trainer.run_report import nothing_is_lost
+from cpq_lightning.trainer.run_report import what_is_saved
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -147,7 +147,7 @@ def _obstacle(pl_module: LightningModule, candidates: Sequence[nn.Module]) -> st
         return export_obstacle(candidates[0])
     if any(export_obstacle(part) is not None and recorded_samples(part) is None for part in candidates):
         try:
-            known_samples(pl_module)
+            available_samples(pl_module)
         except ValueError as error:
             return str(error)
     return None
@@ -181,7 +181,7 @@ def _example_obstacle(trainer: Trainer, pl_module: LightningModule) -> str | Non
     return None
 
 
-def known_samples(pl_module: LightningModule) -> Samples:
+def available_samples(pl_module: LightningModule) -> Samples:
     """Samples that were recorded, or the module's ``example_input_array``.
 
     Where the whole module ships, and its example has other arguments than the recorded call, the example says which an
@@ -211,7 +211,9 @@ def known_samples(pl_module: LightningModule) -> Samples:
     )
 
 
-def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, saved: str) -> list[dict[str, Any]]:
+def export_at_fit_end(
+    pl_module: LightningModule, formats: Sequence[Format], folder: Path, saved: str
+) -> list[dict[str, Any]]:
     """Write each format into the run's folder, verified, and show what it has come to; on one process.
 
     What cannot be written, or would not be the trained model, costs a warning, and no training: a test may follow.
@@ -227,7 +229,7 @@ def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, sa
                 exported_part(pl_module),
                 folder,
                 format=format,
-                samples=known_samples(pl_module),
+                samples=available_samples(pl_module),
                 name=exported_name(pl_module),
                 architecture=exported_architecture(pl_module),
             )
@@ -237,7 +239,7 @@ def ship(pl_module: LightningModule, formats: Sequence[Format], folder: Path, sa
             # No file is ever made of a checkpoint in full precision.
             command = _command(pl_module, format, saved) if begun else None
             later = f" Once that is mended, this writes it: {command}" if command else ""
-            rank_zero_warn(f"The {format} file could not be written ({reason}). {nothing_is_lost(saved)}{later}")
+            rank_zero_warn(f"The {format} file could not be written ({reason}). {what_is_saved(saved)}{later}")
             outcomes.append({"format": format, "error": reason, "command": command})
             continue
         outcomes.append({"format": format, "file": export.path.name})

@@ -10,20 +10,20 @@ from lightning.pytorch import LightningModule, Trainer
 
 from cpq_lightning.attach.attach import refit
 from cpq_lightning.attach.layers import quantizers
-from cpq_lightning.attach.range_tracking import RangeTracker, is_due, renew_rewritten
+from cpq_lightning.attach.range_tracking import RangeTracker, is_due, refit_rewritten
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.optim.auxiliary import AuxiliaryOptimizer
 from cpq_lightning.trainer.calibration import calibrate_for_training, lacks_ranges
-from cpq_lightning.trainer.checkpoint_settings import AskedSettings
+from cpq_lightning.trainer.checkpoint_settings import RequestedSettings
 from cpq_lightning.trainer.checks import counts_operations
-from cpq_lightning.trainer.evaluation import LentRanges, lend_ranges
+from cpq_lightning.trainer.evaluation import TemporaryRanges, use_temporary_ranges
 from cpq_lightning.trainer.lightning_names import Callback
 from cpq_lightning.trainer.progress import run_step
 from cpq_lightning.trainer.weight_averaging import share_with_averages
 
 
-class FindsRanges(Callback):
+class RangeHooks(Callback):
     """The hooks of CPQCallback that have to do with finding ranges only."""
 
     config: CPQConfig
@@ -38,9 +38,9 @@ class FindsRanges(Callback):
     _tracker: RangeTracker | None = None
     _tracked = 0
     _stance: Any = None
-    _lent: LentRanges | None = None
+    _lent: TemporaryRanges | None = None
     _let: Sequence[Quantizer] = ()
-    _asked: AskedSettings | None = None
+    _asked: RequestedSettings | None = None
 
     # Before training --------------------------------------------------------------------------------------------------
 
@@ -129,10 +129,10 @@ class FindsRanges(Callback):
         if trainer.state.fn != "fit":
             if self._asked is not None:
                 self._asked.compare_widths(trainer, pl_module)
-            renew_rewritten(pl_module)
+            refit_rewritten(pl_module)
         # Some loops, such as the Tuner's, start again without an end.
         self._take_back_ranges()
-        self._lent = lend_ranges(trainer, pl_module, self.quantize_from)
+        self._lent = use_temporary_ranges(trainer, pl_module, self.quantize_from)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -155,7 +155,7 @@ class FindsRanges(Callback):
 
     def _take_back_ranges(self) -> None:
         if self._lent is not None:
-            self._lent.take_back()
+            self._lent.undo_attach()
             self._lent = None
 
 

@@ -86,7 +86,7 @@ def run_manifest(
     return {**content, "run": describe_run(metrics, exported_name(pl_module), name, before)}
 
 
-def note_exports(content: dict[str, Any], path: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
+def record_exports(content: dict[str, Any], path: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
     """Add to a run's ``levels.json`` which files it has, and why others are missing; on one process."""
     content["run"]["exports"] = list(outcomes)
     try:
@@ -119,7 +119,7 @@ def _write_files(
         write_manifest(content, path)
         write_weight_histograms(before, after, folder / HISTOGRAMS_FILE)
     except OSError as error:
-        rank_zero_warn(f"{path} could not be written ({error}). {nothing_is_lost(saved)}")
+        rank_zero_warn(f"{path} could not be written ({error}). {what_is_saved(saved)}")
         return
     rank_zero_info(f"Levels written to {path}")
     try:
@@ -129,12 +129,12 @@ def _write_files(
     except Exception as error:
         # A picture is not worth a failing run.
         rank_zero_warn(
-            f"Pictures of {path} were not drawn ({type(error).__name__}: {error}). {nothing_is_lost(saved)} "
+            f"Pictures of {path} were not drawn ({type(error).__name__}: {error}). {what_is_saved(saved)} "
             f"'cpq report {folder}' makes them again."
         )
 
 
-def nothing_is_lost(saved: str) -> str:
+def what_is_saved(saved: str) -> str:
     """What is left of a training whose files could not be written."""
     if saved:
         return f"Nothing of the training is lost: {saved} is a checkpoint of it."

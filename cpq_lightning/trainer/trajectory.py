@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.files import write_atomically
 from cpq_lightning.report.plots import TRAJECTORY_FILE, draw_trajectory
-from cpq_lightning.trainer.run_report import nothing_is_lost
+from cpq_lightning.trainer.run_report import what_is_saved
 
 _MOST_ROWS = 250
 
@@ -65,7 +65,7 @@ class Trajectory:
         except Exception as error:
             rank_zero_warn(
                 f"The trajectory of the widths was not written, or not drawn ({type(error).__name__}: {error}). "
-                f"{nothing_is_lost(saved)}"
+                f"{what_is_saved(saved)}"
             )
 
     def state_dict(self) -> list[dict[str, Any]]:

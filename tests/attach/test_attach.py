@@ -224,8 +224,8 @@ def bits(model):
 def test_first_and_last_layer_keep_eight_bits():
     assert bits(attach(convnet(), CPQConfig(weight_bits=2))) == {"0": 8, "3": 2, "6": 8}
     assert bits(attach(convnet(), CPQConfig(weight_bits=2, first_last_bits=None))) == {"0": 2, "3": 2, "6": 2}
-    exempt = [r.name for r in levels(attach(convnet())) if r.exempt]
-    assert exempt == ["0", "0", "6", "6"]
+    first_or_last = [r.name for r in levels(attach(convnet())) if r.first_or_last]
+    assert first_or_last == ["0", "0", "6", "6"]
 
 
 def test_timm_names_the_first_and_last_layer():
@@ -287,7 +287,7 @@ def test_the_last_override_that_matches_wins_setting_by_setting():
     assert bits(model) == {"0": 3, "3": 2, "6": 3}
     assert model[3].input_quantizer.bits == 5
     assert len(model[3].weight_quantizer.log_scale) == 8
-    assert not any(r.exempt for r in levels(model))
+    assert not any(r.first_or_last for r in levels(model))
 
 
 def test_an_exempt_layer_drops_no_bits_unless_it_has_a_width_of_its_own():

@@ -25,7 +25,7 @@ from cpq_lightning import (
 )
 from cpq_lightning.attach.layers import quantized_layers, quantizers
 from cpq_lightning.attach.origin import attached_config, full_precision_layers, late_layers
-from cpq_lightning.attach.range_tracking import renew_rewritten
+from cpq_lightning.attach.range_tracking import refit_rewritten
 from cpq_lightning.report.levels import manifest
 from cpq_lightning.report.table import levels_table
 from tests.models import IMAGES, Classifier, convnet
@@ -277,7 +277,7 @@ def test_a_weight_that_is_rewritten_behind_its_range_is_not_exported(rewrite, tm
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     alone = copy.deepcopy(model)
     with pytest.warns(UserWarning, match="fitted anew: 3"):
-        assert renew_rewritten(alone) == ["3"]
+        assert refit_rewritten(alone) == ["3"]
     export_model(alone, tmp_path, samples=IMAGES, name="alone")
     calibrate(model, [IMAGES])
     export_model(model.eval(), tmp_path, samples=IMAGES)

@@ -18,7 +18,7 @@ import cpq_lightning.export
 from cpq_lightning import CPQConfig, attach, calibrate, detach, export_model, load_quantized
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.calibrate import recording
-from cpq_lightning.attach.first_forward import note_forward
+from cpq_lightning.attach.first_forward import record_forward
 from cpq_lightning.attach.first_forward import report_audit as report
 from cpq_lightning.attach.layers import quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import RangeTracker
@@ -84,7 +84,7 @@ def audited(model):
 
 
 def noted(model):
-    note_forward(model, audited(model))
+    record_forward(model, audited(model))
     report(model, audited(model))
     return [q.execution_index for _, q in quantizers(model)]
 
@@ -115,7 +115,7 @@ def renewed(model):
         unwrapped(model).b.weight.mul_(9)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        ATTACH.renew_rewritten(model)
+        ATTACH.refit_rewritten(model)
     return [str(w.message) for w in said], states(model)
 
 
@@ -186,7 +186,7 @@ FUNCTIONS = {
     "model_costs": ATTACH.model_costs,
     "modules_with_products": lambda model: [name for name, _ in ATTACH.modules_with_products(model)],
     "note_forward": noted,
-    "note_unseen": changed(lambda model: ATTACH.note_unseen(model, audited(model))),
+    "note_unseen": changed(lambda model: ATTACH.record_uncalled(model, audited(model))),
     "packed_size": EXPORT.packed_size,
     "quantizable_layers": lambda model: list(ATTACH.quantizable_layers(model)),
     "quantized_layers": lambda model: [name for name, _ in quantized_layers(model)],

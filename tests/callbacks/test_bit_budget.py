@@ -182,7 +182,7 @@ def test_channels_learn_widths_of_their_own(fit):
     module = Deep()
     fit(module, callbacks(3.0, {"gate_sharing": "channel", "per_channel": True}), max_epochs=20)
     assert just_below(mean_width(module, "weight"), 3.0)
-    records = [r for r in levels(module) if r.kind == "weight" and not r.exempt]
+    records = [r for r in levels(module) if r.kind == "weight" and not r.first_or_last]
     assert any(isinstance(r.bits, list) and len(set(r.bits)) > 1 for r in records)
     copy = Deep()
     fit(copy, callbacks(3.0, {"gate_sharing": "channel", "per_channel": True}), max_epochs=1)
@@ -388,7 +388,14 @@ def test_what_is_logged_and_left_behind(fit, cpq, tmp_path):
     assert {"cpq/expected_weight_bits", "cpq/size_bytes", "cpq/penalty", "cpq/target", "cpq/bops"} <= set(rows[0])
     assert float(rows[0]["cpq/weight_bits"]) == 8
     assert just_below(float(rows[-1]["cpq/weight_bits"]), 3.0)
-    for name in ("levels.csv", "levels.png", "clusters.png", "trajectory.png", "trajectory.csv", "clusters.json"):
+    for name in (
+        "levels.csv",
+        "levels.png",
+        "weight_histograms.png",
+        "trajectory.png",
+        "trajectory.csv",
+        "weight_histograms.json",
+    ):
         assert (folder / name).stat().st_size > 500, name
     made_again = [folder / "levels.csv", folder / "levels.png"]
     for path in made_again:
@@ -427,7 +434,7 @@ def test_a_logger_that_takes_tables_and_pictures_gets_each_layer_s_bits(fit, tmp
     assert len(rows) == 24
     assert [(key, step) for key, _, step in Tables.pictures] == [
         ("cpq/levels_picture", 12),
-        ("cpq/clusters_picture", 12),
+        ("cpq/weight_histograms_picture", 12),
     ]
     assert all(images[0].endswith(".png") for _, images, _ in Tables.pictures)
 
@@ -452,7 +459,7 @@ def test_tensorboard_gets_pictures_as_pixels(fit, tmp_path):
     cpq, budget = callbacks(3.0)
     cpq.levels_file = "levels.json"
     fit(Deep(), [cpq, budget], max_epochs=3, logger=Board(tmp_path))
-    assert set(Experiment.pictures) == {"cpq/levels_picture", "cpq/clusters_picture"}
+    assert set(Experiment.pictures) == {"cpq/levels_picture", "cpq/weight_histograms_picture"}
     assert all(shape[2] == 3 and formats == "HWC" for shape, formats in Experiment.pictures.values())
 
 

@@ -134,8 +134,8 @@ def test_layers_tied_to_an_end_stay_exempt_in_every_forward_and_resume(fit, tmp_
     saver = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     module = Tied()
     fit(module, [*callbacks(3.0, settings), saver], max_epochs=20, enable_checkpointing=True)
-    exempt = [name for name, layer in quantized_layers(module) if layer.weight_quantizer.first_or_last]
-    assert exempt == ["net.1", "net.5", "net.11"]
+    first_or_last = [name for name, layer in quantized_layers(module) if layer.weight_quantizer.first_or_last]
+    assert first_or_last == ["net.1", "net.5", "net.11"]
     widths = {name: q.decided_widths().tolist() for name, q in quantizers(module)}
     again = Tied()
     fit(again, callbacks(3.0, settings), max_epochs=21, ckpt_path=next(tmp_path.glob("epoch=19*.ckpt")))
@@ -169,8 +169,8 @@ def test_widths_are_learned_where_calibration_before_training_fails(fit):
     with pytest.warns(UserWarning, match="could not be calibrated"):
         fit(module, callbacks(4.0, {"first_last_bits": 8}), max_epochs=20)
     assert not learning_quantizers(module)
-    exempt = [name for name, q in quantizers(module) if q.first_or_last and q.kind == "weight"]
-    assert exempt == ["net.0.weight_quantizer", "net.2.weight_quantizer"]
+    first_or_last = [name for name, q in quantizers(module) if q.first_or_last and q.kind == "weight"]
+    assert first_or_last == ["net.0.weight_quantizer", "net.2.weight_quantizer"]
     assert module.net[1].weight_quantizer.decided_widths().tolist() == [4]
 
 

@@ -41,7 +41,7 @@ def test_exported_levels_are_those_of_the_evaluated_weights(fit):
     for record in levels(module):
         if record.kind == "weight":
             layer = module.get_submodule(record.name)
-            codes = quantized_weight(layer) / record.step
+            codes = quantized_weight(layer) / record.scale
             torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
             assert record.low <= codes.round().min()
             assert codes.round().max() <= record.high

@@ -309,10 +309,10 @@ def test_a_published_module_trains_quantized_and_its_checkpoint_loads(name, mode
     records = levels(module)
     assert all(r.quantizing for r in records)
     assert all(1 < r.used_levels <= 2**r.bits for r in records if r.kind == "weight" and r.numel > 1)
-    assert {r.bits for r in records if r.exempt} == {8}
-    assert sum(r.exempt for r in records if r.kind == "weight") >= 2
-    assert {r.bits for r in records if r.kind == "activation" and not r.exempt} == {4}
-    widths = {r.bits for r in records if r.kind == "weight" and not r.exempt}
+    assert {r.bits for r in records if r.first_or_last} == {8}
+    assert sum(r.first_or_last for r in records if r.kind == "weight") >= 2
+    assert {r.bits for r in records if r.kind == "activation" and not r.first_or_last} == {4}
+    widths = {r.bits for r in records if r.kind == "weight" and not r.first_or_last}
     if mode == "fixed":
         assert widths == {4}
     else:

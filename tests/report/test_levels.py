@@ -12,7 +12,7 @@ from cpq_lightning import CPQConfig, attach, calibrate, levels
 from cpq_lightning.attach.attach import set_active
 from cpq_lightning.attach.calibrate import recording
 from cpq_lightning.attach.layers import quantizers
-from cpq_lightning.attach.range_tracking import renew_rewritten
+from cpq_lightning.attach.range_tracking import refit_rewritten
 from cpq_lightning.bitwidth.model_cost import learning_quantizers
 from cpq_lightning.export.packed import write_packed
 from cpq_lightning.packing.size import byte_cost, packed_size
@@ -29,7 +29,7 @@ def model():
 
 def test_a_record_a_quantizer(model):
     records = levels(model)
-    assert [(r.name, r.kind, r.bits, r.low, r.high, r.exempt) for r in records] == [
+    assert [(r.name, r.kind, r.bits, r.low, r.high, r.first_or_last) for r in records] == [
         ("0", "weight", 8, -128, 127, True),
         ("0", "activation", 8, -128, 127, True),
         ("3", "weight", 3, -4, 3, False),
@@ -136,7 +136,7 @@ def test_what_widths_cost_is_the_size_of_the_file_that_has_them(make, sharing, n
         for (_, quantizer), own in zip(learning_quantizers(other), widths, strict=True):
             quantizer.fix_widths(own.tolist())
         # Without training behind them, narrower widths have ranges that do not suit them.
-        renew_rewritten(other)
+        refit_rewritten(other)
         size = write_packed(other.eval(), tmp_path / "model.safetensors").stat().st_size
         assert cost.of_whole(torch.cat(widths).double()) == packed_size(other) == size
         # On the way it is a sum, of channels that differ.
@@ -185,7 +185,7 @@ def test_the_table_fits_a_narrow_terminal(per_channel, capsys):
     header = printed.partition("─")[0].split()
     assert (
         header.count("bits")
-        == header.count("step")
+        == header.count("scale")
         == header.count("used")
         == header.count("error")
         == header.count("clip")

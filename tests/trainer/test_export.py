@@ -17,7 +17,7 @@ from cpq_lightning.export import export as shipping
 from cpq_lightning.export.sample_file import SAMPLES_FILE, read_samples
 from cpq_lightning.export.samples import recorded_samples
 from cpq_lightning.export.verify import MismatchError
-from cpq_lightning.trainer.export import known_samples
+from cpq_lightning.trainer.export import available_samples
 from tests.models import IMAGES, Classifier, convnet, data, run_of
 
 
@@ -115,7 +115,7 @@ def test_an_example_says_which_arguments_an_export_has_and_the_run_gives_the_dat
     module = Labelled()
     module.example_input_array = {"batch": {"images": [torch.zeros(2, 3, 8, 8)]}, "scale": 1.0}
     fit(module, [exported(export=[])], max_epochs=1)
-    samples = known_samples(module)
+    samples = available_samples(module)
     assert samples.places(module) == (["batch.images.0"], {"scale": 2.0})
     assert samples.real
     assert images_in(samples.inputs) == 16
