@@ -17,5 +17,5 @@ from cpq_lightning.attach.range_tracking import refit_rewritten as refit_rewritt
 
 __all__ = [
     "Coverage", "RangeTracker", "attach", "calibrate", "coverage", "detach", "full_precision_copy", "is_attached",
-    "loading", "quantized_layers", "quantizers", "recording", "renew_rewritten", "set_active",
+    "loading", "quantized_layers", "quantizers", "recording", "refit_rewritten", "set_active",
 ]  # fmt: skip
