@@ -1,4 +1,4 @@
-"""Trained LightningModules back from their checkpoints."""
+"""Load trained LightningModules from their checkpoints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cpq_lightning.attach.loading import attaching
 from cpq_lightning.attach.origin import attached_config, set_attached_config
 from cpq_lightning.config import CPQConfig
 
-# Where a Lightning checkpoint holds what belongs to the callback.
+# Key of this package's entry in a Lightning checkpoint.
 CHECKPOINT_KEY = "cpq_lightning"
-# Characters of a value in a message.
-_LONGEST = 80
+# Maximum number of characters of a value in a message.
+_MAX_LENGTH = 80
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
 
@@ -30,10 +30,10 @@ class _Loadable(Protocol[M]):
 
 
 def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
-    """The trained module of a checkpoint, quantized as it was, in a process that knows nothing else of the run.
+    """Load the trained module of a checkpoint, with its quantizers, without other information about the run.
 
-    What is quantized, and how, lies in the checkpoint; what the class needs beyond that comes from its saved
-    hyperparameters, or from ``kwargs``.
+    The checkpoint has the quantization config; other arguments of the class come from its saved hyperparameters, or
+    from ``kwargs``.
 
     Args:
         module_class: The LightningModule's class, of ``lightning`` or of ``pytorch_lightning``.
@@ -54,7 +54,7 @@ def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
     if not is_attached(module):
         raise ValueError(
             f"The checkpoint {path} has no quantizers: it is of a run without CPQCallback. Load it with "
-            f"{module_class.__name__}.load_from_checkpoint, or take a checkpoint of the run that quantizes."
+            f"{module_class.__name__}.load_from_checkpoint, or give a checkpoint of the run that quantizes."
         )
     config = _config_of(path, kwargs.get("weights_only"))
     if config is not None:
@@ -63,14 +63,15 @@ def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
 
 
 def take_settings(model: nn.Module, checkpoint: Mapping[str, Any]) -> str:
-    """Let an attached model go by the config of a checkpoint whose state it gets: its quantizers are that one's.
+    """Set an attached model's config to that of the checkpoint whose state it gets, as its quantizers come from there.
 
     Args:
-        model: The model, attached with what was asked for.
+        model: The model, attached with the requested config.
         checkpoint: The content of a Lightning checkpoint.
 
     Returns:
-        What differs, a sentence for whoever asked for something else; empty where nothing does, or nothing is known.
+        A sentence about the settings that differ from the requested ones; empty if none differ, or if a config is not
+        known.
     """
     saved, asked = checkpoint.get(CHECKPOINT_KEY, {}).get("config"), attached_config(model)
     if saved is None or asked is None:
@@ -82,28 +83,28 @@ def take_settings(model: nn.Module, checkpoint: Mapping[str, Any]) -> str:
     set_attached_config(model, config)
     return (
         f"The checkpoint was trained with other settings than {type(model).__name__} was quantized with here, and runs "
-        f"with its own: {different}. Give the config of the checkpoint; to train with another one, start from its "
-        "weights alone (its state_dict without the keys of quantizers) instead of resuming."
+        f"with the checkpoint's settings: {different}. Give the config of the checkpoint; to train with another one, "
+        "start from its weights alone (its state_dict without the keys of quantizers) instead of resuming."
     )
 
 
 def differences(asked: CPQConfig, other: CPQConfig, where: str) -> str:
     """The settings in which two configs differ, with both values."""
-    ours, theirs = asked.to_dict(), other.to_dict()
+    requested, others = asked.to_dict(), other.to_dict()
     return "; ".join(
-        f"{name} {_short(theirs[name])} {where}, {_short(ours[name])} asked for"
-        for name in ours
-        if ours[name] != theirs[name]
+        f"{name} {_short(others[name])} {where}, {_short(requested[name])} asked for"
+        for name in requested
+        if requested[name] != others[name]
     )
 
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
 def _config_of(path: Any, weights_only: bool | None) -> CPQConfig | None:
-    """What the run was told to quantize, as its checkpoint has it: of a file, or of what can be read twice."""
+    """The config of a checkpoint's run; ``None`` if the checkpoint is neither a file path nor seekable."""
     if hasattr(path, "read") and not (hasattr(path, "seek") and path.seekable()):
         return None
     if hasattr(path, "read"):
@@ -113,7 +114,7 @@ def _config_of(path: Any, weights_only: bool | None) -> CPQConfig | None:
     try:
         content = torch.load(path, map_location="meta", weights_only=weights_only is not False)
     except pickle.UnpicklingError:
-        # Its own load_from_checkpoint has just unpickled it, by a choice of the class.
+        # load_from_checkpoint has just unpickled the same file, by a choice of the class.
         content = torch.load(path, map_location="meta", weights_only=False)
     settings = content.get(CHECKPOINT_KEY, {}).get("config")
     return None if settings is None else CPQConfig(**settings)

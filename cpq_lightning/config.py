@@ -1,4 +1,4 @@
-"""What to quantize, and how: one frozen, validated dataclass of plain values that YAML can hold."""
+"""Configuration of quantization: one frozen, validated dataclass of plain values that YAML can represent."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cpq_lightning.functional.grid import check_bits
 Nesting = Literal["auto", "range", "resolution"]
 GateSharing = Literal["tensor", "channel", "element"]
 GateEstimator = Literal["curvature", "concrete"]
-# An alias with a name: OmegaConf, which Lightning's CSVLogger hands hyperparameters to, fails on a union of containers,
-# and passes by on a type that it does not know.
+# A named alias, because Lightning's CSVLogger passes hyperparameters to OmegaConf, which fails on a union of containers
+# and ignores types that it does not know.
 Levels = TypeAliasType("Levels", str | dict[str, Any] | None)
 
 
 def plain(value: Any) -> Any:
-    """The same as dicts, lists and tuples, of whatever mappings and sequences it is made: such as OmegaConf's.
+    """Convert nested mappings and sequences of any kind, such as OmegaConf's, to dicts, lists and tuples.
 
     Example:
         >>> from collections import UserDict, UserList
@@ -45,60 +45,65 @@ def plain(value: Any) -> Any:
 class CPQConfig:
     """Settings of Cluster-Promoting Quantization.
 
-    Mappings and sequences may be of any kind, such as OmegaConf's; what is kept of them are dicts, lists and tuples.
-    Wherever a config is asked for, a mapping of its settings will do: see :meth:`of`.
+    Mappings and sequences may be of any kind, such as OmegaConf's; they are converted to dicts, lists and tuples.
+    Functions that take a config also take a mapping of its settings: see :meth:`of`.
 
     Args:
-        weight_bits: Width of weights, 1-8 bits. With ``min_bits`` below it, the widest one.
-        act_bits: Width of activations, 1-8 bits; ``None`` leaves activations alone.
-        min_bits: Narrowest width of weights that DropBits may drop to; ``None`` means ``weight_bits``: nothing is
-            dropped.
-        learn_bits: Whether training decides each weight's width between ``min_bits`` and ``weight_bits``, under the
+        weight_bits: Width of weights, 1-8 bits. If ``min_bits`` is lower, this is the widest width.
+        act_bits: Width of activations, 1-8 bits; ``None`` leaves activations in full precision.
+        min_bits: Narrowest width of weights that DropBits may drop to; ``None`` means ``weight_bits``, so that no bit
+            is dropped.
+        learn_bits: Whether training learns each weight's width between ``min_bits`` and ``weight_bits``, under the
             budget of a :class:`~cpq_lightning.callbacks.BitBudget`.
-        learn_act_bits: The same for activations, between ``min_act_bits`` and ``act_bits`` (the paper stopped at
-            weights).
+        learn_act_bits: The same for activations, between ``min_act_bits`` and ``act_bits`` (ours; the paper learns
+            widths of weights only).
         min_act_bits: Narrowest width of learned activations; ``None`` means ``min_bits``, at most ``act_bits``.
-        attention: Whether products of two activations (attention's ``q·kᵀ`` and ``attention·v``, and whatever else a
-            forward multiplies without a layer) are quantized too, both sides with ``act_bits``.
-            ``scaled_dot_product_attention`` is then computed in its two products; without it, it stays as it is. Which
-            modules multiply is seen in one forward: see :func:`~cpq_lightning.attach`.
-        levels_from: Path of a ``levels.json`` whose widths all layers take, first and last ones too (or those widths
-            themselves, ``{layer: {"weight": bits, "activation": bits}}``, a list of bits being one a channel). Nothing
-            is learned or dropped then; steps are fitted anew.
-        nesting: How widths nest. ``"range"`` (the paper's): a dropped bit halves the range at the same step, good
-            over a bit or two. ``"resolution"`` (ours): each width has its own step on about the same range, for wider
-            spans. ``"auto"`` is ``"resolution"`` where widths are learned, else ``"range"``.
-        first_last_bits: Width of the weights and activations of the first and last layer; ``None`` makes no
-            exception.
-        weight_estimator: Gradient of the weights' quantizer: ``"argmax"`` (the paper's) or ``"expectation"`` (ours).
-        act_estimator: The same for activations; the slope of ``"argmax"`` changes sign within each of their cells, and
-            layers below learn little by it.
-        per_channel: One step per output channel of a weight instead of one per tensor.
-        temperature: Rounding temperature T in (0, 1] that training starts with; the noise is ``T * sigma``.
-        keep_prob: Probability in (0, 1] with which DropBits keeps each bit in training. It acts where ``min_bits``
-            is below ``weight_bits``; evaluation always uses all bits. Learned gates start with it, at most at 0.95.
-        gate_sharing: Whether a ``"tensor"``, a ``"channel"`` or an ``"element"`` shares one gate. With learned bits a
-            ``"channel"`` has a width of its own.
-        gate_estimator: Gradient of learned gates, one for all of a model. ``"curvature"`` (ours): what a bit is worth
-            is how much the loss bends along the residual that it adds, as the square of the gradient's product with it
-            tells (:func:`~cpq_lightning.functional.bit_saliency`). ``"concrete"`` (the paper's): the gradient through
-            the gates that are drawn, which is what the loss would rise by at once, without the bit and without training
-            behind it. A loss that is zero (a network that starts as its own teacher, and nothing else to learn from)
-            tells nothing of curvature. A module that accumulates gradients by itself, under manual optimization, draws
-            gates in each batch, and tells a bit that only some of them have a part of its worth.
-        ignore: Layers to leave in full precision: patterns of full dotted names (as ``fnmatch`` has them, with case)
-            or module types (``"Linear"``). A layer that is registered under several names is meant by each of them. Of
-            layers that share a weight all or none are left out; anything else is refused.
-        overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. Of several
-            that match a layer, the last wins, setting by setting. A weight that layers share has one quantizer: what
-            one of these layers is given of it holds for all, and what contradicts that is refused.
-        weight_range: Starting step of weights: ``"mse"`` (least squared error) or ``"max"`` (no weight is clipped).
-        act_range: Starting step of activations, likewise, from calibration batches.
+        attention: Whether products of two activations are quantized too, both operands with ``act_bits``: attention's
+            ``q·kᵀ`` and ``attention·v``, and all other products that a forward computes outside of layers.
+            ``scaled_dot_product_attention`` is then computed as two products; with ``False`` it is not changed. One
+            forward determines which modules multiply: see :func:`~cpq_lightning.attach`.
+        levels_from: Path of a ``levels.json`` whose widths all layers use, first and last layers too, or these widths
+            as a mapping ``{layer: {"weight": bits, "activation": bits}}``, where a list of bits has one width for each
+            channel. No width is then learned and no bit dropped; scales are initialized again.
+        nesting: How widths nest. ``"range"`` (the paper's): a dropped bit halves the range at the same scale, suited to
+            spans of one or two bits. ``"resolution"`` (ours): each width has a separate scale on about the same range,
+            for wider spans. ``"auto"`` means ``"resolution"`` if widths are learned or from ``levels_from``, else
+            ``"range"``.
+        first_last_bits: Width of the weights and activations of the first and last layer; ``None`` quantizes them like
+            all other layers.
+        weight_estimator: Gradient estimator of weight quantizers: ``"argmax"`` (the paper's) or ``"expectation"``
+            (ours).
+        act_estimator: Gradient estimator of activation quantizers. The slope of ``"argmax"`` changes sign within each
+            cell of a grid, so that the layers before an activation learn little with it.
+        per_channel: One scale per output channel of a weight instead of one per tensor.
+        temperature: Rounding temperature T in (0, 1] at the start of training; the noise is ``T * sigma``.
+        keep_prob: Probability in (0, 1] with which DropBits keeps each bit in training. It has an effect only if
+            ``min_bits`` is below ``weight_bits``; evaluation always uses all bits. Learned gates start at this
+            probability, at most at 0.95.
+        gate_sharing: Whether each ``"tensor"``, ``"channel"`` or ``"element"`` has one gate per bit. With learned bits,
+            ``"channel"`` learns one width per channel.
+        gate_estimator: Gradient estimator of learned gates, one for the model. ``"curvature"`` (ours) uses the saliency
+            of a bit: the curvature of the loss along the residual that the bit adds, estimated by the square of the
+            residual's product with the gradient (:func:`~cpq_lightning.functional.bit_saliency`). ``"concrete"`` (the
+            paper's) is the gradient through the sampled gates: how much the loss would rise immediately without the
+            bit, before any training without it. A loss of zero gives no saliency (for example a network that starts
+            equal to its teacher and has no other loss). A module with manual optimization that accumulates gradients
+            itself samples gates in each batch; a bit that is open in only some of these batches then gets only part of
+            its saliency.
+        ignore: Layers to keep in full precision: patterns of full dotted names (``fnmatch``, case-sensitive) or module
+            types (``"Linear"``). A layer that is registered under several names matches by each of them. Layers that
+            share a weight must all be ignored or none; otherwise it is an error.
+        overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. If several
+            match a layer, the last one wins for each setting. Layers that share a weight share its quantizer: a
+            weight's setting for one of them applies to all, and contradictions are an error.
+        weight_range: Scale initialization of weights: ``"mse"`` (least squared error) or ``"max"`` (minmax: no weight
+            is clipped).
+        act_range: Scale initialization of activations from calibration batches, with the same choices.
         seed: Seed of the gates' noise.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of its range, or an unknown setting in ``overrides``.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of its range, or ``overrides`` has an unknown setting.
 
     Example:
         >>> CPQConfig(weight_bits=4, overrides={"*.downsample.*": {"weight_bits": 8}}).for_layer([]).weight_bits
@@ -167,19 +172,21 @@ class CPQConfig:
                     "min_act_bits or raise act_bits."
                 )
         if self.learn_act_bits is True and self.act_bits is None:
-            raise ValueError("learn_act_bits=True needs act_bits, the widest width that activations may have.")
+            raise ValueError("learn_act_bits=True needs act_bits, the maximum width of activations.")
         if self.attention is True and self.act_bits is None:
-            raise ValueError("attention=True quantizes activations: it needs act_bits, their width.")
+            raise ValueError("attention=True quantizes activations: set act_bits, their width.")
         if not isinstance(self.levels_from, str | os.PathLike | Mapping | None):
-            raise TypeError(f"levels_from must be the path of a levels.json, got {self.levels_from!r}.")
+            raise TypeError(
+                f"levels_from must be the path of a levels.json or a mapping of widths, got {self.levels_from!r}."
+            )
         if isinstance(self.levels_from, os.PathLike):
             self.__dict__["levels_from"] = os.fspath(self.levels_from)
         if isinstance(self.levels_from, Mapping):
             self.__dict__["levels_from"] = plain(self.levels_from)
         if self.levels_from is not None and (self.learn_bits or self.learn_act_bits):
             raise ValueError(
-                "levels_from fixes all widths, so nothing is left to learn: leave out learn_bits and learn_act_bits, "
-                "or levels_from."
+                "levels_from fixes all widths, so nothing is left to learn: remove learn_bits and learn_act_bits, or "
+                "levels_from."
             )
 
     def _freeze_patterns(self) -> None:
@@ -199,44 +206,45 @@ class CPQConfig:
                 if key in (f.name for f in dataclasses.fields(self)):
                     raise ValueError(
                         f"overrides[{pattern!r}] has {key!r}, which is one for the whole model: set it outside of "
-                        f"overrides; a layer can have {LAYER_SETTINGS}."
+                        f"overrides. Settings of a layer are {LAYER_SETTINGS}."
                     )
                 near = difflib.get_close_matches(str(key), LAYER_SETTINGS, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"overrides[{pattern!r}] has the unknown setting {key!r}; a layer can have {LAYER_SETTINGS}.{hint}"
+                    f"overrides[{pattern!r}] has the unknown setting {key!r}; settings of a layer are {LAYER_SETTINGS}."
+                    f"{hint}"
                 )
             try:
-                dataclasses.replace(self, overrides={}, **_widened(self, settings))
+                dataclasses.replace(self, overrides={}, **_with_implied(self, settings))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"overrides[{pattern!r}]: {error}") from None
-        # A copy: what is frozen here does not change under it.
+        # A copy, so that later changes of the caller's mapping do not change the frozen config.
         self.__dict__["overrides"] = plain(self.overrides)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Not dataclass(frozen=True): Lightning's loggers and its moves between devices write each field of a dataclass
-        # back as it is, and refuse one that cannot be written.
+        # Not dataclass(frozen=True): Lightning's loggers and transfers between devices assign to each field the value
+        # that it has, and reject frozen dataclasses.
         if name not in self.__dataclass_fields__ or (name in self.__dict__ and self.__dict__[name] != value):
             raise dataclasses.FrozenInstanceError(
-                f"a CPQConfig does not change once it is made, so {name} cannot become {value!r}: make another with "
+                f"a CPQConfig is immutable, so {name} cannot be set to {value!r}: create another config with "
                 f"dataclasses.replace(config, {name}={value!r})."
             )
         self.__dict__[name] = value
 
     def __delattr__(self, name: str) -> None:
-        raise dataclasses.FrozenInstanceError(f"a CPQConfig does not change once it is made: {name} stays.")
+        raise dataclasses.FrozenInstanceError(f"a CPQConfig is immutable: {name} cannot be deleted.")
 
     @staticmethod
     def of(value: CPQConfig | Mapping[str, Any], argument: str = "config") -> CPQConfig:
-        """A config, or the one that a mapping has the settings of.
+        """Return a config unchanged, or create one from a mapping of its settings.
 
         Args:
-            value: Either.
-            argument: What it was given as, for messages.
+            value: A config or a mapping.
+            argument: Name of the caller's argument, for error messages.
 
         Raises:
-            TypeError: it is neither, or a setting has the wrong type.
-            ValueError: an unknown setting, or one out of its range.
+            TypeError: ``value`` is neither, or a setting has the wrong type.
+            ValueError: a setting is unknown or out of its range.
 
         Example:
             >>> CPQConfig.of({"weight_bits": 3}) == CPQConfig(weight_bits=3)
@@ -250,8 +258,8 @@ class CPQConfig:
                 f"{value!r}."
             )
         known = [f.name for f in dataclasses.fields(CPQConfig)]
-        # Hydra leaves its own keys in a config that it is told not to instantiate.
-        value = {key: setting for key, setting in value.items() if key not in _OF_HYDRA}
+        # Hydra's keys remain in a config that Hydra does not instantiate.
+        value = {key: setting for key, setting in value.items() if key not in _HYDRA_KEYS}
         for key in value:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -263,14 +271,14 @@ class CPQConfig:
             raise type(error)(f"{argument}: {error}") from None
 
     def for_layer(self, overrides: Sequence[Mapping[str, Any]]) -> CPQConfig:
-        """The settings of one layer: these, with the given overrides laid over them in turn."""
+        """The settings of one layer: this config with the given overrides applied in order."""
         merged: dict[str, Any] = {}
         for settings in overrides:
             merged.update(settings)
-        return dataclasses.replace(self, overrides={}, **{**_widened(self, merged), "attention": False})
+        return dataclasses.replace(self, overrides={}, **{**_with_implied(self, merged), "attention": False})
 
     def for_first_or_last(self) -> CPQConfig:
-        """The settings of a first or last layer: ``first_last_bits`` wide, nothing dropped."""
+        """The settings of a first or last layer: a fixed width of ``first_last_bits``, without DropBits."""
         if self.first_last_bits is None:
             return self
         act_bits = None if self.act_bits is None else self.first_last_bits
@@ -287,57 +295,59 @@ class CPQConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and checkpoints take them: ``CPQConfig(**config.to_dict()) == config``."""
+        """The settings as plain values, for YAML and checkpoints: ``CPQConfig(**config.to_dict()) == config``."""
         values = dataclasses.asdict(self)
         return {**values, "ignore": list(self.ignore)}
 
     @property
     def narrowest_bits(self) -> int:
-        """``min_bits``, or ``weight_bits`` where none is given."""
+        """``min_bits``, or ``weight_bits`` if ``min_bits`` is ``None``."""
         return self.weight_bits if self.min_bits is None else self.min_bits
 
     @property
     def nests_by(self) -> Literal["range", "resolution"]:
-        """``nesting``, with ``"auto"`` resolved."""
+        """``nesting``, with ``"auto"`` replaced by the choice it stands for."""
         if self.nesting == "auto":
-            several = self.learn_bits or self.learn_act_bits or self.levels_from is not None
-            return "resolution" if several else "range"
+            mixed_widths = self.learn_bits or self.learn_act_bits or self.levels_from is not None
+            return "resolution" if mixed_widths else "range"
         return self.nesting
 
     @property
     def narrowest_act_bits(self) -> int | None:
-        """Narrowest width of activations: ``act_bits`` unless they are learned."""
+        """Narrowest width of activations: ``act_bits`` unless their widths are learned."""
         if self.act_bits is None or not self.learn_act_bits:
             return self.act_bits
         return min(self.act_bits, self.narrowest_bits) if self.min_act_bits is None else self.min_act_bits
 
 
-def _widened(config: CPQConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An override of a width alone that goes below the general narrowest one takes that one down with it."""
-    widened = dict(settings)
+def _with_implied(config: CPQConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An override with the settings it implies: a width below the narrowest width lowers that to it; no ``act_bits``
+    switches off what needs activations.
+    """
+    completed = dict(settings)
     for width, narrowest in (("weight_bits", "min_bits"), ("act_bits", "min_act_bits")):
-        bits, floor = settings.get(width), getattr(config, narrowest)
-        if isinstance(bits, int) and narrowest not in settings and floor is not None and floor > bits:
-            widened[narrowest] = bits
+        bits, minimum = settings.get(width), getattr(config, narrowest)
+        if isinstance(bits, int) and narrowest not in settings and minimum is not None and minimum > bits:
+            completed[narrowest] = bits
     if "act_bits" in settings and settings["act_bits"] is None:
-        widened.setdefault("learn_act_bits", False)
-        widened["attention"] = False
-    return widened
+        completed.setdefault("learn_act_bits", False)
+        completed["attention"] = False
+    return completed
 
 
-# A checkpoint whose hyperparameters have a config loads with weights_only=True: it is made of plain values. So is what
-# Lightning writes to hparams.yaml.
+# Makes checkpoints with a config in their hyperparameters loadable with weights_only=True, and hparams.yaml, which
+# Lightning writes, consist of plain values.
 torch.serialization.add_safe_globals([CPQConfig])
 for _dumper in (yaml.Dumper, yaml.SafeDumper):
     yaml.add_representer(CPQConfig, lambda dumper, config: dumper.represent_dict(config.to_dict()), _dumper)
-_OF_HYDRA = ("_target_", "_recursive_", "_convert_", "_partial_")
+_HYDRA_KEYS = ("_target_", "_recursive_", "_convert_", "_partial_")
 
 LAYER_SETTINGS = (
     "weight_bits", "act_bits", "min_bits", "learn_bits", "learn_act_bits", "min_act_bits", "nesting",
     "weight_estimator", "act_estimator", "per_channel", "temperature", "keep_prob", "gate_sharing", "weight_range",
     "act_range",
 )  # fmt: skip
-# Those of a weight: the same in all layers that share it.
+# Settings of a weight: they must be equal in all layers that share it.
 WEIGHT_SETTINGS = tuple(s for s in LAYER_SETTINGS if "act_" not in s)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "nesting": get_args(Nesting),

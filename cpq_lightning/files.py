@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file is replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends; if the block fails, it is removed.
+    """Yield a temporary path in the folder of ``path`` that replaces ``path`` when the block ends; if the block fails,
+    it is removed.
 
-    A process that is killed leaves the file that was there, or none; the temporary one begins with a dot and ends in
-    ``.tmp``.
+    A process that is killed leaves the previous file, or none if there was none. The name of the temporary file begins
+    with a dot and ends in ``.tmp``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -22,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # In the file system's own order the new name could come before the content, and outlive a power cut without it.
+        # Without fsync, the rename may reach the disk before the content, and a power failure leaves an empty file.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -33,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, so that no reader ever finds half of it."""
+    """Write a file, text in UTF-8, so that no reader sees partial content."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 

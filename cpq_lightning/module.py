@@ -32,40 +32,41 @@ _Base = LightningModule if TYPE_CHECKING else object
 class QuantizedClassifier(_Base):
     """A timm backbone with Cluster-Promoting Quantization, trained by cross-entropy.
 
-    Batches are ``(images, labels)``, labels as numbers or, mixed in training, as probabilities. Logged are
+    Batches are ``(images, labels)``. Labels are class indices, or probabilities if training mixes images. It logs
     ``train_loss``, ``train_acc``, ``val_loss``, ``val_acc`` (top 1) and, with more than five classes,
-    ``val_acc_top5``; in testing the same with ``test``. A Trainer without a :class:`~cpq_lightning.CPQCallback` gets
-    one with its default settings, which calibrates and reports.
+    ``val_acc_top5``; in testing, the same with the prefix ``test``. A Trainer without a
+    :class:`~cpq_lightning.CPQCallback` gets one with default settings, which calibrates and reports.
 
-    ``QuantizedModule.load_from_checkpoint(path)`` restores a module whose backbone was named; one that was built
-    around an ``nn.Module`` needs it again: ``load_from_checkpoint(path, backbone=network)``. The optimizer and the
-    scheduler are no part of a checkpoint's settings: give them again to train on.
+    ``QuantizedModule.load_from_checkpoint(path)`` restores a module whose backbone was given by name. A module that was
+    built around an ``nn.Module`` needs that network again: ``load_from_checkpoint(path, backbone=network)``. The
+    optimizer and the scheduler are not part of a checkpoint's settings: give them again to continue training.
 
-    For a Trainer of ``pytorch_lightning`` import the class from ``cpq_lightning.pytorch_lightning``.
+    For a Trainer of ``pytorch_lightning``, import the class from ``cpq_lightning.pytorch_lightning``.
 
     Args:
         backbone: Name of a timm model, ``"cifar_resnet20"``, ``"cifar_vgg7"``, or any module from images to logits.
-        num_classes: Classes; ``None`` is the number that the backbone's pretrained weights distinguish (and, for the
+        num_classes: Number of classes; ``None`` is the number of the backbone's pretrained weights (and, for the
             command ``cpq``, that of the data).
         quantization: What to quantize, and how: a config, or a mapping of its settings; ``None`` leaves the network in
             full precision.
         pretrained: Whether a named backbone starts from timm's pretrained weights; or the path of a file with weights
-            of that backbone (safetensors, ``.pth``, or a Lightning checkpoint that has it inside).
+            of that backbone (safetensors, ``.pth``, or a Lightning checkpoint that contains the backbone).
         backbone_args: Further arguments of ``timm.create_model``, such as ``in_chans`` or ``img_size``.
-        label_smoothing: Mass that the loss spreads over all classes, 0 to 1.
-        optimizer: Makes the optimizer from the parameters; ``None`` is AdamW with a rate of 0.001 and a decay of 0.05.
-        lr_scheduler: Makes the scheduler from the optimizer; ``None`` keeps the rate.
+        label_smoothing: Probability mass that the loss spreads over all classes, 0 to 1.
+        optimizer: Makes the optimizer from the parameters; ``None`` is AdamW with a learning rate of 0.001 and a weight
+            decay of 0.05.
+        lr_scheduler: Makes the scheduler from the optimizer; ``None`` keeps the learning rate.
         lr_interval: Whether the scheduler steps each ``"epoch"`` or each ``"step"``.
-        teacher: Whose class probabilities the quantized network learns too: ``"self"`` (its own full-precision copy,
-            taken when quantization begins), the name of a timm model, or the path of a checkpoint; see
-            :class:`~cpq_lightning.callbacks.DistillationCallback`.
-        distillation_weight: How much the teacher counts against the labels, over 0 and up to 1.
+        teacher: The network whose class probabilities the quantized network also learns: ``"self"`` (its
+            full-precision copy, taken when quantization begins), the name of a timm model, or the path of a checkpoint;
+            see :class:`~cpq_lightning.callbacks.DistillationCallback`.
+        distillation_weight: Weight of the teacher relative to the labels, over 0 and at most 1.
         distillation_temperature: Temperature of both probabilities; low-bit networks do best near 1.
-        class_names: Names of the classes, for whoever uses the checkpoint.
+        class_names: Names of the classes, for users of the checkpoint.
 
     Raises:
-        ValueError: an unknown backbone, weights that do not fit it, or an argument out of its range.
-        FileNotFoundError: ``pretrained`` is the path of no file.
+        ValueError: the backbone is unknown, the weights do not fit it, or an argument is out of its range.
+        FileNotFoundError: ``pretrained`` is a path, and that file does not exist.
 
     Example:
         ``QuantizedModule("resnet18", num_classes=10, quantization=CPQConfig(weight_bits=4, act_bits=4))``
@@ -95,10 +96,10 @@ class QuantizedClassifier(_Base):
         check_distillation(distillation_weight, distillation_temperature)
         if teacher == "self" and quantization is None:
             raise ValueError(
-                "teacher='self' is for a network that is quantized: give quantization, or another teacher."
+                "teacher='self' is for a network that is quantized: set quantization, or give another teacher."
             )
         if quantization is not None:
-            # A checkpoint holds plain values; and the widths themselves, not the path of a file that may be gone.
+            # Checkpoints hold plain values: the widths themselves, since the file that they came from may be deleted.
             quantization = with_levels_read(CPQConfig.of(quantization, "quantization"))
         arguments: dict[str, Any] = plain(backbone_args or {})
         model = _build(backbone, num_classes, pretrained, arguments)
@@ -151,7 +152,7 @@ class QuantizedClassifier(_Base):
         images, labels = batch
         logits = self(images)
         loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # Labels that mixup has made are probabilities.
+        # Mixup turns labels into probabilities.
         self.train_acc(logits, labels.argmax(1) if labels.is_floating_point() else labels)
         self.log("train_loss", loss)
         self.log("train_acc", self.train_acc, on_step=False, on_epoch=True)
@@ -187,17 +188,17 @@ class QuantizedClassifier(_Base):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def export_module(self) -> nn.Module:
-        """What ships: the network from images to logits."""
+        """The part that exports write: the network from images to logits."""
         return self.model
 
     def export_architecture(self) -> dict[str, Any] | None:
-        """How timm builds the network; ``None`` where it was given as a module, or comes from a hub."""
+        """How timm builds the network; ``None`` if the backbone was given as a module, or comes from a hub."""
         name = self.hparams["backbone"]
         if name is None or ":" in name:
             return None
-        # Where weights came from is no part of the network.
-        given = {k: v for k, v in self.hparams["backbone_args"].items() if k not in ORIGINS}
-        arguments = {"num_classes": self.hparams["num_classes"], **given}
+        # The source of the weights is not part of the architecture.
+        architecture = {k: v for k, v in self.hparams["backbone_args"].items() if k not in ORIGINS}
+        arguments = {"num_classes": self.hparams["num_classes"], **architecture}
         try:
             json.dumps(arguments)
         except TypeError:
@@ -210,12 +211,12 @@ class QuantizedClassifier(_Base):
             rank_zero_warn(message)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Restoring needs no download: the checkpoint has the weights.
+        # The checkpoint contains the weights, so restoring it must not download them.
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "pretrained": False}
 
 
 class QuantizedModule(QuantizedClassifier, LightningModule):
-    # One for each name of Lightning: what a LightningModule inherits is written for a Trainer of its own package.
+    # One class for each name of Lightning: a Trainer needs LightningModules of its package.
     __doc__ = QuantizedClassifier.__doc__
 
 
@@ -229,13 +230,13 @@ def _build(
     if isinstance(backbone, nn.Module):
         if pretrained or arguments:
             raise ValueError(
-                "pretrained and backbone_args need a backbone's name; the module that was given is complete."
+                "pretrained and backbone_args need a backbone's name; a module as backbone is already complete."
             )
         return backbone
     if backbone is None:
         raise ValueError(
-            "backbone is missing: expected the name of a timm model or an nn.Module. A checkpoint of a module that was "
-            "built around an nn.Module is restored with load_from_checkpoint(path, backbone=network)."
+            "backbone is missing: expected the name of a timm model or an nn.Module. To restore a checkpoint of a "
+            "module that was built around an nn.Module, use load_from_checkpoint(path, backbone=network)."
         )
     if not isinstance(backbone, str):
         raise TypeError(f"backbone must be the name of a timm model or an nn.Module, got {backbone!r}.")
@@ -246,8 +247,8 @@ def _count_classes(network: nn.Module, num_classes: int | None, class_names: Seq
     count = getattr(network, "num_classes", None) if num_classes is None else num_classes
     if not isinstance(count, int):
         raise ValueError(
-            f"num_classes is missing, and {type(network).__name__} does not tell: give the number of classes."
+            f"num_classes is missing, and {type(network).__name__} has no num_classes: give the number of classes."
         )
     if class_names is not None and len(class_names) != count:
-        raise ValueError(f"class_names must be {count}, one a class, got {len(class_names)}.")
+        raise ValueError(f"class_names must have {count} names, one per class, got {len(class_names)}.")
     return count

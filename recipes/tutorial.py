@@ -1,13 +1,13 @@
 # %% [markdown]
 # # From a plain Lightning classifier to a learned 3-bit ONNX file
 #
-# A LightningModule as anybody writes one is trained on handwritten digits, quantized to 3-bit weights on average with
-# 4-bit activations (training decides how many bits each layer gets), and shipped as an ONNX file that is proven to be
-# the trained model. About a minute on two CPU cores.
+# This tutorial trains an ordinary LightningModule on handwritten digits, quantizes it to 3-bit weights on average with
+# 4-bit activations (training decides how many bits each layer gets), and exports it as an ONNX file that is verified
+# against the trained model. It takes about a minute on two CPU cores.
 #
-# Run it as a script, `python recipes/tutorial.py [FOLDER]`, or cell by cell in an editor that knows `# %%` (VS Code,
-# PyCharm, Spyder; `jupytext --to notebook recipes/tutorial.py` makes a notebook). It needs `pip install
-# -e '.[recipes,onnx]'` in the checkout.
+# Run it as a script, `python recipes/tutorial.py [FOLDER]`, or cell by cell in an editor that supports `# %%` (VS Code,
+# PyCharm, Spyder; `jupytext --to notebook recipes/tutorial.py` makes a notebook). It needs
+# `pip install -e '.[recipes,onnx]'` in the checkout.
 
 # %%
 import sys
@@ -30,7 +30,7 @@ seed_everything(0)
 # %% [markdown]
 # ## 1. The classifier
 #
-# Nothing in it knows of quantization, and nothing will be changed in it.
+# The classifier has no code for quantization, and its code stays unchanged below.
 
 
 # %%
@@ -59,8 +59,8 @@ digits = DigitsDataModule(batch_size=64, image_size=24)
 # %% [markdown]
 # ## 2. In full precision
 #
-# What the network can do before its weights are squeezed. (With `CPQCallback(quantize_from=0.4)` both halves are one
-# run; here they are two, as when a trained model is at hand already.)
+# This run gives the accuracy before quantization. (With `CPQCallback(quantize_from=0.4)` both parts are one run. Here
+# they are two, as when a trained model exists already.)
 
 # %%
 classifier = Classifier()
@@ -71,11 +71,11 @@ full_precision = float(trainer.callback_metrics["val_acc"])
 # %% [markdown]
 # ## 3. Quantized, with learned bits
 #
-# `CPQConfig` says what may become of each layer: weights of 8 to 2 bits, activations of 4 (the first and last layer
-# stay at 8). `BitBudget` holds the average to 3 bits; halfway through the run the widths are fixed, and the network
-# trains on with them. `DistillationCallback` lets it learn from its own full-precision copy, and `ClusterPull` draws
-# weights to their grid points as the run ends. The optimizer is the one of the module above: the quantizers train
-# beside it by themselves.
+# `CPQConfig` sets the widths that a layer may have: 8 to 2 bits for weights, 4 for activations (the first and last
+# layer stay at 8). `BitBudget` keeps the average at 3 bits. Halfway through the run the widths are fixed, and the
+# network trains on with them. `DistillationCallback` adds a loss towards the network's full-precision copy, and
+# `ClusterPull` dampens the weights: it moves them to their grid points as the run ends. The module above still makes
+# the optimizer; an auxiliary optimizer, added by the callback, trains the quantizers.
 
 # %%
 budget = BitBudget(target=3.0)
@@ -99,9 +99,9 @@ print(f"val_acc {full_precision:.4f} in full precision, {quantized:.4f} at 3 bit
 # %% [markdown]
 # ## 4. What training decided
 #
-# `levels.png`: the bits of each layer. `weight_histograms.png`: weights before and after, over their grid points.
-# `trajectory.png`: how the bits moved. Beside them lies `levels.json`, with every layer's bits, levels, step and
-# error; `cpq report` makes them all again.
+# `levels.png` shows the bits of each layer, `weight_histograms.png` the weights before and after training with their
+# grid points, and `trajectory.png` the bits over the run. The same folder has `levels.json`, with the bits, levels,
+# scale (`step`) and error of every layer. `cpq report` makes the pictures again from it.
 
 # %%
 for name in ("levels.png", "weight_histograms.png", "trajectory.png"):
@@ -112,10 +112,10 @@ for name in ("levels.png", "weight_histograms.png", "trajectory.png"):
     print(run / name)
 
 # %% [markdown]
-# ## 5. The file that ships
+# ## 5. The exported file
 #
-# It was loaded in ONNX Runtime and compared with the trained model, weights exactly, activations quantizer by
-# quantizer, before it got its name (the table above). It needs neither PyTorch nor this package.
+# Before the file got its final name, it was loaded in ONNX Runtime and compared with the trained model: the integer
+# weights exactly, the activations quantizer by quantizer (the table above). It needs neither PyTorch nor this package.
 
 # %%
 path = run / "Classifier.onnx"

@@ -31,7 +31,7 @@ def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
     (checkpoint,) = run.rglob("*.ckpt")
     metrics = torch.load(checkpoint, weights_only=True)["cpq_lightning"]["metrics"]
     assert metrics["quantized"]["val_acc"] >= 0.96
-    shown = ("conv1.0 *", "as within model", "before quantization", "quantized", "val_acc", "times smaller", "error")
+    shown = ("conv1.0 *", "relative to model", "before quantization", "quantized", "val_acc", "times smaller", "error")
     for expected in shown:
         assert expected in result.stdout, expected
     restored = QuantizedModule.load_from_checkpoint(checkpoint, weights_only=True)

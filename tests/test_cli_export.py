@@ -96,7 +96,7 @@ def test_data_give_samples_of_any_form(tmp_path):
 
 
 def test_switching_verification_off_says_so(run, capsys):
-    assert "switched off: nothing says that this file" in export(run, capsys, "--verify", "false")
+    assert "switched off: the file was not compared" in export(run, capsys, "--verify", "false")
 
 
 def test_the_samples_are_found_from_the_checkpoint_and_named(run, capsys):

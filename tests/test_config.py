@@ -87,7 +87,7 @@ def test_it_is_frozen():
     for field in dataclasses.fields(config):
         with pytest.raises(dataclasses.FrozenInstanceError, match=f"replace.config, {field.name}=7.5"):
             setattr(config, field.name, 7.5)
-        with pytest.raises(dataclasses.FrozenInstanceError, match=f"{field.name} stays"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"{field.name} cannot be deleted"):
             delattr(config, field.name)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.weight_bit = 4

@@ -19,7 +19,7 @@ def test_an_extra_is_what_pyproject_says_of_it():
 @pytest.mark.parametrize(
     ("needed", "said"),
     [
-        ("rich>=99", r"rich>=99 \(here is [\d.]+\): pip install 'rich>=99'"),
+        ("rich>=99", r"rich>=99 \(installed: [\d.]+\): pip install 'rich>=99'"),
         ("no-such>=1", r"no-such>=1 \(not installed\): pip install 'no-such>=1'"),
     ],
 )
@@ -58,7 +58,7 @@ def test_the_command_says_in_a_sentence_what_its_parser_lacks():
     assert ran.returncode == 1
     (line,) = ran.stderr.splitlines()
     assert line.startswith("The command cpq needs jsonargparse[signatures]>=")
-    assert "(here is 4.20.0): pip install 'jsonargparse[signatures]>=" in line
+    assert "(installed: 4.20.0): pip install 'jsonargparse[signatures]>=" in line
 
 
 def test_callbacks_need_no_parser():

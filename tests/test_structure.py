@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -81,3 +82,14 @@ def test_each_recipe_has_its_row():
     text = (ROOT / "recipes" / "README.md").read_text()
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert f"recipes/{path.name}" in text
+
+
+def test_private_attributes_of_lightning_are_read_in_one_place():
+    names = "|".join((
+        "_data_fetcher", "_combined_loader", "_data_source", "_lightning_optimizers", "_loaded_checkpoint",
+        "_checkpoint_connector", "_logger_connector", "_batches_that_stepped", "_can_stop_early", "_module_mode",
+        "_num_ready_batches_reached",
+    ))  # fmt: skip
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "private.py":
+            assert not re.search(rf"\.({names})\b", path.read_text()), path

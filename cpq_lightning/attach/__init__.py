@@ -1,4 +1,4 @@
-"""Model surgery, without Lightning: which layers, how they are switched, their ranges, and what a forward shows."""
+"""Attach quantizers to any torch model: layer selection, calibration, range tracking, audits and coverage."""
 
 from cpq_lightning.attach.attach import attach as attach
 from cpq_lightning.attach.attach import detach as detach

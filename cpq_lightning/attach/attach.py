@@ -1,4 +1,4 @@
-"""attach, detach, and what walks over an attached model."""
+"""``attach`` and ``detach``, and functions that act on all quantizers of an attached model."""
 
 from __future__ import annotations
 
@@ -44,40 +44,40 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, example_inputs: Any = None) -> M:
-    """Quantize a model in place: weights at once, activations as soon as their ranges are known.
+    """Quantize a model in place: weights immediately, activations as soon as their ranges are known.
 
     Each convolution and linear layer keeps its Parameters (the same objects, under the same names in
     ``state_dict``) and gains a ``weight_quantizer`` and, unless ``act_bits`` is ``None``, an ``input_quantizer``. A
-    module that has such a layer's weight as its own Parameter, such as an embedding that is tied to the head, reads it
-    quantized too, by the layer's ``weight_quantizer``, unless ``ignore`` names it. Activation ranges come from
-    :func:`calibrate`, or from the first batch of a forward in training mode. Where anything is wrong the model is left
-    as it was.
+    module that shares the Parameter of such a layer's weight, such as an embedding that is tied to the head, reads it
+    quantized too, by the layer's ``weight_quantizer``, unless ``ignore`` names the module. Activation ranges come from
+    :func:`calibrate`, or from the first batch of a forward in training mode. If attaching fails, the model is left
+    unchanged.
 
-    Of a model that is attached already, the layers that have come since are quantized, and those that were there stay
-    as they are: what re-parameterizing, fusing or replacing has brought. Calibrate it again then; products of
-    activations (``attention=True``) are not looked for again.
+    If the model is attached already, only layers that were added since are quantized, for example by
+    re-parameterizing, fusing or replacing layers. Layers that are quantized already do not change. Calibrate the model
+    again afterwards. Products of activations (``attention=True``) are not searched for again.
 
     Args:
-        model: Any module; layers made later are not seen. Of one inside ``torch.compile``, DistributedDataParallel (of
-            one process) or Fabric, what is wrapped is quantized, under its own names.
-        config: What to quantize, and how: a config, or a mapping of its settings. ``None`` is the default, or what a
-            model was attached with before. Attached again, a model takes other ``ignore`` and ``overrides``, as far as
-            they change nothing that is quantized.
-        example_inputs: What to call the model with once, where ``config.attention`` asks for products without a weight:
-            a tensor, a tuple of arguments or a dict of arguments by name; or the tuple or dict that the forward takes
-            as its one argument. timm backbones, and a LightningModule with an
-            ``example_input_array``, need none.
+        model: Any module; layers that are created later are not seen. If the model is wrapped by ``torch.compile``,
+            DistributedDataParallel (of one process) or Fabric, the wrapped module is quantized, and names are those of
+            the wrapped module.
+        config: What to quantize, and how: a config, or a mapping of its settings. ``None`` means the default config, or
+            for an attached model the config that it was attached with. An attached model accepts a config with other
+            ``ignore`` and ``overrides``, provided that they change nothing that is quantized already.
+        example_inputs: Inputs for one forward, in which ``config.attention`` finds products without a weight: a
+            tensor, a tuple of arguments or a dict of arguments by name; or the tuple or dict that the forward takes as
+            its only argument. timm backbones, and a LightningModule with an ``example_input_array``, need none.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: ``config`` is neither a config nor a mapping, or a setting in it has the wrong type.
-        ValueError: the model has no layer to quantize, or none that is not quantized already, or weights that are not
-            finite, or is inside a DistributedDataParallel of several processes; a setting is unknown or out of its
-            range, a pattern of the config matches no layer, layers that share a weight are told different things of it,
-            or quantized layers have other settings than it gives them; an embedding with ``max_norm`` is tied to one;
-            with ``attention=True``, the model cannot be called.
+        ValueError: the model has no layer to quantize, or all its layers are quantized already, or it has weights that
+            are not finite, or it is inside a DistributedDataParallel of several processes; a setting is unknown or out
+            of its range, a pattern of the config matches no layer, layers that share a weight get different settings
+            for it, or quantized layers have other settings than the config gives them; an embedding with ``max_norm``
+            is tied to a quantized layer; with ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
@@ -92,22 +92,22 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
         return given
     config = with_levels_read(CPQConfig() if config is None else config)
     products = find_products(model, example_inputs) if config.attention else {}
-    plans = {name: found.plan for name, found in products.items()}
+    plans = {name: multiplied.plan for name, multiplied in products.items()}
     sites = select(model, config, plans, {tied.name: tied.module for tied in tied_to_layers(model)})
     chosen = chosen_operands(model, plans, config)
-    paths = [operand_path(name, operand) for name, own in chosen.items() for operand in own]
+    paths = [operand_path(name, operand) for name, settings in chosen.items() for operand in settings]
     check_names(config, [*(site.name for site in sites), *paths])
     readers, untied = to_be_tied(model, {site.name: site.layer for site in sites}, config)
     shared: dict[int, Quantizer] = {}
     pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
     operands = _build_operands(model, chosen, 2 * len(sites))
     try:
-        # Before layers, which may multiply something by themselves as well.
-        for name, found in products.items():
-            # One that is left out keeps its products to itself, so that they do not count as its caller's.
-            plan = found.plan if name in operands else [False] * len(found.plan)
+        # Before the layers are switched, because a layer may also multiply activations in its forward.
+        for name, multiplied in products.items():
+            # A module that is left out still claims its products, so that they do not count as its caller's.
+            plan = multiplied.plan if name in operands else [False] * len(multiplied.plan)
             module = model.get_submodule(name)
-            remember_plan(quantize_products(module, plan, found.counts, operands.get(name, {}), "input_quantizer"))
+            remember_plan(quantize_products(module, plan, multiplied.counts, operands.get(name, {}), "input_quantizer"))
         for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
             switch(site.layer, weight_quantizer, input_quantizer)
         for reader in readers:
@@ -134,15 +134,15 @@ def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
     config = known if config is None else config
     if config is None:
         raise ValueError(
-            f"Layers of {type(model).__name__} are quantized already, and by which config is not known: it was "
-            "attached in parts or as a part, or from a state_dict. Give the config, attach(model, config), to quantize "
-            "the others."
+            f"Layers of {type(model).__name__} are quantized already, and by which config is not known: the model was "
+            "attached in parts, is part of an attached model, or got its quantizers from a state_dict. Give the "
+            "config, attach(model, config), to quantize the other layers."
         )
     quantized = dict(quantized_layers(model))
     sites = [s for s in select(model, config, checked=config != known) if s.name not in quantized]
     if not sites and (known is None or not late_layers(model)):
         raise ValueError(
-            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it anew."
+            f"The model {type(model).__name__} is quantized already: call detach(model) first to quantize it again."
         )
     if known is not None:
         check_same_settings(model, quantized, known, config)
@@ -173,14 +173,14 @@ def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
 
 
 def arrange(model: nn.Module) -> None:
-    """Let the modules around quantized layers call them, or read their weights quantized."""
+    """Make the modules around quantized layers call these layers, or read their weights quantized."""
     call_projections(model)
     read_weights(model, QuantizedLayer)
     avoid_fused_paths(model, QuantizedLayer)
 
 
 def watch(model: nn.Module) -> None:
-    """What an attached model does around its own forwards: audits, ranges that training outgrows, DropBits' noise."""
+    """Register the forward hooks of an attached model: audits, range tracking, and DropBits noise."""
     audit_first_forwards(model)
     gates = any(quantizer.has_gates for _, quantizer in quantizers(model))
     if gates and _advance_noise not in model._forward_pre_hooks.values():
@@ -188,7 +188,7 @@ def watch(model: nn.Module) -> None:
 
 
 def unwatch(model: nn.Module) -> None:
-    """Take back :func:`watch`, of a model and of its parts."""
+    """Undo :func:`watch` for a model and all its submodules."""
     forget_first_forwards(model)
     forget_products(model)
     for module in model.modules():
@@ -198,7 +198,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def _advance_noise(model: nn.Module, args: object) -> None:
-    """Each training forward of the whole model draws gates of its own, also where no callback counts batches."""
+    """Give each training forward of the full model new DropBits gates, also if no callback counts batches."""
     if model.training:
         for _, quantizer in quantizers(model):
             if quantizer.has_gates:
@@ -207,7 +207,7 @@ def _advance_noise(model: nn.Module, args: object) -> None:
 
 def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quantizer, Quantizer | None]:
     weight = weight_now(site.layer)
-    # A Parameter that several layers share is one tensor when it ships: it has one quantizer.
+    # A Parameter that several layers share is exported as one tensor, so it has one quantizer.
     owner = id(shared_weight(site.layer))
     if owner not in shared:
         shared[owner] = Quantizer(
@@ -231,7 +231,7 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
                 )
             shared[owner].fix_widths(widths)
         if not weight.is_meta:
-            # Whoever initializes or loads weights behind this has them fitted again: see calibrate.
+            # Weights that are initialized or loaded later are fitted again: see calibrate.
             shared[owner].fit_weight(weight, settled=False)
     weights = shared[owner]
     inputs = None
@@ -266,17 +266,17 @@ def _build_operands(
 
 
 def undo_attach(model: nn.Module) -> None:
-    """Take back :func:`arrange`."""
+    """Undo :func:`arrange`."""
     leave_weights(model)
     restore_fused_paths(model)
     restore_projections(model)
 
 
 def detach(model: M) -> M:
-    """Give plain layers back, in place, with the quantized weights written into their Parameters.
+    """Turn quantized layers back into plain ones, in place, and write the quantized weights into their Parameters.
 
-    Activations are no longer quantized. Weights evaluate as they did, to the bit: those that the forward multiplies by
-    in full precision, without their layer, are left as they are.
+    Activations are no longer quantized. Weights evaluate bit-identically to before. Weights that the forward reads in
+    full precision, bypassing their layer, are not changed.
 
     Returns:
         The model itself.
@@ -288,36 +288,36 @@ def detach(model: M) -> M:
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError(f"The model {type(model).__name__} is not quantized: there is nothing to detach.")
-    around, _ = bypassed(model)
-    _part_from_float(model)
+    not_read, _ = bypassed(model)
+    _separate_from_full_precision(model)
     leave_tied(model)
     for layer in layers.values():
-        switch_back(layer, written=layer not in around)
-    _forget(model)
+        switch_back(layer, written=layer not in not_read)
+    _remove_surroundings(model)
     return given
 
 
-def _part_from_float(model: nn.Module) -> None:
-    """Give what reads a weight quantized a Parameter of its own, where something else reads the same in full precision.
+def _separate_from_full_precision(model: nn.Module) -> None:
+    """Separate a Parameter that is read both quantized and in full precision into two Parameters.
 
-    Those that read it quantized go on sharing one.
+    Modules that read it quantized keep sharing one Parameter.
     """
     layers = [(name, layer._parameters.get("weight"), layer) for name, layer in quantized_layers(model)]
     known = {id(parameter): name for name, parameter, _ in layers if parameter is not None}
     plain = [m for m in model.modules() if holds_weight(m) and not isinstance(m, QuantizedLayer)]
     read = {id(tied.tensor) for tied in tied_to(model, known) if not tied.reads_quantized}
     read |= {id(module._parameters.get("weight")) for module in plain}
-    own: dict[int, nn.Parameter] = {}
+    copies: dict[int, nn.Parameter] = {}
     users = [(parameter, layer._parameters, "weight") for _, parameter, layer in layers]
     users += [(r._parameters[r.tied_name], r._parameters, r.tied_name) for _, r in tied_readers(model)]
-    for parameter, held, key in users:
+    for parameter, parameters, key in users:
         if parameter is not None and id(parameter) in read:
-            fresh = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-            held[key] = own.setdefault(id(parameter), fresh)
+            copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            parameters[key] = copies.setdefault(id(parameter), copy)
 
 
-def _forget(model: nn.Module) -> None:
-    """Everything of an attached model that is not in its layers."""
+def _remove_surroundings(model: nn.Module) -> None:
+    """Remove everything that attaching added outside of the layers."""
     undo_attach(model)
     for _, module in list(modules_with_products(model)):
         leave_products(module)
@@ -325,26 +325,26 @@ def _forget(model: nn.Module) -> None:
 
 
 def full_precision_copy(model: M) -> M:
-    """A copy of a model, or of a part of one, without quantizers: plain layers with the weights that are trained.
+    """Copy a model, or a part of one, without quantizers: plain layers with the trained full-precision weights.
 
-    A model that is not quantized is copied as it is; of a wrapped one, what was wrapped.
+    A model that is not quantized is copied unchanged; of a wrapped model, the wrapped module is copied.
     """
     copy = copied(cast(M, unwrapped(model)))
     leave_tied(copy, written=False)
     for _, layer in list(quantized_layers(copy)):
         switch_back(layer, written=False)
-    _forget(copy)
+    _remove_surroundings(copy)
     return copy
 
 
 def set_active(model: nn.Module, active: bool) -> None:
-    """Quantize, or pass weights and activations on in full precision."""
+    """Switch all quantizers of a model on, or off: weights and activations then pass in full precision."""
     for _, quantizer in quantizers(model):
         quantizer.configure(active=active)
 
 
 def refit(model: nn.Module) -> None:
-    """Fit all weight steps to the weights as they are now, and let the next training batch set activation ranges."""
+    """Fit all weight scales to the current weights, and let the next training batch set activation ranges."""
     for _, layer in quantized_layers(model):
         layer.weight_quantizer.fit_weight(layer.read_weight())
         if layer.input_quantizer is not None:
@@ -354,7 +354,7 @@ def refit(model: nn.Module) -> None:
 
 
 def set_noise_step(model: nn.Module, step: int) -> None:
-    """Set the counter that DropBits' noise is drawn at; quantizers draw the same gates at the same counter."""
+    """Set the counter that seeds DropBits noise: at the same counter, quantizers draw the same gates."""
     for _, quantizer in quantizers(model):
         if "noise_step" in quantizer.gates._buffers:
             quantizer.gates.steps_ahead = 0

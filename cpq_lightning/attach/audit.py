@@ -1,4 +1,4 @@
-"""The audit of one forward: which quantizers were never called, which matrix products stayed unquantized."""
+"""The audit of one forward: quantizers that were never called, and matrix products that stayed unquantized."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Their names say that they multiply, and they do not.
+# Functions whose names match ``may_multiply``, but which do not multiply.
 _NO_PRODUCTS: set[Any] = {torch.conj, Tensor.conj}
 _UNAUDITED: ContextVar[bool] = ContextVar("unaudited", default=False)
 
 
 @contextmanager
 def unaudited() -> Iterator[None]:
-    """Run what is no part of the model that an audit watches, such as a teacher."""
+    """Exclude from audits what is not part of the audited model, such as a teacher."""
     token = _UNAUDITED.set(True)
     try:
         yield
@@ -59,25 +59,25 @@ def unaudited() -> Iterator[None]:
 
 @dataclass
 class AuditReport:
-    """What one forward showed.
+    """The findings of one audited forward.
 
     Attributes:
-        weights: Of a finding of ``unquantized``, names of the Parameters that are multiplied, where they are not the
-            module's own.
-        never_called: Names of quantizers that no call reached.
-        unquantized: ``(module, operation, operand)`` of each product with a weight (a Parameter that is multiplied
-            without a layer, or by a recurrent one, too) of which the weight, the input or both came in full precision,
-            layers left out by the config aside.
-        activation_products: ``(module, operation)`` of each product of two activations, such as attention's, of which
-            one or both came in full precision.
-        overlooked: Those of ``activation_products`` that ``attention=True`` should have found: their modules multiplied
-            nothing in the forward that the model was attached with.
-        order: Names of the quantized layers in the order in which they were first called.
-        macs: Multiply-accumulates in one sample, by name of the weight quantizer, or of a product's left one; a layer
-            that is called twice counts once.
-        numel: Elements in one sample, by name of the activation quantizer that they passed.
-        products: Multiply-accumulates of all calls, and those of which both operands were quantized, by name of the
-            innermost module whose code multiplies.
+        weights: For each entry of ``unquantized``, names of the multiplied Parameters that belong to other modules.
+        never_called: Names of quantizers that were not called.
+        unquantized: ``(module, operation, operand)`` of each product with a weight (also a Parameter that is multiplied
+            without a layer, or by a recurrent layer) whose weight, input or both were in full precision, except layers
+            that the config leaves out.
+        activation_products: ``(module, operation)`` of each product of two activations, such as attention's, with one
+            or both in full precision.
+        overlooked: Entries of ``activation_products`` that ``attention=True`` should have quantized, but whose modules
+            multiplied nothing in the forward that ``attach`` ran.
+        lookups: ``(module, layer)`` of each lookup, in full precision, in the weight of a quantized layer.
+        order: Names of the quantized layers in the order of their first calls.
+        macs: Multiply-accumulates of one sample, by name of the weight quantizer, or of the quantizer of a product's
+            left operand; a layer that is called twice counts once.
+        numel: Elements of one sample, by name of the activation quantizer that quantizes them.
+        products: Multiply-accumulates of all calls, and of those with both operands quantized, by name of the innermost
+            module whose code multiplies.
     """
 
     never_called: list[str] = field(default_factory=list)
@@ -92,12 +92,12 @@ class AuditReport:
     products: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def messages(self, forward: str = "the first forward") -> list[str]:
-        """One sentence a finding, of the forward that is named."""
-        found = []
+        """One sentence for each kind of finding; ``forward`` names the audited forward."""
+        messages = []
         if self.never_called:
-            found.append(
+            messages.append(
                 f"{len(self.never_called)} quantizers were never called in {forward}: "
-                f"{_some(self.never_called)}. Their layers run in full precision or not "
+                f"{_shortened(self.never_called)}. Their layers run in full precision or not "
                 "at all; leave such layers out with ignore."
             )
         if self.unquantized:
@@ -105,44 +105,46 @@ class AuditReport:
                 f"{where or 'the model itself'} ({' by '.join([op, *self.weights.get((where, op, what), [])])}: {what})"
                 for where, op, what in self.unquantized
             ]
-            found.append(f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_some(lines)}.")
+            messages.append(
+                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_shortened(lines)}."
+            )
         if self.lookups:
             lines = [f"{where or 'the model itself'} (the weight of {layer})" for where, layer in self.lookups]
-            found.append(
+            messages.append(
                 f"{len(lines)} lookups in the weight of a quantized layer stayed in full precision in {forward}: "
-                f"{_some(lines)}. Tie weights before the model is quantized, and let the module that has one look it "
-                "up; or name that module in ignore."
+                f"{_shortened(lines)}. Tie weights before the model is quantized, and look rows up in the module that "
+                "has the weight; or name that module in ignore."
             )
         if self.overlooked:
-            found.append(
+            messages.append(
                 f"attention=True: {len(self.overlooked)} products of two activations stayed unquantized, of modules "
                 "that multiplied nothing in the forward that the model was attached with: "
-                f"{_some(_where_and_what(self.overlooked))}. Give attach(..., "
-                "example_inputs=...), or an example_input_array, that lead there too."
+                f"{_shortened(_where_and_what(self.overlooked))}. Give attach(..., "
+                "example_inputs=...), or an example_input_array, with which these modules multiply too."
             )
         if self.activation_products:
             lines = _where_and_what(self.activation_products)
-            found.append(f"{len(lines)} products of two activations are not quantized: {_some(lines)}.")
-        return found
+            messages.append(f"{len(lines)} products of two activations are not quantized: {_shortened(lines)}.")
+        return messages
 
 
 def _where_and_what(products: list[tuple[str, str]]) -> list[str]:
     return [f"{module or 'the model itself'} ({op})" for module, op in products]
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _shortened(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 class Audit(TorchFunctionMode, Watcher):
-    """Watch one forward of an attached model, in this thread; used as a context, it leaves its :attr:`report`.
+    """Watch one forward of an attached model in this thread, as a context manager; the result is :attr:`report`.
 
-    It sees functions as Python calls them, before casts by autocast, and changes none of them. Which of their tensors
-    are quantized it is told by the quantizers, and follows through operations that only move values. A quantized weight
-    that is standardized (as timm's ``StdConv2d`` does) or scaled stays quantized: its levels are moved by one affine
-    map a channel. So does a mixture of quantized weights (``CondConv2d``): the product with it is the mixture of the
-    products with each.
+    It sees functions as Python calls them, before autocast casts, and does not change them. Quantizers report which
+    tensors are quantized, and the audit follows these through operations that only move values. A quantized weight that
+    is standardized (as in timm's ``StdConv2d``) or scaled stays quantized: one affine map per channel moves its levels.
+    A mixture of quantized weights (``CondConv2d``) stays quantized too, because a product with the mixture is the same
+    mixture of the products with each weight.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -154,20 +156,20 @@ class Audit(TorchFunctionMode, Watcher):
         self._left_out = _left_out(model)
         config = attached_config(model)
         self._all_products = config is not None and config.attention
-        # Layers by their Parameters; where only a part was attached, what is outside of it is left alone.
+        # Quantized layers by their Parameters; if only a part was attached, modules outside of it are not audited.
         self._layers = WeakTensorKeyDictionary()
         for name, layer in () if config is None else quantized_layers(model):
             parameter = layer._parameters.get("weight")
             if parameter is not None:
                 self._layers[parameter] = name
         ignored = () if config is None else config.ignore
-        tied = (found for found in tied_to_layers(model) if any(matches(found.name, found.module, p) for p in ignored))
-        self._left_out |= {found.module for found in tied}
-        # Which quantizer a tensor came from.
+        tied = (t for t in tied_to_layers(model) if any(matches(t.name, t.module, p) for p in ignored))
+        self._left_out |= {t.module for t in tied}
+        # The quantizers of quantized tensors.
         self._quantized = WeakTensorKeyDictionary()
-        # Parameters, and what is made of their values.
+        # Parameters, and tensors that are made of their values.
         self._parameters = WeakTensorKeyDictionary()
-        # Buffers, likewise.
+        # Buffers, and tensors that are made of their values.
         self._buffers = WeakTensorKeyDictionary()
         self._batch = 0
         self._counted: set[tuple[str, Quantizer]] = set()
@@ -183,7 +185,7 @@ class Audit(TorchFunctionMode, Watcher):
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        # A run that fails may end it where it has ended already.
+        # A run that fails may exit twice.
         if not self._entered:
             return
         self._entered = False
@@ -218,7 +220,7 @@ class Audit(TorchFunctionMode, Watcher):
     ) -> Any:
         kwargs = kwargs or {}
         if _UNAUDITED.get() or getattr(func, "__name__", "") == "__get__":
-            # A property computes nothing, and may be of a quantized tensor's values: those turned, for one.
+            # A property computes nothing, but may return a quantized tensor's values, such as its transpose.
             out = func(*args, **kwargs)
         else:
             with self._macs:
@@ -243,28 +245,26 @@ class Audit(TorchFunctionMode, Watcher):
         return out
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
-        """What is made of a quantized tensor's values, or of a Parameter's or a buffer's, by an operation that
-        multiplies nothing.
-        """
-        for known in (self._quantized, self._parameters, self._buffers):
-            # Of operations that join tensors the first argument is a list of them.
+        """Carry over that a tensor is quantized, a Parameter or a buffer, through an operation without products."""
+        for followed in (self._quantized, self._parameters, self._buffers):
+            # For operations that join tensors, the first argument is a list of tensors.
             given = [*args[0], *args[1:2]] if args and isinstance(args[0], tuple | list) else args[:2]
-            source = next((value for value in given if isinstance(value, Tensor) and value in known), None)
+            source = next((value for value in given if isinstance(value, Tensor) and value in followed), None)
             if source is None:
                 continue
             for tensor in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(tensor, Tensor) and tensor is not source and self._keeps(func, args, source, tensor):
-                    known[tensor] = known[source]
+                    followed[tensor] = followed[source]
 
     def _keeps(self, func: Callable[..., Any], args: tuple[Any, ...], source: Tensor, out: Tensor) -> bool:
         if keeps_values(func):
             return bool(args) and (args[0] is source or isinstance(args[0], tuple | list))
-        # A matrix that is standardized, scaled or masked is one still.
+        # A standardized, scaled or masked weight matrix is still a weight matrix.
         weight = self._kind(source)[1] == "weight" and source.dim() > 1
         return weight and (func is F.batch_norm or out.shape == source.shape)
 
     def _unknown_product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An operation that is in no list: named where it is handed a matrix of weights."""
+        """Report an operation that is in no list, if it gets a weight matrix."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         weights = [t for t in tensors if t.dim() > 1 and self._kind(t)[1] == "weight"]
         if len(tensors) < 2 or not weights or func in _NO_PRODUCTS:
@@ -295,12 +295,12 @@ class Audit(TorchFunctionMode, Watcher):
             self._parameters[value] for value in operands if isinstance(value, Tensor) and value in self._parameters
         ]
         for name in names:
-            known = self.report.weights.setdefault(finding, [])
-            if name.rpartition(".")[0] != where and name not in known:
-                known.append(name)
+            parameters = self.report.weights.setdefault(finding, [])
+            if name.rpartition(".")[0] != where and name not in parameters:
+                parameters.append(name)
 
     def _product_of_two(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        """A product that no layer stands for: of two activations, or of an activation and a Parameter."""
+        """Check a product outside of layers: of two activations, or of an activation and a Parameter."""
         where, name = self._where(), func.__name__.strip("_")
         operands = product_operands(func, args, kwargs)
         kinds = [self._kind(operand) for operand in operands]
@@ -324,15 +324,15 @@ class Audit(TorchFunctionMode, Watcher):
                 self.report.overlooked.append((where, name))
 
     def _computes_weight(self, layer: nn.Module | None, where: str, operands: list[Tensor]) -> bool:
-        """Whether a product is a step on the way to a quantized layer's weight, such as a spectral norm's."""
+        """Whether a product is part of computing a quantized layer's weight, such as a spectral norm."""
         owner, inside, _ = where.partition(".parametrizations.")
         if inside or where.startswith("parametrizations."):
             return isinstance(self.model.get_submodule(owner if inside else ""), QuantizedLayer)
-        known = all(operand in self._parameters or operand in self._buffers for operand in operands)
-        return known and isinstance(layer, QuantizedLayer) and is_computed(layer)
+        stored = all(operand in self._parameters or operand in self._buffers for operand in operands)
+        return stored and isinstance(layer, QuantizedLayer) and is_computed(layer)
 
     def _kind(self, value: Any) -> tuple[Quantizer | None, str]:
-        """What quantized an operand of a product, and whether it is a weight or an input."""
+        """The quantizer of an operand, and whether the operand is a weight or an input."""
         if not isinstance(value, Tensor):
             return None, "input"
         quantizer = self._quantized.get(value)
@@ -347,7 +347,7 @@ class Audit(TorchFunctionMode, Watcher):
         if isinstance(layer, QuantizedLayer):
             expected = ["weight"] if layer.input_quantizer is None else expected
         elif layer in self._left_out or self._kind(operands[1])[1] != "weight":
-            # A blur within an augmentation has no weight to quantize.
+            # For example a blur in an augmentation, which has no weight to quantize.
             return
         missing = [
             name
@@ -368,11 +368,11 @@ class Audit(TorchFunctionMode, Watcher):
         return all(map(self._is_quantized, operands))
 
     def _note_product(self, where: str, macs: int, quantized: bool) -> None:
-        total, known = self.report.products.get(where, (0, 0))
-        self.report.products[where] = (total + macs, known + macs * quantized)
+        total, total_quantized = self.report.products.get(where, (0, 0))
+        self.report.products[where] = (total + macs, total_quantized + macs * quantized)
 
     def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
-        """Multiply-accumulates of a product with a quantized weight."""
+        """Count the multiply-accumulates of a product with a quantized weight."""
         if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
             return
         quantizer = self._quantized.get(weight)
@@ -385,12 +385,12 @@ class Audit(TorchFunctionMode, Watcher):
         self._note_macs(quantizer, macs, self._where())
 
     def _count_inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Multiply-accumulates of quantized weights that an operation of many products was handed, such as attention's
-        out-projection.
+        """Count the multiply-accumulates of the quantized weights that a fused operation gets, such as the
+        out-projection of attention.
         """
         first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
         if func is F.multi_head_attention_forward and first is not None and first.dim() == 3:
-            # Tokens come first there.
+            # In this layout, tokens are the first dimension.
             self._batch = self._batch or first.shape[1]
         for leaf in tree_leaves((args, kwargs)):
             quantizer = self._quantized.get(leaf) if isinstance(leaf, Tensor) else None
@@ -399,14 +399,14 @@ class Audit(TorchFunctionMode, Watcher):
                 self._note_macs(quantizer, macs // self._samples(first), self._where())
 
     def _note_macs(self, quantizer: Quantizer, macs: int, where: str) -> None:
-        """Once a module, however often it is called."""
+        """Count each module once, regardless of how often it is called."""
         if (where, quantizer) not in self._counted:
             self._counted.add((where, quantizer))
             name = self._names[quantizer]
             self.report.macs[name] = self.report.macs.get(name, 0) + macs
 
     def _samples(self, x: Tensor) -> int:
-        """Samples in the batch, as what is met first has them: further in they may be folded with windows or tokens."""
+        """Batch size, taken from the first tensor seen; later tensors may fold windows or tokens into it."""
         self._batch = self._batch or (max(1, x.shape[0]) if x.dim() > 1 else 1)
         return self._batch
 
@@ -414,14 +414,14 @@ class Audit(TorchFunctionMode, Watcher):
         return isinstance(value, Tensor) and value in self._quantized
 
     def _module(self) -> nn.Module | None:
-        """The innermost module of the model whose code is running, as Python's own stack tells: no hook is needed."""
+        """The innermost module of the model whose code is running, found on Python's call stack without hooks."""
         frame = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
             if code.co_argcount:
-                own = frame.f_locals.get(code.co_varnames[0])
-                if isinstance(own, nn.Module) and own in self._names:
-                    return own
+                module = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(module, nn.Module) and module in self._names:
+                    return module
             frame = frame.f_back  # type: ignore[assignment]
         return None
 
@@ -431,6 +431,6 @@ class Audit(TorchFunctionMode, Watcher):
 
 
 def _left_out(model: nn.Module) -> set[nn.Module]:
-    """Layers that the config leaves in full precision; where only a part was attached, all outside of it."""
+    """Layers that the config leaves in full precision; if only a part was attached, all layers outside of it."""
     late = set(late_layers(model).values())
     return {module for module in model.modules() if holds_weight(module)} - late

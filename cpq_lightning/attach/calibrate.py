@@ -1,4 +1,4 @@
-"""Activation ranges from a few batches."""
+"""Calibration: fit activation ranges on a few batches."""
 
 from __future__ import annotations
 
@@ -37,63 +37,64 @@ def calibrate(
 ) -> M:
     """Set the activation ranges of an attached model from a few batches.
 
-    Activations pass in full precision while they are observed, weights are quantized. Each range is the step of
-    least squared error on a histogram over all batches (and, under ``torch.distributed``, all ranks). The first
-    batch also shows which layers truly run first and last and what they multiply, and is audited as a first forward
-    is; where no activation is to be observed, it is the only one. Weights that were fitted at attachment are fitted
-    again: they may have been initialized or loaded since. The model runs in the mode it is in, without
-    gradients; its buffers (batch norm's statistics) and the random state are afterwards what they were.
+    Activations pass in full precision while they are observed; weights are quantized. Each range uses the scale of
+    least squared error on a histogram over all batches (and, under ``torch.distributed``, over all ranks). The first
+    batch also shows which layers run first and last and what they multiply, and is audited like a first forward; if
+    there is no activation to observe, only this batch is run. Weight scales that were fitted during attach are fitted
+    again, because weights may have been initialized or loaded since. The model runs in its current mode, without
+    gradients; its buffers (batch norm statistics) and the random state are restored afterwards.
 
     Args:
         model: An attached model.
-        batches: What to run: inputs; or tuples or lists whose first element is the input, as ``(images, labels)``. An
-            input is a tensor, or the dict, tuple or list that the forward takes as its one argument; or a dict of its
-            arguments by name, or, where it takes more than one, a tuple or list of them. Read once, held in memory.
-        forward: How to run one batch, where that is another: ``lambda batch: model(*batch[0], **batch[1])``.
-        most: Take at most this many batches.
+        batches: Batches to run: inputs, or tuples or lists whose first element is the input, as ``(images, labels)``.
+            An input is a tensor, or the dict, tuple or list that the forward takes as its only argument; or a dict of
+            its arguments by name; or, if it takes several, a tuple or list of them. The iterable is read once, and its
+            batches are kept in memory.
+        forward: A function that runs one batch, for other formats: ``lambda batch: model(*batch[0], **batch[1])``.
+        most: The largest number of batches to use.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is not attached, or there is no batch, or an empty one.
-        TypeError: the forward takes no such input.
+        ValueError: the model is not attached, or there is no batch, or a batch is empty.
+        TypeError: the forward does not accept such an input.
         FailedElsewhere: a forward failed in another process.
     """
     if not is_attached(model):
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
-    held = list(itertools.islice(batches, most))
-    if not held:
+    kept = list(itertools.islice(batches, most))
+    if not kept:
         raise ValueError("calibrate got no batch: expected an iterable of at least one batch of training data.")
     run = forward or (lambda batch: _call(model, batch))
     inner = unwrapped(model)
     for _, layer in quantized_layers(inner):
         if not layer.weight_quantizer.settled:
-            # Fitted at attachment: the weights may have been initialized or loaded since.
+            # The weights may have been initialized or loaded since attach.
             layer.weight_quantizer.fit_weight(layer.read_weight())
-    # And those that have been trained may have been rewritten, as by merging an adapter.
+    # Trained weights may have been rewritten as well, for example by merging an adapter.
     RangeTracker(inner).renew_weights(frozen=True)
     observed = [q for _, q in quantizers(inner) if q.kind == "activation" and q.active]
     observing = _Observing(observed)
-    with _untouched(inner), torch.no_grad(), _uncompiled():
+    with _buffers_and_rng_restored(inner), torch.no_grad(), _eager():
         set_audited(inner, inner.training)
         audit = Audit(inner)
 
         def first_pass() -> None:
             with audit:
-                run(held[0])
-            for batch in held[1:] if observed else ():
+                run(kept[0])
+            for batch in kept[1:] if observed else ():
                 run(batch)
 
         def second_pass() -> None:
-            for batch in held if observed else ():
+            for batch in kept if observed else ():
                 run(batch)
 
         with observing:
-            _on_all(first_pass, inner)
+            _run_on_all_processes(first_pass, inner)
             for quantizer, observer in observing.observers.items():
                 observer.close_range(quantizer.state.device)
-            _on_all(second_pass, inner)
+            _run_on_all_processes(second_pass, inner)
     report = broadcast_report(audit.report)
     settle_first_and_last(inner, report.order)
     record_forward(inner, report)
@@ -102,10 +103,10 @@ def calibrate(
     report_audit(inner, report)
     zeros = [name for name, q in quantizers(inner) if q in observing.observers and q.settled and not q.fitted]
     if zeros:
-        # As behind a branch that starts at zero by design: no fault, unless it stays so.
+        # For example after a branch that starts at zero by design: not an error, unless it stays zero.
         log.info(
-            "Calibration has seen nothing but zeros at %d activation quantizers, whose range the first other values "
-            "set: %s.",
+            "Calibration has seen nothing but zeros at %d activation quantizers; the first nonzero values will set "
+            "their ranges: %s.",
             len(zeros),
             ", ".join(zeros),
         )
@@ -113,7 +114,7 @@ def calibrate(
 
 
 class _Observing(Watcher):
-    """Activations pass in full precision, and are observed."""
+    """Pass activations in full precision, and observe their ranges."""
 
     def __init__(self, quantizers: Iterable[Quantizer]) -> None:
         self.observers = {quantizer: RangeObserver() for quantizer in quantizers}
@@ -126,26 +127,26 @@ class _Observing(Watcher):
 
 
 class FailedElsewhere(RuntimeError):
-    """What was done by all processes at once has failed in another one."""
+    """An operation that all processes run together failed in another process."""
 
 
-def _on_all(run: Callable[[], None], model: nn.Module) -> None:
-    """Run something that may fail on one process only: then all of them fail, and none waits for it."""
+def _run_on_all_processes(run: Callable[[], None], model: nn.Module) -> None:
+    """Run a function on all processes; if it fails on one, it raises on all, so that no process waits forever."""
     error: Exception | None = None
     try:
         run()
     except Exception as caught:
         error = caught
     device = next(model.parameters()).device
-    anywhere = pool(torch.tensor(float(error is not None), device=device), dist.ReduceOp.MAX)
+    failed = pool(torch.tensor(float(error is not None), device=device), dist.ReduceOp.MAX)
     if error is not None:
         raise error
-    if anywhere:
+    if failed:
         raise FailedElsewhere("a training step failed in another process")
 
 
-def _uncompiled() -> Any:
-    """Compiled code runs as it was written meanwhile: observers and audits look at its values in Python."""
+def _eager() -> Any:
+    """Run compiled code eagerly, because observers and audits read values in Python."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -154,14 +155,14 @@ def _call(model: nn.Module, batch: Any) -> Any:
     try:
         call = as_batch_call(model, batch)
     except TypeError as error:
-        raise TypeError(f"batches: {error}: say how to run one, calibrate(..., forward=...).") from None
+        raise TypeError(f"batches: {error}: pass a function that runs one, calibrate(..., forward=...).") from None
     args, kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, call)
     return model(*args, **kwargs)
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Run something that leaves the model's buffers and the random state as they were."""
+def _buffers_and_rng_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the model's buffers and the random state on exit."""
     skip = {id(b) for _, q in quantizers(model) for b in q.buffers()}
     saved = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in skip]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -184,14 +185,14 @@ def recording(model: nn.Module) -> Iterator[None]:
     watched = [q for _, q in quantizers(model) if q.kind == "activation" and q.active and q.fitted]
     usage = _Recording(watched)
     try:
-        with _uncompiled(), usage:
+        with _eager(), usage:
             yield
     finally:
-        usage.note()
+        usage.store()
 
 
 class _Recording(InputSampler):
-    """What activations are quantized to is counted, as evaluation quantizes them."""
+    """Count the levels to which activations are quantized, as evaluation quantizes them."""
 
     def __init__(self, quantizers: Iterable[Quantizer]) -> None:
         quantizers = list(quantizers)
@@ -208,8 +209,8 @@ class _Recording(InputSampler):
                 self.recorders[quantizer].update(x, values, self.steps[quantizer])
 
     @torch.no_grad()
-    def note(self) -> None:
-        """Leave with the quantizers what was measured."""
+    def store(self) -> None:
+        """Store the measurements in the quantizers."""
         fresh = {q: outgrown(q, rows, counts)[1] for q, rows, counts in sampled_inputs(self, pooled=False)}
         for quantizer, recorder in self.recorders.items():
             if recorder.used_levels:

@@ -1,4 +1,4 @@
-"""How a model is called with what people have: tensors, tuples, dicts, and batches of them."""
+"""How to call a model with inputs of different forms: tensors, tuples, dicts, and batches of them."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def forward_signature(model: nn.Module) -> inspect.Signature:
-    """The arguments of a model's forward, of what is wrapped in a wrapped one."""
+    """The signature of a model's forward; for a wrapped model, of the wrapped module."""
     return inspect.signature(unwrapped(model).forward)
 
 
 def as_call(model: nn.Module, inputs: Any) -> Call:
-    """The call that example inputs, or samples, are meant for.
+    """The arguments with which to call a model on example inputs or samples.
 
-    A tuple or list holds positional arguments, a mapping arguments by name, as a LightningModule's
-    ``example_input_array`` does. Where the forward cannot take them so, and has no argument of the name of a key,
-    either is its one argument; so is anything else.
+    A tuple or list has positional arguments, and a mapping has arguments by name, as in a LightningModule's
+    ``example_input_array``. If the forward does not accept them so, and no key is the name of an argument, the tuple,
+    list or mapping is the only argument. Any other input is the only argument too.
 
     Raises:
-        TypeError: the forward takes them neither way.
+        TypeError: the forward accepts neither form.
     """
     if isinstance(inputs, tuple | list):
-        return _first_taken(model, [(tuple(inputs), {}), ((inputs,), {})])
-    return _first_taken(model, _as_mapping(model, inputs))
+        return _first_accepted(model, [(tuple(inputs), {}), ((inputs,), {})])
+    return _first_accepted(model, _as_mapping(model, inputs))
 
 
 def as_batch_call(model: nn.Module, batch: Any) -> Call:
-    """The call that a batch is meant for: its first element is the input, where it is a tuple or list.
+    """The arguments with which to call a model on a batch; if it is a tuple or list, its first element is the input.
 
-    An input that is a mapping holds arguments by name, where the forward takes them so; any other is its one argument,
-    or, of a tuple or list, the forward's positional arguments, where it takes more than one.
+    A mapping has arguments by name, if the forward accepts them so. Any other input is the only argument; a tuple or
+    list has the positional arguments instead, if the forward requires more than one.
 
     Raises:
         ValueError: the batch is an empty tuple or list.
-        TypeError: the forward takes the input neither way.
+        TypeError: the forward accepts the input in neither form.
     """
     if isinstance(batch, tuple | list):
         if not batch:
             raise ValueError("a batch is an empty tuple or list: its first element must be the input.")
         batch = batch[0]
     if isinstance(batch, tuple | list):
-        return _first_taken(model, [((batch,), {}), (tuple(batch), {})])
-    return _first_taken(model, _as_mapping(model, batch))
+        return _first_accepted(model, [((batch,), {}), (tuple(batch), {})])
+    return _first_accepted(model, _as_mapping(model, batch))
 
 
 def _as_mapping(model: nn.Module, inputs: Any) -> list[Call]:
@@ -58,19 +58,19 @@ def _as_mapping(model: nn.Module, inputs: Any) -> list[Call]:
         return [((inputs,), {})]
     named: Call = ((), dict(inputs))
     signature = _signature(model)
-    meant = signature is not None and any(key in signature.parameters for key in inputs)
-    return [named] if meant else [named, ((inputs,), {})]
+    by_name = signature is not None and any(key in signature.parameters for key in inputs)
+    return [named] if by_name else [named, ((inputs,), {})]
 
 
 def _signature(model: nn.Module) -> inspect.Signature | None:
     try:
         return forward_signature(model)
     except ValueError:
-        # Of compiled languages: what it takes shows when it is called.
+        # Compiled languages give no signature; calling the forward shows whether it accepts the inputs.
         return None
 
 
-def _first_taken(model: nn.Module, calls: list[Call]) -> Call:
+def _first_accepted(model: nn.Module, calls: list[Call]) -> Call:
     signature = _signature(model)
     if signature is None:
         return calls[0]
@@ -82,12 +82,12 @@ def _first_taken(model: nn.Module, calls: list[Call]) -> Call:
         except TypeError as error:
             reasons.append(str(error))
     raise TypeError(
-        f"{type(unwrapped(model)).__name__}.forward{signature} cannot be called with {_told(calls[0])} "
+        f"{type(unwrapped(model)).__name__}.forward{signature} cannot be called with {_described(calls[0])} "
         f"({'; '.join(dict.fromkeys(reasons))})"
     )
 
 
-def _told(call: Call) -> str:
+def _described(call: Call) -> str:
     args, kwargs = call
-    told = [type(a).__name__ for a in args] + [f"{name}: {type(a).__name__}" for name, a in kwargs.items()]
-    return f"({', '.join(told)})"
+    arguments = [type(a).__name__ for a in args] + [f"{name}: {type(a).__name__}" for name, a in kwargs.items()]
+    return f"({', '.join(arguments)})"

@@ -1,4 +1,4 @@
-"""Surgery on one module: its class is switched, in place, to a subclass of its own class made for it."""
+"""Switch the class of a module, in place, to a subclass that mixes in quantization."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ S = TypeVar("S", bound="Switched")
 
 
 class Switched(nn.Module):
-    """Mixed in before a module's own class by :func:`switch_class`."""
+    """Base of the mixins that :func:`switch_class` puts before a module's class."""
 
     mixin: ClassVar[type[Switched]]
     base_class: ClassVar[type[nn.Module]]
 
     @classmethod
     def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """What the class made for a module's own one has beside the mixin."""
+        """Additional attributes of the class that is made for ``base``."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists in no module: rebuild it from those that it was made of, the first of them last.
+        # Pickle cannot import the class from a module, so it is rebuilt from its mixins, outermost first, and its base.
         mixins: list[type[Switched]] = []
         base: type[nn.Module] = type(self)
         while issubclass(base, Switched):
             mixins.append(base.mixin)
             base = base.base_class
-        # What a pruning mask, or an older parametrization, has computed before a forward has a graph, which no copy can
-        # have: it is computed anew before the next one.
+        # A weight that a pruning mask or an older parametrization has computed has a graph and cannot be copied, so it
+        # is detached; the next forward computes it again.
         getstate = getattr(self, "__getstate__", None)
         state = getstate() if getstate else self.__dict__
         if isinstance(state, dict):
@@ -42,7 +42,7 @@ _classes: dict[tuple[type[Switched], type[nn.Module]], type[Switched]] = {}
 
 
 def switched_class(mixin: type[S], base: type[nn.Module]) -> type[S]:
-    """The subclass of both; the same one each time, so that equal modules share compiled code."""
+    """The subclass of both; always the same one, so that equal modules share compiled code."""
     if (mixin, base) not in _classes:
         namespace: dict[str, Any] = {
             "mixin": mixin,
@@ -56,31 +56,31 @@ def switched_class(mixin: type[S], base: type[nn.Module]) -> type[S]:
 
 
 def switch_class(module: nn.Module, mixin: type[S]) -> S:
-    """Give a module the mixin's behaviour, in place."""
-    _change_class(module, lambda own: switched_class(mixin, own))
+    """Mix a class into a module's class, in place."""
+    _change_class(module, lambda cls: switched_class(mixin, cls))
     return cast(S, module)
 
 
 def switch_class_back(module: Switched) -> None:
-    """Give a module the class back that it had before :func:`switch_class`, in place."""
-    _change_class(cast(nn.Module, module), lambda own: cast(type[Switched], own).base_class)
+    """Undo :func:`switch_class`, in place."""
+    _change_class(cast(nn.Module, module), lambda cls: cast(type[Switched], cls).base_class)
 
 
 def original_class(module: nn.Module) -> None:
-    """Give a module with a parametrization a class that it shares with no copy of it."""
-    _change_class(module, lambda own: own)
+    """Give a module with a parametrization a class that no copy of the module shares."""
+    _change_class(module, lambda cls: cls)
 
 
 def _change_class(module: nn.Module, change: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
-    own = type(module)
-    if not is_parametrized(module) or own.__name__ != f"Parametrized{own.__bases__[0].__name__}":
-        module.__class__ = change(own)
+    cls = type(module)
+    if not is_parametrized(module) or cls.__name__ != f"Parametrized{cls.__bases__[0].__name__}":
+        module.__class__ = change(cls)
         return
-    # torch has put a class of its own in front, with a property for each parametrized tensor, and takes its first base
-    # for the one to give back: it stays in front.
-    below = change(own.__bases__[0])
-    properties = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = type(f"Parametrized{below.__name__}", (below,), properties)
+    # torch's Parametrized class has a property for each parametrized tensor, and torch restores its first base when the
+    # parametrization is removed, so that class must stay the outermost one.
+    base = change(cls.__bases__[0])
+    properties = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(f"Parametrized{base.__name__}", (base,), properties)
 
 
 def _rebuild(mixins: tuple[type[Switched], ...], base: type[nn.Module]) -> nn.Module:

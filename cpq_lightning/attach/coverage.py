@@ -1,4 +1,4 @@
-"""How much of a model runs quantized: of its weights, and of the multiply-accumulates of a forward."""
+"""Coverage: the shares of a model's weights and of a forward's multiply-accumulates that run quantized."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.watch import Watcher
 
-# What a forward has shown of a module, kept on it.
+# Attribute of a module with the results of a forward.
 _FORWARD = "_cpq_forward"
-# Names in a sentence.
-_MOST = 5
+# The largest number of names in a sentence.
+_MAX_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Left:
-    """What of one module stays in full precision.
+    """The part of one module that stays in full precision.
 
     Attributes:
         weights: Its share of the model's weight elements, 0 to 1.
@@ -41,15 +41,15 @@ class Left:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a model runs quantized.
+    """The shares of a model that run quantized.
 
     Attributes:
-        weights: Share of the weight elements that are quantized when they are read, 0 to 1. Weights are Parameters of
-            two or more dimensions: embeddings and tables of positions count, biases and norms do not.
-        macs: Share of a forward's multiply-accumulates of which both operands are quantized, 0 to 1; those of two
+        weights: Share of the weight elements that are read quantized, 0 to 1. Weights are Parameters of two or more
+            dimensions: embeddings and position tables count, biases and norms do not.
+        macs: Share of a forward's multiply-accumulates with both operands quantized, 0 to 1; products of two
             activations, such as attention's, count.
-        left: The rest, by name of the module, or of the Parameter where a module has it beside layers; the largest
-            share of multiply-accumulates first.
+        left: The remaining parts, by name of the module, or of the Parameter if it belongs to a module that is no
+            layer; the largest share of multiply-accumulates first.
     """
 
     weights: float
@@ -57,7 +57,7 @@ class Coverage:
     left: dict[str, Left]
 
     def sentence(self, verb: str = "run quantized") -> str:
-        """One line.
+        """The shares in one line.
 
         Example:
             >>> Coverage(0.97, 1.0, {"embedding": Left(0.03, 0.0)}).sentence()
@@ -67,23 +67,23 @@ class Coverage:
         if not self.left:
             return shares
         parts = [f"{name or 'the model itself'} ({_shares(left)})" for name, left in self.left.items()]
-        more = f" and {len(parts) - _MOST} more" if len(parts) > _MOST else ""
-        return f"{shares}; in full precision: {', '.join(parts[:_MOST])}{more}"
+        more = f" and {len(parts) - _MAX_NAMES} more" if len(parts) > _MAX_NAMES else ""
+        return f"{shares}; in full precision: {', '.join(parts[:_MAX_NAMES])}{more}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The same, as JSON holds it."""
+        """The coverage as a dict for JSON."""
         left = [{"name": name, "weights": part.weights, "macs": part.macs} for name, part in self.left.items()]
         return {"weights": self.weights, "macs": self.macs, "left": left}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Coverage:
-        """What :meth:`to_dict` has returned."""
+        """The inverse of :meth:`to_dict`."""
         left = {part["name"]: Left(part["weights"], part["macs"]) for part in content["left"]}
         return Coverage(content["weights"], content["macs"], left)
 
 
 def _percent(share: float) -> str:
-    """Never rounded to all or to nothing."""
+    """Format a share; 100 % and 0 % are exact, never rounded."""
     if 0 < share < 0.001:
         return "<0.1 %"
     digits = math.floor(1000 * share + 1e-9) / 10 if share > 0.5 else round(100 * share, 1)
@@ -96,19 +96,19 @@ def _shares(left: Left) -> str:
 
 
 def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
-    r"""How much of an attached model runs quantized.
+    r"""Measure how much of an attached model runs quantized.
 
     .. math:: \text{macs} = \sum_{p \in Q} m_p / \sum_p m_p
 
-    over the products :math:`p` of one forward, with :math:`m_p` multiply-accumulates, :math:`Q` those with both
-    operands quantized. The sum over all of them is half of what torch's ``FlopCounterMode`` counts in full precision,
-    and that of fused attention on a CPU and of recurrent layers, which it does not count.
+    over the products :math:`p` of one forward, with :math:`m_p` multiply-accumulates, and :math:`Q` the products with
+    both operands quantized. The sum over all products is half of the count of torch's ``FlopCounterMode`` in full
+    precision, plus fused attention on a CPU and recurrent layers, which ``FlopCounterMode`` does not count.
 
     Args:
         model: An attached model.
-        example_inputs: What to call it with, as :func:`attach` takes them; it runs in evaluation, without gradients,
-            and nothing of the model changes. Without them, what its last audited forward has shown: calibration's, or
-            the first in training or evaluation.
+        example_inputs: Inputs to call the model with, in any form that :func:`attach` accepts; it runs in evaluation,
+            without gradients, and does not change. Without them, the results of the last audited forward are used: the
+            forward of calibration, or the first one in training or evaluation.
 
     Raises:
         ValueError: the model is not attached, or no forward of it was recorded and there are no example inputs.
@@ -128,14 +128,14 @@ def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
     if not shown:
         raise ValueError(
             f"No forward of {type(model).__name__} was recorded: calibrate(model, batches) records one, and so does "
-            "the first batch of training. Or give coverage(model, example_inputs=batch). Compiled code shows none: "
-            "compile the model afterwards."
+            "the first batch of training. Or give coverage(model, example_inputs=batch). Compiled code cannot be "
+            "recorded: compile the model afterwards."
         )
     return _coverage(model, shown)
 
 
 def remember_products(model: nn.Module, report: AuditReport) -> None:
-    """Leave with the modules what a forward has shown of them, for :func:`coverage`."""
+    """Store the results of a forward in the modules, for :func:`coverage`."""
     model = unwrapped(model)
     forget_products(model)
     for module, shown in _by_module(model, report).items():
@@ -143,13 +143,13 @@ def remember_products(model: nn.Module, report: AuditReport) -> None:
 
 
 def forget_products(model: nn.Module) -> None:
-    """Take back :func:`remember_products`."""
+    """Undo :func:`remember_products`."""
     for module in model.modules():
         module.__dict__.pop(_FORWARD, None)
 
 
 def coverage_once_active(model: nn.Module) -> Coverage | None:
-    """:func:`coverage` when all quantizers are switched on; ``None`` where no forward was recorded."""
+    """:func:`coverage` as if all quantizers were active; ``None`` if no forward was recorded."""
     model = unwrapped(model)
     shown = {module: module.__dict__[_FORWARD] for module in model.modules() if _FORWARD in module.__dict__}
     return _coverage(model, shown, once_active=True) if shown else None
@@ -157,11 +157,11 @@ def coverage_once_active(model: nn.Module) -> Coverage | None:
 
 @dataclass(frozen=True)
 class _Shown:
-    """Of one module in a forward.
+    """The results of a forward for one module.
 
     Attributes:
-        macs: Of the products that it makes.
-        quantized: Those of which both operands are quantized.
+        macs: Multiply-accumulates of its products.
+        quantized: Multiply-accumulates of its products with both operands quantized.
         weight: Whether its weight was read quantized.
     """
 
@@ -172,21 +172,21 @@ class _Shown:
 
 def _by_module(model: nn.Module, report: AuditReport) -> dict[nn.Module, _Shown]:
     modules = dict(model.named_modules())
-    never = set(report.never_called)
-    found = {
-        module: _Shown(weight=f"{name}.weight_quantizer".lstrip(".") not in never)
+    never_called = set(report.never_called)
+    by_module = {
+        module: _Shown(weight=f"{name}.weight_quantizer".lstrip(".") not in never_called)
         for name, module in modules.items()
         if isinstance(module._modules.get("weight_quantizer"), Quantizer)
     }
     for name, (macs, quantized) in report.products.items():
         if name in modules:
-            known = found.get(modules[name], _Shown())
-            found[modules[name]] = _Shown(macs, quantized, known.weight)
-    return found
+            known = by_module.get(modules[name], _Shown())
+            by_module[modules[name]] = _Shown(macs, quantized, known.weight)
+    return by_module
 
 
 class _Passing(Watcher):
-    """Activations of which no range is known pass."""
+    """Pass activations in full precision while their range is not known."""
 
     def passes(self, quantizer: Quantizer, x: Tensor) -> bool:
         return quantizer.kind == "activation" and not quantizer.fitted
@@ -195,12 +195,12 @@ class _Passing(Watcher):
 def _forward(model: nn.Module, inputs: Any) -> AuditReport:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
-    def ours(value: Any) -> Any:
+    def to_model(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.detach().to(like.device, like.dtype if value.is_floating_point() else None)
 
-    args, kwargs = tree_map(ours, as_call(model, inputs))
+    args, kwargs = tree_map(to_model, as_call(model, inputs))
     modes = {module: module.training for module in model.modules()}
     states = [(b, b.clone()) for b in model.buffers()]
     audit = Audit(model)
@@ -225,20 +225,20 @@ def _coverage(model: nn.Module, shown: Mapping[nn.Module, _Shown], once_active: 
     weights: dict[object, tuple[int, str, bool]] = {}
     for name, key, count, module in _weights(model, names, shown):
         runs = module in shown and shown[module].weight and (once_active or _active(module))
-        earlier = weights.get(key)
-        # One that several read runs quantized where all of them do.
-        weights[key] = (count, name, runs) if earlier is None or earlier[2] else earlier
+        previous = weights.get(key)
+        # A weight with several readers runs quantized if all of them read it quantized.
+        weights[key] = (count, name, runs) if previous is None or previous[2] else previous
     for count, name, runs in weights.values():
         elements += count
         quantized_elements += count if runs else 0
         if not runs:
             left.setdefault(name, [0, 0])[0] += count
-    for module, one in shown.items():
-        quantized = one.quantized if once_active or _active(module) else 0
-        products += one.macs
+    for module, result in shown.items():
+        quantized = result.quantized if once_active or _active(module) else 0
+        products += result.macs
         quantized_products += quantized
-        if quantized < one.macs:
-            left.setdefault(names[module], [0, 0])[1] += one.macs - quantized
+        if quantized < result.macs:
+            left.setdefault(names[module], [0, 0])[1] += result.macs - quantized
     ordered = sorted(left.items(), key=lambda item: (-item[1][1], -item[1][0]))
     return Coverage(
         quantized_elements / elements if elements else 1.0,
@@ -248,30 +248,30 @@ def _coverage(model: nn.Module, shown: Mapping[nn.Module, _Shown], once_active: 
 
 
 def _active(module: nn.Module) -> bool:
-    """Whether no quantizer of a module's own is switched off."""
+    """Whether all quantizers of a module are active."""
     operands = module._modules.get("product_operands")
-    own = [m for m in module.children() if isinstance(m, Quantizer)]
-    inner = [] if operands is None else [m for m in operands.modules() if isinstance(m, Quantizer)]
-    return all(quantizer.active for quantizer in (*own, *inner))
+    quantizers = [m for m in module.children() if isinstance(m, Quantizer)]
+    operand_quantizers = [] if operands is None else [m for m in operands.modules() if isinstance(m, Quantizer)]
+    return all(quantizer.active for quantizer in (*quantizers, *operand_quantizers))
 
 
 def _weights(
     model: nn.Module, names: Mapping[nn.Module, str], shown: Mapping[nn.Module, _Shown]
 ) -> Iterator[tuple[str, object, int, nn.Module]]:
-    """Weights with the name that they are told by, what is the same for those that are shared, and who reads them."""
-    taken: set[int] = set()
+    """Weights: the name to report, a key that is equal for shared weights, the number of elements, and the reader."""
+    counted: set[int] = set()
     for module in names:
         quantizer = module._modules.get("weight_quantizer")
         if isinstance(quantizer, Quantizer):
             parameters = weight_parameters(module)
-            # What computes a weight is no weight beside it.
-            taken.update(id(p) for p in parameters if module._parameters.get("weight") is not p)
+            # Tensors that compute this weight do not count as weights.
+            counted.update(id(p) for p in parameters if module._parameters.get("weight") is not p)
             yield names[module], id(parameters[0]) if parameters else module, quantizer.numel, module
     for module, name in names.items():
         if isinstance(module, Quantizer) or isinstance(module._modules.get("weight_quantizer"), Quantizer):
             continue
-        for own, parameter in module._parameters.items():
-            if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or id(parameter) in taken:
+        for key, parameter in module._parameters.items():
+            if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or id(parameter) in counted:
                 continue
-            told = name if name and (own == "weight" or module in shown) else f"{name}.{own}".lstrip(".")
-            yield told, id(parameter), parameter.numel(), module
+            reported_name = name if name and (key == "weight" or module in shown) else f"{name}.{key}".lstrip(".")
+            yield reported_name, id(parameter), parameter.numel(), module

@@ -1,4 +1,4 @@
-"""Which modules multiply two activations, seen in one forward of a model that is not quantized yet."""
+"""Find the modules that multiply two activations, in one forward of a model that is not quantized yet."""
 
 from __future__ import annotations
 
@@ -25,70 +25,70 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _REMEDY = (
-    "give attach(..., example_inputs=batch), or set the LightningModule's example_input_array (of a QuantizedModule "
-    "around a network of your own: set it, and leave quantizing to CPQCallback)"
+    "give attach(..., example_inputs=batch), or set the LightningModule's example_input_array (for a QuantizedModule "
+    "around another network: set it, and leave quantizing to CPQCallback)"
 )
 
 
 @dataclass
 class Products:
-    """What a module multiplies by itself: see :class:`~cpq_lightning.attach.products.QuantizedProducts`."""
+    """The products of a module: see :class:`~cpq_lightning.attach.products.QuantizedProducts`."""
 
     plan: list[bool] = field(default_factory=list)
     counts: set[int] = field(default_factory=set)
 
 
 def find_products(model: nn.Module, example_inputs: Any = None) -> dict[str, Products]:
-    """The modules that multiply tensors by themselves, by name.
+    """The modules whose forward multiplies tensors without a layer, by name.
 
-    A product counts where one of its sides depends on the input: rotary frequencies and tables looked up by position
-    do not. The forward runs in evaluation, and leaves nothing behind.
+    A product is quantized only if one of its operands depends on the input; rotary frequencies and tables that are
+    looked up by position do not. The forward runs in evaluation, and does not change the model.
 
     Args:
         model: A model that is not quantized.
-        example_inputs: What to call the model with: see :func:`~cpq_lightning.attach.calls.as_call`. Without them a
-            LightningModule's ``example_input_array`` is taken, or timm backbones in it are called with images of their
-            own size.
+        example_inputs: Inputs of the forward: see :func:`~cpq_lightning.attach.calls.as_call`. Without them, a
+            LightningModule's ``example_input_array`` is used, or timm backbones in the model are called with images of
+            their default size.
 
     Raises:
-        ValueError: there is nothing to call the model with, the call fails, or the model is compiled.
+        ValueError: there are no inputs to call the model with, the call fails, or the model is compiled.
     """
     if not auditable(model):
         raise ValueError(
-            "attention=True has to see a forward, and compiled code shows none: compile the model afterwards."
+            "attention=True needs to watch a forward, which compiled code does not allow: compile the model afterwards."
         )
     given = example_inputs if example_inputs is not None else getattr(model, "example_input_array", None)
     if given is not None:
         try:
-            return _found(model, as_call(model, given))
+            return _products_of_forward(model, as_call(model, given))
         except Exception as error:
             raise ValueError(f"attention=True: the forward with the example inputs fails ({error}).") from error
-    found: dict[str, Products] = {}
+    by_name: dict[str, Products] = {}
     backbones = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "pretrained_cfg", None), Mapping)]
     if not backbones:
         raise ValueError(
-            f"attention=True has to see one forward of {type(model).__name__}, to know what it multiplies: use a "
-            f"timm backbone, {_REMEDY}."
+            f"attention=True needs to watch a forward of {type(model).__name__}, to find its products: use a timm "
+            f"backbone, {_REMEDY}."
         )
     for name, backbone in backbones:
         prefix = f"{name}." if name else ""
-        for inner, products in _of_backbone(name, backbone).items():
-            found[prefix + inner if inner else name] = products
-    return found
+        for inner, products in _products_of_backbone(name, backbone).items():
+            by_name[prefix + inner if inner else name] = products
+    return by_name
 
 
-def _of_backbone(name: str, backbone: nn.Module) -> dict[str, Products]:
+def _products_of_backbone(name: str, backbone: nn.Module) -> dict[str, Products]:
     cfg: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = cfg["input_size"]
     convolution = next((m for m in backbone.modules() if isinstance(m, _ConvNd)), None)
-    own_size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    # Other channels or another size than the config's may have been asked for when it was built.
-    depths = [channels] if convolution is None else [channels, convolution.in_channels]
-    sizes = [(height, width)] if own_size is None else [tuple(own_size), (height, width)]
+    image_size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    # The backbone may have been built for other channels or another size than its config has.
+    channel_counts = [channels] if convolution is None else [channels, convolution.in_channels]
+    sizes = [(height, width)] if image_size is None else [tuple(image_size), (height, width)]
     failure: Exception | None = None
-    for depth, size in itertools.product(dict.fromkeys(depths), dict.fromkeys(sizes)):
+    for count, size in itertools.product(dict.fromkeys(channel_counts), dict.fromkeys(sizes)):
         try:
-            return _found(backbone, ((torch.zeros(1, depth, *size),), {}))
+            return _products_of_forward(backbone, ((torch.zeros(1, count, *size),), {}))
         except Exception as error:
             failure = failure or error
     raise ValueError(
@@ -97,27 +97,27 @@ def _of_backbone(name: str, backbone: nn.Module) -> dict[str, Products]:
     ) from failure
 
 
-def _found(model: nn.Module, call: Call) -> dict[str, Products]:
+def _products_of_forward(model: nn.Module, call: Call) -> dict[str, Products]:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
-    def ours(value: Any) -> Any:
+    def to_model(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.detach().to(like.device, like.dtype if value.is_floating_point() else None, copy=True)
 
-    args, kwargs = tree_map(ours, call)
+    args, kwargs = tree_map(to_model, call)
     devices = [like.device] if like.is_cuda else []
     with _in_evaluation(model), torch.no_grad(), torch.random.fork_rng(devices), _Finder(model) as finder:
         finder.mark((args, kwargs), depending=True)
         model(*args, **kwargs)
-    # Those of which nothing is quantized are kept too: else their products would count as their caller's.
-    found = {name: products for name, products in finder.found.items() if products.plan}
-    return found if any(any(products.plan) for products in found.values()) else {}
+    # Modules without a quantized product are kept too, so that their products do not count as their caller's.
+    by_name = {name: products for name, products in finder.products.items() if products.plan}
+    return by_name if any(any(products.plan) for products in by_name.values()) else {}
 
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without the modules' own ``train``, which may do more than set the mode."""
+    """Set the mode without the modules' ``train`` methods, which may do more than that."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
@@ -129,24 +129,24 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 class _Finder(Audit):
-    """Follows what depends on the input, by the tensors that pass through functions.
+    """Follow which tensors depend on the input, through all functions.
 
-    A tensor that no function has returned, and that is no Parameter and no buffer, comes out of something that shows no
-    functions, such as a ``torch.autograd.Function``: it counts as depending.
+    A tensor that no function returned, and that is neither a Parameter nor a buffer, comes from code that shows no
+    functions, such as a ``torch.autograd.Function``; it counts as dependent.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.found: dict[str, Products] = {}
+        self.products: dict[str, Products] = {}
         self._calls: list[list[bool]] = []
         self._stack: list[nn.Module] = []
         self._handles: list[Any] = []
-        # Whether a tensor depends on the input, of those that are known.
+        # Whether a tensor depends on the input, for known tensors.
         self._depending = WeakTensorKeyDictionary()
         self.mark([*model.parameters(), *model.buffers()], depending=False)
 
     def mark(self, values: Any, depending: bool) -> None:
-        """Note whether these depend on the input."""
+        """Record whether tensors depend on the input."""
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
                 self._depending[tensor] = depending
@@ -159,14 +159,14 @@ class _Finder(Audit):
     ) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
-        # Such as zeros_like: of the argument's shape, not of its values.
+        # Functions such as zeros_like use the shape of the argument, not its values.
         depends = not name.startswith("new_") and not name.endswith("_like") and self._depends((args, kwargs))
-        # What is written to takes on what is written.
+        # A tensor that is written to depends on what is written.
         self.mark(args[0] if func is Tensor.__setitem__ else out, depends)
         return out
 
     def __enter__(self) -> Self:
-        # Hooks of these modules alone: whatever else runs in the process is not seen.
+        # Hooks on these modules only, so that other modules in the process are not seen.
         for module in self._names:
             self._handles.append(module.register_forward_pre_hook(self._push))
             self._handles.append(module.register_forward_hook(self._pop, always_call=True))
@@ -182,12 +182,12 @@ class _Finder(Audit):
         self._calls.append([])
 
     def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A forward that fails leaves those within it behind.
+        # A forward that fails leaves the forwards inside of it on the stack.
         while self._stack and self._stack.pop() is not module:
             self._calls.pop()
         made = self._calls.pop()
-        # A module that is called again may go another way.
-        products = self.found.setdefault(self._names[module], Products())
+        # A module that is called several times may take different paths.
+        products = self.products.setdefault(self._names[module], Products())
         longest = itertools.zip_longest(products.plan, made, fillvalue=False)
         products.plan = [before or now for before, now in longest]
         products.counts.add(len(made))
@@ -195,8 +195,8 @@ class _Finder(Audit):
     def _product_of_two(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         fused = func is F.scaled_dot_product_attention
         operands = product_operands(func, args, kwargs)
-        two = fused or len(operands) == 2
-        numbers = all(operand.is_floating_point() for operand in operands)
-        # What a layer multiplies by itself is its weight.
-        counts = two and numbers and self._depends(operands) and not holds_weight(self._stack[-1])
+        two_operands = fused or len(operands) == 2
+        floating_point = all(operand.is_floating_point() for operand in operands)
+        # A product in a layer's forward is with its weight, which its weight quantizer quantizes.
+        counts = two_operands and floating_point and self._depends(operands) and not holds_weight(self._stack[-1])
         self._calls[-1].extend([counts] * (1 + fused))

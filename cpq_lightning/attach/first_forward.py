@@ -1,8 +1,8 @@
-"""The audits of an attached model's first forwards: when they are made, what is noted, and how it is reported.
+"""Audits of an attached model's first forwards: when they run, what they record, and how they are reported.
 
-The first forward in training is audited, and the first in evaluation: the one may call what the other does not.
-Nothing is changed between a forward and its backward: what a forward has shown of the layers' order is acted on when
-the weights have been updated since.
+The first forward in training and the first in evaluation are audited, because each may call layers that the other does
+not. Nothing changes between a forward and its backward: the layer order that a forward shows takes effect only after
+the weights have been updated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PENDING, _SHOWN, _SAID, _TRACKING = "_cpq_unaudited", "_cpq_shown", "_cpq_said"
 
 
 class _Started(threading.local):
-    """The audits under way in a thread, with their models."""
+    """The running audits of a thread, with their models."""
 
     def __init__(self) -> None:
         self.audits: list[tuple[nn.Module, Audit]] = []
@@ -48,10 +48,10 @@ _started = _Started()
 def audit_first_forwards(model: nn.Module) -> None:
     """Audit the model's next forwards in training and in evaluation, and report them with warnings.
 
-    The hooks stay, so that none is removed while another thread walks over them.
+    The hooks stay registered, because removing one would break another thread that iterates over them.
     """
     forget_first_forwards(model)
-    # Modes of which no forward has been seen yet: whichever thread takes one out makes the audit.
+    # Modes without an audited forward yet; the thread that removes one of them audits.
     model.__dict__[_PENDING] = [True, False]
     model.__dict__[_TRACKING] = _Tracking(model)
     model.register_forward_pre_hook(_start)
@@ -59,7 +59,7 @@ def audit_first_forwards(model: nn.Module) -> None:
 
 
 def forget_first_forwards(model: nn.Module) -> None:
-    """Take back :func:`audit_first_forwards`, of a model and of its parts."""
+    """Undo :func:`audit_first_forwards` for a model and all its submodules."""
     for module in model.modules():
         for name in (_PENDING, _SHOWN, _SAID, _TRACKING):
             module.__dict__.pop(name, None)
@@ -71,7 +71,7 @@ def forget_first_forwards(model: nn.Module) -> None:
 
 
 def set_audited(model: nn.Module, training: bool) -> bool:
-    """Note that a forward in training, or in evaluation, has been audited otherwise; whether it had not been before."""
+    """Mark the mode (training or evaluation) as audited; return whether it was not audited before."""
     try:
         unwrapped(model).__dict__.get(_PENDING, []).remove(training)
     except ValueError:
@@ -80,25 +80,25 @@ def set_audited(model: nn.Module, training: bool) -> bool:
 
 
 def record_forward(model: nn.Module, report: AuditReport, counts: bool = True) -> None:
-    """Write into the quantizers what a forward showed: the order of the layers, and what their weights multiply.
+    """Write the results of a forward into the quantizers: the order of the layers, and what their weights multiply.
 
     Args:
-        model: The model that made it.
-        report: What it showed.
-        counts: Whether to take its count of an activation's elements, which gradients depend on.
+        model: The model of the forward.
+        report: The report of the forward's audit.
+        counts: Whether to store the number of elements of each activation, on which gradients depend.
     """
     model = unwrapped(model)
     remember_products(model, report)
     modules = dict(model.named_modules())
     facts: dict[Quantizer, dict[str, int]] = {}
-    for place, name in enumerate(report.order, start=1):
+    for index, name in enumerate(report.order, start=1):
         layer = modules.get(name)
         if isinstance(layer, QuantizedLayer):
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
                 if quantizer is not None:
-                    facts.setdefault(quantizer, {})["execution_index"] = place
-    for what, found in (("macs", report.macs), ("numel", report.numel)):
-        for name, count in found.items():
+                    facts.setdefault(quantizer, {})["execution_index"] = index
+    for what, counted in (("macs", report.macs), ("numel", report.numel)):
+        for name, count in counted.items():
             quantizer = modules.get(name)
             if isinstance(quantizer, Quantizer) and (counts or what != "numel"):
                 facts.setdefault(quantizer, {})[what] = count
@@ -107,7 +107,7 @@ def record_forward(model: nn.Module, report: AuditReport, counts: bool = True) -
 
 
 def record_uncalled(model: nn.Module, report: AuditReport) -> None:
-    """Write into the quantizers what a forward in evaluation showed of layers that training does not call."""
+    """Write into the quantizers what a forward in evaluation shows about layers that training does not call."""
     model = unwrapped(model)
     known = [layer for _, layer in quantized_layers(model) if layer.weight_quantizer.execution_index]
     if not known:
@@ -115,10 +115,10 @@ def record_uncalled(model: nn.Module, report: AuditReport) -> None:
     last = max(layer.weight_quantizer.execution_index for layer in known)
     modules = dict(model.named_modules())
     new = [modules[name] for name in report.order if modules.get(name) not in known]
-    for place, layer in enumerate((m for m in new if isinstance(m, QuantizedLayer)), start=last + 1):
+    for index, layer in enumerate((m for m in new if isinstance(m, QuantizedLayer)), start=last + 1):
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None and not quantizer.execution_index:
-                quantizer.configure(has_facts=True, execution_index=place)
+                quantizer.configure(has_facts=True, execution_index=index)
     for name, macs in report.macs.items():
         quantizer = modules.get(name)
         if isinstance(quantizer, Quantizer) and not quantizer.macs:
@@ -126,35 +126,35 @@ def record_uncalled(model: nn.Module, report: AuditReport) -> None:
 
 
 def broadcast_report(report: AuditReport) -> AuditReport:
-    """The report of the first process, where there are several: called by all of them at once.
+    """The report of the first process, if there are several; all processes must call this together.
 
-    Each has seen batches of its own. What is decided from what a forward showed, such as which layers are first and
-    last, or what a width costs, has to be the same on all.
+    Each process sees different batches. Decisions that depend on a forward, such as which layers are first and last, or
+    the cost of a width, must be the same on all processes.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return report
-    held = [report]
-    dist.broadcast_object_list(held)
-    return held[0]
+    reports = [report]
+    dist.broadcast_object_list(reports)
+    return reports[0]
 
 
 def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False) -> None:
-    """Say what an audit of a first forward found: a warning for what is amiss, else the log.
+    """Report the findings of a first forward's audit: warnings for problems, else log messages.
 
-    What an earlier one of the same model has said is not said again, nor that evaluation leaves out what only training
-    calls, such as a second head.
+    Findings that an earlier audit of the same model reported are not repeated. Evaluation does not report quantizers
+    that were not called, because training alone may call them, as for a second head.
     """
     forward = "the first forward in evaluation" if evaluation else "the first forward"
-    said: set[Any] = unwrapped(model).__dict__.setdefault(_SAID, set())
+    reported: set[Any] = unwrapped(model).__dict__.setdefault(_SAID, set())
     names = ("never_called", "unquantized", "activation_products", "overlooked", "lookups")
     new = AuditReport(weights=report.weights)
     for name in names[1:] if evaluation else names:
-        setattr(new, name, [found for found in getattr(report, name) if (name, found) not in said])
-        said.update((name, found) for found in getattr(new, name))
-    ends = nothing_between(model)
-    if ends is not None and ends not in said:
-        said.add(ends)
-        warnings.warn(ends, stacklevel=2)
+        setattr(new, name, [finding for finding in getattr(report, name) if (name, finding) not in reported])
+        reported.update((name, finding) for finding in getattr(new, name))
+    warning = nothing_between(model)
+    if warning is not None and warning not in reported:
+        reported.add(warning)
+        warnings.warn(warning, stacklevel=2)
     for message in new.messages(forward):
         if message.startswith(f"{len(new.activation_products)} products of two"):
             log.info(message)
@@ -163,9 +163,9 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
 
 
 def is_training(model: nn.Module) -> bool:
-    """Whether weights have been updated behind the last forward in training that the model's hooks have followed."""
+    """Whether weights have been updated since the last forward in training that the model's hooks have seen."""
     tracking: _Tracking | None = unwrapped(model).__dict__.get(_TRACKING)
-    return tracking is not None and tracking.is_behind()
+    return tracking is not None and tracking.weights_updated()
 
 
 def _start(model: nn.Module, args: Any) -> None:
@@ -173,10 +173,10 @@ def _start(model: nn.Module, args: Any) -> None:
         return
     if is_transformed():
         if torch._C._is_tracing():
-            _note_trace(model)
+            _warn_of_tracing(model)
         return
     if model.training and torch.is_grad_enabled():
-        _act_on_what_was_shown(model)
+        _apply_shown_order(model)
         if _TRACKING in model.__dict__:
             model.__dict__[_TRACKING].before_forward()
     watched = any(isinstance(watcher, Audit) for watcher in watchers())
@@ -186,13 +186,13 @@ def _start(model: nn.Module, args: Any) -> None:
         audit.__enter__()
 
 
-def _note_trace(model: nn.Module) -> None:
-    # What is read while a module is traced are shapes, and settings that hold for all of its inputs.
+def _warn_of_tracing(model: nn.Module) -> None:
+    # Code that runs during tracing reads only shapes, and settings that hold for all inputs.
     warnings.filterwarnings("ignore", category=TracerWarning, module=r"cpq_lightning\.")
     if model.training:
         warnings.warn(
-            "A quantized model is traced in training mode. No gradient passes the quantizers of a traced module, and "
-            "it draws no bits: call model.eval() before torch.jit.trace, and train the model itself.",
+            "A quantized model is traced in training mode. The quantizers of a traced module pass no gradient and drop "
+            "no bits: call model.eval() before torch.jit.trace, and train the model itself.",
             stacklevel=2,
         )
 
@@ -207,7 +207,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
     _, audit = _started.audits.pop()
     audit.__exit__(None, None, None)
     if output is None:
-        # The forward raised: the next one is the first.
+        # The forward raised, so the next one counts as the first.
         model.__dict__.setdefault(_PENDING, []).append(model.training)
         return
     record_forward(model, audit.report, counts=False)
@@ -216,10 +216,10 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
     report_audit(model, audit.report, evaluation=not model.training)
 
 
-def _act_on_what_was_shown(model: nn.Module) -> None:
-    """Give first and last layer their widths, where the first forward in training has shown others than were guessed.
+def _apply_shown_order(model: nn.Module) -> None:
+    """Move ``first_last_bits`` to the layers that the first forward in training showed as first and last.
 
-    Once a weight has been updated there has been a backward: nothing of that forward is computed again.
+    A weight that has been updated proves that the backward is over, so that forward is not recomputed.
     """
     shown = model.__dict__.get(_SHOWN)
     if shown is None:
@@ -236,11 +236,11 @@ def _versions(model: nn.Module) -> list[int]:
 
 
 class _Tracking:
-    """Ranges that training outgrows, in a loop that knows nothing of them: a step is what has updated a weight.
+    """Track ranges by the model's hooks, in a training loop without our callback: a weight update counts as a step.
 
-    How many there were is kept with the first quantizer, and what a forward has shown of its inputs with theirs until
-    the next step: a run that is resumed goes on as it would have. Where there are several processes only weights are
-    looked at: they are the same on all, and inputs are not.
+    The first quantizer keeps the number of steps, and each activation quantizer keeps its proposed range until the next
+    step, so a resumed run continues exactly. With several processes, only weights are tracked: weights are equal on all
+    processes, inputs are not.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -251,8 +251,8 @@ class _Tracking:
         self._training = False
 
     def before_forward(self) -> None:
-        """Called ahead of a forward in training."""
-        versions = self._written()
+        """Called before a forward in training."""
+        versions = self._weight_versions()
         first = self._layers[0].weight_quantizer
         if first.state.is_meta:
             return
@@ -263,7 +263,7 @@ class _Tracking:
             for layer in self._layers:
                 quantizer = layer.weight_quantizer
                 if quantizer.active and quantizer.fitted and not quantizer.settled:
-                    # Here and not in the layer, whose forward may run without gradients and again with them.
+                    # Not in the layer's forward, which checkpointing runs without gradients and again with them.
                     quantizer.fit_weight(layer.read_weight())
             if is_due(steps - 1):
                 self.tracker.renew_weights()
@@ -277,30 +277,30 @@ class _Tracking:
         self.tracker.before_batch(steps - 1)
 
     def after_forward(self) -> None:
-        """Called behind each forward."""
+        """Called after each forward."""
         if self._training:
             self._training = False
             self.tracker.pause()
             self.tracker.propose()
 
-    def is_behind(self) -> bool:
-        """Whether weights are not those of the last forward in training, of which there has been one."""
-        return self._versions is not None and self._versions != self._written()
+    def weights_updated(self) -> bool:
+        """Whether weights have changed since the last forward in training; ``False`` before the first one."""
+        return self._versions is not None and self._versions != self._weight_versions()
 
-    def _written(self) -> list[tuple[int, int]]:
-        """What changes where a weight is written to; who replaces what a Parameter holds changes no version."""
+    def _weight_versions(self) -> list[tuple[int, int]]:
+        """A version and an address for each weight; the address shows assignments that change no version."""
         if not self._layers or not all(isinstance(layer, QuantizedLayer) for layer in self._layers):
-            # A part may have been detached.
+            # A part of the model may have been detached.
             self._layers = [layer for _, layer in quantized_layers(self.tracker.model)]
             self._inputs = [q for _, q in quantizers(self.tracker.model) if q.kind == "activation"]
-        found = []
+        versions = []
         for p in (p for layer in self._layers for p in weight_parameters(layer) if not p.is_meta):
             tensor = p._local_tensor if isinstance(p, DTensor) else p
             plain = type(tensor) in (Tensor, nn.Parameter)
-            found.append((0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if plain else 0))
-        return found
+            versions.append((0 if tensor.is_inference() else tensor._version, tensor.data_ptr() if plain else 0))
+        return versions
 
 
 def auditable(module: nn.Module) -> bool:
-    """Whether an audit can watch a model: compiled code runs no Python that an audit could watch."""
+    """Whether an audit can watch a model; it cannot watch compiled code, which runs no Python."""
     return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())

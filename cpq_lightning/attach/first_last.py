@@ -1,4 +1,4 @@
-"""Which layers are the first and the last, once a forward has shown it, and whether any other is left."""
+"""First and last layers by execution order, and a check that other layers remain between them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from cpq_lightning.attach.wrapping import unwrapped
 
 
 def _decided(layers: Iterable[QuantizedLayer]) -> bool:
-    """Whether learned widths have been fixed: an earlier forward has settled then which layers are the ends."""
+    """Whether learned widths are fixed; an earlier forward has then settled which layers are first and last."""
     weights = (layer.weight_quantizer for layer in layers)
     return any(q.gates.learned and not q.learns_bits and not q.first_or_last for q in weights)
 
 
 def _weight_quantizer(layer: nn.Module) -> object:
-    # Of layers that were tied behind attachment each has its own.
+    # Layers whose weights were tied after attach have separate quantizers.
     return cast(QuantizedLayer, layer).weight_quantizer
 
 
 def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
-    """Move ``first_last_bits`` to the layers that truly run first and last, where timm did not name them.
+    """Move ``first_last_bits`` to the layers that run first and last in a forward, unless timm names them.
 
     Args:
-        model: The model that was attached; where only a part of it was, nothing changes. No backward may be due of a
-            forward that it has made: what that one computes again would have other widths.
-        order: Names of its quantized layers in the order in which a forward called them.
+        model: The model that was attached; if only a part of it was attached, nothing changes. No backward of an
+            earlier forward may be pending, because activation checkpointing would recompute that forward at other
+            widths.
+        order: Names of the quantized layers in the order in which a forward called them.
 
     Returns:
-        Names of the layers whose width changed. Their weights' steps are fitted anew, their activations' by the next
-        calibration.
+        Names of the layers whose width changed. Their weight scales are fitted again; their activation scales are
+        fitted by the next calibration.
     """
     model = unwrapped(model)
     layers = dict(quantized_layers(model))
@@ -43,11 +44,11 @@ def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
     config = attached_config(model)
     if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
         return []
-    ends = first_and_last(model, list(layers), called)
+    first_last = first_and_last(model, list(layers), called)
     overrides = overrides_of(cast("dict[str, nn.Module]", layers), names_of(model), config, _weight_quantizer)
     changed = []
     for name, layer in layers.items():
-        settings, first_or_last = layer_settings(name, overrides[name], config, name in ends)
+        settings, first_or_last = layer_settings(name, overrides[name], config, name in first_last)
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if first_or_last == weights.first_or_last:
             continue
@@ -63,25 +64,25 @@ def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
 
 
 def nothing_between(model: nn.Module) -> str | None:
-    """A sentence where all quantized layers are first or last ones, so that the config's own widths are nowhere."""
+    """A warning if all quantized layers are first or last layers, so that no layer has the config's widths."""
     config = attached_config(model)
     first_or_last = [name for name, layer in quantized_layers(model) if layer.weight_quantizer.first_or_last]
     if config is None or config.first_last_bits is None or len(first_or_last) < len(list(quantized_layers(model))):
         return None
     if config.levels_from is not None:
-        # Widths are those of the file.
+        # The file sets all widths.
         return None
-    wanted = {"weight_bits": config.weight_bits}
+    config_bits = {"weight_bits": config.weight_bits}
     if config.act_bits is not None and all(q.first_or_last for _, q in quantizers(model) if q.kind == "activation"):
-        wanted["act_bits"] = config.act_bits
-    nowhere = [f"{name}={bits}" for name, bits in wanted.items() if bits != config.first_last_bits]
-    if not nowhere:
+        config_bits["act_bits"] = config.act_bits
+    unused = [f"{name}={bits}" for name, bits in config_bits.items() if bits != config.first_last_bits]
+    if not unused:
         return None
     named = ", ".join(name or "the model itself" for name in first_or_last[:4]) + (
         ", ..." if len(first_or_last) > 4 else ""
     )
     return (
         f"All {len(first_or_last)} quantized layers ({named}) are first or last ones, which have "
-        f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(nowhere)}. Set first_last_bits=None, or "
-        "give these layers weight_bits of their own in overrides."
+        f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(unused)}. Set first_last_bits=None, or "
+        "set weight_bits for these layers in overrides."
     )

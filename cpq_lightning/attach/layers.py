@@ -1,7 +1,7 @@
-"""The surgery on one layer: its class is switched to a subclass whose forward multiplies by the quantized weight.
+"""Switch one layer, in place, to a subclass of its class whose forward multiplies by the quantized weight.
 
-``weight`` stays what it was: the Parameter, or what a parametrization or a pruning mask makes of one. Whoever writes to
-it writes to what is quantized, ``isinstance`` keeps working, and so do names in ``state_dict``.
+``weight`` keeps its meaning: the Parameter, or the tensor that a parametrization or a pruning mask computes from one.
+Code that writes to ``weight`` changes what is quantized; ``isinstance`` and the names in ``state_dict`` stay valid.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from cpq_lightning.nn.watch import watchers
 
 
 class QuantizedLayer(Switched):
-    """Mixed in before a layer's own class by :func:`switch`."""
+    """Mixin that :func:`switch` puts before the class of a layer."""
 
     weight: Tensor
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
 
     def read_weight(self) -> Tensor:
-        """The weight as it is now, for who only looks at it: what computes it in training counts nothing by it."""
+        """The current weight; reading it does not advance a parametrization that updates itself in training."""
         return weight_now(self)
 
     @property
     def weight_id(self) -> int:
-        """The same for layers that share a Parameter and what quantizes it."""
+        """Equal for layers that share both the Parameter and its quantizer."""
         parameter = self._parameters.get("weight")
         return hash((id(self if parameter is None else parameter), id(self.weight_quantizer)))
 
     def fit_if_needed(self) -> None:
-        """Fit the weight's step where full-precision weights were loaded over what it was fitted to."""
+        """Fit the weight's scale if full-precision weights were loaded since the last fit."""
         if not self.weight_quantizer.fitted:
             self.weight_quantizer.fit_weight(self.read_weight())
 
@@ -60,33 +60,35 @@ class QuantizedLayer(Switched):
         if stock is not None and not is_sharded(weight):
             return self._multiply(input, self.weight_quantizer(weight), self.bias)
         if "parametrizations" not in self._modules:
-            return self._own_forward(input, *args, **kwargs)
-        # A parametrization would compute another tensor each time that the forward reads its weight.
+            return self._base_forward(input, *args, **kwargs)
+        # Cached, because a parametrization computes a new tensor each time that the forward reads the weight.
         with parametrize.cached():
-            return self._own_forward(input, *args, **kwargs)
+            return self._base_forward(input, *args, **kwargs)
 
-    def _own_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the layer's own class, which reads its weight."""
+    def _base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the layer's original class, which reads the weight itself."""
         weight = self.weight
         with ReadQuantized([(weight, self.weight_quantizer)]):
             return super().forward(input, *args, **kwargs)
 
     def _product(self, input: Tensor, quantizer: Quantizer) -> Tensor:
-        """What torch's own forward computes; where kernels quantize, without keeping quantized tensors for backward."""
+        """The product of torch's forward; fused kernels keep no quantized tensors for backward."""
         x = quantizer.operand(input)
         tensor = self.weight
         weight = Operand(tensor) if is_sharded(tensor) else self.weight_quantizer.operand(tensor)
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         convolution = None
         if isinstance(self, _ConvNd):
-            places = len(self.kernel_size)
-            stride, padding, dilation = (_each_place(v, places) for v in (self.stride, self.padding, self.dilation))
+            dimensions = len(self.kernel_size)
+            stride, padding, dilation = (
+                _per_dimension(v, dimensions) for v in (self.stride, self.padding, self.dilation)
+            )
             convolution = Convolution(stride, padding, dilation, self.groups)
         if x.ring is not None or weight.ring is not None:
             watching = watchers()
             if not watching:
                 return product(x, weight, bias, convolution)
-            # What computes it is no function of the user's.
+            # Third-party function modes must not see the operations inside of it.
             with torch._C.DisableTorchFunction():
                 out = product(x, weight, bias, convolution)
             for watcher in watching:
@@ -95,7 +97,7 @@ class QuantizedLayer(Switched):
         return self._multiply(x.value, weight.value, bias)
 
     def _multiply(self, input: Tensor, weight: Tensor, bias: Any) -> Tensor:
-        """What torch's own forward computes of a weight."""
+        """The product of torch's forward, with a given weight."""
         return self._conv_forward(input, weight, bias) if isinstance(self, _ConvNd) else F.linear(input, weight, bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -105,54 +107,54 @@ class QuantizedLayer(Switched):
             quantizer = getattr(self, name)
             if quantizer is not None and given and f"{prefix}{name}.state" not in state_dict:
                 if quantizer.state.is_meta and not self.weight.is_meta:
-                    # Plain weights that were assigned to a model on the meta device.
+                    # Plain weights were assigned to a model on the meta device.
                     quantizer.to_empty(device=self.weight.device)
-                # Weights of a full-precision checkpoint: ranges fitted to other weights do not belong to them.
+                # The checkpoint is in full precision: ranges that were fitted to other weights are not valid for it.
                 quantizer.reset()
 
 
-# Where a layer keeps what it remembers of the model that it was quantized in.
+# Attribute in which a layer keeps its ``Origin``: its name, and the config, in the model that was attached.
 ORIGIN = "_cpq_origin"
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _stock_classes: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
 def _stock_class(layer: QuantizedLayer) -> type[nn.Module] | None:
-    """torch's own class whose forward a layer has: one that multiplies by ``weight``, and nothing more."""
+    """The torch class whose forward a layer runs, which multiplies by ``weight`` and does nothing else; or ``None``."""
     base = layer.base_class
     if base not in _stock_classes:
-        own = (stock for stock in _STOCK if issubclass(base, stock) and base.forward is stock.forward)
-        _stock_classes[base] = next(own, None)
+        matching = (stock for stock in _STOCK if issubclass(base, stock) and base.forward is stock.forward)
+        _stock_classes[base] = next(matching, None)
     return None if "forward" in layer.__dict__ else _stock_classes[base]
 
 
 def _is_plain_product(layer: QuantizedLayer, stock: type[nn.Module], input: Tensor) -> bool:
-    """Whether a layer computes on an input what :func:`product` computes."""
+    """Whether the layer's forward on this input equals :func:`product`."""
     if not input.numel():
         return False
     if isinstance(layer, _ConvNd):
-        changed = "_conv_forward" in layer.__dict__ or layer.base_class._conv_forward is not stock._conv_forward  # type: ignore[attr-defined]
+        overridden = "_conv_forward" in layer.__dict__ or layer.base_class._conv_forward is not stock._conv_forward  # type: ignore[attr-defined]
         unpadded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return not changed and unpadded and input.dim() == len(layer.kernel_size) + 2
-    # Of what lies in memory otherwise torch multiplies in another order.
+        return not overridden and unpadded and input.dim() == len(layer.kernel_size) + 2
+    # For another memory layout, torch sums in another order.
     return input.dim() > 1 and input.is_contiguous()
 
 
-def _each_place(value: Any, places: int) -> tuple[int, ...]:
-    """A number, or one number for all places, as torch's convolutions take it."""
+def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:
+    """One value for each spatial dimension, from a number or a tuple, as torch's convolutions accept both."""
     values = (value,) if isinstance(value, int) else tuple(value)
-    return values * places if len(values) == 1 else values
+    return values * dimensions if len(values) == 1 else values
 
 
 def switch(layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quantizer | None) -> None:
-    """Make a layer a quantized one, in place."""
+    """Make a layer a quantized layer, in place."""
     switch_class(layer, QuantizedLayer)
     layer.add_module("weight_quantizer", weight_quantizer)
     layer.add_module("input_quantizer", input_quantizer)
 
 
 def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
-    """Make a quantized layer a plain one, in place, with the quantized weight ``written`` into its Parameter."""
+    """Make a quantized layer plain again, in place; ``written`` writes the quantized weight into its Parameter."""
     if written:
         _write(layer)
     for name in ("weight_quantizer", "input_quantizer"):
@@ -163,20 +165,20 @@ def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
 
 def _write(layer: QuantizedLayer) -> None:
     with torch.no_grad():
-        weight, bits = layer.read_weight(), layer.weight_quantizer
-        training = bits.training
-        bits.eval()
+        weight, quantizer = layer.read_weight(), layer.weight_quantizer
+        training = quantizer.training
+        quantizer.eval()
         try:
-            value = bits(full_tensor(weight))
+            value = quantizer(full_tensor(weight))
             if isinstance(weight, DTensor):
                 value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            _put(layer, value)
+            _write_parameter(layer, value)
         finally:
-            bits.train(training)
+            quantizer.train(training)
 
 
-def _put(layer: QuantizedLayer, value: Tensor) -> None:
-    """Write a weight into the Parameter that a layer has, or will have once what computes its weight is gone."""
+def _write_parameter(layer: QuantizedLayer, value: Tensor) -> None:
+    """Write a weight into the layer's Parameter, after removing what computes the weight."""
     leave_computed(layer).copy_(value)
 
 
@@ -193,11 +195,11 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def bypassed(model: nn.Module) -> tuple[set[QuantizedLayer], set[QuantizedLayer]]:
-    """Quantized layers that the model's forward goes round, once a forward has been seen.
+    """Quantized layers that the model's forward bypasses, as far as a recorded forward shows.
 
     Returns:
-        Those whose weight it does not read quantized, and those whose input no quantizer meets: of
-        ``nn.MultiheadAttention``'s out-projection only the weight is read.
+        Layers whose weight is not read quantized, and layers whose input no quantizer sees. The out-projection of
+        ``nn.MultiheadAttention`` is only in the second set, because its weight is read.
     """
     layers = [layer for _, layer in quantized_layers(model)]
     called = {layer for layer in layers if (layer.input_quantizer or layer.weight_quantizer).execution_index}
@@ -208,23 +210,23 @@ def bypassed(model: nn.Module) -> tuple[set[QuantizedLayer], set[QuantizedLayer]
 
 
 def read_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """The quantized layers of a model whose weights its forward reads quantized, with their names."""
-    around, _ = bypassed(model)
-    yield from ((name, layer) for name, layer in quantized_layers(model) if layer not in around)
+    """The quantized layers whose weights the model's forward reads quantized, with their names."""
+    not_read, _ = bypassed(model)
+    yield from ((name, layer) for name, layer in quantized_layers(model) if layer not in not_read)
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """The quantizers of a model with their names, in registration order.
 
-    One that a layer shares with a module that is tied to it, such as an embedding, is named after the layer.
+    A quantizer that a layer shares with a module that is tied to it, such as an embedding, is named after the layer.
     """
-    found, tied = [], False
+    named_quantizers, tied = [], False
     for name, module in unwrapped(model).named_modules():
         tied = tied or isinstance(module, TiedReader)
         if isinstance(module, Quantizer):
-            found.append((name, module))
+            named_quantizers.append((name, module))
     if not tied:
-        yield from found
+        yield from named_quantizers
         return
     layers = {layer.weight_quantizer for _, layer in quantized_layers(model)}
     seen: set[Quantizer] = set()

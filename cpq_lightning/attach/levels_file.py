@@ -1,4 +1,4 @@
-"""Widths read from a file: ``CPQConfig(levels_from=...)``."""
+"""Read widths from a file: ``CPQConfig(levels_from=...)``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_levels(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of ours.
+        ValueError: it is not a ``levels.json`` of this package.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def read_levels(path: str | Path) -> dict[str, Any]:
 
 
 def with_levels_read(config: CPQConfig | Mapping[str, Any]) -> CPQConfig:
-    """The config with the widths themselves in place of the path in ``levels_from``: the file is not needed again.
+    """The config with the path in ``levels_from`` replaced by the widths, so that the file is not needed again.
 
     Raises:
         TypeError: it is neither a config nor a mapping of its settings.
@@ -57,10 +57,10 @@ def with_levels_read(config: CPQConfig | Mapping[str, Any]) -> CPQConfig:
 
 
 def check_names(config: CPQConfig, names: Iterable[str]) -> None:
-    """Refuse widths of other layers than the model's.
+    """Refuse widths for other layers than those of the model.
 
     Raises:
-        ValueError: naming what is missing, or too much.
+        ValueError: with the numbers of missing and unknown layers, and an example.
     """
     if not isinstance(config.levels_from, dict):
         return
@@ -80,7 +80,7 @@ def check_names(config: CPQConfig, names: Iterable[str]) -> None:
 
 
 def at_read_widths(settings: CPQConfig, config: CPQConfig, name: str) -> CPQConfig:
-    """Settings of one layer, or of one operand of a product, with the widths that ``levels_from`` holds for it."""
+    """Settings of one layer, or of one operand of a product, with its widths from ``levels_from``."""
     if not isinstance(config.levels_from, dict) or name not in config.levels_from:
         return settings
     widths = read_weight_widths(config, name) or [settings.weight_bits]
@@ -94,7 +94,7 @@ def at_read_widths(settings: CPQConfig, config: CPQConfig, name: str) -> CPQConf
 
 
 def read_weight_widths(config: CPQConfig, name: str) -> list[int] | None:
-    """The widths of one layer's weight, one or one a channel, that ``levels_from`` holds; ``None`` without it."""
+    """The widths of one layer's weight in ``levels_from``: one, or one per channel; ``None`` without them."""
     if not isinstance(config.levels_from, dict) or name not in config.levels_from:
         return None
     weight = config.levels_from[name]["weight"]

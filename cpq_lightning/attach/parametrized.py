@@ -1,7 +1,7 @@
-"""Weights that torch computes from other tensors: parametrizations, their older kind with hooks, pruning masks.
+"""Weights that torch computes from other tensors: parametrizations, the older hook-based ones, and pruning masks.
 
-A parametrization computes its weight whenever it is read. The older ones (``torch.nn.utils.weight_norm``,
-``spectral_norm``, pruning) leave it in an attribute before each forward, which is out of date from the next update on.
+A parametrization computes the weight each time it is read. The older ones (``torch.nn.utils.weight_norm``,
+``spectral_norm``, pruning) store the weight in an attribute before each forward; after an update it is out of date.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def weight_now(layer: nn.Module) -> Tensor:
-    """A layer's weight, for who only looks at it: what computes it in training counts nothing by it."""
+    """The current weight; reading it does not advance a parametrization that updates itself in training."""
     hook = next((hook for _, hook in reversed(list(_hooks(layer)))), None)
     if isinstance(hook, WeightNorm):
         return hook.compute_weight(layer)
@@ -43,12 +43,12 @@ def weight_now(layer: nn.Module) -> Tensor:
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a layer's weight is computed, rather than a Parameter of its own."""
+    """Whether a layer's weight is computed, instead of being a Parameter of the layer."""
     return layer._parameters.get("weight") is None
 
 
 def computing(layer: nn.Module) -> dict[str, Tensor]:
-    """What a layer's weight is computed from, by its name in the layer's ``state_dict``; nothing of a plain one."""
+    """The tensors that a layer's weight is computed from, by name in its ``state_dict``; empty for a plain weight."""
     if not is_computed(layer):
         return {}
     state = {n: t for n, t in layer.state_dict(keep_vars=True).items() if not n.startswith("weight_quantizer.")}
@@ -56,11 +56,11 @@ def computing(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def leave_computed(layer: nn.Module) -> nn.Parameter:
-    """Take away what computes a layer's weight, of which a Parameter is left; one that is a Parameter stays."""
+    """Remove what computes a layer's weight, so that a Parameter remains; a weight that is a Parameter is kept."""
     if is_parametrized(layer, "weight"):
-        # The property is deleted from the class, which torch lets copies of the layer share.
+        # torch deletes the property from the class, which copies of the layer share.
         original_class(layer)
-        # Without gradients torch would leave a buffer where a Parameter was made of several tensors.
+        # If the weight was made of several tensors, torch would leave a buffer when gradients are disabled.
         with torch.enable_grad():
             remove_parametrizations(layer, "weight", leave_parametrized=True)
     for handle, hook in list(_hooks(layer)):
@@ -79,8 +79,6 @@ def _hooks(layer: nn.Module) -> Iterator[tuple[int, Any]]:
 
 
 def copied(model: M) -> M:
-    """A deep copy, also behind a forward that has left a weight with a graph in an attribute, which torch refuses to
-    copy.
-    """
+    """A deep copy, also after a forward that left a weight with a graph in an attribute, which torch does not copy."""
     tensors = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor))
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})

@@ -1,4 +1,4 @@
-"""Products of two activations, such as attention's q·kᵀ and attention·v: a module whose own products are quantized."""
+"""Modules whose products of two activations are quantized, such as attention's q·kᵀ and attention·v."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.functional.attention import attention
 from cpq_lightning.nn.quantizer import Quantizer
 
-# The buffer that holds a module's plan: what attaches its quantizers again knows it from there.
+# Name of the buffer with a module's plan, from which its quantizers are attached again.
 STATE = "product_state"
 
 
 class Operand(nn.Module):
-    """One side of a product: what quantizes it, ``input_quantizer``, or ``input_grid`` in an artefact."""
+    """One operand of a product: it applies ``input_quantizer``, or ``input_grid`` in an integer model."""
 
     def forward(self, input: Tensor) -> Tensor:
         for part in self.children():
@@ -34,14 +34,15 @@ class Operand(nn.Module):
 
 
 class QuantizedProducts(Switched):
-    """Mixed in before a module's own class by :func:`quantize_products`.
+    """Mixin that :func:`quantize_products` puts before a module's class.
 
     Attributes:
-        product_plan: For each matrix product that its forward makes, in order, whether it is quantized;
-            ``scaled_dot_product_attention`` makes two.
-        product_counts: How many products a forward may make in all; one that makes others goes another way than those
-            did that the plan is of, and fails.
-        product_operands: An :class:`Operand` for both sides of each of these, ``0_left``, ``0_right``, ``1_left``, …
+        product_plan: For each matrix product in the module's forward, in order, whether it is quantized;
+            ``scaled_dot_product_attention`` counts as two products.
+        product_counts: The allowed numbers of products in a forward. A forward with another number fails, because it
+            took another path than the forwards that the plan describes.
+        product_operands: An :class:`Operand` for both operands of each quantized product, ``0_left``, ``0_right``,
+            ``1_left``, …
     """
 
     product_plan: tuple[bool, ...]
@@ -52,14 +53,14 @@ class QuantizedProducts(Switched):
     def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
         @functools.wraps(base.forward)
         def forward(self: QuantizedProducts, *args: Any, **kwargs: Any) -> Any:
-            # Exporters, and Lightning, read the names of a forward's arguments.
+            # Exporters and Lightning read the names of the forward's arguments.
             return QuantizedProducts.forward(self, *args, **kwargs)
 
         return {"forward": forward}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         products = _Quantizing(self.product_operands if any(self.product_plan) else {})
-        # Here, not in __enter__: torch 2.8 compiles modes that enter and exit as TorchFunctionMode does, and no others.
+        # Not in __enter__: torch 2.8 compiles only modes that use TorchFunctionMode's __enter__ and __exit__.
         _running.forwards.append(products)
         try:
             with products:
@@ -69,8 +70,8 @@ class QuantizedProducts(Switched):
         if products.made not in self.product_counts:
             raise RuntimeError(
                 f"attention=True: a forward of {self.base_class.__name__} multiplies {products.made} times, and "
-                f"{sorted(self.product_counts)} times when its products were found. Which is which is not known then: "
-                "leave the module out with ignore, or let its forward go the same way in training and in evaluation."
+                f"{sorted(self.product_counts)} times when its products were found, so they cannot be matched: leave "
+                "the module out with ignore, or make its forward multiply equally often in training and in evaluation."
             )
         return output
 
@@ -92,20 +93,20 @@ def quantize_products(
     parts: Mapping[str, nn.Module | None],
     part_name: str,
 ) -> QuantizedProducts:
-    """Let a module quantize what its forward multiplies, in place.
+    """Make a module quantize the operands of the products in its forward, in place.
 
     Args:
-        module: The module whose own forward makes the products.
+        module: The module whose forward makes the products.
         plan: See :class:`QuantizedProducts`.
-        counts: Likewise.
-        parts: What quantizes each operand, by :func:`operand_names`; ``None`` leaves one as it is.
-        part_name: Its name in the :class:`Operand`.
+        counts: See :class:`QuantizedProducts`.
+        parts: The quantizer of each operand, by :func:`operand_names`; ``None`` leaves an operand unchanged.
+        part_name: The name of the quantizer in its :class:`Operand`.
     """
     module = unwrapped(module)
     if any(plan) and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ValueError(
-            f"attention=True: {type(module).__name__} multiplies activations and is a container, which would take what "
-            "quantizes them for one of its own: leave it out with ignore, or multiply in a module of its own."
+            f"attention=True: {type(module).__name__} multiplies activations and is a container, which would use the "
+            "quantizers as its items: leave it out with ignore, or multiply in a separate module."
         )
     operands = nn.ModuleDict()
     for name in operand_names(plan):
@@ -125,7 +126,8 @@ def quantize_products(
 def remember_plan(module: QuantizedProducts) -> None:
     """Keep a module's plan in its ``state_dict``.
 
-    As float32, length first: an average of two models, which mixes all tensors, leaves whole numbers within rounding.
+    The buffer is float32, and begins with the plan's length: averaging two models averages all tensors, and then leaves
+    these whole numbers exact up to rounding.
     """
     plan, counts = module.product_plan, sorted(module.product_counts)
     device = next((t.device for t in itertools.chain(module.parameters(), module.buffers())), None)
@@ -134,13 +136,13 @@ def remember_plan(module: QuantizedProducts) -> None:
 
 
 def plan_of(state: Tensor) -> tuple[list[bool], list[int]]:
-    """The plan, and the counts of products, that a buffer of :func:`remember_plan` holds."""
+    """The plan, and the allowed numbers of products, from a buffer of :func:`remember_plan`."""
     length, *values = [round(value) for value in state.tolist()]
     return [bool(value) for value in values[:length]], values[length:]
 
 
 def leave_products(module: QuantizedProducts) -> None:
-    """Take back :func:`quantize_products`."""
+    """Undo :func:`quantize_products`."""
     module._buffers.pop(STATE, None)
     for name in ("product_plan", "product_counts"):
         module.__dict__.pop(name, None)
@@ -156,14 +158,14 @@ def modules_with_products(model: nn.Module) -> Iterator[tuple[str, QuantizedProd
 
 
 def quantized_operands(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """What quantizes the sides of products in an attached model, with the names of the operands."""
+    """The quantizers of product operands in an attached model, with the names of the operands."""
     for name, module in modules_with_products(model):
         for operand in operand_names(module.product_plan):
             yield operand_path(name, operand), module.product_operands[operand].input_quantizer  # type: ignore[misc]
 
 
 class _Running(threading.local):
-    """The forwards under way in a thread, the innermost one last: a product belongs to it alone."""
+    """The running forwards of a thread, innermost last; a product belongs to the innermost forward only."""
 
     def __init__(self) -> None:
         self.forwards: list[_Quantizing] = []
@@ -173,7 +175,7 @@ _running = _Running()
 
 
 class _Quantizing(TorchFunctionMode):
-    """One forward of a module; the products that it makes get their operands quantized, of those that have some."""
+    """Function mode around one forward of a module, which quantizes the operands of its planned products."""
 
     def __init__(self, operands: nn.ModuleDict | dict[str, nn.Module]) -> None:
         super().__init__()
@@ -194,10 +196,10 @@ class _Quantizing(TorchFunctionMode):
         sides = [self.operands[name] if name in self.operands else nn.Identity() for name in names]
         if fused:
             return attention(*args, **kwargs, operands=sides)
-        leaves, spec, places = flat_operands(func, args, kwargs)
-        if len(places) != len(sides):
+        leaves, spec, indices = flat_operands(func, args, kwargs)
+        if len(indices) != len(sides):
             return func(*args, **kwargs)
-        for place, side in zip(places, sides, strict=True):
-            leaves[place] = side(leaves[place])
-        quantized, named = tree_unflatten(leaves, spec)
-        return func(*quantized, **named)
+        for index, side in zip(indices, sides, strict=True):
+            leaves[index] = side(leaves[index])
+        quantized, named_arguments = tree_unflatten(leaves, spec)
+        return func(*quantized, **named_arguments)

@@ -1,4 +1,4 @@
-"""Quantizers attached again from a ``state_dict``: which layers, which grids, which widths."""
+"""Attach quantizers again from a ``state_dict``, with the same layers, grids and widths."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _MARK = "weight_quantizer.state"
 
 
 def quantized_in(state: Mapping[str, Any]) -> list[str]:
-    """Names of the layers that a ``state_dict`` has quantizers of, and of modules that are tied to their weights."""
+    """Names of the layers whose quantizers a ``state_dict`` has, and of modules that are tied to their weights."""
     return [key[: -len(_MARK)].rstrip(".") for key in state if key == _MARK or key.endswith(f".{_MARK}")]
 
 
 def plain_in(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """Names of the layers and of the modules that multiply which are quantized in a state, and are not in a model.
+    """Names of the layers, and of the modules that multiply, which are quantized in a state but not in a model.
 
-    What the model does not have at all is not among them: whoever loads the state says so.
+    Modules that the model lacks are left out, because loading the state reports them.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = []
+    names = []
     for name in quantized_in(state):
         module = modules.get(name)
         if module is None:
@@ -51,24 +51,24 @@ def plain_in(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
         if isinstance(module, TiedReader):
             continue
         if not isinstance(module, QuantizedLayer) or any(getattr(module, part) is None for part in parts):
-            found.append(name)
-    for name in _multiplying_in(state):
+            names.append(name)
+    for name in _multiplying_modules_in(state):
         if name in modules and not isinstance(modules[name], QuantizedProducts):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bool = True, settings: str = "") -> None:
-    """Refuse a state whose quantizers have tensors of another kind than those of the model that it is loaded into.
+    """Refuse a state whose quantizers have other tensors than those of the model that it is loaded into.
 
     Args:
         model: An attached model, or a part of one.
         state: Its ``state_dict``.
-        strict: Whether the state has to have all quantizers of the model.
-        settings: What is known of how the settings of both differ, a sentence.
+        strict: Whether the state must have all quantizers of the model.
+        settings: A sentence about how the settings of both differ, if known.
 
     Raises:
-        RuntimeError: naming the settings in which they differ.
+        RuntimeError: names the settings in which they differ.
     """
     missing, other, what = [], [], ""
     for name, quantizer in quantizers(model):
@@ -78,54 +78,56 @@ def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bo
         elif isinstance(given, Tensor) and not given.is_meta:
             ours, theirs = quantizer.settings, read(given)[0]
             different = layout_differences(theirs, ours)
-            what = what or "; ".join(f"{key} {a!r} there, {b!r} here" for key, (a, b) in different.items())
+            what = what or "; ".join(
+                f"{key} {a!r} in the state_dict, {b!r} in the model" for key, (a, b) in different.items()
+            )
             other += [name] * bool(different)
     advice = (
         f"{settings}Attach the model with the settings that the state was trained with (a Lightning checkpoint holds "
         "them under 'cpq_lightning'), or build it without quantizers and load within `with cpq_lightning.loading():`."
     )
-    own = type(model).__name__
+    model_name = type(model).__name__
     if other:
         raise RuntimeError(
-            f"The quantizers of the state_dict are of another kind than {len(other)} of {own}'s, such as {other[0]!r}: "
+            f"The quantizers of the state_dict differ from {len(other)} of {model_name}'s, such as {other[0]!r}: "
             f"{what}. {advice}"
         )
     if strict and missing:
         raise RuntimeError(
-            f"The state_dict has nothing of {len(missing)} quantizers of {own}, such as {missing[0]!r}: what they "
-            f"quantize was in full precision. {advice}"
+            f"The state_dict has nothing of {len(missing)} quantizers of {model_name}, such as {missing[0]!r}: their "
+            f"weights or inputs were in full precision. {advice}"
         )
 
 
 def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], None]:
-    """Attach the quantizers that a ``state_dict`` has and a model lacks; loading the state is left to the caller.
+    """Attach the quantizers that a ``state_dict`` has and a model lacks; the caller loads the state afterwards.
 
-    Layers, and modules tied to them, that share a Parameter and equal quantizers share one. Where anything is wrong the
-    model is left as it was.
+    Layers, and modules tied to them, share one quantizer if they share a Parameter and have equal quantizers. If
+    attaching fails, the model is left unchanged.
 
     Args:
-        model: A model, or a part of one, with the layers that the state is of.
-        state: Its ``state_dict``, with the names that the model has them by.
+        model: A model, or a part of one, with the layers of the state.
+        state: Its ``state_dict``, with the model's names.
 
     Returns:
-        Takes back what this has done.
+        A function that undoes the changes.
 
     Raises:
         ValueError: a quantizer does not fit its layer, its state cannot be read, or the model is inside a
             DistributedDataParallel of several processes.
     """
     names = plain_in(model, state)
-    # Names are those of the state, in which a wrapper has a part; hooks are the model's own.
+    # Names are those of the state, which include the names of wrappers; hooks are registered on the unwrapped model.
     check_unspread(model)
     inner = unwrapped(model)
     was_attached = is_attached(model)
     shared: dict[int, list[tuple[dict[str, Tensor], Quantizer]]] = {}
     holders = [(n, shared_weight(layer), layer.weight_quantizer) for n, layer in quantized_layers(model)]
     holders += [(n, r._parameters[r.tied_name], r.weight_quantizer) for n, r in tied_readers(model)]
-    for name, owner, own in holders:
+    for name, owner, quantizer in holders:
         if name not in names:
-            shared.setdefault(id(owner), []).append((own.state_dict(), own))
-    before: list[tuple[QuantizedLayer, Any]] = []
+            shared.setdefault(id(owner), []).append((quantizer.state_dict(), quantizer))
+    without_inputs: list[tuple[QuantizedLayer, Any]] = []
     layers: list[QuantizedLayer] = []
     readers: list[TiedReader] = []
     multiplying: list[QuantizedProducts] = []
@@ -135,7 +137,7 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             untie(reader)
         for layer in layers:
             switch_back(layer, written=False)
-        for layer, inputs in before:
+        for layer, inputs in without_inputs:
             layer.input_quantizer = inputs
         for module in multiplying:
             leave_products(module)
@@ -146,22 +148,22 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             watch(inner)
 
     try:
-        for name in _multiplying_in(state):
+        for name in _multiplying_modules_in(state):
             if name in names:
-                multiplying.append(_multiply_quantized(model.get_submodule(name), name, state))
+                multiplying.append(_quantize_products_from(model.get_submodule(name), name, state))
         for name in quantized_in(state):
             if name not in names:
                 continue
             layer = model.get_submodule(name)
             if isinstance(layer, QuantizedLayer):
                 if layer.input_quantizer is None:
-                    before.append((layer, None))
+                    without_inputs.append((layer, None))
                     layer.input_quantizer = _build(layer, name, "input_quantizer", state)
                 continue
             tied = None if holds_weight(layer) else _tied_in(model, name, state)
             _check(layer, name, state, tied)
             owner = shared_weight(layer) if tied is None else tied.tensor
-            weights = _shared(shared, owner, _tensors(name, "weight_quantizer", state))
+            weights = _shared_quantizer(shared, owner, _tensors(name, "weight_quantizer", state))
             if weights is None:
                 weights = _build(layer, name, "weight_quantizer", state)
                 shared.setdefault(id(owner), []).append((weights.state_dict(), weights))
@@ -175,7 +177,7 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
     except Exception:
         undo()
         raise
-    # Read before any is remembered.
+    # Read before the new layers get an origin.
     plain = frozenset(n for n, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer))
     new = set(layers)
     for name, layer in quantized_layers(model):
@@ -194,17 +196,17 @@ def _tensors(name: str, part: str, state: Mapping[str, Any]) -> dict[str, Tensor
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _multiplying_in(state: Mapping[str, Any]) -> list[str]:
+def _multiplying_modules_in(state: Mapping[str, Any]) -> list[str]:
     return [key[: -len(STATE)].rstrip(".") for key in state if key == STATE or key.endswith(f".{STATE}")]
 
 
 def _tied_in(model: nn.Module, name: str, state: Mapping[str, Any]) -> Tied | None:
-    """Which Parameter of a module that is no layer a state has a weight's quantizer of."""
+    """The tied Parameter of a module that is no layer, whose weight quantizer a state has."""
     if _path(name, "input_quantizer.state") in state:
         return None
     module = model.get_submodule(name)
-    tied = [found for found in tied_to_layers(model) if found.module is module]
-    # Of a part alone, without the layer that it is tied to.
+    tied = [t for t in tied_to_layers(model) if t.module is module]
+    # If the model is only a part, without the layer that the module is tied to, a single matrix must be the weight.
     matrices = [key for key, p in module._parameters.items() if p is not None and p.dim() > 1]
     return tied[0] if tied else Tied(name, module, matrices[0]) if len(matrices) == 1 else None
 
@@ -212,14 +214,14 @@ def _tied_in(model: nn.Module, name: str, state: Mapping[str, Any]) -> Tied | No
 def _check(layer: nn.Module, name: str, state: Mapping[str, Any], tied: Tied | None) -> None:
     if tied is None and not holds_weight(layer):
         raise ValueError(
-            f"The state_dict has quantizers of the layer {name!r}, which is {type(layer).__name__} here, and no "
+            f"The state_dict has quantizers of the layer {name!r}, which is {type(layer).__name__} here, and not a "
             "convolution or linear layer with a weight: build the model as it was when it was saved."
         )
     weight = cast(Tensor, layer.weight) if tied is None else tied.tensor
     scales = state.get(_path(name, "weight_quantizer.log_scale"))
     if isinstance(scales, Tensor) and len(scales) not in (1, *weight.shape[:2]):
         raise ValueError(
-            f"The state_dict has {len(scales)} scales of the layer {name!r}, one a channel, and its weight has the "
+            f"The state_dict has {len(scales)} scales of the layer {name!r}, one per channel, but its weight has the "
             f"shape {tuple(weight.shape)} here: build the model as it was when it was saved."
         )
 
@@ -233,10 +235,10 @@ def _build(layer: nn.Module, name: str, part: str, state: Mapping[str, Any]) -> 
     return (quantizer if like is None else quantizer.to(like.device)).train(layer.training)
 
 
-def _shared(
+def _shared_quantizer(
     shared: Mapping[int, list[tuple[dict[str, Tensor], Quantizer]]], owner: object, tensors: dict[str, Tensor]
 ) -> Quantizer | None:
-    """The quantizer of another module with the same Parameter, where this one's state is the same."""
+    """The quantizer of another module with the same Parameter and an equal quantizer state, if any."""
     for known, quantizer in shared.get(id(owner), ()):
         equal = (torch.equal(known[key].cpu(), value.cpu()) for key, value in tensors.items() if key in known)
         if known.keys() == tensors.keys() and all(equal):
@@ -244,7 +246,7 @@ def _shared(
     return None
 
 
-def _multiply_quantized(module: nn.Module, name: str, state: Mapping[str, Any]) -> QuantizedProducts:
+def _quantize_products_from(module: nn.Module, name: str, state: Mapping[str, Any]) -> QuantizedProducts:
     plan, counts = plan_of(state[_path(name, STATE)])
     operands = {}
     for operand in operand_names(plan):

@@ -23,8 +23,8 @@ from cpq_lightning.nn.sharding import full_tensor
 
 @dataclass(frozen=True)
 class Site:
-    """One layer to quantize: its dotted name, its settings, whether it is the first or last, and its settings if
-    not.
+    """One layer to quantize: its dotted name, its settings, whether it is the first or last layer, and the settings
+    that it has if it is not.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Site:
 
     @property
     def channel_dim(self) -> int:
-        """Dimension of the weight that holds the output channels; of a conditional convolution, the experts."""
+        """Dimension of the weight that holds the output channels; the experts of a conditional convolution."""
         return 1 if isinstance(self.layer, _ConvTransposeNd) else 0
 
 
@@ -46,45 +46,46 @@ def select(
     tied: Mapping[str, nn.Module] | None = None,
     checked: bool = True,
 ) -> list[Site]:
-    """The layers of a model that a config quantizes, quantized ones too, in registration order; reads only.
+    """List the layers of a model that a config quantizes, in registration order; the model is not changed.
 
-    Patterns may also be of the modules whose ``products`` are quantized; those of ``ignore``, of modules ``tied`` to a
-    layer's weight.
+    Layers that are quantized already are included. Patterns may also match modules whose ``products`` are quantized;
+    patterns of ``ignore`` may also match modules that are ``tied`` to a layer's weight.
 
     Args:
         model: Any module.
         config: The config.
-        products: Plans of products that are to be quantized, by module.
-        checked: Whether each pattern has to match something.
+        products: Plans of the products to quantize, by module name.
+        tied: Modules that share a layer's weight, by name.
+        checked: Whether each pattern must match something.
 
     Raises:
-        ValueError: no layer to quantize, a pattern that matches none, layers that share a weight and are told
-            different things of it, a layer that is not initialized yet, or weights that are not finite.
+        ValueError: there is no layer to quantize, a pattern matches no layer, layers that share a weight get different
+            settings for it, a layer is not initialized yet, or weights are not finite.
     """
     layers = quantizable_layers(model)
     if not layers:
         raise ValueError(
             f"The model {type(model).__name__} has no layer to quantize: expected convolutions or linear layers with a "
-            "weight of their own. Layers made in configure_model must exist before they can be quantized."
+            "weight. Layers made in configure_model must exist before they can be quantized."
         )
     products = products or {}
     names = names_of(model)
     if checked:
-        own = {name: model.get_submodule(name) for name in products}
-        check_patterns({**layers, **own}, names, config, tied or {})
+        multiplying = {name: model.get_submodule(name) for name in products}
+        check_patterns({**layers, **multiplying}, names, config, tied or {})
     chosen = {name: layer for name, layer in layers.items() if not is_ignored(layer, names, config)}
     if not chosen:
-        raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize of the {len(layers)} there are.")
+        raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize: it matches all {len(layers)}.")
     for name, layer in chosen.items():
         _check_weight(name, layer)
     _check_shared(layers, chosen, config)
     overrides = overrides_of(chosen, names, config, shared_weight)
-    ends = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
+    first_last = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
     return [
         Site(
             name,
             layer,
-            *layer_settings(name, overrides[name], config, name in ends),
+            *layer_settings(name, overrides[name], config, name in first_last),
             inner=layer_settings(name, overrides[name], config, at_end=False)[0],
         )
         for name, layer in chosen.items()
@@ -94,63 +95,63 @@ def select(
 def chosen_operands(
     model: nn.Module, products: Mapping[str, Sequence[bool]], config: CPQConfig
 ) -> dict[str, dict[str, CPQConfig]]:
-    """What is quantized of modules' products by their plans: the settings of each operand, by module and operand."""
+    """The settings of each operand of the planned products that a config quantizes, by module and operand."""
     names = names_of(model)
-    found: dict[str, dict[str, CPQConfig]] = {}
+    chosen: dict[str, dict[str, CPQConfig]] = {}
     for name, plan in products.items():
         module = model.get_submodule(name)
         settings, _ = layer_settings(name, own_overrides(module, names, config), config, at_end=False)
         if settings.act_bits is None or is_ignored(module, names, config):
             continue
-        found[name] = {}
+        chosen[name] = {}
         for operand in operand_names(plan):
             path = operand_path(name, operand)
-            found[name][operand] = at_read_widths(settings, config, path)
-            if found[name][operand].act_bits is None:
+            chosen[name][operand] = at_read_widths(settings, config, path)
+            if chosen[name][operand].act_bits is None:
                 raise ValueError(
                     f"levels_from has no width for the operand {path!r}: leave its module out with ignore."
                 )
-    return found
+    return chosen
 
 
 def layer_settings(name: str, overrides: Mapping[str, Any], config: CPQConfig, at_end: bool) -> tuple[CPQConfig, bool]:
-    """Settings of one layer, and whether it is exempt: at an end of the network, with no width of its own given."""
+    """Settings of one layer, and whether it gets ``first_last_bits``: as first or last layer without its own width."""
     first_or_last = at_end and config.first_last_bits is not None and "weight_bits" not in overrides
     if first_or_last:
-        # A general min_bits does not make an exempt layer drop bits.
+        # A min_bits in overrides does not make a first or last layer drop bits.
         overrides = {key: value for key, value in overrides.items() if key != "min_bits"}
     settings = (config.for_first_or_last() if at_end else config).for_layer([overrides])
     return at_read_widths(settings, config, name), first_or_last
 
 
 def check_same_settings(model: nn.Module, layers: Mapping[str, nn.Module], known: CPQConfig, config: CPQConfig) -> None:
-    """Refuse a config that gives layers other settings than the one that they were quantized by.
+    """Refuse a config that changes the settings of layers that are quantized already.
 
     Raises:
-        ValueError: naming settings, or a layer.
+        ValueError: names the settings, or a layer.
     """
-    ours, theirs = known.to_dict(), config.to_dict()
-    other = {name for name in ours if ours[name] != theirs[name]} - {"ignore", "overrides"}
+    current, requested = known.to_dict(), config.to_dict()
+    different = {name for name in current if current[name] != requested[name]} - {"ignore", "overrides"}
     names = names_of(model)
 
     def settings(of: CPQConfig) -> dict[str, CPQConfig]:
-        own = overrides_of(layers, names, of, shared_weight)
-        found = {name: layer_settings(name, own[name], of, at_end=False)[0] for name in layers}
-        return {name: dataclasses.replace(one, ignore=()) for name, one in found.items()}
+        overrides = overrides_of(layers, names, of, shared_weight)
+        configs = {name: layer_settings(name, overrides[name], of, at_end=False)[0] for name in layers}
+        return {name: dataclasses.replace(layer_config, ignore=()) for name, layer_config in configs.items()}
 
     before, after = settings(known), settings(config)
     changed = [n for n, layer in layers.items() if is_ignored(layer, names, config) or before[n] != after[n]]
-    if other or changed:
-        what = [f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in sorted(other)]
+    if different or changed:
+        what = [f"{name} {requested[name]!r} instead of {current[name]!r}" for name in sorted(different)]
         raise ValueError(
             f"{', '.join(what) or 'ignore or overrides'} would change what is quantized already, such as "
-            f"{next(iter(changed), next(iter(layers)))!r}: give new layers settings of their own by overrides, or call "
-            "detach(model) first to quantize all of it anew."
+            f"{next(iter(changed), next(iter(layers)))!r}: give new layers their settings in overrides, or call "
+            "detach(model) first to quantize the full model again."
         )
 
 
 def _check_shared(layers: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module], config: CPQConfig) -> None:
-    """Refuse a weight of several layers that is to be quantized in some of them alone, or at several widths."""
+    """Refuse a shared weight that is quantized in some of its layers only, or at different widths."""
     for shared in shared_by(layers, shared_weight):
         left_out = [name for name in shared if name not in chosen]
         quantized = [name for name in shared if name in chosen]
@@ -158,7 +159,7 @@ def _check_shared(layers: Mapping[str, nn.Module], chosen: Mapping[str, nn.Modul
             raise ValueError(
                 f"ignore: the layers {left_out[0]!r} and {quantized[0]!r} share one weight, and {left_out[0]!r} alone "
                 "is left out: the weight would be quantized in one and in full precision in the other. Leave out both "
-                "or neither, or give each layer a weight of its own."
+                "or neither, or give each layer a separate weight."
             )
         widths = {name: read_weight_widths(config, name) for name in quantized}
         for name in quantized[1:]:
@@ -177,31 +178,31 @@ def _check_weight(name: str, layer: nn.Module) -> None:
     if not weight.is_meta and not finite.all():
         bad = int((~finite).sum())
         raise ValueError(
-            f"The weight of layer {name!r} has {bad} NaN or infinite of {weight.numel()} values: there is no step to "
-            "fit to it. Load sound weights, or leave the layer out with ignore."
+            f"The weight of layer {name!r} has {bad} NaN or infinite of {weight.numel()} values: no scale can be "
+            "fitted to it. Load finite weights, or leave the layer out with ignore."
         )
 
 
 def first_and_last(model: nn.Module, names: list[str], called: list[str] | None = None) -> set[str]:
-    """Names of the first and last layer: as timm's ``default_cfg`` has them, else as called, else as registered.
+    """Names of the first and last layer: by timm's ``default_cfg``, else by execution order, else by registration.
 
-    With them the last one that trains, and those that share a weight with one of them.
+    The set also has the last layer that trains, and layers that share a weight with one of these.
     """
     timm_first, timm_last = timm_first_and_last(model, names)
     order = called or names
     weights = {name: shared_weight(model.get_submodule(name)) for name in names}
-    # A teacher that runs behind the network that trains takes nothing from that one's last layer.
+    # If a teacher runs after the network that trains, the network's last layer is still a last layer.
     trained = [name for name in order if any(p.requires_grad for p in weight_parameters(model.get_submodule(name)))]
-    ends = (timm_first or {order[0]}) | (timm_last or {order[-1], *trained[-1:]})
+    first_last = (timm_first or {order[0]}) | (timm_last or {order[-1], *trained[-1:]})
     # Layers that share a weight share its width.
-    shared = {id(weights[name]) for name in ends}
+    shared = {id(weights[name]) for name in first_last}
     return {name for name in names if id(weights[name]) in shared}
 
 
 def timm_first_and_last(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
-    """First and last layers among ``names`` by timm's ``default_cfg``; empty sets where nothing is known.
+    """First and last layers among ``names`` by timm's ``default_cfg``; empty sets if it is missing.
 
-    Inside another module the backbone's classifier is the last layer only if nothing is registered behind it.
+    If the backbone is part of another module, its classifier is the last layer only if no layer is registered after it.
     """
     backbones = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "default_cfg", None), Mapping)]
     if not backbones:

@@ -1,8 +1,9 @@
-"""Tied weights: modules that have the Parameter of a quantized layer as their own, such as an embedding and the head.
+"""Tied weights: modules that share the Parameter of a quantized layer, such as an embedding and the head.
 
-Such a module reads the Parameter quantized, by the layer's own quantizer, which it has as ``weight_quantizer`` too, as
-layers that share a weight do: the weight is one tensor of codes when it ships. Where it is left out by ``ignore``, or
-cannot be handed the weight quantized, it reads it in full precision, and a file holds it in float32 beside the codes.
+Such a module reads the Parameter quantized, by the layer's quantizer, which is registered as its ``weight_quantizer``
+too, as in layers that share a weight. An exported model then has the weight once, as one tensor of codes. If ``ignore``
+leaves the module out, or if the module cannot be given the quantized weight, it reads the weight in full precision, and
+an exported file has the weight in float32 as well as in codes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn.quantizer import Quantizer
 
-# An embedding's gradient may be one of the rows that were looked up alone; a quantizer's is of all of them.
+# Attribute that keeps an embedding's ``sparse``: its gradient must be dense, because a quantizer's gradient is.
 _BEFORE = "_cpq_before_sparse"
 
 
 @dataclass(frozen=True)
 class Tied:
-    """A module with a Parameter of its own, named within it, that a quantized layer has as its weight."""
+    """A module, and the name of its Parameter that is also the weight of a quantized layer."""
 
     name: str
     module: nn.Module
@@ -39,9 +40,9 @@ class Tied:
     @property
     def tensor(self) -> nn.Parameter:
         """The Parameter."""
-        found = self.module._parameters[self.parameter]
-        assert found is not None
-        return found
+        parameter = self.module._parameters[self.parameter]
+        assert parameter is not None
+        return parameter
 
     @property
     def reads_quantized(self) -> bool:
@@ -50,11 +51,11 @@ class Tied:
 
 
 def tied_to(model: nn.Module, parameters: Mapping[int, str]) -> list[Tied]:
-    """The modules that have one of some Parameters as their own, quantizable layers aside.
+    """The modules that have one of the given Parameters, except layers that can be quantized.
 
     Args:
-        model: What is searched.
-        parameters: Names of the layers that have them as their weight, by the Parameters' ``id``.
+        model: The model to search.
+        parameters: Names of the layers whose weight is the Parameter, by its ``id``.
     """
     return [
         Tied(name, module, key)
@@ -66,56 +67,56 @@ def tied_to(model: nn.Module, parameters: Mapping[int, str]) -> list[Tied]:
 
 
 def tied_to_layers(model: nn.Module) -> list[Tied]:
-    """The modules that have the weight of a layer that can be quantized, or is, as their own Parameter."""
+    """The modules that share the weight of a layer that is, or can be, quantized."""
     layers = quantizable_layers(model)
     weights = {id(p): name for name, m in layers.items() if (p := m._parameters.get("weight")) is not None}
     return tied_to(model, weights)
 
 
 def to_be_tied(model: nn.Module, layers: Mapping[str, nn.Module], config: CPQConfig) -> tuple[list[Tied], list[str]]:
-    """What shall read the weights of layers quantized; and a warning for each module that cannot.
+    """Modules to read the weights of layers quantized, and a warning for each tied module that cannot.
 
     Args:
-        model: Before it is attached.
-        layers: Those that are to be quantized, by name.
+        model: A model that is not attached yet.
+        layers: The layers to quantize, by name.
         config: Its ``ignore`` leaves modules out.
 
     Raises:
-        ValueError: an embedding that rewrites the weight by ``max_norm``.
+        ValueError: an embedding rewrites the weight by ``max_norm``.
     """
-    known = {id(p): name for name, m in layers.items() if (p := m._parameters.get("weight")) is not None}
-    found: dict[str, Tied] = {}
+    layer_names = {id(p): name for name, m in layers.items() if (p := m._parameters.get("weight")) is not None}
+    readable: dict[str, Tied] = {}
     warnings = []
-    for tied in tied_to(model, known):
+    for tied in tied_to(model, layer_names):
         if any(matches(tied.name, tied.module, pattern) for pattern in config.ignore):
             continue
-        layer = known[id(tied.tensor)]
+        layer = layer_names[id(tied.tensor)]
         if getattr(tied.module, "max_norm", None) is not None:
             raise ValueError(
                 f"The embedding {tied.name!r} is tied to the weight of layer {layer!r}, and with max_norm="
-                f"{tied.module.max_norm:g} it rewrites rows of that in each forward, quantized ones too: leave either "
-                "of them out with ignore, or max_norm off."
+                f"{tied.module.max_norm:g} it rewrites rows of that weight in each forward, also while it is "
+                "quantized: leave either of them out with ignore, or disable max_norm."
             )
         inside = (m for m in tied.module.modules() if m is not tied.module)
         if (
-            tied.name in found
+            tied.name in readable
             or type(tied.module).forward is nn.Module.forward
             or any(p is tied.tensor for m in inside for p in m._parameters.values())
         ):
-            own = type(tied.module).__name__
+            class_name = type(tied.module).__name__
             warnings.append(
-                f"The weight of layer {layer!r} is the Parameter {tied.parameter!r} of {tied.name or own!r} too, which "
-                "cannot be handed it quantized: what is computed from it there stays in full precision, and an "
-                "exported file holds it in float32 beside its codes. Let a module of its own, such as nn.Embedding, "
-                "have it."
+                f"The weight of layer {layer!r} is the Parameter {tied.parameter!r} of {tied.name or class_name!r} "
+                "too, which cannot be given the quantized weight: what it computes from the weight stays in full "
+                "precision, and an exported file has the weight in float32 as well as in codes. Put the Parameter in a "
+                "separate module, such as nn.Embedding."
             )
             continue
-        found[tied.name] = tied
-    return list(found.values()), warnings
+        readable[tied.name] = tied
+    return list(readable.values()), warnings
 
 
 def tie(tied: Tied, quantizer: Quantizer) -> TiedReader:
-    """Let a module read its Parameter quantized."""
+    """Make a module read its Parameter quantized."""
     module = switch_class(tied.module, TiedReader)
     module.tied_name = tied.parameter
     module.add_module("weight_quantizer", quantizer)
@@ -126,7 +127,7 @@ def tie(tied: Tied, quantizer: Quantizer) -> TiedReader:
 
 
 def untie(reader: TiedReader) -> None:
-    """Take back :func:`tie`."""
+    """Undo :func:`tie`."""
     reader._modules.pop("weight_quantizer")
     reader.__dict__.pop("tied_name")
     if reader.__dict__.pop(_BEFORE, False):
@@ -142,16 +143,16 @@ def tied_readers(model: nn.Module) -> Iterator[tuple[str, TiedReader]]:
 
 
 def source_of(reader: TiedReader, model: nn.Module) -> str | None:
-    """The name of the layer whose weight a module reads, quantized as the layer has it; ``None`` of none any more."""
-    own = reader._parameters[reader.tied_name], reader.weight_quantizer
+    """The name of the layer that a module shares its weight and quantizer with; ``None`` if there is none any more."""
+    weight, quantizer = reader._parameters[reader.tied_name], reader.weight_quantizer
     for name, layer in quantized_layers(model):
-        if layer._parameters.get("weight") is own[0] and layer.weight_quantizer is own[1]:
+        if layer._parameters.get("weight") is weight and layer.weight_quantizer is quantizer:
             return name
     return None
 
 
 def leave_tied(model: nn.Module, written: bool = True) -> None:
-    """Take back :func:`tie`, with the quantized weight ``written`` into the Parameter, where no layer has done that."""
+    """Undo :func:`tie`; ``written`` writes the quantized weight into the Parameter, unless a layer has done so."""
     for _, reader in list(tied_readers(model)):
         if written and source_of(reader, model) is None:
             _write(reader)
@@ -160,11 +161,11 @@ def leave_tied(model: nn.Module, written: bool = True) -> None:
 
 @torch.no_grad()
 def _write(reader: TiedReader) -> None:
-    weight, bits = reader._parameters[reader.tied_name], reader.weight_quantizer
+    weight, quantizer = reader._parameters[reader.tied_name], reader.weight_quantizer
     assert isinstance(weight, Tensor)
-    training = bits.training
-    bits.eval()
+    training = quantizer.training
+    quantizer.eval()
     try:
-        weight.copy_(bits(weight))
+        weight.copy_(quantizer(weight))
     finally:
-        bits.train(training)
+        quantizer.train(training)

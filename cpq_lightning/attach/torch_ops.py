@@ -1,4 +1,4 @@
-"""Which of torch's operations multiply matrices, and which only move values."""
+"""Lists of torch operations that multiply matrices, and of those that only move values."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ WITH_WEIGHT: set[Any] = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
-# This and the next are dicts: torch 2.8 compiles no look into a set of functions.
+# This list and the next are dicts, because torch 2.8 does not compile a lookup in a set of functions.
 WITHOUT_WEIGHT: dict[Any, None] = dict.fromkeys((
     torch.matmul, torch.mm, torch.mv, torch.bmm, torch.inner, torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm,
     torch.einsum, torch.tensordot, torch.linalg.matmul, torch.linalg.multi_dot, Tensor.__matmul__, Tensor.__rmatmul__,
     Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.bmm, Tensor.inner, Tensor.addmm, Tensor.addmv, Tensor.addbmm,
     Tensor.baddbmm, F.scaled_dot_product_attention,
 ))  # fmt: skip
-# Of these the first operand is added to the product of the others.
+# Operations that add their first operand to the product of the others.
 _ADDED_FIRST: dict[Any, None] = dict.fromkeys((
     torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm, Tensor.addmm, Tensor.addmv, Tensor.addbmm, Tensor.baddbmm,
 ))  # fmt: skip
-# Operations that multiply by weights inside.
+# Operations that multiply by weights internally.
 FUSED: set[Any] = {
     torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, F.multi_head_attention_forward,  # type: ignore[attr-defined]
     torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
     torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd,  # type: ignore[attr-defined]
 }  # fmt: skip
-# Operations that look rows of a weight up, and which argument that is.
+# Operations that look up rows of a weight, with the index of the argument that is the weight.
 LOOKUPS: dict[Any, int] = {
     F.embedding: 1, F.embedding_bag: 1, Tensor.__getitem__: 0, Tensor.index_select: 0, torch.index_select: 0,
 }  # fmt: skip
-# Parts of the names of operations that multiply matrices: of those that are in no list here, such as
+# Parts of the names of operations that multiply matrices, for operations that are in no list here, such as
 # ``torch._grouped_mm`` and ``torchvision::deform_conv2d``.
 _MULTIPLYING = ("mm", "matmul", "linear", "conv", "einsum", "attention", "lstm", "gru", "rnn", "mv", "dot", "gemm")
-# What leaves a quantized tensor quantized: it moves values, or adds zeros, which every grid holds.
-_KEEPING = {
+# Operations on a quantized tensor whose result is quantized: they move values, or add zeros, which all grids contain.
+_VALUE_PRESERVING = {
     "reshape", "view", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "expand",
     "contiguous", "to", "float", "half", "bfloat16", "type", "pad", "clone", "detach", "__getitem__", "chunk", "split",
     "unbind", "repeat", "unfold", "t", "select", "narrow", "view_as", "reshape_as", "expand_as", "type_as", "swapaxes",
     "swapdims", "repeat_interleave", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "block_diag", "roll",
     "flip", "index_select", "take_along_dim", "gather", "tril", "triu", "masked_fill",
 }  # fmt: skip
-_TURNING: set[Any] = {
+_TRANSPOSES: set[Any] = {
     Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__,  # type: ignore[attr-defined]
 }  # fmt: skip
 
 
 def keeps_values(func: Any) -> bool:
     """Whether an operation only moves the values of its first argument."""
-    return getattr(func, "__name__", "") in _KEEPING or func in _TURNING
+    return getattr(func, "__name__", "") in _VALUE_PRESERVING or func in _TRANSPOSES
 
 
 def may_multiply(func: Any) -> bool:
-    """Whether an operation that is in no list here may multiply by a weight: by its name, or as nobody knows what an
-    operator does that is not torch's own.
+    """Whether an operation that is in no list here may multiply by a weight: its name says so, or it is a third-party
+    operator.
     """
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         name = str(func)
@@ -73,17 +73,17 @@ def _is_product(name: str) -> bool:
 
 
 def flat_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec, list[int]]:
-    """A call's arguments as a flat list, how they were nested, and which of them are multiplied."""
+    """A call's arguments as a flat list, the structure to restore them, and the indices of the multiplied tensors."""
     leaves, spec = tree_flatten((args, kwargs))
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    indices = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if func in _ADDED_FIRST:
         added = args[0] if args else kwargs["input"]
-        places.remove(next(place for place in places if leaves[place] is added))
-    return leaves, spec, places
+        indices.remove(next(index for index in indices if leaves[index] is added))
+    return leaves, spec, indices
 
 
 def multiply_accumulates(func: Any, args: tuple[Any, ...], operands: list[Tensor], out: Tensor) -> int:
-    """How many a product of two tensors takes; 0 of an einsum that does not name all dimensions."""
+    """Multiply-accumulates of a product of two tensors; 0 for an einsum that does not name all dimensions."""
     if func is not torch.einsum:
         return out.numel() * operands[0].shape[-1]
     terms = str(args[0]).replace(" ", "").partition("->")[0].split(",")
@@ -97,8 +97,8 @@ def multiply_accumulates(func: Any, args: tuple[Any, ...], operands: list[Tensor
 
 
 def product_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """What a product of two (or, of attention's, three) tensors multiplies, of a call's arguments."""
+    """The tensors that a call multiplies: two, or three for attention."""
     if func is F.scaled_dot_product_attention:
         return [args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key", "value"))]
-    leaves, _, places = flat_operands(func, args, kwargs)
-    return [leaves[place] for place in places]
+    leaves, _, indices = flat_operands(func, args, kwargs)
+    return [leaves[index] for index in indices]

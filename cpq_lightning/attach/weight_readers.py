@@ -1,10 +1,10 @@
-"""Forwards that read a quantized layer's weight themselves: what they compute from it is computed from it quantized.
+"""Modules whose forward reads a quantized layer's weight itself, and must read it quantized.
 
-A quantized layer's ``weight`` is its Parameter. torch's own convolutions and linear layers are handed the quantized
-weight (:mod:`cpq_lightning.attach.layers`); a forward that reads ``self.weight``, as timm's ``StdConv2d`` and
-``nn.ConvTranspose2d`` do, or ``self.out_proj.weight``, as ``nn.MultiheadAttention`` does, runs within
-:class:`ReadQuantized`; so does the forward of a module that has the same Parameter, such as an embedding that is tied
-to the head (:mod:`cpq_lightning.attach.tied`). Writing to the weight reaches the Parameter there as well.
+A quantized layer's ``weight`` is its Parameter. torch's convolutions and linear layers get the quantized weight as an
+argument (:mod:`cpq_lightning.attach.layers`). Forwards that read ``self.weight``, as in timm's ``StdConv2d`` and
+``nn.ConvTranspose2d``, or ``self.out_proj.weight``, as in ``nn.MultiheadAttention``, run within :class:`ReadQuantized`.
+So do forwards of modules that share the Parameter, such as an embedding that is tied to the head
+(:mod:`cpq_lightning.attach.tied`). Code in such a forward that writes to the weight still writes to the Parameter.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
 from cpq_lightning.nn.quantizer import Quantizer
 
-# What asks about a tensor, or for another name of its memory, to write to it.
-_ASKING = frozenset(
+# Functions that return a tensor's properties, or an alias of its memory for writing.
+_PROPERTIES = frozenset(
     {
         "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "data_ptr",
         "is_floating_point", "is_complex", "element_size", "get_device", "untyped_storage", "storage", "detach",
@@ -31,15 +31,15 @@ _ASKING = frozenset(
         "is_same_size", "type", "has_names", "dim_order", "_is_view",
     }
 )  # fmt: skip
-# Attributes that are computed from the values; all others tell about the tensor.
+# Attributes that are computed from the values; all others are properties of the tensor.
 _COMPUTED = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 
 
 class ReadQuantized(TorchFunctionMode):
-    """Entered around a forward: operations on one of the weights get it quantized, but those that write to it.
+    """Function mode around a forward in which operations on the given weights read them quantized, except writes.
 
     Args:
-        weights: Each weight as the forward reads it, with its quantizer.
+        weights: Pairs of a weight, as the forward reads it, and its quantizer.
     """
 
     def __init__(self, weights: Sequence[tuple[Tensor, Quantizer]]) -> None:
@@ -50,10 +50,10 @@ class ReadQuantized(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._reads((args, kwargs)) or _asks(func):
+        if not self._reads((args, kwargs)) or _reads_properties(func):
             return func(*args, **kwargs)
         if writes(func):
-            # To its first argument; the others are read.
+            # It writes to the first argument and reads the others.
             return func(*args[:1], *self._quantized(args[1:]), **self._quantized(kwargs))
         out = {"out": kwargs["out"]} if "out" in kwargs else {}
         return func(*self._quantized(args), **{**self._quantized(kwargs), **out})
@@ -61,15 +61,15 @@ class ReadQuantized(TorchFunctionMode):
     def _reads(self, values: Any) -> bool:
         if isinstance(values, dict):
             values = tuple(values.values())
-        # No union of types: torch 2.8 does not compile one.
+        # A tuple instead of a union of types, which torch 2.8 does not compile.
         if isinstance(values, (tuple, list)):
             return any(self._reads(value) for value in values)
         return any(values is weight for weight, _ in self.weights)
 
     def _quantized(self, values: Any) -> Any:
-        return tree_map(self._one, values)
+        return tree_map(self._quantized_if_weight, values)
 
-    def _one(self, value: Any) -> Any:
+    def _quantized_if_weight(self, value: Any) -> Any:
         for weight, quantizer in self.weights:
             if value is weight:
                 return quantizer(value)
@@ -77,10 +77,10 @@ class ReadQuantized(TorchFunctionMode):
 
 
 @torch.compiler.assume_constant_result
-def _asks(func: Any) -> bool:
-    """Whether a function only tells about its argument, or names its memory otherwise."""
+def _reads_properties(func: Any) -> bool:
+    """Whether a function only returns properties of its argument, or an alias of its memory."""
     name = getattr(func, "__name__", "")
-    return name in _ASKING or name == "__set__" or (name == "__get__" and func not in _COMPUTED)
+    return name in _PROPERTIES or name == "__set__" or (name == "__get__" and func not in _COMPUTED)
 
 
 @torch.compiler.assume_constant_result
@@ -93,23 +93,23 @@ def writes(func: Any) -> bool:
 
 
 class WeightReader(Switched):
-    """Mixed in before the class of a module that multiplies by the weights of quantized layers without calling them."""
+    """Mixin for modules that multiply by the weights of quantized layers without calling these layers."""
 
     weight_sources: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layers: list[Any] = [self.get_submodule(name) for name in self.weight_sources]
         if not any("parametrizations" in layer._modules for layer in layers):
-            return self._own_forward(layers, *args, **kwargs)
-        # A parametrization would compute another tensor each time that the forward reads its weight.
+            return self._base_forward(layers, *args, **kwargs)
+        # Cached, because a parametrization computes a new tensor each time that the forward reads the weight.
         with parametrize.cached():
-            return self._own_forward(layers, *args, **kwargs)
+            return self._base_forward(layers, *args, **kwargs)
 
-    def _own_forward(self, layers: list[Any], *args: Any, **kwargs: Any) -> Any:
+    def _base_forward(self, layers: list[Any], *args: Any, **kwargs: Any) -> Any:
         pairs = [(layer.weight, layer.weight_quantizer) for layer in layers if hasattr(layer, "weight_quantizer")]
         if isinstance(self, nn.MultiheadAttention) and torch.compiler.is_compiling():
-            # In evaluation it has a fused path, for a query that is the key. A mode keeps it from that, but torch 2.8
-            # does not see modes there when it compiles, and would multiply by the weight as it is.
+            # If the query is the key, evaluation has a fused path, which a function mode disables. torch 2.8 does not
+            # see the mode while it compiles, and would multiply by the full-precision weight.
             if args:
                 args = (args[0].view_as(args[0]), *args[1:])
             else:
@@ -119,7 +119,7 @@ class WeightReader(Switched):
 
 
 class TiedReader(Switched):
-    """Mixed in before the class of a module that has the Parameter of a quantized layer as its own, and reads it."""
+    """Mixin for modules that share the Parameter of a quantized layer, and read it."""
 
     weight_quantizer: Quantizer
     tied_name: str
@@ -132,10 +132,10 @@ class TiedReader(Switched):
 
 
 def read_weights(model: nn.Module, layer_class: type) -> None:
-    """Let ``nn.MultiheadAttention``, which multiplies by ``out_proj.weight`` itself, multiply by it quantized.
+    """Make ``nn.MultiheadAttention``, which does not call ``out_proj``, read ``out_proj.weight`` quantized.
 
     Args:
-        model: What is searched for it.
+        model: The model to search.
         layer_class: The class of quantized layers.
     """
     for module in list(model.modules()):
@@ -145,26 +145,27 @@ def read_weights(model: nn.Module, layer_class: type) -> None:
 
 
 def leave_weights(model: nn.Module) -> None:
-    """Take back :func:`read_weights`."""
+    """Undo :func:`read_weights`."""
     for module in list(model.modules()):
         if isinstance(module, WeightReader):
             module.__dict__.pop("weight_sources", None)
             switch_class_back(module)
 
 
-# What the module had before, kept on it; and the value with which it calls its layers.
+# Prefix of the attributes that keep previous values; and the values with which a module calls its layers.
 _BEFORE = "_cpq_before_"
 _FUSED_PATHS: dict[str, Any] = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
 
 
 def avoid_fused_paths(model: nn.Module, layer_class: type) -> None:
-    """Let torch's encoders call their layers in evaluation too.
+    """Make torch's transformer encoders call their layers in evaluation too.
 
-    ``nn.TransformerEncoder`` and its layers have a fused path for evaluation without gradients, which goes round the
-    layers. Where one of these is quantized it is left, by the attributes that torch itself chooses it by.
+    ``nn.TransformerEncoder`` and its layers have a fused path for evaluation without gradients, which bypasses the
+    layers inside. If one of these is quantized, the path is disabled by the attributes that torch checks before taking
+    it.
 
     Args:
-        model: What is searched for them.
+        model: The model to search.
         layer_class: The class of quantized layers.
     """
     for module in model.modules():
@@ -179,7 +180,7 @@ def avoid_fused_paths(model: nn.Module, layer_class: type) -> None:
 
 
 def restore_fused_paths(model: nn.Module) -> None:
-    """Take back :func:`avoid_fused_paths`."""
+    """Undo :func:`avoid_fused_paths`."""
     for module in model.modules():
         for name in _FUSED_PATHS:
             if _BEFORE + name in module.__dict__:

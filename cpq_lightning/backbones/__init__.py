@@ -1,4 +1,4 @@
-"""Networks by name: all of timm's, and two for 32 x 32 pixels that timm does not have."""
+"""Networks by name: all of timm's, and two for images of 32 x 32 pixels that timm lacks."""
 
 from cpq_lightning.backbones.create import check_name as check_name
 from cpq_lightning.backbones.create import create_backbone as create_backbone

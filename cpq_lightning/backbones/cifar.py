@@ -29,7 +29,7 @@ default_cfgs = generate_default_cfgs(
 
 
 class _Block(nn.Module):
-    """Two 3 x 3 convolutions around which the input is added; channels that it lacks are zeros (shortcut A)."""
+    """Two 3 x 3 convolutions with a shortcut, which fills missing channels with zeros (type A of the paper)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Block(nn.Module):
 
 
 class _Classifier(nn.Module):
-    """What timm's models have in common: features, then a head that can be exchanged."""
+    """The interface of timm's models: features, then a replaceable head."""
 
     num_features: int
     num_classes: int
@@ -78,8 +78,8 @@ class CifarResNet(_Classifier):
     """A residual network of ``6 n + 2`` layers, with 16, 32 and 64 channels.
 
     Args:
-        blocks: Blocks a stage, n.
-        num_classes: Classes; 0 leaves the head out.
+        blocks: Blocks per stage, n.
+        num_classes: Number of classes; 0 leaves the head out.
         in_chans: Channels of the image.
     """
 
@@ -112,12 +112,12 @@ def _stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
 
 
 class CifarVGG(_Classifier):
-    """Pairs of 3 x 3 convolutions of 128, 256 and 512 channels with a pooling behind each, and two linear layers.
+    """Pairs of 3 x 3 convolutions of 128, 256 and 512 channels, each pair followed by pooling, and two linear layers.
 
     Args:
-        num_classes: Classes; 0 leaves the head out.
+        num_classes: Number of classes; 0 leaves the head out.
         in_chans: Channels of the image.
-        img_size: Pixels a side; a multiple of 8.
+        img_size: Pixels per side; a multiple of 8.
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, img_size: int = 32) -> None:
@@ -154,5 +154,5 @@ def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 
 @register_model
 def cifar_vgg7(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
-    """VGG-7 (as Louizos et al., 2019, have it) for 32 x 32 pixels: 13 million weights."""
+    """VGG-7 (Louizos et al., 2019) for 32 x 32 pixels: 13 million weights."""
     return build_model_with_cfg(CifarVGG, "cifar_vgg7", pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""A backbone by its name, and weights for it from a file."""
+"""Backbones by name, with weights from timm's hub or from a file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from timm.models import PretrainedCfg, load_model_config_from_hf, parse_model_name
 from torch import Tensor, nn
 
-# Registers its networks with timm.
+# The import registers its networks with timm.
 from cpq_lightning.backbones import cifar as cifar
 from cpq_lightning.backbones.weights import plain_weights, read_weights, under_prefix
 
-# One that nobody trains with: an untrained network of the same seed would look like one that lacks its weights.
+# An unusual seed: weights initialized with the same seed would look like weights that the file lacks.
 _SEED = 0x5EED_5EED
 
 
@@ -27,14 +27,14 @@ def create_backbone(
 
     Args:
         name: Name of a timm model (``"resnet18"``, ``"hf-hub:..."``), ``"cifar_resnet20"`` or ``"cifar_vgg7"``.
-        pretrained: ``True`` for timm's pretrained weights, or the path of a file that holds some: safetensors, a
-            ``.pth`` of timm or torchvision, or a Lightning checkpoint in which the network is a part. A head of another
-            number of classes is left out.
-        num_classes: Classes; ``None`` is the number that the pretrained weights distinguish.
+        pretrained: ``True`` for timm's pretrained weights, or the path of a file with weights: safetensors, a ``.pth``
+            of timm or torchvision, or a Lightning checkpoint that contains the network. A head with another number of
+            classes is not loaded.
+        num_classes: Number of classes; ``None`` is the number of the pretrained weights.
         arguments: Further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: an unknown name, or a file that does not hold the network's weights.
+        ValueError: the name is unknown, or the file does not contain the network's weights.
         FileNotFoundError: there is no such file.
         ConnectionError: the hub cannot be reached.
     """
@@ -53,24 +53,24 @@ def create_backbone(
 
 
 def known_backbone(name: str) -> bool:
-    """Whether :func:`create_backbone` knows a name that no hub's prefix stands before."""
+    """Whether :func:`create_backbone` knows a name without a hub prefix."""
     return timm.is_model(name)
 
 
 def check_name(name: str) -> None:
-    """Refuse what is no name of a network.
+    """Check that a name is that of a network; names with a hub prefix are not checked.
 
     Raises:
-        ValueError: with names that are near.
+        ValueError: the name is unknown; the message lists close matches.
     """
     if ":" in name:
         return
     if not known_backbone(name):
         names = timm.list_models()
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        near = near or [known for known in names if known.startswith(name[:3])][:3]
+        matches = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        matches = matches or [known for known in names if known.startswith(name[:3])][:3]
         raise ValueError(
-            f"backbone {name!r} is no timm model. Near matches: {near}; timm.list_models() has all {len(names)}."
+            f"backbone {name!r} is no timm model. Near matches: {matches}; timm.list_models() has all {len(names)}."
         )
     try:
         timm.get_pretrained_cfg(name)
@@ -83,10 +83,10 @@ def check_name(name: str) -> None:
 
 
 def pretrained_config(name: str) -> PretrainedCfg:
-    """How images are to be prepared for a network, and what its pretrained weights distinguish: timm's data config.
+    """timm's pretrained config of a network: how to prepare images for it, and the classes of its pretrained weights.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     check_name(name)
     source, model = parse_model_name(name)
@@ -97,22 +97,22 @@ def pretrained_config(name: str) -> PretrainedCfg:
 
 def _from_file(name: str, path: Path, arguments: dict[str, Any]) -> nn.Module:
     try:
-        held = plain_weights(read_weights(path))
+        weights = plain_weights(read_weights(path))
     except ValueError as error:
         raise ValueError(f"pretrained: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        # The same random start twice: what has not moved in the second was not in the file.
+        # Both networks start from the same random weights: a weight that loading leaves unchanged is not in the file.
         torch.default_generator.manual_seed(_SEED)
         bare = timm.create_model(name, **arguments)
         heads = tuple(f"{head}." for head in _heads(bare))
-        state = under_prefix(held, (key for key in bare.state_dict() if not key.startswith(heads))) or held
+        state = under_prefix(weights, (key for key in bare.state_dict() if not key.startswith(heads))) or weights
         overlay: dict[str, Any] = {"state_dict": state, **_head(bare, state)}
         torch.default_generator.manual_seed(_SEED)
         try:
             network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"pretrained={path} does not fit {name!r}: {_first_lines(error)}") from None
-    # timm keeps the state that it was given there.
+    # timm keeps the overlay, weights included, in the config of the network; drop it.
     network.pretrained_cfg = network.default_cfg = bare.pretrained_cfg
     before = {key: value for key, value in bare.named_parameters() if value.dim() > 1 and not key.startswith(heads)}
     after = dict(network.named_parameters())
@@ -131,7 +131,7 @@ def _heads(network: nn.Module) -> tuple[str, ...]:
 
 
 def _head(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many classes the file's head has: timm keeps it where the network has as many."""
+    """The number of classes of the head in the file; timm loads that head if the network has as many classes."""
     sizes = [len(state[f"{name}.weight"]) for name in _heads(network) if f"{name}.weight" in state]
     return {"num_classes": sizes[0]} if sizes else {}
 

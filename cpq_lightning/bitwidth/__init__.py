@@ -1,1 +1,1 @@
-"""Learned widths, without Lightning: what widths cost, what a bit is worth to the loss, the search on a budget."""
+"""Learned bit widths, without Lightning: cost models, gate statistics, the gate update and the search on a budget."""

@@ -1,4 +1,4 @@
-"""What a BitBudget holds the widths to: costs with their targets."""
+"""The constraints of a BitBudget: costs of the bit widths, each with a target."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cpq_lightning.nn.quantizer import Quantizer
 
 BudgetUnit = Literal["bits", "bytes", "bops"]
 
-# How far below the target decided widths may stay without bits moving from layer to layer: in bits, and in bytes or bit
-# operations as a share of the target.
+# Decided widths may cost less than the target by this much before bits are exchanged between layers: in bits for
+# averages, as a share of the target for bytes and bit operations.
 _TOLERANCE_BITS, _TOLERANCE_SHARE = 0.04, 0.015
-# Of a sum of many shares.
+# Relative rounding error of a sum of many terms.
 _ROUNDING = 1e-9
-_MOST_NAMED = 20
-_SPELLED_OUT = {
+_MAX_LISTED = 20
+_DESCRIPTIONS = {
     "weight_bits": "average bits of the weights",
     "act_bits": "average bits of the activations",
     "bytes": "bytes of the packed file",
@@ -35,7 +35,7 @@ _SPELLED_OUT = {
 
 @dataclass
 class Constraint:
-    """A budget with its target and the expected cost that it started from."""
+    """A budget with its target and its expected cost at the first step."""
 
     name: CostUnit | Literal["bytes"]
     budget: Budget
@@ -44,57 +44,60 @@ class Constraint:
 
     @property
     def tolerance(self) -> float:
-        """How far below the target decided widths may stay without bits moving from layer to layer."""
+        """How far below the target decided widths may stay before bits are exchanged between layers."""
         return _TOLERANCE_BITS if self.name.endswith("bits") else _TOLERANCE_SHARE * self.target
 
     @property
-    def _spelled_out(self) -> str:
-        return _SPELLED_OUT.get(self.name, self.name)
+    def _description(self) -> str:
+        return _DESCRIPTIONS.get(self.name, self.name)
 
     def scheduled_target(self, progress: float) -> float:
-        """The expected cost wanted at a part of the way down; geometric, so that most of it is left for low widths."""
+        """Target for the expected cost at ``progress`` (0 to 1) of the descent.
+
+        The target falls geometrically, so that most of the descent is spent at low widths.
+        """
         return anneal(round(1e6 * progress), 0, 10**6, self.first, self.target, "exponential")
 
     def describe(self, widths: Tensor, moved: list[dict[str, Any]]) -> str:
-        """A sentence on the decision, with the widths that were changed to meet the target, and what is left of it."""
-        # Channels that have a width each are told together.
+        """A sentence on the decision: the widths changed to meet the target, the cost, and the rest of the target."""
+        # Channels of one quantizer with the same change are listed together.
         counted = Counter((change["name"], change["before"], change["after"]) for change in moved)
         listed = [
             f"{f'{count} channels of ' if count > 1 else ''}{name} from {before} to {after} bits"
             for (name, before, after), count in counted.items()
         ]
-        more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
-        how = f"after changing {', '.join(listed[:_MOST_NAMED])}{more}" if listed else "as learned"
+        more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
+        how = f"after changing {', '.join(listed[:_MAX_LISTED])}{more}" if listed else "as learned"
         spent = self.budget.cost.of_whole(widths)
         left = self.target - spent
         below = f", {left:.3g} below it" if left > 1e-9 * self.target else ""
         return (
-            f"BitBudget: widths are decided, {how}: {_figures(spent)} {self._spelled_out} for a target of "
+            f"BitBudget: widths are decided, {how}: {_figures(spent)} {self._description} for a target of "
             f"{_figures(self.target)}{below}."
         )
 
     def check_reach(self, narrowest: Tensor, widest: Tensor) -> None:
-        """Refuse a target that even the narrowest widths cost more than, or the widest ones far less.
+        """Check that the target lies between the costs of the narrowest and of the widest widths.
 
         Raises:
-            ValueError: naming the range within reach.
+            ValueError: The target is out of reach. The message gives the reachable range.
         """
         low, high = (self.budget.cost.of_whole(widths) for widths in (narrowest, widest))
         if not low <= self.target * (1 + _ROUNDING) or self.target > high + self.tolerance:
             raise ValueError(
-                f"BitBudget: the target of {_figures(self.target)} {self._spelled_out} is out of reach: the widths "
-                f"that are learned allow {_figures(low)} to {_figures(high)}. Change the target, or min_bits, "
+                f"BitBudget: the target of {_figures(self.target)} {self._description} is out of reach: the learned "
+                f"widths allow {_figures(low)} to {_figures(high)}. Change the target, or min_bits, "
                 "weight_bits and first_last_bits of CPQConfig."
             )
 
 
 def _figures(value: float) -> str:
-    """Bytes to the last one, and averages to six figures."""
+    """Whole numbers such as bytes in full, other numbers to six significant digits."""
     return f"{value:.0f}" if value == int(value) and 10 <= value < 1e9 else f"{value:.6g}"
 
 
 def net_changes(changes: list[WidthChange], names: list[str]) -> list[dict[str, Any]]:
-    """What several changes come to: name of the quantizer, width before and after, one entry a row that differs."""
+    """The net effect of ``changes``: quantizer name, width before and after, one entry for each row that differs."""
     first = {change.row: change.before for change in reversed(changes)}
     last = {change.row: change.after for change in changes}
     return [
@@ -112,81 +115,83 @@ def make_constraints(
     act_target: float | None,
     byte_cost: Callable[[], WidthCost],
 ) -> list[Constraint]:
-    """The constraints that a budget sets for the learners' widths.
+    """The constraints that a budget sets on the widths of ``learners``.
 
     Args:
         model: An attached model.
         learners: The quantizers that learn a width.
-        target: What the model may cost at most, in ``unit``.
+        target: The maximum cost of the model, in ``unit``.
         unit: ``"bits"``, ``"bytes"`` or ``"bops"``.
-        act_target: Average bits of learned activations.
-        byte_cost: What the learners' widths cost in bytes of the file, asked where ``unit`` is ``"bytes"``.
+        act_target: Target for the average bits of learned activations.
+        byte_cost: Returns the cost of the learners' widths in bytes of the packed file. Called only with
+            ``unit="bytes"``.
 
     Raises:
-        ValueError: learned activations without a target, or bit operations that are not known.
+        ValueError: Learned activations have no target, ``act_target`` is given without learned activations, or bit
+            operations are not known.
     """
     kinds = {q.kind for q in learners}
-    wanted: list[tuple[Any, float]] = []
+    targets: list[tuple[Any, float]] = []
     if unit == "bits" and "weight" in kinds:
-        wanted.append(("weight_bits", target))
+        targets.append(("weight_bits", target))
     elif unit != "bits":
-        wanted.append((unit, target))
+        targets.append((unit, target))
     if act_target is not None and "activation" not in kinds:
         raise ValueError(
             f"BitBudget(act_target={act_target:g}) has no activation to learn: set learn_act_bits=True with act_bits "
             "over min_act_bits in CPQConfig, or leave act_target out."
         )
     if "activation" in kinds and unit != "bops":
-        own = act_target or (target if unit == "bits" else None)
-        if own is None:
+        activation_target = act_target or (target if unit == "bits" else None)
+        if activation_target is None:
             raise ValueError(
-                "BitBudget(unit='bytes') puts no price on activations, which learn_act_bits=True asks to learn: give "
-                "act_target, their average bits, or count unit='bops'."
+                "BitBudget(unit='bytes') does not count activations, whose widths learn_act_bits=True learns: "
+                "give act_target, their average bits, or use unit='bops'."
             )
-        wanted.append(("act_bits", own))
+        targets.append(("act_bits", activation_target))
     try:
-        costs = [byte_cost() if name == "bytes" else width_cost(model, learners, name) for name, _ in wanted]
+        costs = [byte_cost() if name == "bytes" else width_cost(model, learners, name) for name, _ in targets]
     except ValueError as error:
         raise ValueError(f"BitBudget(unit={unit!r}): {error}") from error
-    return [Constraint(name, Budget(cost), value, value) for (name, value), cost in zip(wanted, costs, strict=True)]
+    return [Constraint(name, Budget(cost), value, value) for (name, value), cost in zip(targets, costs, strict=True)]
 
 
 def check_not_all_first_or_last(model: nn.Module) -> None:
-    """Refuse a model in which all layers that could learn a width are first or last ones, whose width is given.
+    """Refuse a model in which every layer that could learn a width is a first or last layer, at ``first_last_bits``.
 
     Raises:
-        ValueError: naming them, and ``first_last_bits``.
+        ValueError: All candidates are first or last layers. The message names them and ``first_last_bits``.
     """
     for kind in ("weight", "activation"):
-        own = [(name, q) for name, q in quantizers(model) if q.gates.learned and q.kind == kind]
-        if own and all(q.first_or_last for _, q in own):
+        candidates = [(name, q) for name, q in quantizers(model) if q.gates.learned and q.kind == kind]
+        if candidates and all(q.first_or_last for _, q in candidates):
             raise ValueError(
-                f"BitBudget has no {kind} to learn a width of: all {len(own)} that could ({_some(own)}) are of first "
-                f"or last layers, which keep first_last_bits={own[0][1].bits}. Set first_last_bits=None in CPQConfig, "
-                "or give these layers weight_bits of their own in overrides."
+                f"BitBudget has no {kind} to learn a width of: all {len(candidates)} candidates "
+                f"({_listed(candidates)}) are first or last layers, at first_last_bits={candidates[0][1].bits}. "
+                "Set first_last_bits=None in CPQConfig, or give these layers weight_bits in overrides."
             )
 
 
-def _some(named: list[tuple[str, Quantizer]], most: int = 4) -> str:
-    more = f" and {len(named) - most} more" if len(named) > most else ""
-    return ", ".join(name for name, _ in named[:most]) + more
+def _listed(named: list[tuple[str, Quantizer]], maximum: int = 4) -> str:
+    more = f" and {len(named) - maximum} more" if len(named) > maximum else ""
+    return ", ".join(name for name, _ in named[:maximum]) + more
 
 
 def explain_nothing_to_learn(
     model: nn.Module, targets: Mapping[str, float], done: Mapping[str, Any] | None
 ) -> tuple[str, bool]:
-    """Why no width is learned: all are fixed already, or, as an error, none ever was to be.
+    """Explain why no width is learned: all widths are fixed already, or the configuration learns none (an error).
 
     Args:
         model: The module that is trained.
-        targets: What its budget asks for, by what it counts.
-        done: State of the search that a checkpoint holds, if any.
+        targets: The targets of its budget, by the name of the cost.
+        done: The state of the search in the checkpoint, if there is one.
 
     Returns:
-        A sentence, and whether it is a warning: the widths were fixed for other targets.
+        A sentence, and whether to warn: ``True`` if the widths were fixed for other targets.
 
     Raises:
-        ValueError: with what to do.
+        ValueError: The configuration learns no width. The message says what to change.
     """
     if not is_attached(model):
         raise ValueError(
@@ -195,14 +200,14 @@ def explain_nothing_to_learn(
         )
     check_not_all_first_or_last(model)
     if any(q.gates.learned for _, q in quantizers(model)):
-        then = {} if done is None else {name: target for name, target, _ in done["goals"]}
-        if any(targets.get(name) != target for name, target in then.items()):
-            named = ", ".join(f"{target:g} {_SPELLED_OUT.get(name, name)}" for name, target in then.items())
+        previous = {} if done is None else {name: target for name, target, _ in done["goals"]}
+        if any(targets.get(name) != target for name, target in previous.items()):
+            named = ", ".join(f"{target:g} {_DESCRIPTIONS.get(name, name)}" for name, target in previous.items())
             return (
-                f"BitBudget comes too late with its target: the checkpoint's widths were fixed for {named} and stay as "
-                "they are. Resume from a checkpoint before its freeze, or begin anew."
+                f"BitBudget comes too late with its target: the checkpoint's widths were fixed for {named} and stay "
+                "unchanged. Resume from a checkpoint before its freeze, or start a new run."
             ), True
-        return "BitBudget: all widths are fixed already; they stay as they are.", False
+        return "BitBudget: all widths are fixed already; they stay unchanged.", False
     raise ValueError(
         "BitBudget has nothing to learn: no quantizer has widths to choose from. Set "
         "CPQConfig(weight_bits=8, min_bits=2, learn_bits=True), or leave BitBudget out."

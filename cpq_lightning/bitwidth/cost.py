@@ -1,4 +1,4 @@
-"""Costs of quantized tensors: averages of bits, bytes, and what a vector of widths costs."""
+"""Costs of quantized tensors: average bits, and the cost of a vector of bit widths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def average_bits(sizes_and_bits: Iterable[tuple[int, float]]) -> float | None:
-    """``sum_l numel_l bits_l / sum_l numel_l``, or ``None`` of nothing.
+    """``sum_l numel_l bits_l / sum_l numel_l``, or ``None`` without elements.
 
     Example:
         >>> average_bits([(300, 2), (100, 6)])
@@ -23,7 +23,7 @@ def average_bits(sizes_and_bits: Iterable[tuple[int, float]]) -> float | None:
 
 @dataclass(frozen=True)
 class WidthCost:
-    """A cost ``constant + sum_t coefficient_t · b_left(t) · b_right(t)`` of a vector of widths ``b``.
+    """The cost ``constant + sum_t coefficient_t · b_left(t) · b_right(t)`` of a vector of widths ``b``.
 
     Bits and bytes are linear in the widths, bit operations bilinear: MACs times the weight's width times the
     activation's.
@@ -31,11 +31,11 @@ class WidthCost:
     Attributes:
         coefficients: Shape (terms,), float64, not negative.
         left: Indices into the widths, shape (terms,).
-        right: Indices likewise; the number of widths stands for a factor of 1.
-        constant: What does not depend on the widths.
-        exact: What whole widths, shape (n,), cost to the last unit, where that is no such sum: a file rounds each
-            weight up to whole bytes.
-        rounding: By how much one bit may then cost less than its term says.
+        right: Indices of the other factor, shape (terms,). The index ``n``, the number of widths, means a factor of 1.
+        constant: The part of the cost that does not depend on the widths.
+        exact: The exact cost of integer widths, shape (n,), where it is not such a sum: a file rounds each weight up to
+            whole bytes.
+        rounding: By how much one bit may cost less under ``exact`` than its term says.
 
     Example:
         >>> index = torch.tensor
@@ -52,12 +52,12 @@ class WidthCost:
     rounding: float = 0.0
 
     def __call__(self, widths: Tensor) -> float:
-        """The cost of widths, shape (n,), float64."""
+        """The cost of ``widths``, shape (n,), float64."""
         padded = _padded(widths)
         return self.constant + float((self.coefficients * padded[self.left] * padded[self.right]).sum())
 
     def of_whole(self, widths: Tensor) -> float:
-        """The cost of whole widths, shape (n,), float64, to the last unit."""
+        """The exact cost of integer widths, shape (n,), float64."""
         return self(widths) if self.exact is None else self.exact(widths)
 
     def gradient(self, widths: Tensor) -> Tensor:

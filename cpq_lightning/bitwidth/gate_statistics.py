@@ -1,4 +1,4 @@
-"""What the loss says of each gate: running means over steps, for both estimators of gates."""
+"""Running means of the gates' gradients over training steps, for both gate estimators."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from torch import Tensor
 
 from cpq_lightning.functional.dropbits import expected_slope
 
-# Adam's running means, with a shorter memory for the square: gates that are nearly decided have rare gradients.
+# Decay rates of Adam's running means; shorter than usual for the square, since a nearly decided gate rarely has a
+# gradient.
 _MOMENTUM, _VARIANCE = 0.9, 0.99
-# What bits are worth changes slowly, and each step tells it anew.
-_MEMORY = 0.98
-# What is worth no more than this is worth nothing: what nothing depends on, for which backward hands over less.
-_NOTHING, _TINY = 1e-28, 1e-36
+# Decay rate of the running means of saliencies, which change slowly and are measured in each step.
+_DECAY = 0.98
+# A saliency up to this value counts as zero: the backward pass reports less where nothing depends on the bit.
+_ZERO_SALIENCY, _EPSILON = 1e-28, 1e-36
 
 
-class Values:
-    """Running means of what gates hand over, as matrices with a column of gates for each row of widths.
+class GateStatistics:
+    """Running means of the gradients of gate logits, as matrices of shape (gates, rows).
+
+    A row is one bit width: that of a quantizer, or of one of its channels.
 
     Args:
-        shape: Gates and rows.
+        shape: Numbers of gates and rows.
     """
 
     _NAMES: tuple[str, ...] = ()
@@ -29,24 +32,24 @@ class Values:
             setattr(self, name, torch.zeros(shape, dtype=torch.float64))
 
     def update(self, gradient: Tensor, came: Tensor) -> Tensor:
-        """Take a step's gradients; ``came``, one value a row, is 0 where there was none.
+        """Add the gradients of one step; ``came``, one value a row, is 0 where there was no gradient.
 
         Returns:
-            Of which rows they tell anything, bool.
+            Which rows had a usable gradient, bool.
         """
         raise NotImplementedError
 
     def of(self, open_now: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-        """The loss's gradient in each logit, and the unit that a logit's move by it is measured in.
+        """The gradient of the loss in each logit, and the unit ``s`` by which a logit's update is divided.
 
         Args:
-            open_now: Probability of each gate to be open.
-            noise: How much of the gates' noise is left.
+            open_now: Probability that each gate is open.
+            noise: Scale of the gates' noise, from 1 down to nearly 0.
         """
         raise NotImplementedError
 
-    def worth(self) -> Tensor | None:
-        """What each bit is worth to the loss; ``None`` of gradients that do not tell."""
+    def saliency(self) -> Tensor | None:
+        """The saliency of each bit; ``None`` if the estimator does not measure it."""
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -59,9 +62,9 @@ class Values:
             setattr(self, name, state[name].clone())
 
 
-class ConcreteStatistics(Values):
-    """Of gates with the estimator ``"concrete"``: means ``m`` of the gradient through what was drawn and ``v`` of its
-    square, as Adam has them. A logit moves by ``m / sqrt(v)``.
+class ConcreteStatistics(GateStatistics):
+    """Statistics for the estimator ``"concrete"``: running means ``m`` of the gradient through the sampled gates and
+    ``v`` of its square, as in Adam. A logit moves by ``m / sqrt(v)``.
     """
 
     _NAMES = ("mean", "square", "count")
@@ -77,16 +80,18 @@ class ConcreteStatistics(Values):
 
     def of(self, open_now: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         count = self.count.clamp(min=1)
-        return self.mean / (1 - _MOMENTUM**count), (self.square / (1 - _VARIANCE**count)).sqrt() + _TINY
+        return self.mean / (1 - _MOMENTUM**count), (self.square / (1 - _VARIANCE**count)).sqrt() + _EPSILON
 
 
-class CurvatureStatistics(Values):
-    """Of gates with the estimator ``"curvature"``, which hand over minus what their bit is worth: the geometric mean
-    of that, over steps in which the bit was there, times the share of them in which anything depended on it. A batch
-    without some other bits may tell of a thousand times as much; it then counts as one of many.
+class CurvatureStatistics(GateStatistics):
+    """Statistics for the estimator ``"curvature"``, whose gates receive minus the saliency of their bit as gradient.
 
-    The gradient is that of the expected worth ``w``, ``-sum_k w_k prod_(j<=k) P(z_j > 0)``, in the logits as they are
-    now, and a logit moves by how much the price is above or below it, in parts of it.
+    The saliency ``w`` of a bit is the geometric mean over the steps in which its gate was open, times the share of
+    these steps in which the loss depended on the bit. The mean is geometric because a batch in which other bits are
+    dropped may report a saliency a thousand times as large.
+
+    The gradient is that of ``-sum_k w_k prod_(j<=k) P(z_j > 0)`` in the present logits. A logit moves by the relative
+    difference between the price of its bit and this gradient.
     """
 
     _NAMES = ("mean", "told", "share", "count")
@@ -96,25 +101,25 @@ class CurvatureStatistics(Values):
     count: Tensor
 
     def update(self, gradient: Tensor, came: Tensor) -> Tensor:
-        seen = (gradient < 0) * came
-        # A layer that is skipped, samples that are dropped: worth nothing in this step, which a mean of logarithms
-        # would never forget.
-        told = (gradient < -_NOTHING) * came
-        self.count += seen
-        self.told += told
-        self.share.lerp_(told, seen * (1 - _MEMORY))
-        self.mean.lerp_((-gradient).clamp(min=_NOTHING).log(), told * (1 - _MEMORY))
-        return seen.any(0)
+        was_open = (gradient < 0) * came
+        # A zero (a skipped layer, dropped samples) would dominate a mean of logarithms: it only lowers the share.
+        salient = (gradient < -_ZERO_SALIENCY) * came
+        self.count += was_open
+        self.told += salient
+        self.share.lerp_(salient, was_open * (1 - _DECAY))
+        self.mean.lerp_((-gradient).clamp(min=_ZERO_SALIENCY).log(), salient * (1 - _DECAY))
+        return was_open.any(0)
 
-    def worth(self) -> Tensor:
-        """``w``, in the unit of :func:`~cpq_lightning.functional.saliency.bit_saliency`."""
-        mean = (self.mean / (1 - _MEMORY ** self.told.clamp(min=1))).exp()
-        worth = mean * self.share / (1 - _MEMORY ** self.count.clamp(min=1))
-        for k in range(1, len(worth)):
-            # Of a bit that was never there: its residual is about half as large as that of the bit before it.
-            worth[k] = torch.where(self.count[k] > 0, worth[k], worth[k - 1] / 4)
-        return worth
+    def saliency(self) -> Tensor:
+        """The saliency ``w``, in the unit of :func:`~cpq_lightning.functional.saliency.bit_saliency`."""
+        mean = (self.mean / (1 - _DECAY ** self.told.clamp(min=1))).exp()
+        saliency = mean * self.share / (1 - _DECAY ** self.count.clamp(min=1))
+        for k in range(1, len(saliency)):
+            # A gate that was never open has no measurement. The residual of its bit is about half as large as that of
+            # the previous bit, and the saliency goes with the square.
+            saliency[k] = torch.where(self.count[k] > 0, saliency[k], saliency[k - 1] / 4)
+        return saliency
 
     def of(self, open_now: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-        slope = expected_slope(open_now, noise, self.worth())
-        return -slope, slope + _TINY
+        slope = expected_slope(open_now, noise, self.saliency())
+        return -slope, slope + _EPSILON

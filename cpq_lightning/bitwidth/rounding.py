@@ -1,4 +1,4 @@
-"""Whole widths on a budget: the cheapest single changes that bring what was learned to its target, and not above it."""
+"""Integer widths on a budget: the cheapest one-bit changes that bring the learned widths to the target."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpq_lightning.bitwidth.cost import WidthCost
 
 @dataclass(frozen=True)
 class WidthChange:
-    """One width, a bit up or down."""
+    """A change of one width by one bit."""
 
     row: int
     before: int
@@ -30,28 +30,29 @@ def adjust_widths(
     price: Callable[[Tensor, int], Tensor],
     follows: Tensor | None = None,
 ) -> tuple[Tensor, list[WidthChange]]:
-    """Change widths by single bits until they cost at most ``target``, and as little less as is found.
+    """Change widths by single bits until they cost at most ``target``, and as close to it as the search gets.
 
-    Over the target the bit with the least price for what it saves is taken away, again and again. Then the bits that
-    still fit are added, those that bring most for what they cost first, until none fits. Where that ends more than
-    ``tolerance`` below the target, bits are exchanged between two rows, and one bit of a row that is too large for what
-    is left, up or down, is made up for by the others. Rows that follow the mean of the others shall neither take bits
-    from them, nor leave them any, by being whole: the others come first, to where the target is met by a mean that all
-    have in common.
+    1. While the cost is over the target, remove the bit with the least price for each unit of cost saved.
+    2. Add bits that still fit, those with the largest gain for each unit of cost first, until none fits.
+    3. If the cost is then more than ``tolerance`` below the target, exchange bits between two rows. After that, change
+       one bit of a row whose bit alone is too large for the remaining room, and let the other rows compensate.
+
+    Rows that follow the mean of the others must neither take bits from them nor leave them any through rounding.
+    Therefore the other rows are adjusted first, with the followers at the common width that meets the target.
 
     Args:
-        widths: Whole widths, shape (rows,), float64.
-        narrowest: Least width of each row.
-        widest: Greatest width of each row.
-        cost: What widths cost. Rows that do not appear in it stay.
-        target: What they may cost; where the narrowest cost more, these are what is returned.
-        tolerance: How far below it they may stay, rather than that bits move between rows.
-        price: What a change of each row by ``+1`` or ``-1`` costs the network, in any unit: ``price(widths, ±1)``;
-            less than 0 is what it gains.
+        widths: Integer widths, shape (rows,), float64.
+        narrowest: Minimum width of each row.
+        widest: Maximum width of each row.
+        cost: The cost of the widths. Rows that do not appear in it are not changed.
+        target: The maximum cost. If the narrowest widths cost more, they are returned.
+        tolerance: How far below the target the cost may stay before bits are exchanged between rows.
+        price: ``price(widths, ±1)``, the price to the network of a change of each row by one bit, in any unit; a
+            negative price is a gain.
         follows: Which rows follow the mean of the others, shape (rows,), bool.
 
     Returns:
-        New widths, and the changes in order.
+        The new widths, and the changes in order.
 
     Example:
         >>> rows = torch.arange(2)
@@ -62,47 +63,47 @@ def adjust_widths(
         (tensor([4., 3.], dtype=torch.float64), [WidthChange(row=1, before=4, after=3)])
     """
     changes: list[WidthChange] = []
-    own = cost.gradient(widths) > 0
-    follow = own & follows if follows is not None else torch.zeros_like(own)
-    lead = own & ~follow
+    counted = cost.gradient(widths) > 0
+    follow = counted & follows if follows is not None else torch.zeros_like(counted)
+    lead = counted & ~follow
     if lead.any() and follow.any():
-        meant = torch.where(follow, _common_width(cost, target, own, widths, narrowest, widest), widths)
-        unit = cost.gradient(meant)
-        # What they may be off the target by is their part of what all may.
-        near = tolerance * float(unit[lead].sum() / unit[own].sum())
-        low, high = torch.where(lead, narrowest, meant), torch.where(lead, widest, meant)
-        led, changes = _approach(meant, low, high, _Limit(cost, target, whole=False), near, price)
-        widths = torch.where(lead, led, widths)
+        ideal = torch.where(follow, _common_width(cost, target, counted, widths, narrowest, widest), widths)
+        unit = cost.gradient(ideal)
+        # Their tolerance is their share of that of all rows.
+        share = tolerance * float(unit[lead].sum() / unit[counted].sum())
+        low, high = torch.where(lead, narrowest, ideal), torch.where(lead, widest, ideal)
+        adjusted, changes = _approach(ideal, low, high, _Limit(cost, target, exact=False), share, price)
+        widths = torch.where(lead, adjusted, widths)
         low, high = torch.where(follow, narrowest, widths), torch.where(follow, widest, widths)
-        # All of them as near to it as whole widths are.
-        away = lambda now, by: (now + by - meant).abs()  # noqa: E731
-        widths, more = _approach(widths, low, high, _Limit(cost, target), tolerance, away)
+        # Followers become the integer widths closest to the common width.
+        distance = lambda now, by: (now + by - ideal).abs()  # noqa: E731
+        widths, more = _approach(widths, low, high, _Limit(cost, target), tolerance, distance)
         changes += more
-    found, more = _approach(widths, narrowest, widest, _Limit(cost, target), tolerance, price)
-    return found, changes + more
+    widths, more = _approach(widths, narrowest, widest, _Limit(cost, target), tolerance, price)
+    return widths, changes + more
 
 
 @dataclass(frozen=True)
 class _Limit:
-    """A cost that may not be over a target; ``whole``: whether of whole widths."""
+    """A cost with its maximum ``target``; ``exact``: whether widths are integers, with the exact cost of a file."""
 
     cost: WidthCost
     target: float
-    whole: bool = True
+    exact: bool = True
 
     def room(self, widths: Tensor) -> float:
-        """How far below the target widths are; less than 0 above it."""
-        found = self.target - (self.cost.of_whole(widths) if self.whole else self.cost(widths))
-        return 0.0 if abs(found) <= self._rounding else found
+        """The target minus the cost of ``widths``; negative above the target."""
+        room = self.target - (self.cost.of_whole(widths) if self.exact else self.cost(widths))
+        return 0.0 if abs(room) <= self._rounding else room
 
     @property
     def slack(self) -> float:
-        """By how much more than what is left a bit may cost by its term, and fit."""
-        return self._rounding + (self.cost.rounding if self.whole else 0.0)
+        """By how much the term of a bit may exceed the remaining room although the bit may fit."""
+        return self._rounding + (self.cost.rounding if self.exact else 0.0)
 
     @property
     def _rounding(self) -> float:
-        # A sum of many shares is off by that.
+        # The rounding error of a sum of many terms.
         return _ROUNDING * abs(self.target)
 
 
@@ -115,7 +116,7 @@ def _approach(
     price: Callable[[Tensor, int], Tensor],
     moves_large: bool = True,
 ) -> tuple[Tensor, list[WidthChange]]:
-    """:func:`adjust_widths` where no row follows others; ``moves_large``: whether large rows may go past the target."""
+    """Run :func:`adjust_widths` without followers; ``moves_large``: whether to try bits too large for the room."""
     widths, changes = widths.clone(), []
 
     def change(row: int, by: int) -> None:
@@ -128,12 +129,12 @@ def _approach(
         if room < 0:
             if not down.any():
                 return widths, changes
-            # What a bit saves beyond what is missing does not count for it: of what is as good the smallest is taken.
-            ranked = _ranked(price(widths, -1), unit.clamp(max=-room), down)
+            # Savings beyond the excess do not count. Of equally good bits the smallest is removed.
+            ranked = _price_per_cost(price(widths, -1), unit.clamp(max=-room), down)
             equal = ranked <= ranked.min() + 1e-9 * ranked.min().abs()
             change(int(torch.where(equal, unit, torch.inf).argmin()), -1)
             continue
-        row = _fitting(widths, limit, room, unit, up, price)
+        row = _best_fitting(widths, limit, room, unit, up, price)
         if row is not None:
             change(row, 1)
             continue
@@ -146,14 +147,14 @@ def _approach(
             continue
         if not moves_large:
             return widths, changes
-        found = _large_moved(widths, narrowest, widest, limit, tolerance, price)
-        if found is None:
+        result = _change_large(widths, narrowest, widest, limit, tolerance, price)
+        if result is None:
             return widths, changes
-        widths, more = found
+        widths, more = result
         changes += more
 
 
-def _large_moved(
+def _change_large(
     widths: Tensor,
     narrowest: Tensor,
     widest: Tensor,
@@ -161,43 +162,43 @@ def _large_moved(
     tolerance: float,
     price: Callable[[Tensor, int], Tensor],
 ) -> tuple[Tensor, list[WidthChange]] | None:
-    """One bit of a row changed that alone costs more than what is left, or saves too much: the others make up for it.
+    """Change one bit that alone costs more than the remaining room, or saves too much, and let other rows compensate.
 
-    ``None`` where none brings the cost nearer to its target.
+    ``None`` if no such change brings the cost closer to the target.
     """
     room, unit = limit.room(widths), limit.cost.gradient(widths)
     best = None
     for by in (1, -1):
         possible = (unit > 0) & (widths + by >= narrowest) & (widths + by <= widest)
         rows = possible.nonzero().flatten().tolist()
-        for row in sorted(rows, key=lambda row: float(unit[row]))[:_MOST_TRIED]:
+        for row in sorted(rows, key=lambda row: float(unit[row]))[:_MAX_TRIALS]:
             trial, low, high = widths.clone(), narrowest.clone(), widest.clone()
             trial[row] += by
             low[row] = high[row] = trial[row]
-            found, more = _approach(trial, low, high, limit, tolerance, price, moves_large=False)
-            left = limit.room(found)
+            changed, more = _approach(trial, low, high, limit, tolerance, price, moves_large=False)
+            left = limit.room(changed)
             if 0 <= left < room - 1e-6 * float(unit.max()):
-                room, best = left, (found, [WidthChange(row, int(widths[row]), int(trial[row])), *more])
+                room, best = left, (changed, [WidthChange(row, int(widths[row]), int(trial[row])), *more])
             if room <= tolerance:
                 return best
     return best
 
 
-def _ranked(prices: Tensor, saved: Tensor, possible: Tensor) -> Tensor:
-    """Prices for each unit of cost, infinite where a change is not possible."""
-    # Of what costs nothing the largest.
-    prices = torch.where(prices >= 0, prices.clamp(min=_LEAST), prices)
+def _price_per_cost(prices: Tensor, saved: Tensor, possible: Tensor) -> Tensor:
+    """Price for each unit of cost saved, infinite where a change is not possible."""
+    # Of several bits at price 0 the one that saves most ranks first.
+    prices = torch.where(prices >= 0, prices.clamp(min=_MIN_PRICE), prices)
     return torch.where(possible, prices / saved.clamp(min=1e-300), torch.inf)
 
 
-def _fitting(
+def _best_fitting(
     widths: Tensor, limit: _Limit, room: float, unit: Tensor, up: Tensor, price: Callable[[Tensor, int], Tensor]
 ) -> int | None:
-    """The row whose next bit brings most for what it costs, of those that still fit."""
+    """The row whose next bit fits with the largest gain for each unit of cost; ``None`` if none fits."""
     fits = up & (unit <= room + limit.slack)
     if not fits.any():
         return None
-    ranked = _ranked(price(widths, 1), unit, fits)
+    ranked = _price_per_cost(price(widths, 1), unit, fits)
     for row in ranked.argsort(stable=True)[: int(fits.sum())].tolist():
         trial = widths.clone()
         trial[row] += 1
@@ -207,39 +208,41 @@ def _fitting(
 
 
 def _common_width(
-    cost: WidthCost, target: float, own: Tensor, widths: Tensor, narrowest: Tensor, widest: Tensor
+    cost: WidthCost, target: float, counted: Tensor, widths: Tensor, narrowest: Tensor, widest: Tensor
 ) -> Tensor:
-    """The width, not a whole one, with which all of a cost's rows together cost the target; within each row's own."""
-    low, high = float(narrowest[own].min()), float(widest[own].max())
-    for _ in range(_HALVINGS):
+    """The common width, in general not an integer, at which the ``counted`` rows cost the target, clamped to the range
+    of each row.
+    """
+    low, high = float(narrowest[counted].min()), float(widest[counted].max())
+    for _ in range(_BISECTION_STEPS):
         middle = (low + high) / 2
         common = torch.full_like(widths, middle).clamp(narrowest, widest)
-        low, high = (low, middle) if cost(torch.where(own, common, widths)) > target else (middle, high)
+        low, high = (low, middle) if cost(torch.where(counted, common, widths)) > target else (middle, high)
     return torch.full_like(widths, low).clamp(narrowest, widest)
 
 
-_LEAST = 1e-30
-# Of a target.
+_MIN_PRICE = 1e-30
+# Rounding error of a cost, relative to the target.
 _ROUNDING = 1e-12
-# Of eight bits, down to the last digit.
-_HALVINGS = 60
-_MOST_TRIED = 8
-# Beyond this many rows single bits are so small a part of the whole that no exchange is ever needed.
-_MOST_ROWS = 2000
+# Enough for a width of up to 8 bits in full float64 precision.
+_BISECTION_STEPS = 60
+_MAX_TRIALS = 8
+# With more rows than this a single bit is so small a part of the cost that no exchange is needed.
+_MAX_EXCHANGE_ROWS = 2000
 
 
 def _exchange(
     widths: Tensor, down: Tensor, up: Tensor, unit: Tensor, limit: _Limit, room: float
 ) -> tuple[int, int] | None:
-    """A row that loses a bit and one that gains one, so that least room is left; ``None`` if none leaves less."""
-    if not 1 < len(widths) <= _MOST_ROWS:
+    """The rows that lose and gain a bit so that the least room remains; ``None`` if no exchange reduces the room."""
+    if not 1 < len(widths) <= _MAX_EXCHANGE_ROWS:
         return None
     after = room + unit[:, None] - unit[None, :]
     possible = down[:, None] & up[None, :] & (after >= -limit.slack) & (after < room - 1e-6 * float(unit.max()))
     after[~possible.fill_diagonal_(False)] = torch.inf
-    # Where the two are multiplied, an exchange costs other than the sum of its parts.
-    for place in after.flatten().argsort()[: min(_MOST_TRIED, int(possible.sum()))].tolist():
-        pair = divmod(place, len(widths))
+    # If a term multiplies both widths, an exchange does not cost the sum of its two changes.
+    for index in after.flatten().argsort()[: min(_MAX_TRIALS, int(possible.sum()))].tolist():
+        pair = divmod(index, len(widths))
         trial = widths.clone()
         trial[pair[0]] -= 1
         trial[pair[1]] += 1

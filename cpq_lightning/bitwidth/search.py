@@ -1,4 +1,4 @@
-"""The search for widths within a run: where it stands, what a step does to the gates, and the decision."""
+"""The search for widths during training: its progress, the gate update of each step, and the decision."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cpq_lightning.nn.quantizer import Quantizer
 
 log = logging.getLogger(__name__)
 
-# Parts of the way from the beginning of learning to the freeze: the target has come down by the first; by the second
-# the gates' noise has gone, whole widths are decided, and the gates are moved there.
+# Progress from the begin of the search to the freeze at which the scheduled target reaches the final one, and at which
+# the noise has been annealed, integer widths are decided, and the gates start to move there.
 DESCENT, _SETTLE = 0.7, 0.85
 _NOISE_END, _BETA_END = 0.05, 0.2
-# A logit could travel this far in all, several times the way from open to shut: gates shut one after the other.
-_TRAVEL = 60.0
-_FASTEST = 0.5
+# Total distance that a logit could move, several times that from open to closed: gates close one after the other.
+_TOTAL_DISTANCE = 60.0
+_MAX_RATE = 0.5
 _PATIENCE = 20
 
 
@@ -32,15 +32,15 @@ class WidthSearch:
 
     Args:
         learners: Quantizers that learn their width, with their names.
-        goals: What the widths are held to.
-        start: The step from which on they may be learned.
-        freeze: The step at which they become fixed.
-        agree: Makes a value the first process's on all of them.
-        inform: Takes a sentence on what was decided.
-        warn: Takes a sentence on what the user should know of.
+        goals: The constraints on the widths.
+        start: The first step at which widths may be learned.
+        freeze: The step at which the widths are fixed.
+        agree: Broadcasts a value from the first process to all processes.
+        inform: Logs a sentence on the decision.
+        warn: Warns the user with a sentence.
 
     Raises:
-        ValueError: a target out of reach.
+        ValueError: A target is out of reach.
     """
 
     def __init__(
@@ -62,31 +62,34 @@ class WidthSearch:
         self.freeze = freeze
         self.settled: Tensor | None = None
         self.changes: list[dict[str, Any]] = []
-        self._start, self._at = start, start
+        self._start, self._step = start, start
         self._agree = agree
         self._gradients: dict[Quantizer, Tensor] = {}
-        self._stepped, self._warned = False, False
+        self._optimizer_stepped, self._warned = False, False
         expected = self.gates.expected(1.0, BETA)
         for goal in goals:
             goal.check_reach(self.gates.min_bits, self.gates.max_bits)
             goal.first = goal.budget.cost(expected)
 
     def progress(self, step: int) -> float:
-        """How much of the way from the beginning to the freeze is done at a step, 0 to 1."""
+        """Progress from the begin of the search to the freeze at ``step``, 0 to 1."""
         begin = self._start if self.begin is None else self.begin
         return min(1.0, max(0.0, (step - begin) / max(1, self.freeze - begin)))
 
     def target(self, goal: Constraint) -> float:
-        """Where a goal wants the expected cost now."""
-        return goal.scheduled_target(self.progress(self._at) / DESCENT)
+        """The scheduled target of a constraint at the current step."""
+        return goal.scheduled_target(self.progress(self._step) / DESCENT)
 
     def enter(self, step: int) -> None:
-        """Make the gates ready for the forwards of a step; the search begins with the first at which it can."""
+        """Set the gates' noise and temperature for the forwards of ``step``.
+
+        The search begins with the first step at which the quantizers are active and trained.
+        """
         if self.begin is None and self._can_begin(step):
             self.begin = step
         if self.begin is None:
             return
-        self._at = step
+        self._step = step
         noise, beta = self._annealed(step)
         for quantizer in self.quantizers:
             quantizer.gates.noise.fill_(noise)
@@ -98,7 +101,7 @@ class WidthSearch:
         frozen = [name for name, q in zip(self.names, self.quantizers, strict=True) if not q.log_scale.requires_grad]
         if not frozen:
             return True
-        # A callback that unfreezes the backbone in mid-run: what its bits are worth shows from there on.
+        # A callback may unfreeze the backbone during the run: the saliency of its bits is measured from then on.
         if step < (self._start + self.freeze) / 2:
             return False
         self._warn(
@@ -109,57 +112,57 @@ class WidthSearch:
         return True
 
     def _annealed(self, step: int) -> tuple[float, float]:
-        """Noise and temperature of the gates."""
+        """Noise and temperature of the gates at ``step``."""
         done = min(1.0, self.progress(step) / _SETTLE)
         return 1 + (_NOISE_END - 1) * done, BETA + (_BETA_END - BETA) * done
 
     def take_gradient(self, quantizer: Quantizer, gradient: Tensor | None) -> None:
-        """Hold the gradient of a quantizer's logits until the step is left."""
-        self._stepped = True
+        """Keep the gradient of a quantizer's logits until :meth:`leave`."""
+        self._optimizer_stepped = True
         if gradient is not None and quantizer.log_scale.requires_grad:
             self._gradients[quantizer] = gradient.detach().clone()
 
     def leave(self, step: int) -> None:
-        """Update the gates after a batch, if an optimizer has stepped in it; ``step`` is the next one."""
-        stepped, self._stepped = self._stepped, False
+        """Update the gates after a batch if an optimizer has stepped; ``step`` is the next step."""
+        optimizer_stepped, self._optimizer_stepped = self._optimizer_stepped, False
         if self.begin is None:
             self._gradients = {}
             return
-        if not stepped:
-            self._notice_idleness(step)
+        if not optimizer_stepped:
+            self._warn_if_idle(step)
             return
-        # The values that the forward of this step had.
-        noise, beta = self._annealed(self._at)
-        rate = min(_FASTEST, _TRAVEL / max(1, self.freeze - self.begin))
+        # The values used by the forward of this step.
+        noise, beta = self._annealed(self._step)
+        rate = min(_MAX_RATE, _TOTAL_DISTANCE / max(1, self.freeze - self.begin))
         progress = self.progress(step)
         if progress < _SETTLE:
             gradients = [self._gradients.get(q) for q in self.quantizers]
             targets = [goal.scheduled_target(progress / DESCENT) for goal in self.goals]
             if not self.gates.step(gradients, targets, rate, noise, beta):
-                self._notice_idleness(step)
+                self._warn_if_idle(step)
         else:
             if self.settled is None:
-                self.decide(self._at)
+                self.decide(self._step)
             assert self.settled is not None
             self.gates.settle(self.settled, rate, noise, beta)
         self._gradients = {}
 
-    def _notice_idleness(self, step: int) -> None:
-        """Warn, once, where the run's step counts on and gates have never been updated."""
+    def _warn_if_idle(self, step: int) -> None:
+        """Warn, once, if steps pass and no gate has been updated."""
         begin = self.begin or 0
         if self.gates.updated or step - begin < max(_PATIENCE, (self.freeze - begin) // 4) or self._warned:
             return
         self._warned = True
         self._warn(
             f"BitBudget: no gate has been updated in the {step - (self.begin or 0)} steps since widths began to be "
-            "learned: either the optimizer never runs its step hooks (a wrapper that calls no Optimizer.step of "
-            "torch's), or no gradient has been finite. Widths will be decided without having been learned."
+            "learned: either the optimizer does not run its step hooks (a wrapper that never calls torch's "
+            "Optimizer.step), or no gradient was finite. Widths will be decided without having been learned."
         )
 
     def decide(self, step: int) -> None:
-        """Decide whole widths at or below the target: those of the open gates, and the cheapest single changes."""
+        """Decide integer widths at or below the target: those of the open gates, then the cheapest one-bit changes."""
         noise, beta = self._annealed(step)
-        self._name_followers()
+        self._warn_of_followers()
         widths = self.gates.decided(noise, beta)
         changed: list[dict[str, Any]] = []
         sentences = []
@@ -175,22 +178,22 @@ class WidthSearch:
                 follows=self.gates.updates == 0,
             )
             names = [name for name, rows in zip(self.names, self.gates.rows, strict=True) for _ in range(rows)]
-            moved = net_changes(changes, names)
-            changed += moved
-            sentences.append(goal.describe(widths, moved))
-        # A decision is one process's, whatever rounding may differ between machines.
+            net = net_changes(changes, names)
+            changed += net
+            sentences.append(goal.describe(widths, net))
+        # All processes take the decision of the first one, since rounding may differ between machines.
         self.settled, self.changes = self._agree((widths, changed))
         for sentence in sentences:
             self._inform(sentence)
 
-    def _name_followers(self) -> None:
+    def _warn_of_followers(self) -> None:
         updates = self.gates.updates.split(self.gates.rows)
-        unknown = [name for name, own in zip(self.names, updates, strict=True) if not own.any()]
+        unknown = [name for name, counts in zip(self.names, updates, strict=True) if not counts.any()]
         if unknown and self.gates.updated:
             self._warn(
                 f"BitBudget: {len(unknown)} of {len(self.names)} quantizers that learn their width, such as "
-                f"{unknown[0]!r}, never had a gradient (a teacher, a frozen layer, one that nothing calls): they take "
-                "the mean width of the others. To give them widths of their own, set learn_bits to False for them in "
+                f"{unknown[0]!r}, never had a gradient (a teacher, a frozen layer, a layer that nothing calls): they "
+                "take the mean width of the others. To choose their widths, set learn_bits=False for them in "
                 "CPQConfig(overrides=...)."
             )
 
@@ -202,7 +205,7 @@ class WidthSearch:
         self.gates.fix(self.settled)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, for a checkpoint."""
+        """The state that a resumed run needs, for a checkpoint."""
         return {
             "begin": self.begin,
             "freeze": self.freeze,
@@ -213,18 +216,18 @@ class WidthSearch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; a decision stands only for the targets and the freeze that it was made for."""
+        """Restore :meth:`state_dict`. A decision is restored only if the targets and the freeze are the same."""
         self.begin = state["begin"]
-        then = [(name, target) for name, target, _ in state["goals"]]
+        previous = [(name, target) for name, target, _ in state["goals"]]
         now = [(goal.name, goal.target) for goal in self.goals]
-        if [name for name, _ in then] == [goal.name for goal in self.goals]:
+        if [name for name, _ in previous] == [goal.name for goal in self.goals]:
             self.gates.load_state_dict(state["gates"])
             for goal, (_, _, first) in zip(self.goals, state["goals"], strict=True):
                 goal.first = first
-        if then == now and state["freeze"] == self.freeze:
+        if previous == now and state["freeze"] == self.freeze:
             self.settled, self.changes = state["settled"], state["changes"]
         else:
             self._inform(
-                f"BitBudget: the checkpoint was on its way to {then} with the freeze at step {state['freeze']}, this "
-                f"run goes to {now} with the freeze at step {self.freeze}: widths are decided anew."
+                f"BitBudget: the checkpoint has the targets {previous} and the freeze at step {state['freeze']}, this "
+                f"run has {now} and the freeze at step {self.freeze}: widths are decided again."
             )

@@ -1,4 +1,4 @@
-"""Lightning callbacks, one a file. None of them imports another."""
+"""Lightning callbacks, one per file. No callback imports another callback."""
 
 from cpq_lightning.callbacks.batch_norm import BatchNormReestimation as BatchNormReestimation
 from cpq_lightning.callbacks.bit_budget import BitBudget as BitBudget

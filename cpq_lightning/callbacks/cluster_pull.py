@@ -1,4 +1,4 @@
-"""ClusterPull: weights gather at their grid points as training ends."""
+"""ClusterPull: dampening that moves weights to their grid points at the end of training."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from cpq_lightning.trainer.schedule import check_span, need_quantizers, resolve_
 
 
 class ClusterPull(Callback):
-    """Pull every quantized weight to its grid point as the run ends (ours).
+    """Dampen every quantized weight towards its grid point at the end of the run (ours).
 
-    After each optimizer step ``w <- w + c (q(w) - w)``, with ``c`` annealed from 0 at ``start`` to ``strength`` at
-    ``end``. It is what a penalty ``|w - q(w)|^2`` does (Nagel et al., *Overcoming Oscillations in Quantization-Aware
-    Training*, ICML 2022, call it dampening), decoupled from gradient and learning rate as AdamW's weight decay is. No
-    weight changes its level by the pull itself, but one that is held at a grid point needs more of a gradient to leave
-    it, so the pull is for the end, when rates have usually come down. While
-    :class:`~cpq_lightning.callbacks.BitBudget` learns widths nothing is pulled. An average of weights over the run
-    (EMA, SWA) is one of pulled and earlier ones: it lies beside the grid.
+    After each optimizer step, ``w <- w + c (q(w) - w)``, with ``c`` annealed from 0 at ``start`` to ``strength`` at
+    ``end``. The penalty ``|w - q(w)|^2`` has the same effect (Nagel et al., *Overcoming Oscillations in
+    Quantization-Aware Training*, ICML 2022, call it dampening). Here it is decoupled from the gradient and the learning
+    rate, as weight decay is in AdamW. Dampening itself never changes the level of a weight. But a dampened weight needs
+    a larger gradient to leave its grid point, so use it at the end of training, when the learning rate is usually low.
+    While :class:`~cpq_lightning.callbacks.BitBudget` learns widths, no weight is dampened. An average of weights over
+    the run (EMA, SWA) mixes dampened weights with earlier ones, so averaged weights do not lie on the grid points.
 
     Args:
-        start: Where pulling begins, a step count (int) or a fraction of the run (float).
-        end: Where it is strongest, likewise.
-        strength: The part of the way to the grid point that a weight is moved in one step, over 0 and up to 1.
+        start: Start of the dampening: a step count (int) or a fraction of the run (float).
+        end: Point of full strength: a step count (int) or a fraction of the run (float).
+        strength: The part of the distance to its grid point that a weight moves in one step, over 0 and at most 1.
         shape: ``"linear"`` or ``"cosine"``.
 
     Raises:
-        ValueError: a value out of its range, or ``start`` after ``end``.
-        MisconfigurationException: before training, a model without quantizers.
+        ValueError: a value is out of range, or ``start`` is after ``end``.
+        MisconfigurationException: when training starts, the model has no quantizer.
 
     Example:
         >>> ClusterPull(strength=0.2).start
@@ -58,15 +58,15 @@ class ClusterPull(Callback):
         self.start, self.end, self.strength = start, end, strength
         self.shape: Shape = shape
         self._span = (0, 0)
-        self._now = 0.0
+        self._strength_now = 0.0
         self._pulls: list[Dampening] = []
 
     def value(self, step: int) -> float:
-        """The strength of the pull behind the update of a step, once a fit has begun."""
+        """The dampening strength ``c`` after the optimizer update of a step; valid once training has started."""
         return anneal(step + 1, *self._span, 0.0, self.strength, self.shape)
 
     def pulled(self, pl_module: LightningModule) -> Mapping[int, Quantizer]:
-        """What pulls each weight, by the weight's ``id``."""
+        """The quantizer of each dampened weight, keyed by the weight's ``id``."""
         need_quantizers(self, pl_module)
         layers = list(quantized_layers(pl_module))
         return {
@@ -77,24 +77,26 @@ class ClusterPull(Callback):
         self.teardown(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        owners = self.pulled(pl_module)
+        quantizer_of_weight = self.pulled(pl_module)
         computed = [name for name, layer in quantized_layers(pl_module) if is_computed(layer)]
         if computed:
             rank_zero_warn(
-                f"ClusterPull leaves {len(computed)} layers alone, whose weight is computed from others (weight "
-                f"normalization, a pruning mask): {', '.join(computed)}."
+                f"ClusterPull leaves {len(computed)} layers alone, because their weight is computed from other "
+                f"parameters (weight normalization, a pruning mask): {', '.join(computed)}."
             )
         self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
-        self._pulls = [Dampening(optimizer, owners, lambda: self._now) for optimizer in trainer.optimizers]
+        self._pulls = [
+            Dampening(optimizer, quantizer_of_weight, lambda: self._strength_now) for optimizer in trainer.optimizers
+        ]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._now = self.value(run_step(trainer))
+        self._strength_now = self.value(run_step(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning calls no teardown then.
+        # Lightning does not call teardown after an exception.
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for pull in self._pulls:
             pull.remove()
-        self._pulls, self._now = [], 0.0
+        self._pulls, self._strength_now = [], 0.0

@@ -1,4 +1,4 @@
-"""CPQCallback: quantization for any LightningModule."""
+"""CPQCallback: quantization-aware training of any LightningModule."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from cpq_lightning.optim.optimizer_hook import OptimizerHook
 from cpq_lightning.report.levels import clipped_shares, full_precision_messages, range_warnings
 from cpq_lightning.report.runs import BEFORE, QUANTIZED
 from cpq_lightning.report.weight_histograms import weight_histograms
+from cpq_lightning.trainer import private
 from cpq_lightning.trainer.batches import begin_training, correct_loader_states
 from cpq_lightning.trainer.checkpoint_settings import RequestedSettings
 from cpq_lightning.trainer.checks import (
@@ -66,51 +67,56 @@ from cpq_lightning.trainer.run_report import (
 )
 from cpq_lightning.trainer.weight_averaging import share_with_averages
 
-# Updates after which an optimizer that tells of none is named: a gradient scaler may skip the first few.
-_PATIENCE = 20
+# Steps after which to warn that quantizers were never updated: a gradient scaler may skip the first few updates.
+_STEPS_UNTIL_WARNING = 20
 
 
 class CPQCallback(RangeHooks):
-    """Train any LightningModule with Cluster-Promoting Quantization, its code unchanged.
+    """Train any LightningModule with Cluster-Promoting Quantization, without a change to its code.
 
-    In ``setup`` the module's convolutions and linear layers are quantized in place (a module that is quantized
-    already, such as :class:`~cpq_lightning.QuantizedModule`, is left as it is). The quantizers' parameters train beside
-    the module's optimizer, with another one of the same class and settings, without weight decay: the groups,
-    schedulers and saved states of the module's own are those of training without quantization. Activation ranges are
-    calibrated on training batches before the sanity check. At the end ``levels.json`` lies in the run's folder (the
-    logger's; without one ``cpq_runs/version_0`` and so on in the Trainer's ``default_root_dir``), and the terminal
-    shows each layer's levels, and the metrics beside those before quantization began.
+    In ``setup``, the callback quantizes the module's convolutions and linear layers in place. It leaves a module that
+    is already quantized as it is, for example a :class:`~cpq_lightning.QuantizedModule`. An auxiliary optimizer trains
+    the quantizers' parameters; it has the class and the settings of the module's optimizer, without weight decay. The
+    parameter groups, schedulers and saved states of the module's optimizer are the same as without quantization.
+    Activation ranges are calibrated on training batches before the sanity check. At the end of the fit, the callback
+    writes ``levels.json`` to the run's folder and prints each layer's levels and the metrics before and after
+    quantization. The run's folder is that of the logger; without a logger it is ``cpq_runs/version_0``,
+    ``cpq_runs/version_1``, … in the Trainer's ``default_root_dir``.
 
-    Everything that defines the quantized model is in the module's ``state_dict``: to use a checkpoint elsewhere, give
+    The module's ``state_dict`` has everything that defines the quantized model. To use a checkpoint elsewhere, give
     that Trainer the same callback, or see :func:`~cpq_lightning.load_checkpoint` and :func:`~cpq_lightning.loading`.
 
     Args:
         config: What to quantize, and how: a config, or a mapping of its settings.
-        quantize_from: When quantization begins, as a step count or a fraction of the run. Until then the network
-            trains in full precision; at it all ranges are fitted afresh, the same on every rank. With 1.0 the whole
-            run is in full precision: ``cpq report`` compares others with it.
-        lr_factor: Learning rate of the quantizers' parameters, relative to the module's. They are logarithms, so a
-            rate of 0.001 under Adam moves a step by 0.1 % an update; at any rate it is some 10 % at most.
-        calibration_batches: Training batches for the activation ranges, which training gets all the same. A module
-            that was never fitted is evaluated with ranges of the first batch there, for that one evaluation.
-        levels_file: Name of the file in the run's folder; beside it lie the same as CSV and, with matplotlib, pictures
-            of the levels and of the weights' clusters. ``None`` writes none, and logs no shares of clipped values.
+        quantize_from: When quantization begins, as a step count or a fraction of the run. Until then, the network
+            trains in full precision. Then all ranges are fitted again, the same on every rank. With 1.0, the entire run
+            is in full precision, as a baseline for ``cpq report``.
+        lr_factor: Learning rate of the quantizers' parameters, relative to the module's. The parameters are logarithms,
+            so a rate of 0.001 under Adam changes a scale by 0.1 % per update. The update clamp limits the change to
+            about 10 % at any rate.
+        calibration_batches: Number of training batches that calibrate the activation ranges. Training gets these
+            batches as well. A module that was never fitted gets ranges from the first batch of an evaluation, for that
+            evaluation only.
+        levels_file: Name of the file in the run's folder. The same content is written there as CSV and, if matplotlib
+            is installed, plots of the levels and weight histograms. ``None`` writes no file and logs no share of
+            clipped values.
         table: Whether to print the tables at the end.
-        export: Formats that the model is written in at the end, into the run's folder, each verified first:
-            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``. What the forward takes or returns that no
-            file can hold is said before training, where a first forward or ``example_input_array`` shows it. One that
-            fails at the end costs a warning with the command that tries again.
-        samples: Inputs of the first batch (8 MB at most), to trace and verify exports with. They lie in
-            ``samples.safetensors`` in the run's folder, for ``cpq export``, not in checkpoints. 0 keeps none.
+        export: Formats to export the model to at the end, into the run's folder; each file is verified first:
+            ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``. If the forward takes or returns something
+            that no file can hold, a warning says so before training, as far as a first forward or
+            ``example_input_array`` shows it. An export that fails at the end only warns, with the command to retry it.
+        samples: Number of inputs of the first batch to keep (8 MB at most), which trace and verify exports. They are
+            written to ``samples.safetensors`` in the run's folder, for ``cpq export``, and not to checkpoints. 0 keeps
+            none.
 
     Attributes:
-        run_folder: Where the run's files are, from the first step of a fit on; ``None`` where it writes none.
-        failed_exports: At the end of a fit, why files are missing, by their formats.
+        run_folder: Folder of the run's files, set from the first step of a fit on; ``None`` if the run writes no file.
+        failed_exports: At the end of a fit, the reason why an export failed, by format.
 
     Raises:
         ImportError: a format needs a package that is not installed.
-        MisconfigurationException: a second CPQCallback, a weight-averaging callback before this one, FSDP1, or a
-            module without a layer to quantize.
+        MisconfigurationException: the Trainer has a second CPQCallback, a weight-averaging callback before this one, or
+            FSDP1; or the module has no layer to quantize.
 
     Example:
         ``Trainer(callbacks=[CPQCallback(CPQConfig(weight_bits=4, act_bits=4))]).fit(module, data)``
@@ -134,7 +140,7 @@ class CPQCallback(RangeHooks):
             raise ValueError(f"lr_factor must be over 0, got {lr_factor}.")
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}.")
-        # One format alone would be a sequence of letters.
+        # A string is a sequence too: of its letters.
         formats: Any = (export,) if isinstance(export, str) else tuple(export)
         check_settings(formats, samples)
         self.config = config
@@ -153,24 +159,23 @@ class CPQCallback(RangeHooks):
         self._quantizers: list[Quantizer] = []
         self._layers: set[str] = set()
         self._audit: Audit | None = None
-        self._audited = self._noted = False
-        # Of the first forward in evaluation, and what it has shown.
+        self._audited = self._order_known = False
+        # Audit of the first forward in evaluation, and its report.
         self._evaluated: AuditReport | None = None
         self._evaluation_audit: Audit | None = None
         self._audits_evaluation = True
         self._companions: list[AuxiliaryOptimizer] = []
-        # What keeps quantizers out of optimizers that train none.
-        self._others: list[OptimizerHook] = []
+        # Hooks that keep the quantizers' parameters out of optimizers without an auxiliary optimizer.
+        self._other_hooks: list[OptimizerHook] = []
         self._recording: Any = None
         self._metrics: dict[str, dict[str, float]] = {}
-        # The step of the last validation in full precision.
+        # Step of the last validation in full precision.
         self._last_before: int | None = None
-        self._before: dict[str, Any] = {}
+        self._histograms_before: dict[str, Any] = {}
         self._bests: Bests = {}
         self._restored: Mapping[str, Any] = {}
         self._resumed = False
-        # Whether the coverage of this fit has been told, and whether the run ends before quantization begins.
-        self._told = self._never_begins = False
+        self._coverage_logged = self._never_begins = False
         self._run_samples = RunSamples()
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
@@ -178,18 +183,18 @@ class CPQCallback(RangeHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_callbacks(trainer, self)
         if stage == "fit":
-            # An object may serve several fits, and the one before may have failed.
+            # A callback may serve several fits, and the previous one may have failed.
             self.teardown(trainer, pl_module, stage)
             self._companions = []
-            self._metrics, self._before, self._bests, self._restored = {}, {}, {}, {}
-            self.run_folder, self._audit, self._resumed, self._told = None, None, False, False
+            self._metrics, self._histograms_before, self._bests, self._restored = {}, {}, {}, {}
+            self.run_folder, self._audit, self._resumed, self._coverage_logged = None, None, False, False
             self.failed_exports, self._last_before = {}, None
             begin_run(trainer)
         fresh = attach_module(trainer, pl_module, self.config)
         self._asked = RequestedSettings(pl_module)
         self._layers = set(quantizable_layers(pl_module))
         if self.quantize_from > 0 and (stage == "fit" or fresh):
-            # A checkpoint that is restored after this knows better.
+            # A checkpoint that is restored later overwrites this.
             set_active(pl_module, False)
         if stage != "fit":
             self._let_evaluations_fit(pl_module)
@@ -201,10 +206,10 @@ class CPQCallback(RangeHooks):
         self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))
         self._last_before = self._restored.get("last_before")
-        self._before = dict(self._restored.get("before", {}))
+        self._histograms_before = dict(self._restored.get("before", {}))
         self._bests = dict(self._restored.get("bests", {}))
         if trainer.state.fn == "fit":
-            # Some strategies restore behind on_fit_start, and the Tuner within it.
+            # Some strategies restore after on_fit_start, and the Tuner restores within it.
             restore_auxiliary(self._companions, self._restored.get("companions", []))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,10 +217,10 @@ class CPQCallback(RangeHooks):
         check_layers(pl_module, self._layers)
         self._run_samples.begin(pl_module, self.samples)
         self._audited = not auditable(pl_module)
-        # What its hooks do in a loop of somebody's own is done here.
+        # Here the callback does what the module's hooks do in a user's training loop.
         forget_first_forwards(pl_module)
         saved = self._restored.get("companions", [])
-        self._companions, self._others = train_quantizers(trainer, pl_module, self.lr_factor, saved)
+        self._companions, self._other_hooks = train_quantizers(trainer, pl_module, self.lr_factor, saved)
         self._quantizers = [q for _, q in quantizers(pl_module)]
         check_learners(trainer, sum(q.learns_bits for q in self._quantizers))
         self._run_samples.listen()
@@ -231,8 +236,8 @@ class CPQCallback(RangeHooks):
         self._calibrate(trainer, pl_module)
         begin_training(trainer)
         self._first_step = trainer.global_step
-        # What a forward shows has been noted in the run that is resumed, of its first batch: it tells the coverage now.
-        self._noted = self._resumed and any(q.execution_index for q in self._quantizers)
+        # The resumed run stored the execution order in its first batch, so the coverage can be logged now.
+        self._order_known = self._resumed and any(q.execution_index for q in self._quantizers)
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
         self.run_folder = None if quiet else run_folder(trainer)
         if self.run_folder is not None:
@@ -241,7 +246,7 @@ class CPQCallback(RangeHooks):
         length = run_length(trainer) if self.quantize_from else math.inf
         self._never_begins = self.start_step >= length
         if self.quantize_from == 1.0 and isinstance(self.quantize_from, float):
-            rank_zero_info("quantize_from=1.0: the whole run is in full precision, for others to be compared with.")
+            rank_zero_info("quantize_from=1.0: the whole run is in full precision, as a baseline for other runs.")
         elif self._never_begins:
             rank_zero_warn(
                 f"quantize_from={self.quantize_from} is step {self.start_step} of a run of {length} steps: the run "
@@ -249,24 +254,24 @@ class CPQCallback(RangeHooks):
             )
         warn_of_restarted_data(trainer)
         if self._audited:
-            self._tell_coverage(pl_module)
+            self._log_coverage(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if any(q.has_gates for q in self._quantizers):
-            # Forwards within a batch count on from here, and a resumed run draws what this one drew; so do the batches
-            # whose gradients the Trainer accumulates, as parts of one.
+            # Forwards within a batch count up from this number, and so do the batches of one gradient accumulation. It
+            # depends on the step alone, so a resumed run draws the same noise.
             set_noise_step(pl_module, run_step(trainer) << 16)
         if run_step(trainer) >= self.start_step and not all(q.active for q in self._quantizers):
-            self._begin(trainer, pl_module)
-        if not self._before and all(q.active for q in self._quantizers):
-            self._before = weight_histograms(pl_module)
+            self._begin_quantization(trainer, pl_module)
+        if not self._histograms_before and all(q.active for q in self._quantizers):
+            self._histograms_before = weight_histograms(pl_module)
         self._track(trainer, pl_module)
         if not self._audited and self._audit is None:
             self._audit = Audit(pl_module)
             self._audit.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        # A manually optimized step may go forward again behind its first backward.
+        # With manual optimization, a step may run another forward after its first backward.
         if pl_module.automatic_optimization and self._audit is not None:
             self._audit.__exit__(None, None, None)
 
@@ -274,7 +279,7 @@ class CPQCallback(RangeHooks):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._finish_audit(pl_module)
-        if trainer.global_step == self._first_step + _PATIENCE:
+        if trainer.global_step == self._first_step + _STEPS_UNTIL_WARNING:
             warn_of_left_out(self._companions, trainer.optimizers)
         self._renew_ranges(trainer, pl_module)
         self._run_samples.leave(trainer, self.run_folder, self.export)
@@ -315,7 +320,7 @@ class CPQCallback(RangeHooks):
         self._end_validation(trainer)
         self._take_back_ranges()
         if self._evaluated is not None:
-            # Not before: what was lent takes its quantizer's state back with it.
+            # Only now: _take_back_ranges resets the state of the quantizers.
             record_uncalled(pl_module, self._evaluated)
             self._evaluated = None
 
@@ -338,11 +343,11 @@ class CPQCallback(RangeHooks):
             "config": None if config is None else config.to_dict(),
             "metrics": self._metrics,
             "last_before": self._last_before,
-            # Relative to what holds the checkpoints of a run without a logger.
+            # Relative, because a run without a logger may be moved along with its checkpoints.
             "folder": None if self.run_folder is None else f"{self.run_folder.parent.name}/{self.run_folder.name}",
-            "before": self._before,
+            "before": self._histograms_before,
             "bests": self._bests,
-            "companions": [companion.state_dict() for companion in self._companions],
+            "companions": [auxiliary.state_dict() for auxiliary in self._companions],
         }
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -352,7 +357,7 @@ class CPQCallback(RangeHooks):
         share_with_averages(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_of_old_bests(trainer, self._bests, "quantization had begun: it is a full-precision one")
+        warn_of_old_bests(trainer, self._bests, "quantization had begun: it is in full precision")
         if not self._never_begins and self._quantizers and not any(q.active for q in self._quantizers):
             rank_zero_warn(
                 f"The run has ended at step {run_step(trainer)}, before quantization was to begin at step "
@@ -361,9 +366,9 @@ class CPQCallback(RangeHooks):
         if not (self.table or self.run_folder):
             return
         try:
-            # On all ranks: where weights are sharded each holds a part.
+            # On all ranks: each rank holds a part of sharded weights.
             if self.export:
-                # The last steps may have outgrown ranges, which an export would refuse.
+                # Weights may have outgrown their ranges in the last steps, and an export would refuse that.
                 refit_rewritten(pl_module)
             content = run_manifest(trainer, pl_module, self._metrics, self._last_before)
             for warning in (*full_precision_messages(pl_module), *range_warnings(pl_module)):
@@ -378,45 +383,45 @@ class CPQCallback(RangeHooks):
             return
         folder = self.run_folder
         levels_file = None if folder is None or self.levels_file is None else folder / self.levels_file
-        write_run_report(trainer, content, levels_file, self._before, after, self.table)
+        write_run_report(trainer, content, levels_file, self._histograms_before, after, self.table)
         if folder is None or not self.export:
             return
-        outcomes = export_at_fit_end(pl_module, self.export, folder, last_saved(trainer))
-        self.failed_exports = {outcome["format"]: outcome["error"] for outcome in outcomes if "error" in outcome}
+        exports = export_at_fit_end(pl_module, self.export, folder, last_saved(trainer))
+        self.failed_exports = {result["format"]: result["error"] for result in exports if "error" in result}
         if levels_file is not None:
-            record_exports(content, levels_file, outcomes)
+            record_exports(content, levels_file, exports)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_recording()
-        # Lightning calls no teardown then.
+        # Lightning does not call teardown after an exception.
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._take_back_ranges()
         self._forbid_evaluations_to_fit()
         self._stop_tracking()
-        # Of a batch that another callback has skipped Lightning tells no end.
+        # Lightning does not call on_train_batch_end for a batch that another callback has skipped.
         self._stop_audits()
         forget_configured(pl_module)
         self._run_samples.end()
-        # Companions stay: a checkpoint may be saved after the fit.
-        for hooked in (*self._companions, *self._others):
+        # Keep the auxiliary optimizers: a checkpoint may be saved after the fit.
+        for hooked in (*self._companions, *self._other_hooks):
             hooked.remove()
 
-    # Steps of the work ------------------------------------------------------------------------------------------------
+    # Implementation ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _begin_quantization(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_active(pl_module, True)
         refit(pl_module)
         self._bests = monitored_bests(trainer)
         share_with_averages(trainer, pl_module, dict(quantizers(pl_module)))
-        for companion in self._companions:
-            # Momentum of a step that was fitted anew belongs to the old one.
-            companion.optimizer.state.clear()
-        rank_zero_info(f"Quantization begins at step {run_step(trainer)}: all ranges are fitted afresh.")
+        for auxiliary in self._companions:
+            # The momentum belongs to the scales before the refit.
+            auxiliary.optimizer.state.clear()
+        rank_zero_info(f"Quantization begins at step {run_step(trainer)}: all ranges are fitted again.")
 
     def _log_clipped(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Straight to the loggers: tables of metrics, progress bars and monitors have the user's own."""
+        """Log to the loggers directly: metric tables, progress bars and monitors keep to the user's metrics."""
         shares = clipped_shares(pl_module)
         if not shares or self.levels_file is None or not trainer.loggers:
             return
@@ -424,33 +429,33 @@ class CPQCallback(RangeHooks):
         means = trainer.strategy.reduce(means, reduce_op="mean").tolist()
         for logger in trainer.loggers:
             named = {f"cpq/clipped_{kind}": share for kind, share in zip(shares, means, strict=True)}
-            logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(named, step=private.logged_step(trainer))
 
     def _finish_audit(self, pl_module: LightningModule) -> None:
-        """Act on what the first training batch has shown, once its backward is done."""
+        """Apply and report the audit of the first training batch, after its backward."""
         if self._audit is None:
             return
         audit, self._audit, self._audited = self._audit, None, True
         audit.__exit__(None, None, None)
-        if self._noted:
+        if self._order_known:
             remember_products(pl_module, audit.report)
-            self._tell_coverage(pl_module)
+            self._log_coverage(pl_module)
             return
         report = broadcast_report(audit.report)
         settle_first_and_last(pl_module, report.order)
         record_forward(pl_module, report)
         if pl_module.trainer.is_global_zero:
             report_audit(pl_module, report)
-        self._tell_coverage(pl_module)
+        self._log_coverage(pl_module)
 
-    def _tell_coverage(self, pl_module: LightningModule) -> None:
-        """Once a fit, when a forward has shown it."""
-        shown = None if self._told else coverage_once_active(pl_module)
-        if shown is not None:
-            self._told = True
-            begins = f"run quantized from step {self.start_step} on" if self.start_step else "run quantized"
-            later = "would run quantized" if self._never_begins else begins
-            rank_zero_info(f"Coverage: {shown.sentence(later)}.")
+    def _log_coverage(self, pl_module: LightningModule) -> None:
+        """Log the coverage once per fit, as soon as a forward has determined it."""
+        coverage = None if self._coverage_logged else coverage_once_active(pl_module)
+        if coverage is not None:
+            self._coverage_logged = True
+            from_start = f"run quantized from step {self.start_step} on" if self.start_step else "run quantized"
+            predicate = "would run quantized" if self._never_begins else from_start
+            rank_zero_info(f"Coverage: {coverage.sentence(predicate)}.")
 
     def _stop_audits(self) -> None:
         for audit in (self._audit, self._evaluation_audit):
@@ -464,11 +469,12 @@ class CPQCallback(RangeHooks):
             self._recording = None
 
 
-def _returns_from_processes(module: nn.Module) -> bool:
-    """Whether a Trainer with a CPQCallback gives a module what processes that it has spawned have trained.
+def _loads_from_spawned_processes(module: nn.Module) -> bool:
+    """Whether a Trainer with a CPQCallback is loading into a module the weights that its spawned processes trained.
 
-    No hook of a callback runs in the process that waits for them, nor does the module know of a Trainer there: the call
-    that brings the weights back does. It is one of Lightning's private methods, the same under both of its names.
+    The main process waits for the spawned ones: no callback hook runs in it, and the module has no Trainer there. So
+    the Trainer is looked up in the frame of the Lightning method that loads the weights; this private method has the
+    same name in both Lightning packages.
     """
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != "_recover_results_in_main_process":
@@ -477,4 +483,4 @@ def _returns_from_processes(module: nn.Module) -> bool:
     return any(isinstance(callback, CPQCallback) for callback in getattr(trainer, "callbacks", ()))
 
 
-attach_where(_returns_from_processes)
+attach_where(_loads_from_spawned_processes)

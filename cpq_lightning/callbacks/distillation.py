@@ -1,4 +1,4 @@
-"""DistillationCallback: a full-precision teacher for the network that trains quantized."""
+"""DistillationCallback: knowledge distillation from a full-precision teacher."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ _Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
 class DistillationCallback(Callback):
-    """Train any LightningModule towards a teacher's class probabilities too, its code unchanged.
+    """Add knowledge distillation to the loss of any LightningModule, without a change to its code.
 
     The loss of a training step becomes ``(1 - weight) · loss + weight · tau^2 KL(teacher || network)``: see
-    :func:`~cpq_lightning.functional.distillation_loss`. The teacher sees what the network was called with in the step,
-    after all augmentation; of several calls the mean counts. Logged is ``cpq/distillation``, the second term without
-    its weight; what the module logs is its own loss.
+    :func:`~cpq_lightning.functional.distillation_loss`. The teacher gets the same inputs as the network in the step,
+    after all augmentation. If the step calls the network several times, the mean over the calls is used. The callback
+    logs ``cpq/distillation``, the second term without its weight. The module still logs its loss without distillation.
 
-    The teacher is no part of the module: no checkpoint, export, optimizer or count of parameters has it.
-    ``"self"`` is the network itself as it is when quantization begins, in full precision; until then nothing is
-    distilled. Its weights are written to ``teacher.pt`` in the run's folder, where a run that is resumed finds them.
+    The teacher is not part of the module, so it is in no checkpoint, export, optimizer or parameter count. ``"self"``
+    is a full-precision copy of the network at the step where quantization begins; there is no distillation before that
+    step. The copy's weights are written to ``teacher.pt`` in the run's folder, and a resumed run reads them there.
 
     Args:
-        teacher: ``"self"``; the name of a timm model, with its pretrained weights; the path of a checkpoint of a
-            :class:`~cpq_lightning.QuantizedModule`, of a packed file, or of weights of a network like the one that
-            trains; or a module, which is frozen in place.
-        weight: How much the teacher counts, over 0 and up to 1; at 1 labels do not.
-        temperature: tau, over 0. A high one blurs what a low-bit network can still tell apart.
+        teacher: ``"self"``; the name of a timm model, used with its pretrained weights; the path of a checkpoint of a
+            :class:`~cpq_lightning.QuantizedModule`, of a packed file, or of weights of a network with the architecture
+            of the trained one; or a module, which is frozen in place.
+        weight: Weight of the teacher, over 0 and at most 1; at 1 the labels are not used.
+        temperature: tau, over 0. A high temperature blurs differences that a low-bit network can still resolve.
         module: Dotted name of the part of the LightningModule whose outputs are the logits, shape (batch, classes,
-            ...); ``None`` is the innermost part that has all its convolutions and linear layers. Outputs may also be a
-            mapping or an object with ``logits`` (or, as torchvision's segmentation has it, ``out``).
+            ...). ``None`` is the innermost part with all its convolutions and linear layers. Outputs may also be a
+            mapping or an object with ``logits`` (or ``out``, as in torchvision's segmentation models).
 
     Raises:
-        ValueError: an argument out of its range.
-        MisconfigurationException: manual optimization, a teacher that cannot be had, or outputs that cannot be
-            compared.
+        ValueError: an argument is out of range.
+        MisconfigurationException: the module optimizes manually, the teacher cannot be loaded, or the outputs of
+            teacher and network cannot be compared.
 
     Example:
         ``Trainer(callbacks=[CPQCallback(quantize_from=0.5), DistillationCallback("self")]).fit(module, data)``
@@ -83,11 +83,11 @@ class DistillationCallback(Callback):
     def _reset(self) -> None:
         self._teacher: Teacher | None = None
         self._network: nn.Module | None = None
-        # Where the copy of "self" was written, and the mark that it has there.
-        self._saved, self._mark = "", ""
+        # Path of the copy of "self", and the identifier in that file.
+        self._saved, self._identifier = "", ""
         self._start = 0
         self._calls: list[_Call] | None = None
-        self._looked_at = False
+        self._checked = False
         self._undo: list[Callable[[], Any]] = []
 
     # Hooks, in the order in which they fire ---------------------------------------------------------------------------
@@ -98,33 +98,33 @@ class DistillationCallback(Callback):
         if sum(isinstance(c, DistillationCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise MisconfigurationException("The Trainer has more than one DistillationCallback: keep one.")
         self.teardown(trainer, pl_module, stage)
-        kept = (self._saved, self._mark)
+        saved = (self._saved, self._identifier)
         self._reset()
         if trainer.global_step:
-            # The Trainer goes on with a run of its own.
-            self._saved, self._mark = kept
+            # The Trainer continues a run that this callback has trained in.
+            self._saved, self._identifier = saved
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                "DistillationCallback adds to the loss that training_step returns, and with manual optimization nobody "
-                "takes it: add cpq_lightning.functional.distillation_loss(logits, teacher_logits) to your own loss."
+                "DistillationCallback adds to the loss that training_step returns, which manual optimization does not "
+                "use: add cpq_lightning.functional.distillation_loss(logits, teacher_logits) to your loss."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.teacher == "self":
-            self._saved, self._mark = state_dict["saved"], state_dict["mark"]
+            self._saved, self._identifier = state_dict["saved"], state_dict["mark"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"saved": self._saved, "mark": self._mark}
+        return {"saved": self._saved, "mark": self._identifier}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._network = self._find_network(pl_module)
         if self.teacher != "self":
-            own = {id(p) for p in pl_module.parameters()}
-            given = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else ()
-            if any(id(p) in own for p in given):
+            trained = {id(p) for p in pl_module.parameters()}
+            teacher_parameters = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else ()
+            if any(id(p) in trained for p in teacher_parameters):
                 raise MisconfigurationException(
-                    "The teacher is a part of the module that trains, and a teacher is frozen: give a copy of it, or "
-                    "teacher='self'."
+                    "The teacher is a part of the module that trains, and a teacher is frozen: give a copy of that "
+                    "part, or teacher='self'."
                 )
             self._teacher = loaded_teacher(self.teacher, self._network)
         elif not is_attached(pl_module):
@@ -138,43 +138,43 @@ class DistillationCallback(Callback):
         self._start = quantization_start(trainer)
         if self._saved:
             checkpoint = str(trainer.ckpt_path or "")
-            self._teacher = restored_teacher(self._network, Path(self._saved), self._mark, checkpoint)
-            # Each run's folder has it: the one before may go.
-            self._keep(trainer)
+            self._teacher = restored_teacher(self._network, Path(self._saved), self._identifier, checkpoint)
+            # Write it to this run's folder too: the previous folder may be deleted.
+            self._save_copy(trainer)
         elif self._teacher is None and run_step(trainer) > self._start:
             raise MisconfigurationException(
                 f"teacher='self' is the network as it was when quantization began, at step {self._start}, and the run "
                 f"that is resumed at step {run_step(trainer)} kept no copy of it: give a checkpoint as teacher."
             )
         if self._teacher is not None:
-            self._begin(pl_module)
+            self._begin_distillation(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # By the step, not by what is quantized: CPQCallback may stand behind this one.
+        # Compare steps, not active quantizers: CPQCallback may be listed after this callback.
         if self._teacher is None and run_step(trainer) >= self._start:
             assert self._network is not None
-            rank_zero_info(f"The network as it is at step {run_step(trainer)} is the teacher from here on.")
+            rank_zero_info(f"The network at step {run_step(trainer)} is the teacher from here on.")
             self._teacher = copied_teacher(self._network)
             share_buffers(trainer, self._teacher)
-            self._mark = trainer.strategy.broadcast(uuid4().hex)
-            self._keep(trainer)
-            self._begin(pl_module)
+            self._identifier = trainer.strategy.broadcast(uuid4().hex)
+            self._save_copy(trainer)
+            self._begin_distillation(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.teardown(trainer, pl_module, "fit")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning calls no teardown then.
+        # Lightning does not call teardown after an exception.
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for undo in self._undo:
             undo()
         self._undo, self._calls = [], None
-        # A large network is not kept on a device that is needed no more.
+        # Free the device memory of the teacher.
         self._teacher, self._network = None, None
 
-    # Steps of the work ------------------------------------------------------------------------------------------------
+    # Implementation ---------------------------------------------------------------------------------------------------
 
     def _find_network(self, pl_module: LightningModule) -> nn.Module:
         if self.module is None:
@@ -188,96 +188,96 @@ class DistillationCallback(Callback):
                 f"with one of {parts}."
             ) from None
 
-    def _begin(self, pl_module: LightningModule) -> None:
+    def _begin_distillation(self, pl_module: LightningModule) -> None:
         assert self._teacher is not None
         assert self._network is not None
         self._teacher.follow(self._network, pl_module.device)
-        # Not before the network is copied: a copy would have the hook too.
-        handle = self._network.register_forward_hook(self._note, with_kwargs=True)
-        self._undo = [handle.remove, _replace_step(pl_module, self._step_of(pl_module))]
+        # After the network is copied: a copy would have the hook too.
+        handle = self._network.register_forward_hook(self._record_call, with_kwargs=True)
+        self._undo = [handle.remove, _replace_step(pl_module, self._wrapped_step(pl_module))]
 
-    def _keep(self, trainer: Trainer) -> None:
-        """Write the copy of the network where a run that is resumed finds it."""
+    def _save_copy(self, trainer: Trainer) -> None:
+        """Write the copy of the network to the run's folder, for a resumed run."""
         assert self._teacher is not None
         if getattr(trainer, "fast_dev_run", False):
             return
         folder = run_folder(trainer)
-        # Known on all ranks, so that each one's state says the same.
+        # Set on all ranks, so that their states agree.
         self._saved = str(folder.resolve() / TEACHER_FILE)
         if trainer.is_global_zero:
             try:
-                save_teacher(self._teacher, folder.resolve(), self._mark)
+                save_teacher(self._teacher, folder.resolve(), self._identifier)
             except OSError as error:
                 rank_zero_warn(f"{self._saved} could not be written ({error}): this run cannot be resumed without it.")
 
-    def _note(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # What the step only looks at, without gradients, is not what it trains.
+    def _record_call(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Calls without gradients do not train the network.
         if self._calls is not None and torch.is_grad_enabled():
             self._calls.append((args, kwargs, output))
 
-    def _step_of(self, pl_module: LightningModule) -> Callable[..., Any]:
-        own = pl_module.training_step
+    def _wrapped_step(self, pl_module: LightningModule) -> Callable[..., Any]:
+        original = pl_module.training_step
 
-        @wraps(own)
+        @wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            # Without gradients nobody trains: statistics of batch norms are being estimated.
+            # Without gradients, this is no training: the statistics of batch norms are being estimated.
             if self._teacher is None or not torch.is_grad_enabled():
-                return own(*args, **kwargs)
+                return original(*args, **kwargs)
             self._calls = []
             try:
-                output, calls = own(*args, **kwargs), self._calls
+                output, calls = original(*args, **kwargs), self._calls
             finally:
                 self._calls = None
-            return self._with_teacher(pl_module, output, calls)
+            return self._add_distillation(pl_module, output, calls)
 
         return training_step
 
-    def _with_teacher(self, pl_module: LightningModule, output: Any, calls: list[_Call]) -> Any:
+    def _add_distillation(self, pl_module: LightningModule, output: Any, calls: list[_Call]) -> Any:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if loss is None:
             return output
         if not calls:
             raise MisconfigurationException(
                 f"DistillationCallback: training_step never called {type(self._network).__name__}, whose outputs are "
-                "to be compared with the teacher's. Name the part that it calls and that returns the logits: "
-                "DistillationCallback(module=...)."
+                "to be compared with the teacher's. Name the part that training_step calls and that returns the "
+                "logits: DistillationCallback(module=...)."
             )
-        distance = torch.stack([self._distance(*call) for call in calls]).mean()
-        pl_module.log("cpq/distillation", distance.detach())
-        loss = (1 - self.weight) * loss + self.weight * distance
+        divergence = torch.stack([self._distance(*call) for call in calls]).mean()
+        pl_module.log("cpq/distillation", divergence.detach())
+        loss = (1 - self.weight) * loss + self.weight * divergence
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
     def _distance(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         assert self._teacher is not None
         logits = _logits(output, self._network)
         try:
-            taught = _logits(self._teacher(*args, **kwargs), self._teacher.network)
+            teacher_logits = _logits(self._teacher(*args, **kwargs), self._teacher.network)
         except (RuntimeError, TypeError, AssertionError) as error:
             raise MisconfigurationException(
-                f"The teacher, a {type(self._teacher.network).__name__}, cannot be called with what the network was "
-                f"called with ({type(error).__name__}: {error})."
+                f"The teacher, a {type(self._teacher.network).__name__}, cannot be called with the arguments of the "
+                f"network ({type(error).__name__}: {error})."
             ) from error
-        if taught.shape != logits.shape or logits.dim() < 2:
+        if teacher_logits.shape != logits.shape or logits.dim() < 2:
             raise MisconfigurationException(
-                f"The teacher's outputs have the shape {tuple(taught.shape)} and the network's "
+                f"The teacher's outputs have the shape {tuple(teacher_logits.shape)} and the network's "
                 f"{tuple(logits.shape)}: expected logits of the same classes, (batch, classes, ...). Give a teacher "
                 "that was trained for these classes, or name another part with DistillationCallback(module=...)."
             )
-        if not self._looked_at:
-            self._looked_at = True
-            warn_of_the_untrained(taught)
-        return distillation_loss(logits, taught, self.temperature)
+        if not self._checked:
+            self._checked = True
+            warn_of_the_untrained(teacher_logits)
+        return distillation_loss(logits, teacher_logits, self.temperature)
 
 
 def check_distillation(weight: float, temperature: float) -> None:
-    """Refuse settings of a distillation that are out of their range.
+    """Check the settings of a distillation.
 
     Raises:
-        ValueError: naming them.
+        ValueError: a setting is out of range.
     """
-    for name, value, most in (("weight", weight, 1.0), ("temperature", temperature, math.inf)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-            limit = " and up to 1" if most == 1 else ""
+    for name, value, maximum in (("weight", weight, 1.0), ("temperature", temperature, math.inf)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= maximum:
+            limit = " and up to 1" if maximum == 1 else ""
             raise ValueError(f"{name} of a distillation must be a number over 0{limit}, got {value!r}.")
 
 
@@ -285,9 +285,9 @@ def _logits(output: Any, network: nn.Module | None) -> Tensor:
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "out"):
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
     raise MisconfigurationException(
         f"{type(network).__name__} returns {type(output).__name__}: expected a tensor of logits, or a mapping or an "
         "object with 'logits'. Name the part that returns them: DistillationCallback(module=...)."
@@ -295,15 +295,15 @@ def _logits(output: Any, network: nn.Module | None) -> Tensor:
 
 
 def _replace_step(pl_module: LightningModule, step: Callable[..., Any]) -> Callable[[], None]:
-    """Let a module train by another step; returns what takes that back."""
-    held = pl_module.__dict__
-    # A compiled module has one of its own already.
-    before = held.get("training_step")
-    held["training_step"] = step
+    """Replace the module's ``training_step``; return a function that restores it."""
+    attributes = pl_module.__dict__
+    # The instance may already have a training_step of its own, for example a compiled one.
+    previous = attributes.get("training_step")
+    attributes["training_step"] = step
 
     def undo() -> None:
-        held.pop("training_step", None)
-        if before is not None:
-            held["training_step"] = before
+        attributes.pop("training_step", None)
+        if previous is not None:
+            attributes["training_step"] = previous
 
     return undo

@@ -1,4 +1,4 @@
-"""DropBitsSchedule: the probability with which DropBits keeps a bit, annealed to 1."""
+"""DropBitsSchedule: anneals the keep probability of the DropBits gates to 1."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cpq_lightning.trainer.schedule import BufferSchedule
 class DropBitsSchedule(BufferSchedule):
     """Anneal the keep probability of the DropBits gates at fixed bits, from ``first`` to ``last``.
 
-    Each training step every gate is open with this probability, ``P(z > 0) = keep``; a closed gate drops its bit and
-    all bits above it. Evaluation uses all bits. It drives weights with ``min_bits`` below ``weight_bits`` whose bits
-    are not learned; where there are none it says so and does nothing.
+    In each training step, every gate is open with this probability, ``P(z > 0) = keep``. A closed gate drops its bit
+    and all higher bits. Evaluation uses all bits. The schedule applies to weight quantizers with ``min_bits`` below
+    ``weight_bits`` whose bits are not learned. If the model has none, the callback warns and does nothing.
 
     Args:
-        start: Where annealing begins, a step count (int) or a fraction of the run (float).
-        end: Where it ends, likewise.
-        first: Keep probability up to ``start``, over 0 and up to 1.
-        last: Keep probability from ``end`` on.
+        start: Start of the annealing: a step count (int) or a fraction of the run (float).
+        end: End of the annealing: a step count (int) or a fraction of the run (float).
+        first: Keep probability until ``start``, over 0 and at most 1.
+        last: Keep probability from ``end`` on, over 0 and at most 1.
         shape: ``"linear"``, ``"cosine"`` or ``"exponential"``.
 
     Raises:
-        ValueError: a value out of its range, or ``start`` after ``end``.
-        MisconfigurationException: before training, a model without quantizers.
+        ValueError: a value is out of range, or ``start`` is after ``end``.
+        MisconfigurationException: when training starts, the model has no quantizer.
 
     Example:
         >>> DropBitsSchedule(first=0.8).last
@@ -51,5 +51,5 @@ class DropBitsSchedule(BufferSchedule):
         rank_zero_warn(
             "DropBitsSchedule found no gate to drive: every quantizer has min_bits equal to its bits, so no bit can be "
             "dropped. Give CPQConfig a min_bits below weight_bits, for example CPQConfig(weight_bits=4, min_bits=3), "
-            "or leave DropBitsSchedule out."
+            "or remove DropBitsSchedule."
         )

@@ -1,4 +1,4 @@
-"""TemperatureSchedule: the rounding temperature, annealed."""
+"""TemperatureSchedule: anneals the rounding temperature."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from cpq_lightning.trainer.schedule import BufferSchedule
 
 
 class TemperatureSchedule(BufferSchedule):
-    """Anneal the rounding temperature T of every quantizer; the noise that gradients see is ``T * sigma``.
+    """Anneal the rounding temperature T of every quantizer.
 
-    With a falling temperature the gradient of ``expectation`` vanishes at the grid points and peaks at the cell
-    boundaries: weights gather in clusters around the grid. Evaluation does not depend on T.
+    Gradients are computed with the rounding noise ``T * sigma``. As T falls, the gradient of the estimator
+    ``expectation`` vanishes at the grid points and peaks at the boundaries between them, so weights gather in clusters
+    around the grid points. Evaluation does not depend on T.
 
     Args:
-        start: Where annealing begins, a step count (int) or a fraction of the run (float).
-        end: Where it ends, likewise.
-        first: T up to ``start``, over 0 and up to 1.
-        last: T from ``end`` on.
+        start: Start of the annealing: a step count (int) or a fraction of the run (float).
+        end: End of the annealing: a step count (int) or a fraction of the run (float).
+        first: T until ``start``, over 0 and at most 1.
+        last: T from ``end`` on, over 0 and at most 1.
         shape: ``"linear"``, ``"cosine"`` or ``"exponential"``.
 
     Raises:
-        ValueError: a value out of its range, or ``start`` after ``end``.
-        MisconfigurationException: before training, a model without quantizers.
+        ValueError: a value is out of range, or ``start`` is after ``end``.
+        MisconfigurationException: when training starts, the model has no quantizer.
 
     Example:
         >>> TemperatureSchedule(start=0.5, last=0.25).last

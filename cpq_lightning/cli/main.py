@@ -1,4 +1,4 @@
-"""The command ``cpq``: LightningCLI around QuantizedModule, and what is done with its runs."""
+"""The command ``cpq``: LightningCLI for QuantizedModule, and commands for its runs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from cpq_lightning.report.runs import common_folder, compare_runs, expand_runs, 
 from cpq_lightning.report.table import levels_table, runs_table
 from cpq_lightning.version import __version__
 
-# What a run leaves in its folder, whatever its logger.
+# Files and folders that every run writes to its folder, whatever its logger.
 _RUN_FILES = ("config.yaml", "levels.json", "checkpoints")
 
 
 class _Parser(LightningArgumentParser):
-    """Tells the other commands in the help and in the shell's completion."""
+    """Adds the commands without a Trainer to the help and to the shell's completion."""
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         action = super().add_subcommands(*args, **kwargs)
@@ -44,30 +44,30 @@ class _Parser(LightningArgumentParser):
 class CPQCLI(LightningCLI):
     """LightningCLI for :class:`~cpq_lightning.QuantizedModule` and any LightningDataModule.
 
-    What the model leaves open it takes from the data, where that tells: ``num_classes`` and ``class_names``; and a data
-    module with a ``backbone`` that is left open gets the model's.
+    The model takes ``num_classes`` and ``class_names`` from the data, if they are not set and the data module has them.
+    A data module with an open ``backbone`` gets the model's.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
-        # Lightning before 2.6 takes no class for its parser.
+        # Lightning before 2.6 has no argument for the parser's class.
         parser.__class__ = _Parser
         return parser
 
     def instantiate_classes(self) -> None:
-        given = self.config.clone()
+        as_given = self.config.clone()
         settings = self.config[str(self.subcommand)]
         try:
             if settings.get("data") is not None:
                 fill_in(settings["model"], settings["data"])
             super().instantiate_classes()
         except (ImportError, OSError, TypeError, ValueError) as error:
-            # A wrong setting deserves its sentence, not a traceback through the parser.
+            # A wrong setting is reported as one sentence, not as a traceback through the parser.
             self.parser.error(str(error))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
-                # As it was given: with other data it is open again.
-                callback.config = given[str(self.subcommand)]
+                # The config is saved as given, so that the filled-in settings stay open for other data.
+                callback.config = as_given[str(self.subcommand)]
 
     def fit(self, model: Any, **settings: Any) -> None:
         self._refuse_to_overwrite()
@@ -75,7 +75,7 @@ class CPQCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CPQCallback) and callback.failed_exports:
                 formats = " and ".join(callback.failed_exports)
-                raise SystemExit(f"cpq fit: the run is complete but for its {formats} file, which a warning tells of.")
+                raise SystemExit(f"cpq fit: the run is complete except for its {formats} file; see the warning above.")
 
     def validate(self, model: Any, **settings: Any) -> None:
         self._run("validate", model, settings)
@@ -97,46 +97,45 @@ class CPQCLI(LightningCLI):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
-        there = [name for name in _RUN_FILES if (folder / name).exists()]
-        if there:
+        existing = [name for name in _RUN_FILES if (folder / name).exists()]
+        if existing:
             self.parser.error(
-                f"{folder} is the folder of a run already, with {', '.join(there)}: nothing was overwritten. Leave the "
-                "logger's version out, which counts up, or give another --trainer.default_root_dir or logger."
+                f"{folder} is the folder of a run already, with {', '.join(existing)}: nothing was overwritten. Leave "
+                "out the logger's version, so that it counts up, or give another --trainer.default_root_dir or logger."
             )
 
 
 def report(
     runs: list[str], metric: str | None = None, levels_file: str = "levels.json", out: str | None = None
 ) -> None:
-    """Show a run again, or several side by side, and make their tables and pictures again.
+    """Show one run again or compare several, and make their tables and pictures again.
 
-    Of one run: its levels, as a table, CSV and pictures. Of several: accuracy, size and average bits of each, as a
-    table, runs.csv and accuracy_over_size.png.
+    One run gives its levels, as a table, CSV and pictures. Several runs give the accuracy, size and average bits of
+    each, as a table, runs.csv and accuracy_over_size.png.
 
     Args:
-        runs: Folders of runs, each with its levels.json; of a folder of runs, such as a Trainer's default_root_dir, all
-            in it.
-        metric: Metric that several runs are compared by; the first with 'acc' in its name, or the only one, if left
-            out.
-        levels_file: Name of that file.
-        out: Folder for what several runs make; the one that holds them all if left out.
+        runs: Folders of runs, each with its levels.json; a folder of runs, such as a Trainer's default_root_dir, stands
+            for all runs in it.
+        metric: Metric by which to compare several runs; by default the first with 'acc' in its name, or the only one.
+        levels_file: Name of the file with the levels, in place of levels.json.
+        out: Folder for the files of a comparison; by default the folder that contains all runs.
     """
     folders = expand_runs(runs, levels_file)
     try:
         if len(folders) > 1:
-            found, left_out = compare_runs(folders, metric, levels_file)
-            Console().print(runs_table(found))
+            compared, left_out = compare_runs(folders, metric, levels_file)
+            Console().print(runs_table(compared))
             for reason in left_out:
                 Console().print(f"left out: {reason}", soft_wrap=True)
-            made = write_runs(found, out or common_folder(folders))
+            made = write_runs(compared, out or common_folder(folders))
         else:
             Console().print(levels_table(read_manifest(folders[0] / levels_file)))
             made = write_report(folders[0], levels_file)
     except FileNotFoundError:
         missing = next(f for f in folders if not (f / levels_file).is_file()) / levels_file
         raise SystemExit(
-            f"cpq report: {missing} is missing: expected the folder of a run that has finished its fit, or one that "
-            "holds such folders."
+            f"cpq report: {missing} is missing: expected the folder of a run that has finished its fit, or a folder of "
+            "such folders."
         ) from None
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"cpq report: {error}") from None
@@ -144,7 +143,7 @@ def report(
 
 
 def doctor() -> None:
-    """Show what runs here: versions, devices, and which computation quantizers use."""
+    """Show versions, devices, and which kernels the quantizers use on this machine."""
     lines = [f"{name} {version(name)}" for name in ("cpq-lightning", "torch", "lightning", "timm")]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines += [f"{torch.get_num_threads()} CPU threads", ", ".join(gpus) or "no GPU", describe()]
@@ -158,36 +157,36 @@ def _parser_of(name: str) -> ArgumentParser:
     command = _COMMANDS[name]
     parser = ArgumentParser(prog=f"cpq {name}", description=(command.__doc__ or "").split("\n")[0])
     if command is report:
-        parser.add_argument("runs", nargs="+", help="Folders of runs, or of several runs.")
+        parser.add_argument("runs", nargs="+", help="Folders of runs, or folders that contain runs.")
     parser.add_function_arguments(command, skip={"runs"} if command is report else None)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; ``arguments`` default to the command line's."""
+    """Run the command ``cpq``; ``arguments`` defaults to the command line."""
     if "add_print_completion_argument" in signature(set_parsing_settings).parameters:
-        # Of jsonargparse 4.47, which the extra 'completion' asks for; the command itself does without.
+        # New in jsonargparse 4.47, which only the extra 'completion' needs.
         set_parsing_settings(add_print_completion_argument=True)
     if arguments is None:
-        # LightningCLI warns of arguments that are handed over while there are some on the command line.
+        # LightningCLI warns if it gets arguments while the command line has some.
         sys.argv[1:] = [_shipped(a) for a in sys.argv[1:]]
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    completing = any(argument.startswith("--print_completion") for argument in given)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    completing = any(argument.startswith("--print_completion") for argument in words)
     if completing:
         _flatten_types()
-    if given and given[0] in _COMMANDS:
-        # They need no Trainer, nor the seconds that its parser takes.
-        _COMMANDS[given[0]](**_parser_of(given[0]).parse_args(given[1:]).as_dict())
+    if words and words[0] in _COMMANDS:
+        # These commands need no Trainer, whose parser takes seconds.
+        _COMMANDS[words[0]](**_parser_of(words[0]).parse_args(words[1:]).as_dict())
         return
     CPQCLI(
         QuantizedModule,
         LightningDataModule,
         subclass_mode_data=True,
-        # Its learning rate may be a tensor, and so on, likewise.
+        # Optimizers have settings that are objects too (a learning rate may be a tensor), see _flatten_types.
         auto_configure_optimizers=not completing,
         parser_kwargs={
             "prog": "cpq",
-            "description": "Train a timm backbone with Cluster-Promoting Quantization, and ship it.",
+            "description": "Train a timm backbone with Cluster-Promoting Quantization, and export it.",
             "version": __version__,
         },
         args=None if arguments is None else [_shipped(a) for a in arguments],
@@ -195,10 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _flatten_types() -> None:
-    """Take settings that are objects for words, in a process that only prints the shell's completion.
+    """Treat settings that are objects as strings, in a process that only prints the shell's completion.
 
-    Any module may stand for a backbone and any callback in a list, and each has settings that are modules again:
-    written out, completion would be endless (backbones) or of a hundred megabytes (the Trainer's).
+    A backbone may be any module and a list of callbacks may hold any callback, and their settings may be objects again.
+    A full completion would be endless (backbones) or a hundred megabytes long (the Trainer's).
     """
     wrapped: Any = Trainer.__init__
     for function, names in (
@@ -210,10 +209,11 @@ def _flatten_types() -> None:
 
 
 def _shipped(argument: str) -> str:
-    """``recipes/NAME.yaml`` and ``callbacks/NAME.yaml`` from the installed package or its checkout, if not at hand."""
+    """Replace ``recipes/NAME.yaml`` and ``callbacks/NAME.yaml`` by those of the package, unless such a file exists."""
     option, equals, path = argument.rpartition("=")
     if Path(path).parts[:1] not in (("recipes",), ("callbacks",)) or Path(path).exists():
         return argument
     package = Path(str(files("cpq_lightning")))
-    places = [package / "shipped" / path, package.parent / path]
-    return next((f"{option}{equals}{place}" for place in places if place.exists()), argument)
+    # The first is in an installed package, the second in a checkout.
+    candidates = [package / "shipped" / path, package.parent / path]
+    return next((f"{option}{equals}{file}" for file in candidates if file.exists()), argument)

@@ -38,7 +38,7 @@ class CIFAR100DataModule(DownloadedDataModule):
 
     title, dataset, size = "CIFAR-100", CIFAR100, 32
     files = "the folder cifar-100-python (or cifar-100-python.tar.gz, unpacked)"
-    # Of CIFAR-100's training images.
+    # Mean and standard deviation of CIFAR-100's training images.
     mean, std = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
 
     @property
@@ -47,7 +47,7 @@ class CIFAR100DataModule(DownloadedDataModule):
 
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Read from the data."""
+        """Names of the classes, read from the data."""
         return self._load(False, None).classes  # type: ignore[attr-defined]
 
     def augmentations(self) -> list[Any]:

@@ -15,20 +15,20 @@ from cpq_lightning.data.base import ImageDataModule
 class DigitsDataModule(ImageDataModule):
     """The UCI handwritten digits that scikit-learn ships: 1,797 real images of 8 x 8 pixels, 10 classes, grey.
 
-    Nothing is downloaded. The images that validate also test.
+    Nothing is downloaded. The validation images are also the test images.
 
     Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository, 1998.
 
     Args:
-        batch_size: Images a batch, on each process.
-        image_size: Images are enlarged to this many pixels a side.
-        val_fraction: Share of the images that validates; the same ones for the same ``seed``.
-        num_workers: Processes that load.
+        batch_size: Images per batch and process.
+        image_size: Images are enlarged to this number of pixels per side.
+        val_fraction: Share of the images for validation; the same ``seed`` chooses the same images.
+        num_workers: Number of processes that load images.
         seed: Seed of the split.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     class_names = tuple("0123456789")
@@ -38,7 +38,7 @@ class DigitsDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, val_fraction, num_workers, seed)
         if val_fraction == 0:
-            raise ValueError("val_fraction must be over 0: the digits have no test images apart.")
+            raise ValueError("val_fraction must be over 0: the digits have no separate test images.")
         self.save_hyperparameters()
         self.image_size = image_size
         self._data: TensorDataset | None = None
@@ -47,7 +47,7 @@ class DigitsDataModule(ImageDataModule):
         if self._data is None:
             images, labels = _digits()
             images = interpolate(images, size=self.image_size, mode="bilinear", align_corners=False)
-            # Mean and standard deviation of the pixels, which run from 0 to 1.
+            # Mean 0.305 and standard deviation 0.376 of the pixels, which are from 0 to 1.
             self._data = TensorDataset((images - 0.305) / 0.376, labels)
         return self._data
 

@@ -15,22 +15,22 @@ from cpq_lightning.data.base import ImageDataModule, MissingDataError
 
 
 class DownloadedDataModule(ImageDataModule):
-    """A data set of torchvision, in its own format on the disk, with training and test images.
+    """A data set of torchvision, in torchvision's format on the disk, with training and test images.
 
     Args:
-        root: Folder that has it, or gets it.
-        batch_size: Images a batch, on each process.
-        image_size: Pixels a side; other than the data's own, images are scaled.
-        val_fraction: As of :class:`~cpq_lightning.data.base.ImageDataModule`.
-        num_workers: Processes that load.
+        root: Folder that contains the data set, or into which to download it.
+        batch_size: Images per batch and process.
+        image_size: Pixels per side; images of another size are scaled. ``None`` is the size of the data set.
+        val_fraction: As in :class:`~cpq_lightning.data.base.ImageDataModule`.
+        num_workers: Number of processes that load images.
         seed: Seed of the split.
-        download: Whether to download it where ``root`` does not have it.
-        mixup: As of :class:`~cpq_lightning.data.base.ImageDataModule`.
+        download: Whether to download the data set if ``root`` does not contain it.
+        mixup: As in :class:`~cpq_lightning.data.base.ImageDataModule`.
         cutmix: Likewise.
 
     Raises:
-        FileNotFoundError: when data are asked for that are not there, with what to do.
-        ValueError: an argument out of its range.
+        FileNotFoundError: the data are needed and not in ``root``; the message says what to do.
+        ValueError: an argument is out of its range.
     """
 
     title: ClassVar[str]
@@ -60,7 +60,7 @@ class DownloadedDataModule(ImageDataModule):
 
     @abstractmethod
     def augmentations(self) -> list[Any]:
-        """What training does to an image of the right size."""
+        """The transforms of a training image that already has the right size."""
 
     def prepare_data(self) -> None:
         if not self.download:
@@ -70,7 +70,7 @@ class DownloadedDataModule(ImageDataModule):
                 self._load(train, None, download=True)
         except (OSError, RuntimeError, URLError) as error:
             raise MissingDataError(
-                self.title, self.root, f"it could not be downloaded ({error}). Put {self.files} there by other means."
+                self.title, self.root, f"it could not be downloaded ({error}). Put {self.files} there in another way."
             ) from error
 
     def training_data(self, augmented: bool) -> Dataset[Any]:

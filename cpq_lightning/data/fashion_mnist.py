@@ -12,22 +12,23 @@ from torchvision.transforms import v2
 
 from cpq_lightning.data.downloaded import DownloadedDataModule
 
-# Where Debian's package dataset-fashion-mnist puts it.
+# The folder of Debian's package dataset-fashion-mnist.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 class FashionMNISTDataModule(DownloadedDataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test images of 28 x 28 pixels, 10 classes, grey; torchvision's format.
 
-    Where ``root`` does not have it and Debian's package ``dataset-fashion-mnist`` is installed, its files are unpacked
-    into ``root``, and nothing is downloaded. Training shifts images by up to two pixels and mirrors half of them.
+    If ``root`` does not contain it and Debian's package ``dataset-fashion-mnist`` is installed, the package's files are
+    unpacked into ``root``, and nothing is downloaded. Training shifts images by up to two pixels and mirrors half of
+    them.
 
     Xiao, Rasul, Vollgraf, *Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms*, 2017.
     """
 
     title, dataset, size = "Fashion-MNIST", FashionMNIST, 28
     files = "FashionMNIST/raw with the four files *-ubyte (on Debian: apt install dataset-fashion-mnist)"
-    # Of the training images.
+    # Mean and standard deviation of the training images.
     mean, std = (0.2860,), (0.3530,)
     class_names = (
         "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -40,7 +41,7 @@ class FashionMNISTDataModule(DownloadedDataModule):
             with TemporaryDirectory(dir=folder) as unpacked:
                 for archive in sorted(DEBIAN.glob("*-ubyte.gz")):
                     extract_archive(str(archive), unpacked)
-                # Whole or not at all; where a folder of that name lacks files, they go into it.
+                # Each file is moved complete, also into an existing folder that lacks some.
                 (folder / "raw").mkdir(exist_ok=True)
                 for file in Path(unpacked).iterdir():
                     file.replace(folder / "raw" / file.name)

@@ -1,4 +1,4 @@
-"""One's own images: a folder a class."""
+"""The user's images: one folder per class."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _PARTS = (_TRAIN, *_EVALUATION, _TEST)
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Images in folders, one a class: ``root/CLASS/IMAGE``, or ``root/train/CLASS/IMAGE`` beside ``root/val/CLASS/...``
-    (ImageNet's layout too).
+    """Images in one folder per class: ``root/CLASS/IMAGE``, or ``root/train/CLASS/IMAGE`` and ``root/val/CLASS/IMAGE``
+    (the layout of ImageNet).
 
-    Images are scaled, cropped and normalized as the backbone's pretrained weights expect it: timm's data config.
-    Without a folder ``val`` (or ``valid``, ``validation``) a part of the training images validates; ``test``, where it
-    is there, tests. Class names are those of the folders, in alphabetical order.
+    Images are scaled, cropped and normalized as the backbone's pretrained weights expect (timm's data config). Without
+    a folder ``val`` (or ``valid``, ``validation``) a part of the training images is for validation. A folder ``test``
+    has the test images. Class names are the names of the folders, in alphabetical order.
 
     Args:
         root: The folder.
-        backbone: Name of the timm model whose data config counts; ``None`` takes images of 224 pixels, normalized as
-            most of timm's weights expect it. The command ``cpq`` gives the model's.
-        batch_size: Images a batch, on each process.
-        image_size: Pixels a side, in place of the backbone's.
-        val_fraction: Share of the training images that validates where no folder does; the same ones for the same
-            ``seed``.
-        num_workers: Processes that load.
+        backbone: Name of the timm model whose data config to use; ``None`` is images of 224 pixels, normalized as most
+            of timm's weights expect. The command ``cpq`` sets it to the model's backbone.
+        batch_size: Images per batch and process.
+        image_size: Pixels per side, in place of the backbone's.
+        val_fraction: Share of the training images for validation if there is no folder for it; the same ``seed``
+            chooses the same images.
+        num_workers: Number of processes that load images.
         seed: Seed of the split.
         augmentation: Further arguments of ``timm.data.create_transform`` for training, such as ``auto_augment``,
             ``re_prob`` or ``scale``.
-        mixup: As of :class:`~cpq_lightning.data.base.ImageDataModule`.
+        mixup: As in :class:`~cpq_lightning.data.base.ImageDataModule`.
         cutmix: Likewise.
 
     Raises:
-        FileNotFoundError: when data are asked for that are not there, with what to do.
-        ValueError: an argument out of its range.
+        FileNotFoundError: the data are needed and not in ``root``; the message says what to do.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImageFolderDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, val_fraction, num_workers, seed, mixup, cutmix)
         if val_fraction == 0:
-            raise ValueError("val_fraction must be over 0; a folder root/val validates in its place where it is there.")
+            raise ValueError("val_fraction must be over 0; where a folder root/val exists, it is used instead.")
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         augmentation = plain(augmentation)
@@ -78,65 +78,65 @@ class ImageFolderDataModule(ImageDataModule):
         return self._training_classes()[1]
 
     def training_data(self, augmented: bool) -> Dataset[Any]:
-        place, _ = self._training_classes()
-        return self._folder(place, self._transform(augmented))
+        folder, _ = self._training_classes()
+        return self._folder(folder, self._transform(augmented))
 
     def evaluation_data(self) -> Dataset[Any] | None:
-        return self._held_out(_TEST)
+        return self._evaluation_folder(_TEST)
 
     def validation_data(self) -> Dataset[Any] | None:
-        return next((self._held_out(name) for name in _EVALUATION if self._place(name)), None)
+        return next((self._evaluation_folder(name) for name in _EVALUATION if self._part(name)), None)
 
     def _training_classes(self) -> tuple[Path, list[str]]:
-        """Where the training images are, and the names of the classes there."""
-        place = self._place(_TRAIN) or Path(self.root)
+        """The folder of the training images, and the names of the classes in it."""
+        folder = self._part(_TRAIN) or Path(self.root)
         try:
-            names, _ = find_classes(str(place))
+            names, _ = find_classes(str(folder))
         except FileNotFoundError as error:
-            raise self._missing(place, error) from None
+            raise self._missing(folder, error) from None
         parts = [name for name in names if name.lower() in (*_PARTS, "training")]
-        if place == Path(self.root) and parts:
+        if folder == Path(self.root) and parts:
             raise DataError(
                 f"root={self.root} has the folders {', '.join(parts)} and none named {_TRAIN!r}: expected "
-                f"{_TRAIN}/CLASS beside val/CLASS, or the classes alone."
+                f"{_TRAIN}/CLASS and val/CLASS, or the classes alone."
             )
-        return place, names
+        return folder, names
 
-    def _held_out(self, name: str) -> ImageFolder | None:
-        place = self._place(name)
-        if place is None:
+    def _evaluation_folder(self, name: str) -> ImageFolder | None:
+        folder = self._part(name)
+        if folder is None:
             return None
-        found = self._folder(place, self._transform(False))
-        if found.classes != self.class_names:
-            apart = sorted(set(self.class_names) ^ set(found.classes))
+        images = self._folder(folder, self._transform(False))
+        if images.classes != self.class_names:
+            different = sorted(set(self.class_names) ^ set(images.classes))
             raise DataError(
-                f"root={self.root}: the classes in {name!r} are not those in {_TRAIN!r}, such as {apart[0]!r}: "
+                f"root={self.root}: the classes in {name!r} differ from those in {_TRAIN!r}, such as {different[0]!r}: "
                 "expected the same folders in both."
             )
-        return found
+        return images
 
-    def _place(self, name: str) -> Path | None:
-        """A folder of a layout with ``train``: beside classes, ``val`` would be a class of that name."""
-        place = Path(self.root) / name
-        return place if (Path(self.root) / _TRAIN).is_dir() and place.is_dir() else None
+    def _part(self, name: str) -> Path | None:
+        """The folder of a part such as ``val``; ``None`` without ``train``, since ``val`` is then a class."""
+        folder = Path(self.root) / name
+        return folder if (Path(self.root) / _TRAIN).is_dir() and folder.is_dir() else None
 
-    def _folder(self, place: Path, transform: Any) -> ImageFolder:
+    def _folder(self, folder: Path, transform: Any) -> ImageFolder:
         try:
-            return ImageFolder(str(place), transform)
+            return ImageFolder(str(folder), transform)
         except FileNotFoundError as error:
-            raise self._missing(place, error) from None
+            raise self._missing(folder, error) from None
 
-    def _missing(self, place: Path, error: FileNotFoundError) -> MissingDataError:
-        found = f"it has no folder for each class with images in it ({error})" if place.is_dir() else "no such folder"
+    def _missing(self, folder: Path, error: FileNotFoundError) -> MissingDataError:
+        reason = f"it has no folder for each class with images in it ({error})" if folder.is_dir() else "no such folder"
         return MissingDataError(
             "The image data",
             self.root,
-            f"{found}. Expected {self.root}/CLASS/IMAGE.jpg, or {self.root}/train/CLASS/IMAGE.jpg and "
+            f"{reason}. Expected {self.root}/CLASS/IMAGE.jpg, or {self.root}/train/CLASS/IMAGE.jpg and "
             f"{self.root}/val/CLASS/IMAGE.jpg.",
         )
 
     def _transform(self, augmented: bool) -> Any:
-        known = PretrainedCfg() if self.backbone is None else pretrained_config(self.backbone)
-        chosen = {} if self.image_size is None else {"img_size": self.image_size}
-        config = resolve_data_config(chosen, pretrained_cfg=known.to_dict())
+        pretrained = PretrainedCfg() if self.backbone is None else pretrained_config(self.backbone)
+        size = {} if self.image_size is None else {"img_size": self.image_size}
+        config = resolve_data_config(size, pretrained_cfg=pretrained.to_dict())
         return create_transform(**config, is_training=augmented, **(self.augmentation if augmented else {}))

@@ -1,4 +1,4 @@
-"""What leaves a trained model: packed, ONNX and ``torch.export`` files, each verified in its own runtime."""
+"""Export of a trained model as a packed, an ONNX or a ``torch.export`` file, each verified in its runtime."""
 
 from cpq_lightning.export.export import Export as Export
 from cpq_lightning.export.export import export_model as export_model

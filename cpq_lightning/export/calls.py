@@ -1,4 +1,4 @@
-"""What a model takes and returns, in whatever containers, as tensors with names; and what no file can hold."""
+"""Arguments and outputs of a model as flat lists of named tensors, and checks for values that no file can contain."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from torch.utils._pytree import (
 
 from cpq_lightning.attach.calls import Call, forward_signature
 
-# Arguments that are no tensors, and a file can hold.
+# Types of arguments, apart from tensors, that a file can contain.
 Constant = bool | int | float | str | None
 _REGISTER = (
-    "hand its tensors over in tuples, lists or dicts, or register the class with torch.export.register_dataclass (or "
+    "pass its tensors in tuples, lists or dicts, or register the class with torch.export.register_dataclass (or "
     "torch.utils._pytree.register_pytree_node)"
 )
 
@@ -43,31 +43,33 @@ TENSOR = _Place.TENSOR
 
 @dataclass(frozen=True)
 class Form:
-    """How a model is called: everything of a call but its tensors.
+    """The structure of a call: everything but its tensors.
 
     Attributes:
-        spec: The containers of ``(args, kwargs)``, as torch's pytree has them.
-        leaves: What is in them, in order: a constant, or :data:`TENSOR`.
+        spec: The containers of ``(args, kwargs)``, as a TreeSpec of torch's pytree.
+        leaves: The content of the containers, in order: a constant, or :data:`TENSOR` in place of a tensor.
     """
 
     spec: TreeSpec
     leaves: tuple[Any, ...]
 
     def call(self, tensors: Sequence[Tensor]) -> Call:
-        """The call with these tensors.
+        """The positional and keyword arguments with these tensors.
 
         Raises:
-            ValueError: there are more or fewer than the call has.
+            ValueError: the number of tensors is wrong.
         """
         if len(tensors) != sum(leaf is TENSOR for leaf in self.leaves):
             raise ValueError(f"The call has {self.leaves.count(TENSOR)} tensors, got {len(tensors)}.")
-        given = iter(tensors)
-        args, kwargs = tree_unflatten([next(given) if leaf is TENSOR else leaf for leaf in self.leaves], self.spec)
+        remaining = iter(tensors)
+        args, kwargs = tree_unflatten([next(remaining) if leaf is TENSOR else leaf for leaf in self.leaves], self.spec)
         return args, kwargs
 
     def places(self, model: nn.Module) -> tuple[list[str], dict[str, Constant]]:
-        """The names of the tensors in order, and the constants by name: ``mask``, or ``batch.image.0`` for what is
-        inside of an argument, each after the parameter of the model's forward that takes it.
+        """The names of the tensors in order, and the constants by name.
+
+        A name begins with the parameter of the model's forward that takes the argument: ``mask``, or
+        ``batch.image.0`` for a value inside an argument.
         """
         args, kwargs = tree_unflatten(list(self.leaves), self.spec)
         named = _argument_leaves((args, kwargs), model)
@@ -76,14 +78,14 @@ class Form:
 
 
 def split_call(call: Call, model: nn.Module | None = None) -> tuple[list[Tensor], Form]:
-    """The tensors of a call, and its form.
+    """Split a call into its tensors and its form.
 
     Args:
         call: Positional and keyword arguments.
-        model: What is called with them, which knows their names.
+        model: The module that is called; its forward gives the names of positional arguments in messages.
 
     Raises:
-        TypeError: an argument is, or has inside, something that is neither a tensor nor a constant; it says which.
+        TypeError: an argument is or contains a value that is neither a tensor nor a constant; the message names it.
     """
     flat, spec = tree_flatten(call)
     for name, leaf in _argument_leaves(call, model):
@@ -97,54 +99,54 @@ def split_call(call: Call, model: nn.Module | None = None) -> tuple[list[Tensor]
 
 
 def dump_spec(form: Form) -> str:
-    """The containers of a call as text.
+    """Serialize the containers of a call as text.
 
     Raises:
-        TypeError: one of them is of a class that torch's pytree knows no name of.
+        TypeError: the class of a container is registered with torch's pytree without a serialized name.
     """
     try:
         return treespec_dumps(form.spec)
     except (NotImplementedError, TypeError) as error:
         raise TypeError(
-            f"samples: the arguments come in a class that no file can name ({error}) Hand its tensors over in tuples, "
-            "lists or dicts, or register it with a serialized_type_name, here and where the file is read."
+            f"samples: the arguments come in a class that no file can name ({error}) Pass its tensors in tuples, lists "
+            "or dicts, or register the class with a serialized_type_name, here and where the file is read."
         ) from None
 
 
 def load_spec(text: str) -> TreeSpec:
-    """What :func:`dump_spec` has written.
+    """Read the text of :func:`dump_spec`.
 
     Raises:
-        ValueError: it is no such text, or of a class that is not registered in this process.
+        ValueError: the text is not valid, or names a class that is not registered in this process.
     """
     try:
         return treespec_loads(text)
     except (AssertionError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the containers of its call cannot be read ({type(error).__name__}: {error}); where they have classes of "
-            "your own, import the module that registers them with torch's pytree first"
+            f"the containers of its call cannot be read ({type(error).__name__}: {error}); if they are of your "
+            "classes, first import the module that registers these classes with torch's pytree"
         ) from None
 
 
 def _argument_leaves(call: Call, model: nn.Module | None) -> list[tuple[str, Any]]:
-    """What is in the arguments of a call, in order, each by the name of its argument and the keys that lead there."""
+    """The leaves of a call's arguments in order, named by the argument and the keys that lead to the leaf."""
     args, kwargs = call
     positional = [] if model is None else _parameters(model)
-    found = []
-    for place, argument in enumerate(args):
-        name = str(place)
-        if positional and positional[-1].startswith("*") and place >= len(positional) - 1:
-            name = f"{positional[-1][1:]}.{place - len(positional) + 1}"
-        elif place < len(positional):
-            name = positional[place]
-        found += [(".".join([name, *keys]), leaf) for keys, leaf in _leaves(argument)]
+    named = []
+    for index, argument in enumerate(args):
+        name = str(index)
+        if positional and positional[-1].startswith("*") and index >= len(positional) - 1:
+            name = f"{positional[-1][1:]}.{index - len(positional) + 1}"
+        elif index < len(positional):
+            name = positional[index]
+        named += [(".".join([name, *keys]), leaf) for keys, leaf in _leaves(argument)]
     for name, argument in kwargs.items():
-        found += [(".".join([name, *keys]), leaf) for keys, leaf in _leaves(argument)]
-    return found
+        named += [(".".join([name, *keys]), leaf) for keys, leaf in _leaves(argument)]
+    return named
 
 
 def _parameters(model: nn.Module) -> list[str]:
-    """The names of a forward's positional parameters; the last one takes all that come behind, with its star."""
+    """The names of a forward's positional parameters; ``*args`` is the last one and keeps its star."""
     names = []
     for parameter in forward_signature(model).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -155,11 +157,11 @@ def _parameters(model: nn.Module) -> list[str]:
 
 
 def _leaves(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[list[str], Any]]:
-    """What is in containers that torch's pytree knows, in order, with the keys that lead there."""
+    """The leaves of containers that torch's pytree knows, in order, with the keys that lead to each leaf."""
     try:
         return [([_key(entry) for entry in path], leaf) for path, leaf in tree_flatten_with_path(value, is_leaf)[0]]
     except ValueError:
-        # A class that was registered without keys.
+        # A class in the value was registered without keys.
         return [([str(i)], leaf) for i, leaf in enumerate(tree_flatten(value, is_leaf)[0])]
 
 
@@ -172,41 +174,43 @@ def _key(entry: Any) -> str:
 
 
 def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
-    """The tensors that a model returns, in whatever containers, with names: ``output`` for a tensor that comes alone,
-    else the keys that lead there, as ``boxes.0``, behind ``output_`` where the first one is a number. None is left out.
+    """The tensors in a model's output, in any containers, with names. ``None`` in the output is ignored.
+
+    A single tensor is named ``output``. Several are named by the keys that lead to them, such as ``boxes.0``; a name
+    that begins with a number gets the prefix ``output_``.
 
     Raises:
-        TypeError: it returns something else; it says which.
+        TypeError: the output contains a value that is no tensor (the message names it), or no tensor.
     """
-    found = []
+    named = []
     for keys, leaf in _all_leaves(output):
         name = ".".join(keys)
         if isinstance(leaf, Tensor):
-            found.append((f"output_{name}" if name[:1].isdigit() else name or "output", leaf))
+            named.append((f"output_{name}" if name[:1].isdigit() else name or "output", leaf))
         elif leaf is not None:
             where = f"the output {name!r} of the model" if name else "the output of the model"
             raise TypeError(
-                f"{where} is {type(leaf).__name__}, and an export holds tensors, and tuples, lists and dicts of them: "
-                "leave it out in evaluation, or let export_module() of the LightningModule return the part that "
-                "returns tensors alone."
+                f"{where} is {type(leaf).__name__}, and an exported model returns only tensors, and tuples, lists and "
+                "dicts of them: do not return it in evaluation, or let export_module() of the LightningModule return "
+                "the submodule that returns only tensors."
             )
-    if not found:
+    if not named:
         raise TypeError("The model returns no tensor: an export would compute nothing.")
-    return [("output", found[0][1])] if len(found) == 1 else found
+    return [("output", named[0][1])] if len(named) == 1 else named
 
 
-def _all_leaves(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """:func:`_leaves`, and those of mappings and sequences that torch's pytree does not know, or knows without keys."""
+def _all_leaves(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """:func:`_leaves`, also of mappings and sequences that torch's pytree does not know, or knows without keys."""
     for keys, leaf in _leaves(value, lambda part: isinstance(part, Mapping)):
         if isinstance(leaf, Mapping):
-            inside = leaf.items()
+            items = leaf.items()
         elif isinstance(leaf, tuple | list):
-            inside = enumerate(leaf)
+            items = enumerate(leaf)
         else:
-            yield (*above, *keys), leaf
+            yield (*prefix, *keys), leaf
             continue
-        for key, inner in inside:
-            yield from _all_leaves(inner, (*above, *keys, str(key)))
+        for key, item in items:
+            yield from _all_leaves(item, (*prefix, *keys, str(key)))
 
 
 def flat_outputs(output: Any) -> list[Tensor]:
@@ -216,19 +220,19 @@ def flat_outputs(output: Any) -> list[Tensor]:
 
 @contextmanager
 def forward_replaced(network: nn.Module, forward: Callable[..., Any], signature: inspect.Signature) -> Iterator[None]:
-    """Let a network that is traced take the arguments of another signature, under the names of its own parts."""
+    """Replace a network's forward and its signature while it is traced; the names of its submodules stay."""
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    # Exporters read names and defaults there.
+    # Exporters read the names and defaults of arguments from the signature.
     replaced.__signature__ = signature  # type: ignore[attr-defined]
-    own = network.__dict__.get("forward")
+    previous = network.__dict__.get("forward")
     network.__dict__["forward"] = replaced
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             del network.__dict__["forward"]
         else:
-            network.__dict__["forward"] = own
+            network.__dict__["forward"] = previous

@@ -1,4 +1,4 @@
-"""From a trained model to a file that has been proved to be that model."""
+"""Export of a trained model to a file that is verified against the model."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ log = logging.getLogger("cpq_lightning")
 
 @dataclass(frozen=True)
 class Latency:
-    """One sample on this machine's CPU, both in turn in one run.
+    """Latency of one sample on the CPU of this machine. Both networks run in turn, so that each pair of runs has the
+    same conditions.
 
     Attributes:
-        full_precision: Median, in seconds.
-        quantized: Median, in seconds.
-        speedup: Median of the ratios within a pair of runs.
+        full_precision: Median time of the full-precision network, in seconds.
+        quantized: Median time of the exported file, in seconds.
+        speedup: Median over the pairs of runs of the full-precision time divided by the quantized time.
     """
 
     full_precision: float
@@ -48,20 +49,21 @@ class Latency:
 
 @dataclass(frozen=True)
 class Export:
-    """A file that has been written.
+    """The result of an export.
 
     Attributes:
-        path: The file.
+        path: The written file.
         format: ``"packed"``, ``"onnx"`` or ``"torch"``.
-        container: Of ONNX, what holds the codes.
-        verification: What was compared; ``None`` where that was switched off.
-        latency: Of ONNX, where it was asked for.
-        float_bytes: The model in float32.
-        file_bytes: The file.
-        weight_bits: Average bits over quantized weights, first and last layer left out; ``None`` of nothing.
-        act_bits: The same of activations.
-        full_precision: Layers with a weight that nothing quantizes, such as recurrent ones.
-        constants: Arguments by name that are part of the file as the samples have them, because they are no tensors.
+        container: ONNX only: the integer type of the stored codes.
+        verification: The result of the verification; ``None`` where it was switched off.
+        latency: ONNX only: the measured latency; ``None`` where it was not requested.
+        float_bytes: Size of the model in float32.
+        file_bytes: Size of the file.
+        weight_bits: Average bits over the quantized weights, without first and last layers; ``None`` where there are no
+            such weights.
+        act_bits: The same for activations.
+        full_precision: Layers whose weight nothing quantizes, such as recurrent layers.
+        constants: Arguments by name that are no tensors, and that the file contains with the values of the samples.
     """
 
     path: Path
@@ -89,38 +91,38 @@ def export_model(
     verification: bool = True,
     latency: bool = False,
 ) -> Export:
-    """Write an attached model as one file, and prove that it is the same model.
+    """Write an attached model as one file, and verify that the file computes the same as the model.
 
-    The file takes its place in the folder once it has been loaded in its own runtime and compared with the model; see
-    :func:`~cpq_lightning.export.verify.verify`. Until then, and where anything fails, what was there stays.
+    The file is loaded in its runtime and compared with the model before it is moved into the folder; see
+    :func:`~cpq_lightning.export.verify.verify`. If anything fails, an existing file of the same name stays unchanged.
 
     Args:
-        model: An attached model, trained. It is not changed; but ranges of weights that the last steps of a loop of
-            your own have outgrown are fitted anew, which a warning says.
-        folder: Where the file goes, as ``name`` and the format's ending.
-        format: ``"packed"``: codes at their own widths in safetensors, for
+        model: An attached model, trained. It is not changed, with one exception: in a custom training loop the last
+            steps may have moved weights out of their ranges; these ranges are fitted again, with a warning.
+        folder: Folder of the file, which is called ``name`` with the suffix of the format.
+        format: ``"packed"``: a safetensors file with each code at the width of its layer, for
             :func:`~cpq_lightning.load_quantized`; ``"onnx"``; ``"torch"``: a ``torch.export`` program.
-        samples: Inputs, a few dozen: a tensor of the shape (samples, ...), a tuple of positional arguments, a dict of
-            arguments by name (or the tuple or dict that the forward takes as its one argument), or
-            :class:`~cpq_lightning.export.Samples`. Arguments may be tuples, lists, dicts and whatever else torch's
-            pytree knows, with tensors in them. Numbers, strings and None are constants of an ONNX file or a program,
-            which a warning names; an ONNX file takes its tensors by the names of the arguments, a program is called as
-            the samples are given.
-        name: The file's name without its ending.
-        container: Of ONNX: ``"int8"`` for speed, ``"int4"`` for size.
+        samples: A few dozen inputs: a tensor of the shape (samples, ...), a tuple of positional arguments, a dict of
+            arguments by name (or the tuple or dict that the forward takes as its only argument), or
+            :class:`~cpq_lightning.export.Samples`. Arguments may be tuples, lists, dicts and other containers that
+            torch's pytree knows, with tensors in them. Numbers, strings and None become constants of an ONNX file or a
+            program, and a warning names them. An ONNX file takes its tensors by the names of the arguments; a program
+            is called with arguments in the same structure as the samples.
+        name: Name of the file without its suffix.
+        container: ONNX only: ``"int8"`` for speed, ``"int4"`` for size.
         architecture: ``{"timm": name, "arguments": {...}}`` where timm builds the network.
-        verification: Whether to compare.
-        latency: Of ONNX: whether to time it against full precision.
+        verification: Whether to compare the file with the model.
+        latency: ONNX only: whether to measure the latency of the file and of the full-precision network.
 
     Returns:
-        What was written.
+        The path and properties of the written file, and the results of verification and latency measurement.
 
     Raises:
         MismatchError: the file does not compute what the model computes.
-        ValueError: the model cannot be exported, as where layers have come behind attach that its config would
-            quantize, or where weights were rewritten behind their ranges; or an argument is wrong.
-        TypeError: the samples are no arguments of the forward, have something in them that no file can take, or the
-            model returns something that no file can hold; it says which.
+        ValueError: the model cannot be exported, for example because layers were added after attach that its config
+            would quantize, or because weights were rewritten after their ranges were fitted; or an argument is wrong.
+        TypeError: the samples are no arguments of the forward, the samples contain a value that no file can take, or
+            the model returns a value that no file can contain; the message names it.
         ImportError: the format needs packages that are not installed.
         OSError: the file cannot be written.
 
@@ -133,25 +135,25 @@ def export_model(
     if not name or Path(name).name != name:
         raise ValueError(f"name must be a file's name without a folder, got {name!r}.")
     model = unwrapped(model)
-    # Before levels are read: of a weight that is spread over processes, one of them alone would wait for the others.
+    # This comes before levels are read: to read a sharded weight, one process alone would wait for the others.
     check_exportable(model)
     if names := uncalled(model):
         log.warning(
-            "No forward has called the layers %s, of which only the weight is read: their inputs stay in full "
-            "precision, as in training.",
+            "No forward has called the layers %s, only their weights are read: their inputs stay in full precision, as "
+            "in training.",
             ", ".join(names),
         )
-    around, _ = bypassed(model)
-    if names := [name for name, layer in quantized_layers(model) if layer in around]:
+    bypassed_layers, _ = bypassed(model)
+    if names := [name for name, layer in quantized_layers(model) if layer in bypassed_layers]:
         log.warning(
-            "The forward multiplies by the weights of the layers %s in full precision, without calling them: so does "
-            "the file.",
+            "The forward multiplies by the weights of the layers %s in full precision, without calling these layers; "
+            "the file does the same.",
             ", ".join(names),
         )
     for message in full_precision_messages(model):
         log.warning("%s", message)
     samples = Samples.of(samples, model)
-    # A packed file is a module that takes any arguments.
+    # The module of a packed file takes any arguments, so it has no constants.
     constants = {} if format == "packed" else samples.places(model)[1]
     if constants:
         log.warning(
@@ -164,16 +166,16 @@ def export_model(
     model = evaluated(model)
     with replacing(path) as temporary:
         try:
-            proof = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
+            result = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
         except MismatchError as error:
             raise MismatchError(f"{path} was not written, it would not be the trained model. {error}") from None
-        timed = _time(model, temporary, samples) if latency and format == "onnx" else None
+        measured = _time(model, temporary, samples) if latency and format == "onnx" else None
     return Export(
         path,
         format,
         container if format == "onnx" else None,
-        proof,
-        timed,
+        result,
+        measured,
         totals["fp32_bytes"],
         path.stat().st_size,
         totals["weight_bits_avg"],
@@ -207,7 +209,7 @@ def _write_and_verify(
         except MismatchError as error:
             if container != "int8":
                 raise
-            # The fastest form rounds biases. A network that multiplies what that moves gets the exact form.
+            # The fastest form rounds biases. A network that amplifies this error gets the exact form.
             log.warning("%s Written once more without integer biases, which is slower and exact.", error)
         write_onnx(model, path, samples, container=container, architecture=architecture, round_biases=False)
     return verify(model, load_artefact(model, path, format, architecture), samples) if verification else None
@@ -215,7 +217,7 @@ def _write_and_verify(
 
 @torch.no_grad()
 def _check_forward(model: nn.Module, samples: Samples) -> None:
-    """Exporters, and hooks around layers, tell less of samples that do not fit and of outputs that no file can hold."""
+    """Check the samples and the outputs in one forward: exporters and hooks would raise less helpful errors."""
     args, kwargs = samples.pair().call()
     try:
         output = evaluated(model)(*args, **kwargs)
@@ -233,7 +235,7 @@ def _check_forward(model: nn.Module, samples: Samples) -> None:
 def load_artefact(
     model: nn.Module, path: Path, format: Format, architecture: Mapping[str, Any] | None = None
 ) -> Artefact:
-    """A file of :func:`export_model`, in its own runtime."""
+    """Load a file of :func:`export_model` in its runtime."""
     if format == "packed":
         return PackedArtefact(path, None if architecture is not None else detach(evaluated(model)))
     if format == "torch":
@@ -243,16 +245,17 @@ def load_artefact(
     return OnnxArtefact(path)
 
 
-def _time(model: nn.Module, path: Path, samples: Samples, budget: float = 3.0, most: int = 100) -> Latency:
+def _time(model: nn.Module, path: Path, samples: Samples, budget: float = 3.0, max_runs: int = 100) -> Latency:
+    """Measure at least 5 and at most ``max_runs`` pairs of runs, for ``budget`` seconds."""
     from cpq_lightning.export.onnx.runtime import seconds, session
     from cpq_lightning.export.onnx.write import full_precision
 
     sessions = [session(full_precision(detach(evaluated(model)), samples)), session(path.read_bytes())]
     names = [i.name for i in sessions[0].get_inputs()]
-    fed = {name: tensor.numpy() for name, tensor in zip(names, samples.first(1).inputs, strict=True)}
-    taken: list[list[float]] = []
+    inputs = {name: tensor.numpy() for name, tensor in zip(names, samples.first(1).inputs, strict=True)}
+    pairs: list[list[float]] = []
     end = time.perf_counter() + budget
-    while len(taken) < 5 or (len(taken) < most and time.perf_counter() < end):
-        taken.append([seconds(one, fed) for one in sessions])
-    times = np.array(taken)
+    while len(pairs) < 5 or (len(pairs) < max_runs and time.perf_counter() < end):
+        pairs.append([seconds(s, inputs) for s in sessions])
+    times = np.array(pairs)
     return Latency(*(float(np.median(v)) for v in (times[:, 0], times[:, 1], times[:, 0] / times[:, 1])))

@@ -1,4 +1,4 @@
-"""The formats of artefacts, and what each needs."""
+"""The formats of exported files, and the packages that they require."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from cpq_lightning.extras import require
 
 Format = Literal["packed", "onnx", "torch"]
-# What holds the codes of an ONNX file.
+# The integer type of the codes in an ONNX file.
 Container = Literal["int8", "int4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 CONTAINERS: tuple[Container, ...] = get_args(Container)
@@ -16,11 +16,11 @@ SUFFIXES: dict[Format, str] = {"packed": ".safetensors", "onnx": ".onnx", "torch
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Refuse formats that there are not, or that lack a package here.
+    """Raise an error for unknown formats, and for formats whose packages are not installed.
 
     Raises:
-        ValueError: an unknown format.
-        ImportError: naming the packages to install.
+        ValueError: a format is unknown.
+        ImportError: packages are missing; the message names the packages to install.
     """
     for format in formats:
         if format not in FORMATS:

@@ -1,4 +1,4 @@
-"""The trained model as an artefact holds it: weights as integer codes, each with its step, and activation grids."""
+"""The integer model that exports write: layers with integer weight codes and their scales, and grids for the inputs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from cpq_lightning.report.levels import weight_codes
 
 
 class InputGrid(nn.Module):
-    """Quantizes a layer's input as it evaluates: ``clip(round(x / step), low, high) · step``, ties to even.
+    """Fake-quantizes the input of a layer as in evaluation: ``clip(round(x / step), low, high) · step``, ties to even.
 
     Args:
-        step: Distance between levels, shape (1,), in the unit of the input.
+        step: The scale, shape (1,), in the unit of the input.
         low: Lowest level.
         high: Highest level.
     """
@@ -49,7 +49,7 @@ class InputGrid(nn.Module):
         self.low, self.high = low, high
 
     def codes(self, x: Tensor) -> Tensor:
-        """The levels of ``x``, as floats."""
+        """The integer levels of ``x``, stored as floats."""
         return torch.clamp(torch.round(x / self.step), self.low, self.high)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,17 +60,17 @@ class InputGrid(nn.Module):
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The input that a layer is called with."""
+    """The input in the arguments of a layer's call."""
     return args[0] if args else kwargs["input"]
 
 
 def with_input(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer's call with another input."""
+    """The arguments of a layer's call with the input replaced."""
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
 
 class IntegerLayer(nn.Module):
-    """Mixed in before a layer's own class, whose ``weight`` is computed from codes in each forward."""
+    """Mixin in front of a layer's class that computes ``weight`` from integer codes in each forward."""
 
     base_class: ClassVar[type[nn.Module]]
     weight_codes: Tensor
@@ -89,17 +89,17 @@ class IntegerLayer(nn.Module):
         return super().forward(input, *args, **kwargs)
 
 
-class CodedTable(nn.Module):
-    """Mixed in before the class of a module that is tied to a layer: its Parameter is computed from the layer's codes.
+class IntegerTable(nn.Module):
+    """Mixin in front of the class of a module whose Parameter is tied to a layer's weight, such as an embedding.
 
-    The Parameter's name is a property of the class that is made for the module.
+    The tied Parameter becomes a property of the module's new class, computed from the integer codes of the layer.
     """
 
     base_class: ClassVar[type[nn.Module]]
     weight_codes: Tensor
     weight_step: Tensor
     channel_dim: int
-    # The layer's name.
+    # Name of the layer whose weight the module shares.
     source: str
 
     def decoded(self) -> Tensor:
@@ -109,7 +109,7 @@ class CodedTable(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.base_class.forward is not nn.Embedding.forward or self.channel_dim != 0:
             return super().forward(*args, **kwargs)
-        # The codes that are asked for, rather than the whole table in floats.
+        # This decodes only the rows that are looked up.
         return self.look_up(input_of(args, kwargs))
 
     def look_up(self, index: Tensor) -> Tensor:
@@ -119,44 +119,45 @@ class CodedTable(nn.Module):
 
 
 def evaluated(model: nn.Module) -> nn.Module:
-    """A copy of an attached model as it evaluates on a CPU in float32: what an artefact has to equal.
+    """A copy of an attached model in evaluation mode, on the CPU, in float32: the reference for an exported file.
 
     Raises:
-        ValueError: the model is not quantized, its quantization has not begun or lacks ranges, layers have come or
-            weights were rewritten behind it, or its weights are spread over processes.
+        ValueError: the model is not quantized; its quantization has not begun, or ranges are missing; layers were
+            added after attach; weights were rewritten after their ranges were fitted; or its weights are sharded over
+            processes.
     """
     model = unwrapped(model)
     check_exportable(model)
-    own = copied(model).cpu().float().eval()
-    for module in own.modules():
-        # Compiled code of the original's.
+    copy = copied(model).cpu().float().eval()
+    for module in copy.modules():
+        # The copy must not call the compiled code of the original.
         module._compiled_call_impl = None  # type: ignore[assignment]
     with torch.no_grad():
-        for _, layer in quantized_layers(own):
-            # Computed once: where memory lies otherwise, a norm is rounded otherwise.
+        for _, layer in quantized_layers(copy):
+            # Parametrized weights are computed once: the rounding of a norm depends on the memory layout.
             leave_computed(layer)
-    return own
+    return copy
 
 
-def coded(
+def to_integer_model(
     model: nn.Module,
     layer_class: type[IntegerLayer] = IntegerLayer,
     grid_class: type[InputGrid] = InputGrid,
-    table_class: type[CodedTable] = CodedTable,
+    table_class: type[IntegerTable] = IntegerTable,
 ) -> nn.Module:
-    """A copy of an attached model in evaluation, of plain layers that hold their weights as codes; those that the
-    forward goes round, and reads in full precision, stay so.
+    """The integer model of an attached model: a copy in evaluation mode whose layers store their weights as codes.
 
-    Layers that share a weight, and modules that are tied to one, hold the same tensor.
+    Layers that the forward bypasses keep their weights in full precision, as the forward reads them. Layers that share
+    a weight, and modules that are tied to it, share one tensor of codes.
 
     Args:
         model: An attached model.
-        layer_class: What computes with the codes.
-        grid_class: What quantizes inputs.
-        table_class: What computes with the codes of a layer that it is tied to.
+        layer_class: Mixin for the quantized layers.
+        grid_class: Module that fake-quantizes inputs.
+        table_class: Mixin for modules that are tied to a layer.
 
     Raises:
-        ValueError: as :func:`evaluated`.
+        ValueError: the model cannot be exported, see :func:`evaluated`.
     """
     network = evaluated(model)
     known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -167,13 +168,13 @@ def coded(
     detach(network)
     call_projections(network)
     for name, plan, counts in products:
-        own = {operand: grids[operand_path(name, operand)] for operand in operand_names(plan)}
-        quantize_products(network.get_submodule(name), plan, counts, own, "input_grid")
+        operands = {operand: grids[operand_path(name, operand)] for operand in operand_names(plan)}
+        quantize_products(network.get_submodule(name), plan, counts, operands, "input_grid")
     for name, (codes, step, channel_dim, grid) in parts.items():
         layer = network.get_submodule(name)
         del layer._parameters["weight"]
         base = type(layer)
-        layer.__class__ = type(f"Coded{base.__name__}", (layer_class, base), {"base_class": base})
+        layer.__class__ = type(f"Integer{base.__name__}", (layer_class, base), {"base_class": base})
         assert isinstance(layer, IntegerLayer)
         layer.channel_dim = channel_dim
         layer.register_buffer("weight_codes", codes)
@@ -196,12 +197,12 @@ def _parts(layer: QuantizedLayer, grid_class: type[InputGrid], known: dict[int, 
     return *known[layer.weight_id], weights.channel_dim, _grid(inputs, grid_class)
 
 
-def _make_table(module: nn.Module, parameter: str, source: str, parts: _Parts, table_class: type[CodedTable]) -> None:
+def _make_table(module: nn.Module, parameter: str, source: str, parts: _Parts, table_class: type[IntegerTable]) -> None:
     del module._parameters[parameter]
     base = type(module)
     content = {"base_class": base, parameter: property(lambda self: self.decoded())}
-    module.__class__ = type(f"Coded{base.__name__}", (table_class, base), content)
-    assert isinstance(module, CodedTable)
+    module.__class__ = type(f"Integer{base.__name__}", (table_class, base), content)
+    assert isinstance(module, IntegerTable)
     module.register_buffer("weight_codes", parts[0])
     module.register_buffer("weight_step", parts[1])
     module.channel_dim, module.source = parts[2], source
@@ -212,35 +213,35 @@ def _grid(quantizer: Quantizer | None, grid_class: type[InputGrid]) -> InputGrid
 
 
 def grid_of(quantizer: Quantizer) -> tuple[Tensor, int, int]:
-    """Step, lowest and highest level of an activation quantizer in evaluation."""
+    """Scale, lowest and highest level of an activation quantizer in evaluation."""
     step, low, high = quantizer.grid()
     return step.detach().clone(), int(low.min()), int(high.max())
 
 
-def coded_layers(model: nn.Module) -> Iterator[tuple[str, IntegerLayer]]:
-    """The layers of :func:`coded` with their names, in registration order."""
+def integer_layers(model: nn.Module) -> Iterator[tuple[str, IntegerLayer]]:
+    """The integer layers of a model of :func:`to_integer_model` with their names, in registration order."""
     for name, module in model.named_modules():
         if isinstance(module, IntegerLayer):
             yield name, module
 
 
-def coded_tables(model: nn.Module) -> Iterator[tuple[str, CodedTable]]:
-    """The modules of :func:`coded` that are tied to a layer, with their names."""
+def integer_tables(model: nn.Module) -> Iterator[tuple[str, IntegerTable]]:
+    """The modules of a model of :func:`to_integer_model` that are tied to a layer, with their names."""
     for name, module in model.named_modules():
-        if isinstance(module, CodedTable):
+        if isinstance(module, IntegerTable):
             yield name, module
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Refuse a model that cannot be exported, without reading what other processes hold.
+    """Raise an error for a model that cannot be exported, without reading the shards of other processes.
 
     Raises:
-        ValueError: see :func:`evaluated`.
+        ValueError: the model cannot be exported, see :func:`evaluated`.
     """
     if not is_attached(model):
         raise ValueError(
             f"The model {type(model).__name__} is not quantized: expected one that attach(model, config) or "
-            "CPQCallback has quantized, and that was trained since."
+            "CPQCallback has quantized, and that was trained after that."
         )
     if late := late_layers(model):
         raise ValueError(late_message(model, late))
@@ -248,25 +249,25 @@ def check_exportable(model: nn.Module) -> None:
     for name, layer in layers.items():
         if is_sharded(layer.weight):
             raise ValueError(
-                f"The weight of layer {name!r} is spread over processes: load a checkpoint of the run in one process "
-                "and export that."
+                f"The weight of layer {name!r} is sharded over processes: load a checkpoint of the run in one process "
+                "and export that model."
             )
         if not layer.weight_quantizer.active:
             raise ValueError(
-                f"Quantization has not begun in layer {name!r}: the model is in full precision still. Export it "
-                "behind the step that quantize_from names."
+                f"Quantization has not begun in layer {name!r}: the model is still in full precision. Export it "
+                "after the training step that quantize_from sets."
             )
         layer.fit_if_needed()
     stale = rewritten_weights(model)
     if stale and not is_training(model):
         raise ValueError(
-            f"The weights of {len(stale)} layers have been rewritten behind the ranges that were fitted to them: "
-            f"{', '.join(stale)}. Their grids have four times the error of fresh ones, or more. Call "
-            "calibrate(model, batches), which fits weights and inputs anew; or, where inputs are what they were, "
-            "cpq_lightning.attach.refit_rewritten(model), which fits these weights alone."
+            f"The weights of {len(stale)} layers have been rewritten after their ranges were fitted: "
+            f"{', '.join(stale)}. The error of their grids is at least four times that of newly fitted grids. Call "
+            "calibrate(model, batches), which fits the ranges of weights and inputs again; or, if the inputs have not "
+            "changed, cpq_lightning.attach.refit_rewritten(model), which fits only the ranges of these weights."
         )
     if stale:
-        # What the next step of training would have done.
+        # The next training step would have fitted these ranges.
         refit_rewritten(model)
     unknown = uncalled(model)
     if unknown and len(unknown) == sum(1 for _ in quantized_inputs(model)):
@@ -274,12 +275,19 @@ def check_exportable(model: nn.Module) -> None:
 
 
 def uncalled(model: nn.Module) -> list[str]:
-    """Names of the layers whose input no forward has quantized (only their weight is read), and of such operands."""
+    """Names of the layers, and operands of products, whose quantizer no forward has called; the input has no range.
+
+    Of such a layer the forward only reads the weight.
+    """
     return [name for name, _, quantizer in quantized_inputs(model) if not quantizer.fitted]
 
 
 def quantized_inputs(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantizer]]:
-    """Whatever quantizes its input in an attached model: layers, and operands of products without a weight."""
+    """The modules of an attached model that quantize an input: layers, and operands of products without a weight.
+
+    Yields:
+        Name, module and quantizer.
+    """
     for name, layer in read_layers(model):
         if layer.input_quantizer is not None:
             yield name, cast(nn.Module, layer), layer.input_quantizer

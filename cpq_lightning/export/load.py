@@ -1,4 +1,4 @@
-"""The network of a packed file."""
+"""Loading a packed file into a network."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from cpq_lightning.export.read import read_packed
 from cpq_lightning.functional.grid import along_channels, level_bounds
 from cpq_lightning.packing.layout import canonical_names
 
-# Arguments of timm.create_model that say where weights come from: they reach for other files, or for the network.
+# Arguments of timm.create_model that name a source of weights: with them timm would read other files or download some.
 ORIGINS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def load_quantized(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Build the network of a packed file: a plain module for inference, weights and activations quantized.
+    """Build the network of a packed file: a plain module for inference with quantized weights and activations.
 
-    Weights are those of the trained model to the bit, ``codes · step``; each layer whose input is quantized has an
-    ``input_grid`` that quantizes it. Lightning is not needed, and nothing is unpickled.
+    The weights equal those of the trained model to the bit, ``codes · scale``. Each layer with a quantized input has an
+    ``input_grid`` that fake-quantizes the input. Lightning is not needed, and nothing is unpickled.
 
     Args:
         path: A file of :func:`write_packed`, ``cpq export --format packed``, or ``CPQCallback(export=["packed"])``.
-        model: The network without quantization, any weights; needed where the file names no timm architecture. It is
-            changed in place.
+        model: The network without quantization, with any weights; required where the file names no timm architecture.
+            It is changed in place.
 
     Returns:
         The module, in evaluation mode.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of ours, of a newer version, damaged or edited, or does not fit the network.
+        ValueError: the file is no packed file, is of a newer version, damaged or edited, or does not fit the network.
 
     Example:
         ``load_quantized("resnet18.safetensors")(images)``
@@ -51,7 +51,7 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> nn.Modul
 
 
 def build(content: PackedFile, path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """:func:`load_quantized` of a file that has been read; ``path`` is for messages."""
+    """Build the network from the content of a packed file; ``path`` is used in messages only."""
     if model is not None:
         network = unwrapped(model)
     else:
@@ -69,7 +69,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
             weight = codes.float() * along_channels(step, codes.dim(), entry["channel_dim"])
             weights[entry["codes"]] = nn.Parameter(weight)
         leave_computed(network.get_submodule(layer["name"]))
-        # Not copied into the Parameter that is there: an embedding may share it, in full precision.
+        # The existing Parameter must keep its values: an embedding may share it, in full precision.
         network.get_submodule(layer["name"]).weight = weights[entry["codes"]]
     for name, source in tied.items():
         module, _, parameter = name.rpartition(".")
@@ -95,15 +95,15 @@ def _grid(entry: Mapping[str, Any] | None, content: PackedFile) -> InputGrid | N
 
 
 def _module(network: nn.Module, name: str, path: str | Path) -> nn.Module:
-    # As it was built: what this file brings multiplies nothing.
-    own = {n: m for n, m in network.named_modules() if not isinstance(m, InputGrid | Operand)}
-    if name not in own:
+    # Modules that loading has added compute no products.
+    modules = {n: m for n, m in network.named_modules() if not isinstance(m, InputGrid | Operand)}
+    if name not in modules:
         raise ValueError(f"{path} quantizes the products of {name!r}, which the network does not have.")
-    return own[name]
+    return modules[name]
 
 
 def quantize_input(layer: nn.Module, grid: InputGrid) -> None:
-    """Let a plain layer quantize its input first."""
+    """Add a hook to a plain layer that fake-quantizes its input."""
     layer.add_module("input_grid", grid)
     layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
@@ -116,36 +116,36 @@ def _quantize_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _build(architecture: Mapping[str, Any] | None, path: str | Path, check: Callable[[nn.Module], None]) -> nn.Module:
     if architecture is None:
         raise ValueError(
-            f"{path} names no timm architecture: give the network that was trained, without quantization, as "
+            f"{path} names no timm architecture: give the network that was trained, without quantization, as in "
             "load_quantized(path, model=network)."
         )
     name, arguments = architecture["timm"], architecture["arguments"]
     if ":" in name or any(key in arguments for key in ORIGINS):
         raise ValueError(
-            f"{path} asks for {name!r} with {sorted(arguments)}, which would load other files: give the network, as "
+            f"{path} asks for {name!r} with {sorted(arguments)}, which would load other files: give the network, as in "
             "load_quantized(path, model=network)."
         )
     if not known_backbone(name):
         raise ValueError(
-            f"{path} is of the architecture {name!r}, which timm {timm.__version__} does not have: install the timm "
-            f"that it was trained with ({architecture.get('version', 'unknown')}), or give the network as model=."
+            f"{path} has the architecture {name!r}, which timm {timm.__version__} does not have: install the timm "
+            f"version of the training ({architecture.get('version', 'unknown')}), or give the network as model=."
         )
     try:
         with torch.device("meta"):
-            sketch = create_backbone(name, **arguments)
+            meta_network = create_backbone(name, **arguments)
     except TypeError as error:
-        raise ValueError(f"{path} asks for {name!r} with arguments that it does not take: {error}") from None
+        raise ValueError(f"{path} asks for {name!r} with arguments that timm does not accept: {error}") from None
     except (NotImplementedError, RuntimeError):
-        # Some networks compute with values while they are built.
-        sketch = None
-    if sketch is not None:
-        # Before anything of the size that the arguments ask for is allocated.
-        check(sketch)
+        # Some networks compute with values of tensors while they are built, which the meta device does not have.
+        meta_network = None
+    if meta_network is not None:
+        # The check comes before memory is allocated, because edited arguments may ask for a huge network.
+        check(meta_network)
     return create_backbone(name, **arguments)
 
 
 def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
-    """Something with the shape of each entry of the network's state, and the names of the quantized layers."""
+    """Tensors with the shapes of the network's state_dict, some on the meta device, and the quantized layers' names."""
     layers = content.header["layers"]
     state: dict[str, Any] = {name: content.tensors[name] for name in content.header["rest"]}
     shapes = {layer["name"]: torch.empty(layer["weight"]["shape"], device="meta") for layer in layers}
@@ -155,7 +155,7 @@ def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
 
 
 def _plain_shapes(network: nn.Module, layers: list[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes in a network's state, with the weights of layers themselves, where they are computed from others."""
+    """The shapes in a network's state_dict; a parametrized weight stands in place of the tensors that compute it."""
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     modules = dict(network.named_modules(remove_duplicate=False))
     for name in layers:
@@ -171,17 +171,17 @@ def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str
     known = canonical_names(network)
     plain = _plain_shapes(network, layers)
     expected = {known.get(name, name): shape for name, shape in plain.items()}
-    found = {known.get(name, name): tuple(value.shape) for name, value in state.items()}
+    actual = {known.get(name, name): tuple(value.shape) for name, value in state.items()}
     for name in layers:
         key = f"{name}.weight"
-        # A weight that is shared is in the network's state once for each of its names.
+        # A shared weight is in the state_dict under each of its names.
         if key not in expected:
             raise ValueError(f"{path} has a quantized layer {name!r}, and the network has no weight of that name.")
-    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    wrong = [name for name in sorted(expected.keys() | actual.keys()) if expected.get(name) != actual.get(name)]
     if wrong:
         first = wrong[0]
         raise ValueError(
-            f"{path} does not fit the network: {first!r} has the shape {found.get(first, 'nothing')} in the file and "
-            f"{expected.get(first, 'nothing')} in the network ({len(wrong)} differ). Was it trained with "
+            f"{path} does not fit the network: {first!r} has the shape {actual.get(first, 'nothing')} in the file and "
+            f"{expected.get(first, 'nothing')} in the network ({len(wrong)} differ). Was the model trained with "
             "other arguments?"
         )

@@ -1,5 +1,5 @@
-"""Writing the packed format: one safetensors file with each weight's codes at its own width, and a header that vouches
-for it (:mod:`cpq_lightning.packing.layout`).
+"""Writing the packed format: one safetensors file with the codes of each weight at the width of its layer, and a header
+with checksums (:mod:`cpq_lightning.packing.layout`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.products import modules_with_products
-from cpq_lightning.export.integer_model import InputGrid, coded, coded_layers, coded_tables
+from cpq_lightning.export.integer_model import InputGrid, integer_layers, integer_tables, to_integer_model
 from cpq_lightning.functional.packing import pack_codes, unpack_codes
 from cpq_lightning.packing.layout import (
     CODES,
@@ -31,20 +31,20 @@ from cpq_lightning.packing.layout import (
 
 @dataclass(frozen=True)
 class PackedFile:
-    """The content of a packed file of any version, checked.
+    """The checked content of a packed file of any version.
 
     Attributes:
-        header: What it says of the model: ``architecture``; ``layers``, each with its ``name``, its ``weight`` (bits,
-            shape, channel_dim, and the names of its codes and steps) and its ``input`` (bits, signed, step);
-            ``products``; ``tied``; and ``rest``, the names of what is not quantized.
-        tensors: All tensors by name, codes still packed.
+        header: The description of the model: ``architecture``; ``layers``, each with ``name``, ``weight`` (bits, shape,
+            channel_dim, and the names of the tensors of codes and scales) and ``input`` (bits, signed, and the name of
+            the tensor of the scale); ``products``; ``tied``; and ``rest``, the names of tensors that are not quantized.
+        tensors: All tensors by name; codes are still packed.
     """
 
     header: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def codes(self, layer: Mapping[str, Any]) -> Tensor:
-        """Levels of one entry of ``header["layers"]``, int8, in the weight's shape."""
+        """Unpack the codes of one entry of ``header["layers"]``: int8, in the shape of the weight."""
         entry = layer["weight"]
         shape, dim = list(entry["shape"]), entry["channel_dim"]
         rows = [shape[dim], *(size for i, size in enumerate(shape) if i != dim)]
@@ -52,13 +52,13 @@ class PackedFile:
 
 
 def write_packed(model: nn.Module, path: str | Path, *, architecture: Mapping[str, Any] | None = None) -> Path:
-    """Write an attached model as a packed file; :func:`~cpq_lightning.export_model` does so as a whole or not at all.
+    """Write an attached model as a packed file. :func:`~cpq_lightning.export_model` does the same atomically.
 
     Args:
         model: An attached model, trained.
-        path: The file; ``.safetensors`` is usual.
+        path: The file to write; the usual suffix is ``.safetensors``.
         architecture: ``{"timm": name, "arguments": {...}}`` where ``timm.create_model(name, **arguments)`` builds the
-            network; without it a reader has to bring the network.
+            network; without it, a reader of the file must provide the network.
 
     Returns:
         The path.
@@ -67,10 +67,10 @@ def write_packed(model: nn.Module, path: str | Path, *, architecture: Mapping[st
         ValueError: the model cannot be exported; see :func:`~cpq_lightning.export.integer_model.evaluated`.
         OSError: the file cannot be written.
     """
-    network = coded(model)
+    network = to_integer_model(model)
     described = describe(model)
-    codes, floats, own = _quantized(network, described)
-    state = {name: value for name, value in network.state_dict().items() if name not in own}
+    codes, floats, quantized_names = _quantized(network, described)
+    state = {name: value for name, value in network.state_dict().items() if name not in quantized_names}
     rest: Rest = {}
     flat = {CODES: codes, "float32": floats}
     for name, value in state.items():
@@ -84,13 +84,16 @@ def write_packed(model: nn.Module, path: str | Path, *, architecture: Mapping[st
 
 
 def _quantized(network: nn.Module, described: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], set[str]]:
-    """Codes and steps of a coded network, in the order of its header; and the names of what these stand for."""
+    """Packed codes and scales of an integer model in the order of its header, and the state_dict entries not to write.
+
+    These entries are the codes and scales themselves, and further names of modules that are registered several times.
+    """
     entries = {entry["name"]: entry for entry in described["layers"]}
-    own = {*canonical_names(network)}
+    names = {*canonical_names(network)}
     codes: list[Tensor] = []
     steps: list[Tensor] = []
-    for name, layer in coded_layers(network):
-        own |= {f"{name}.weight_codes", f"{name}.weight_step", f"{name}.input_grid.step"}
+    for name, layer in integer_layers(network):
+        names |= {f"{name}.weight_codes", f"{name}.weight_step", f"{name}.input_grid.step"}
         entry = entries[name]
         if "source" not in entry:
             rows = layer.weight_codes.movedim(layer.channel_dim, 0).contiguous()
@@ -100,10 +103,10 @@ def _quantized(network: nn.Module, described: Mapping[str, Any]) -> tuple[list[T
             steps.append(layer.input_grid.step)
     for name, module in modules_with_products(network):
         for key, operand in module.product_operands.items():
-            own.add(f"{name}.product_operands.{key}.input_grid.step".lstrip("."))
+            names.add(f"{name}.product_operands.{key}.input_grid.step".lstrip("."))
             grid = operand._modules.get("input_grid")
             if isinstance(grid, InputGrid):
                 steps.append(grid.step)
-    for name, _ in coded_tables(network):
-        own |= {f"{name}.weight_codes".lstrip("."), f"{name}.weight_step".lstrip(".")}
-    return codes, steps, own
+    for name, _ in integer_tables(network):
+        names |= {f"{name}.weight_codes".lstrip("."), f"{name}.weight_step".lstrip(".")}
+    return codes, steps, names

@@ -1,4 +1,4 @@
-"""Reading a packed file: checked through before anything is made of it."""
+"""Reading a packed file. The full content is checked before it is used."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from cpq_lightning.packing.layout import CODES, DTYPES, FORMAT, KEY, VERSION, co
 
 
 def read_packed(path: str | Path) -> PackedFile:
-    """The content of a packed file, once everything about it has been checked.
+    """Read and check a packed file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of ours, of a newer version, truncated, damaged or edited; with what is wrong.
+        ValueError: the file is no packed file of cpq-lightning, is of a newer version, or is truncated, damaged or
+            edited; the message gives the reason.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -38,7 +39,7 @@ def read_packed(path: str | Path) -> PackedFile:
         raise ValueError(
             f"{path} is of version {version} of the packed format, written by "
             f"{header.get('written_by', 'an unknown program')}; this cpq-lightning reads version "
-            f"{', '.join(map(str, _READERS))}: install the one that wrote it, or a newer one."
+            f"{', '.join(map(str, _READERS))}: install the version that wrote the file, or a newer one."
         )
     described = {name: _described(entry, name, path) for name, entry in outer.items()}
     return reader(header, described, data, path)
@@ -55,7 +56,7 @@ _NAMES = {code: name for name, (code, _) in DTYPES.items()}
 
 
 def _outer_header(data: bytes, path: Path) -> dict[str, Any]:
-    """The header that safetensors writes, as strict as it reads it."""
+    """The header of the safetensors file, checked as strictly as safetensors does."""
     if len(data) < 8:
         raise _foreign(path, f"{len(data)} bytes are no safetensors file")
     (length,) = struct.unpack("<Q", data[:8])
@@ -97,8 +98,8 @@ def _described(entry: Any, name: str, path: Path) -> tuple[str, list[int]]:
     return _NAMES.get(entry["dtype"], "unknown"), entry["shape"]
 
 
-# What a header that describes no model lets its reader fall over.
-_NONSENSE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+# Errors that a header raises in its reader where it does not describe a model.
+_HEADER_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 _Described = dict[str, tuple[str, list[int]]]
 
 
@@ -113,7 +114,7 @@ def _version_2(header: dict[str, Any], described: _Described, data: bytes, path:
 
 
 def _listed(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file whose header has type, shape and SHA-256 of each, as in versions 1 and 2."""
+    """The tensors of a file of version 1 or 2, whose header has the type, shape and SHA-256 of each tensor."""
     try:
         listed = {name: (entry["dtype"], entry["shape"]) for name, entry in header["tensors"].items()}
     except (AttributeError, KeyError, TypeError):
@@ -133,26 +134,26 @@ def _version_3(header: dict[str, Any], described: _Described, data: bytes, path:
     if digest_of_all(tensors) != header.get("sha256"):
         raise _damaged(path, "the checksum of its tensors does not match")
     try:
-        found = {name: ("uint8" if name == CODES else name, [count]) for name, count in lengths(header).items()}
-        if described != found:
-            raise ValueError(f"its tensors are {described}, and {found} in its list")
-        content, named = _cut(header, tensors)
-    except _NONSENSE as error:
+        listed = {name: ("uint8" if name == CODES else name, [count]) for name, count in lengths(header).items()}
+        if described != listed:
+            raise ValueError(f"its tensors are {described}, and {listed} in its list")
+        content, named = _split(header, tensors)
+    except _HEADER_ERRORS as error:
         raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
     return _checked(content, named, path)
 
 
-def _cut(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors in the form of version 2: each tensor under a name of its own."""
-    at: dict[str, int] = {}
+def _split(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Convert header and tensors to the form of version 2, in which each tensor has a name."""
+    offsets: dict[str, int] = {}
     named: dict[str, Tensor] = {}
 
     def take(kind: str, name: str, shape: list[int]) -> str:
         if name in named or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"tensor {name!r} occurs twice, or has the shape {shape}")
-        begin = at.get(kind, 0)
-        at[kind] = begin + math.prod(shape)
-        named[name] = tensors[kind][begin : at[kind]].reshape(shape)
+        begin = offsets.get(kind, 0)
+        offsets[kind] = begin + math.prod(shape)
+        named[name] = tensors[kind][begin : offsets[kind]].reshape(shape)
         return name
 
     def grid(owner: str, text: str | None) -> dict[str, Any] | None:
@@ -179,7 +180,7 @@ def _cut(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict
         owner = entry["module"]
         operands = {key: grid(operand_path(owner, key), text) for key, text in entry["operands"].items()}
         products.append({**entry, "operands": operands})
-    rest = [take(kind, name, shape) for kind, own in header["rest"].items() for name, shape in own.items()]
+    rest = [take(kind, name, shape) for kind, shapes in header["rest"].items() for name, shape in shapes.items()]
     content = {
         "version": header["version"],
         "architecture": header.get("architecture"),
@@ -199,13 +200,13 @@ def _checked(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> 
         if len(set(names)) != len(names) or len(set(modules)) != len(modules):
             raise ValueError("a layer or a module is listed twice")
         if not all(name in tensors for name in known) or not all(source in names for source in tied.values()):
-            raise ValueError("a tensor is missing, or a layer")
+            raise ValueError("a tensor or a layer is missing")
         architecture = header["architecture"]
         if architecture is not None and not (
             isinstance(architecture["timm"], str) and isinstance(architecture["arguments"], dict)
         ):
             raise ValueError("its architecture is no name with arguments")
-    except _NONSENSE as error:
+    except _HEADER_ERRORS as error:
         raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
     return PackedFile(header, tensors)
 
@@ -215,7 +216,7 @@ def _check_products(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     if not isinstance(name, str) or not isinstance(plan, list) or not plan or not all(type(p) is bool for p in plan):
         raise ValueError(f"the products of {name!r} are {plan}")
     if not isinstance(counts, list) or not all(type(c) is int and 0 <= c <= len(plan) for c in counts) or not counts:
-        raise ValueError(f"the products of {name!r} are {counts} in number")
+        raise ValueError(f"the numbers of products of {name!r} are {counts}")
     if set(operands) != set(operand_names(plan)):
         raise ValueError(f"the products of {name!r} have the operands {sorted(operands)}")
     for operand, grid in operands.items():
@@ -227,7 +228,7 @@ def _check_products(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 def _check_input(entry: Mapping[str, Any], owner: str, tensors: Mapping[str, Tensor]) -> None:
     if tensors[entry["step"]].shape != (1,) or type(entry["signed"]) is not bool:
-        raise ValueError(f"the input of {owner} has no single step")
+        raise ValueError(f"the input of {owner} has no single scale")
 
 
 def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -245,14 +246,15 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     codes, step = tensors[weight["codes"]], tensors[weight["step"]]
     if codes.dtype != torch.uint8 or codes.shape != (-(-bits // 8),) or step.shape not in ((1,), (shape[dim],)):
         raise ValueError(
-            f"layer {name!r} has codes of {tuple(codes.shape)} for {bits} bits, steps of {tuple(step.shape)}"
+            f"layer {name!r} has codes of shape {tuple(codes.shape)} for {bits} bits, and scales of shape "
+            f"{tuple(step.shape)}"
         )
     if entry is not None:
         _check_input(entry, f"layer {name!r}", tensors)
     return name
 
 
-# One reader a version of the format; a version that has been released keeps its own.
+# One reader per version of the format. The reader of a released version must not change.
 _READERS: dict[int, Callable[[dict[str, Any], _Described, bytes, Path], PackedFile]] = {
     1: _version_1,
     2: _version_2,
@@ -262,7 +264,8 @@ _READERS: dict[int, Callable[[dict[str, Any], _Described, bytes, Path], PackedFi
 
 def _foreign(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"{path} is no packed model of cpq-lightning: {reason}. Expected a file of 'cpq export --format packed', whole."
+        f"{path} is no packed model of cpq-lightning: {reason}. Expected a complete file of 'cpq export --format "
+        "packed'."
     )
 
 

@@ -1,4 +1,4 @@
-"""Artefacts of PyTorch, loaded to be verified: packed files and torch.export programs."""
+"""Packed files and ``torch.export`` programs, loaded in PyTorch for verification."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cpq_lightning.export.verify import Place
 
 
 class _InTorch:
-    """What artefacts that PyTorch runs have in common."""
+    """Base class of artefacts that PyTorch runs."""
 
     module: nn.Module
     tolerance = 1e-5
@@ -44,7 +44,7 @@ class PackedArtefact(_InTorch):
 
     Args:
         path: The file.
-        model: The network without quantization, where the file names no architecture.
+        model: The network without quantization; required where the file names no architecture.
     """
 
     runtime = f"PyTorch {torch.__version__}"
@@ -59,17 +59,18 @@ class PackedArtefact(_InTorch):
 
     @torch.no_grad()
     def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        found: dict[Place, Tensor] = {}
+        codes: dict[Place, Tensor] = {}
         with ExitStack() as stack:
             for name, layer in self.module.named_modules():
                 grid = layer._modules.get("input_grid")
                 if isinstance(grid, InputGrid):
-                    hook = _substitute(name, grid, given, found)
+                    hook = _substitute(name, grid, given, codes)
                     stack.callback(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-            return found, self.outputs(batch)
+            return codes, self.outputs(batch)
 
 
-def _substitute(name: str, grid: InputGrid, given: Mapping[Place, Tensor], found: dict[Place, Tensor]) -> Any:
+def _substitute(name: str, grid: InputGrid, given: Mapping[Place, Tensor], codes: dict[Place, Tensor]) -> Any:
+    """A pre-hook that stores the codes of a layer's input and replaces the input by the given value, if any."""
     count = 0
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,7 +78,7 @@ def _substitute(name: str, grid: InputGrid, given: Mapping[Place, Tensor], found
         place = (name, count)
         count += 1
         x = input_of(args, kwargs)
-        found[place] = grid.codes(x).short()
+        codes[place] = grid.codes(x).short()
         return with_input(given.get(place, x), args, kwargs)
 
     return hook
@@ -99,19 +100,22 @@ class ProgramArtefact(_InTorch):
 
     @torch.no_grad()
     def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        stepwise = _Stepwise(self.program, given)
-        outputs = stepwise.run_on(batch)
-        return stepwise.found, outputs
+        interpreter = _Interpreter(self.program, given)
+        outputs = interpreter.run_on(batch)
+        return interpreter.codes, outputs
 
 
-class _Stepwise(fx.Interpreter):
-    """Runs a program node by node; where a layer's input is about to be divided by its step, it may put in another."""
+class _Interpreter(fx.Interpreter):
+    """Runs a program node by node, stores the codes of each layer's input, and replaces inputs by given values.
+
+    The division of an input by its scale marks the beginning of its quantization.
+    """
 
     def __init__(self, program: ExportedProgram, given: Mapping[Place, Tensor]) -> None:
         super().__init__(program.graph_module)
         self._graph = program.graph_module.graph
         self.given = given
-        self.found: dict[Place, Tensor] = {}
+        self.codes: dict[Place, Tensor] = {}
         signature = program.graph_signature
         self._names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
         self._arguments = {**self._names, **signature.inputs_to_parameters}
@@ -119,12 +123,12 @@ class _Stepwise(fx.Interpreter):
         self._counts: dict[str, int] = {}
 
     def run_on(self, batch: Samples) -> list[Tensor]:
-        # Constants have a place among the arguments too.
-        own = iter(tree_leaves(batch.call()))
+        # Constants are arguments of the program, too.
+        arguments = iter(tree_leaves(batch.call()))
         placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
         outputs = self.run(
             *(
-                self._tensors[self._arguments[node.name]] if node.name in self._arguments else next(own)
+                self._tensors[self._arguments[node.name]] if node.name in self._arguments else next(arguments)
                 for node in placeholders
             )
         )
@@ -137,7 +141,7 @@ class _Stepwise(fx.Interpreter):
             assert isinstance(source, fx.Node)
             place = (layer, self._counts.get(layer, 0))
             self._counts[layer] = place[1] + 1
-            self.found[place] = self._codes(n).short()
+            self.codes[place] = self._compute_codes(n).short()
             if place in self.given:
                 self.env[source] = self.given[place].clone()
         return super().run_node(n)
@@ -149,8 +153,8 @@ class _Stepwise(fx.Interpreter):
         suffix = ".input_grid.step"
         return name.removesuffix(suffix) if name.endswith(suffix) else None
 
-    def _codes(self, division: fx.Node) -> Tensor:
-        """What the program itself makes of the value: its division, its rounding, its bounds."""
+    def _compute_codes(self, division: fx.Node) -> Tensor:
+        """The codes by the operations of the program: division, rounding and clamp."""
         value, node = super().run_node(division), division
         for target in (torch.ops.aten.round.default, torch.ops.aten.clamp.default):
             node = next(user for user in node.users if user.target is target)

@@ -1,7 +1,8 @@
-"""Samples of a run in a file of its folder: safetensors, a tensor an argument, and a header that vouches for them.
+"""The file of samples in a run's folder: a safetensors file with one tensor per argument and a header with checksums.
 
-Version 2 has the call that they are parts of, ``form``: the containers as torch's pytree writes them, and what is in
-them in order, ``null`` for a tensor and ``[constant]`` for anything else. Positional tensors alone are of version 1.
+Version 1 is for calls with positional tensors only. Version 2 also stores the structure of the call as ``form``: the
+containers as torch's pytree serializes them, and their leaves in order, ``null`` for a tensor and ``[constant]`` for
+anything else.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ _FORMAT, _VERSION = "cpq-lightning-samples", 2
 
 
 def write_samples(samples: Samples, path: str | Path) -> Path:
-    """Write samples, whole or not at all.
+    """Write samples to a file atomically.
 
     Args:
         samples: Inputs of a model.
-        path: The file; :data:`SAMPLES_FILE` in a run's folder is where ``cpq export`` looks.
+        path: The file to write; ``cpq export`` looks for :data:`SAMPLES_FILE` in a run's folder.
 
     Returns:
         The path.
 
     Raises:
         OSError: the file cannot be written.
-        TypeError: arguments come in a class that torch's pytree knows no name of.
+        TypeError: the class of an argument is registered with torch's pytree without a serialized name.
 
     Example:
         ``write_samples(Samples.of(images), "samples.safetensors")``
     """
-    # Copies: safetensors refuses tensors that share memory.
+    # The copies are needed because safetensors rejects tensors that share memory.
     tensors = {
         f"input.{i}": t.detach().clone(memory_format=torch.contiguous_format) for i, t in enumerate(samples.inputs)
     }
@@ -48,7 +49,7 @@ def write_samples(samples: Samples, path: str | Path) -> Path:
     header = {
         "format": _FORMAT,
         "version": 1 if positional else _VERSION,
-        **({} if positional else {"form": _written(samples.form)}),
+        **({} if positional else {"form": _form_to_json(samples.form)}),
         "real": samples.real,
         "sha256": {name: digest(tensor) for name, tensor in tensors.items()},
     }
@@ -57,11 +58,12 @@ def write_samples(samples: Samples, path: str | Path) -> Path:
 
 
 def read_samples(path: str | Path) -> Samples:
-    """The samples of a file of :func:`write_samples`.
+    """Read a file of :func:`write_samples`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of ours, of a newer version, truncated or damaged; with what is wrong.
+        ValueError: the file is no file of samples, is of a newer version, or is truncated or damaged; the message gives
+            the reason.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -83,35 +85,35 @@ def read_samples(path: str | Path) -> Samples:
     if version not in (1, _VERSION):
         raise ValueError(
             f"samples={path} is of version {version} of the file of samples; this cpq-lightning reads up to "
-            f"{_VERSION}: install the one that wrote it, or a newer one."
+            f"{_VERSION}: install the version that wrote the file, or a newer one."
         )
     names = [f"input.{i}" for i in range(len(tensors))]
     if not tensors or set(tensors) != set(names) or digests != {name: digest(tensors[name]) for name in names}:
-        raise _refused(path, "its tensors are not those that its header vouches for")
+        raise _refused(path, "its tensors do not match the checksums in its header")
     try:
-        form = None if version == 1 else _read(header.get("form"))
+        form = None if version == 1 else _form_from_json(header.get("form"))
         return Samples(tuple(tensors[name] for name in names), bool(real), form)
     except ValueError as error:
         raise _refused(path, str(error).rstrip(".")) from None
 
 
-def _written(form: Form | None) -> dict[str, Any]:
+def _form_to_json(form: Form | None) -> dict[str, Any]:
     assert form is not None
     return {"spec": dump_spec(form), "leaves": [None if leaf is TENSOR else [leaf] for leaf in form.leaves]}
 
 
-def _read(content: Any) -> Form:
+def _form_from_json(content: Any) -> Form:
     try:
         spec, leaves = load_spec(content["spec"]), [TENSOR if leaf is None else leaf[0] for leaf in content["leaves"]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"its header has no call of them ({error})") from None
+        raise ValueError(f"its header has no valid call ({error})") from None
     if spec.num_leaves != len(leaves):
-        raise ValueError(f"its call has {spec.num_leaves} places for {len(leaves)} arguments")
+        raise ValueError(f"its call has {spec.num_leaves} leaves, but {len(leaves)} values")
     return Form(spec, tuple(leaves))
 
 
 def _refused(path: str | Path, reason: str) -> ValueError:
     return ValueError(
-        f"samples={path} is no file of samples, or is damaged: {reason}. Expected {SAMPLES_FILE} of a run's folder, "
-        "whole, or a file of cpq_lightning.export.write_samples."
+        f"samples={path} is no file of samples, or is damaged: {reason}. Expected the complete {SAMPLES_FILE} of a "
+        "run's folder, or a file of cpq_lightning.export.write_samples."
     )

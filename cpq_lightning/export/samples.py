@@ -1,4 +1,4 @@
-"""Samples of a model's input: what an export is traced with, and verified on."""
+"""Samples of a model's input, which exports use for traces and verification."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from cpq_lightning.attach.calls import Call, as_call, forward_signature
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.export.calls import Form, named_outputs, split_call
 
-_MOST_BYTES = 1 << 23
+# Recorded samples have at most 8 MiB in total, but at least one sample is kept.
+_MAX_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of a model: the tensors of its arguments, the same number of samples in each, and how it is called.
+    """Inputs of a model: the tensors of its arguments, with the same number of samples in each, and the form of the
+    call.
 
     Attributes:
-        inputs: The tensors, in the order of the arguments, of the shape (samples, ...). One without a dimension counts
-            for all samples.
-        real: Whether they are data of the run, rather than random numbers of its shape.
-        form: The call that the tensors are parts of; by default each is a positional argument.
+        inputs: The tensors in the order of the arguments, of the shape (samples, ...). A tensor without dimensions is
+            shared by all samples.
+        real: Whether the samples are data of the run; ``False`` for random numbers of the same shape.
+        form: The structure of the call; by default each tensor is a positional argument.
     """
 
     inputs: tuple[Tensor, ...]
@@ -41,14 +43,14 @@ class Samples:
         if self.form is None:
             object.__setattr__(self, "form", split_call((inputs, {}))[1])
         self.call()
-        if differ := _differ(inputs):
-            raise ValueError(f"samples must be {differ}")
+        if requirement := _unmet_requirement(inputs):
+            raise ValueError(f"samples must be {requirement}")
 
     def __len__(self) -> int:
         return next(len(t) for t in self.inputs if t.dim())
 
     def call(self) -> Call:
-        """Positional and keyword arguments."""
+        """The positional and keyword arguments."""
         assert self.form is not None
         return self.form.call(self.inputs)
 
@@ -58,7 +60,7 @@ class Samples:
         return self.form.places(model)
 
     def fit(self, model: nn.Module) -> bool:
-        """Whether a model's forward takes arguments like these."""
+        """Whether the samples match the signature of a model's forward."""
         args, kwargs = self.call()
         try:
             forward_signature(model).bind(*args, **kwargs)
@@ -67,46 +69,46 @@ class Samples:
         return True
 
     def for_arguments_of(self, other: Samples, model: nn.Module) -> Samples | None:
-        """These samples for the arguments alone that others give a model; ``None`` where they lack one of them."""
+        """The samples restricted to the arguments of other samples; ``None`` where such an argument is missing."""
         signature = forward_signature(model)
-        own, wanted = (signature.bind(*args, **kwargs).arguments for args, kwargs in (self.call(), other.call()))
-        if own.keys() == wanted.keys():
+        present, wanted = (signature.bind(*args, **kwargs).arguments for args, kwargs in (self.call(), other.call()))
+        if present.keys() == wanted.keys():
             return self
-        if wanted.keys() - own.keys():
+        if wanted.keys() - present.keys():
             return None
-        left = inspect.BoundArguments(signature, OrderedDict((n, v) for n, v in own.items() if n in wanted))
-        return replace(_of_call((left.args, left.kwargs), model), real=self.real)
+        kept = inspect.BoundArguments(signature, OrderedDict((n, v) for n, v in present.items() if n in wanted))
+        return replace(_of_call((kept.args, kept.kwargs), model), real=self.real)
 
     def pair(self) -> Samples:
-        """Two samples to trace with: of one, torch would take the size for a constant."""
-        return self._each(lambda t: t[:2] if len(t) > 1 else t.repeat(2, *[1] * (t.dim() - 1)))
+        """Two samples for a trace: torch would treat a batch size of one as a constant."""
+        return self._map(lambda t: t[:2] if len(t) > 1 else t.repeat(2, *[1] * (t.dim() - 1)))
 
     def first(self, most: int) -> Samples:
-        """At most so many of them."""
-        return self._each(lambda t: t[:most])
+        """The first ``most`` samples, or all where there are fewer."""
+        return self._map(lambda t: t[:most])
 
     def batches(self, size: int) -> list[Samples]:
         """The samples in batches of at most ``size``."""
-        return [self._each(lambda t, i=i: t[i : i + size]) for i in range(0, len(self), size)]
+        return [self._map(lambda t, i=i: t[i : i + size]) for i in range(0, len(self), size)]
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Samples:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Samples:
         return replace(self, inputs=tuple(change(t) if t.dim() else t for t in self.inputs))
 
     @staticmethod
     def of(value: Any, model: nn.Module | None = None) -> Samples:
-        """Samples from a tensor, from positional arguments in a tuple or list, from arguments by name in a mapping, or
-        what are some already.
+        """Samples from a tensor, from a tuple or list of positional arguments, or from a mapping of arguments by name.
 
         Arguments may be tuples, lists, dicts and classes that torch's pytree knows, with tensors in them, and numbers,
-        strings and None, which stay as they are. What a model takes as its one argument is that: see
-        :func:`~cpq_lightning.attach.calls.as_call`. For positional and named arguments see :meth:`called_with`.
+        strings and None, which stay unchanged. A tuple, list or mapping is the only argument where the model's forward
+        takes it as such, see :func:`~cpq_lightning.attach.calls.as_call`. For a mix of positional and named arguments
+        see :meth:`called_with`.
 
         Args:
-            value: What holds them.
-            model: The model that takes them; without it a tuple, list or mapping is never the one argument.
+            value: The arguments; :class:`Samples` are returned unchanged.
+            model: The model that is called; without it a tuple, list or mapping is never the only argument.
 
         Raises:
-            TypeError: the model cannot be called with it, or it has something else in it.
+            TypeError: the model cannot be called with the arguments, or they contain a value of another type.
             ValueError: tensors differ in their number of samples.
         """
         if isinstance(value, Samples):
@@ -127,7 +129,7 @@ class Samples:
 
     @staticmethod
     def called_with(*args: Any, **kwargs: Any) -> Samples:
-        """Samples for a call with these arguments, in this form.
+        """Samples for a call with these positional and keyword arguments.
 
         Example:
             ``Samples.called_with(images, mask=masks, scale=2.0)``
@@ -136,24 +138,24 @@ class Samples:
 
     @staticmethod
     def joined(batches: Sequence[Samples]) -> Samples:
-        """The samples of several batches for the same call.
+        """Concatenate the samples of several batches for the same call.
 
         Raises:
-            ValueError: they are for different calls.
+            ValueError: the batches are for different calls.
         """
         first = batches[0]
-        fixed = [[t for t in batch.inputs if not t.dim()] for batch in batches]
-        if any(batch.form != first.form for batch in batches) or any(f != fixed[0] for f in fixed):
+        shared = [[t for t in batch.inputs if not t.dim()] for batch in batches]
+        if any(batch.form != first.form for batch in batches) or any(s != shared[0] for s in shared):
             raise ValueError(
-                "samples: what the model is called with differs between batches, in more than its samples: in other "
-                "arguments, their containers, constants, or tensors without a dimension."
+                "samples: the call of the model differs between batches, in more than its samples: in arguments, their "
+                "containers, constants, or tensors without dimensions."
             )
         tensors = zip(*(batch.inputs for batch in batches), strict=True)
         return replace(first, inputs=tuple(torch.cat(ts) if ts[0].dim() else ts[0] for ts in tensors))
 
     @staticmethod
     def synthetic(shapes: Sequence[Sequence[int]], count: int = 16) -> Samples:
-        """Random numbers of normal distribution, always the same."""
+        """Random samples with a standard normal distribution and a fixed seed; a shape is that of one sample."""
         generator = torch.Generator().manual_seed(0)
         return Samples(tuple(torch.randn(count, *s, generator=generator) for s in shapes), real=False)
 
@@ -168,8 +170,8 @@ def _of_call(call: Call, model: nn.Module | None = None) -> Samples:
     return Samples(tuple(tensors), form=form)
 
 
-def _differ(tensors: Sequence[Tensor]) -> str | None:
-    """What is wrong with tensors that do not have the same number of samples, and at least one."""
+def _unmet_requirement(tensors: Sequence[Tensor]) -> str | None:
+    """The requirement of at least one sample, and the same number in each tensor, as text; ``None`` where it is met."""
     sizes = {len(t) for t in tensors if t.dim()}
     if len(sizes) == 1 and 0 not in sizes:
         return None
@@ -179,21 +181,21 @@ def _differ(tensors: Sequence[Tensor]) -> str | None:
 
 @dataclass
 class _Recording:
-    most: int
+    max_samples: int
     samples: Samples | None = None
     obstacle: str | None = None
 
 
-# Beside the modules, not in them: a module may be pickled into a checkpoint, as a hyperparameter of another, and a
-# checkpoint carries no data.
+# Recordings are not attributes of the modules: a module may be pickled into a checkpoint, as a hyperparameter of
+# another module, and a checkpoint must not contain data.
 _recordings: WeakKeyDictionary[nn.Module, _Recording] = WeakKeyDictionary()
 
 
 def record_samples(model: nn.Module, most: int = 16, *, again: bool = False) -> None:
-    """Let the model's next forward leave a few of its inputs; see :func:`recorded_samples`.
+    """Record at most ``most`` inputs in the next forward of the model, for :func:`recorded_samples`.
 
-    Those of an earlier run are forgotten, which is all that is done where ``most`` is 0. With ``again`` they are kept,
-    and what is missing is recorded.
+    Samples of an earlier run are deleted; where ``most`` is 0, nothing else is done. With ``again`` they are kept, and
+    recording starts only where there are none.
     """
     model = unwrapped(model)
     if not again:
@@ -203,27 +205,27 @@ def record_samples(model: nn.Module, most: int = 16, *, again: bool = False) -> 
     _recordings.setdefault(model, _Recording(most))
     if _record not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_record, with_kwargs=True)  # type: ignore[arg-type]
-        model.register_forward_hook(_look)  # type: ignore[arg-type]
+        model.register_forward_hook(_check_output)  # type: ignore[arg-type]
 
 
 def stop_recording_samples(model: nn.Module) -> None:
-    """Take the hooks of :func:`record_samples` away where no forward has."""
+    """Remove the hooks of :func:`record_samples`; a forward that was recorded has removed them already."""
     model = unwrapped(model)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for handle, hook in list(hooks.items()):
-            if hook in (_record, _look):
+            if hook in (_record, _check_output):
                 del hooks[handle]
                 model._forward_pre_hooks_with_kwargs.pop(handle, None)
 
 
 @torch.compiler.disable
 def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # DistributedDataParallel calls a LightningModule with a batch, its forward being a training step then.
+    # Under DistributedDataParallel, the forward of a LightningModule is a training step and takes a batch.
     if "forward" in model.__dict__:
         return
     recording = _recordings.get(model)
     if recording is None:
-        # A copy of a model that records has its hooks, and records nothing.
+        # A copy of a recording model has the hooks as well, but must not record.
         stop_recording_samples(model)
         return
     try:
@@ -231,19 +233,19 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except TypeError as error:
         recording.obstacle = str(error)
         return
-    if differ := _differ(tensors):
-        recording.obstacle = f"an export takes {differ}"
+    if requirement := _unmet_requirement(tensors):
+        recording.obstacle = f"an export takes {requirement}"
         return
-    each = sum(math.prod(t.shape[1:]) * t.element_size() for t in tensors if t.dim())
-    count = max(1, min(recording.most, _MOST_BYTES // max(1, each)))
-    # Copies: a forward may write to its inputs.
+    sample_bytes = sum(math.prod(t.shape[1:]) * t.element_size() for t in tensors if t.dim())
+    count = max(1, min(recording.max_samples, _MAX_BYTES // max(1, sample_bytes)))
+    # The samples are copied because a forward may write to its inputs.
     kept = (t.detach()[:count] if t.dim() else t.detach() for t in tensors)
     recording.samples = Samples(tuple(t.cpu().clone() for t in kept), form=form)
     recording.obstacle = None
 
 
 @torch.compiler.disable
-def _look(model: nn.Module, args: Any, output: Any) -> None:
+def _check_output(model: nn.Module, args: Any, output: Any) -> None:
     recording = _recordings.get(model)
     if recording is None or recording.samples is None:
         return
@@ -255,18 +257,20 @@ def _look(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def recorded_samples(model: nn.Module) -> Samples | None:
-    """What :func:`record_samples` has recorded."""
-    found = _recordings.get(unwrapped(model))
-    return None if found is None else found.samples
+    """The samples that :func:`record_samples` has recorded."""
+    recording = _recordings.get(unwrapped(model))
+    return None if recording is None else recording.samples
 
 
 def export_obstacle(model: nn.Module) -> str | None:
-    """What the forward that :func:`record_samples` has seen takes, or returns, that no export can hold."""
-    found = _recordings.get(unwrapped(model))
-    return None if found is None else found.obstacle
+    """The reason why the recorded forward cannot be exported: an argument or an output of a type that no file can
+    contain, or tensors with different numbers of samples; ``None`` where there is no such reason.
+    """
+    recording = _recordings.get(unwrapped(model))
+    return None if recording is None else recording.obstacle
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, in float32 as artefacts compute, whatever precision the run had."""
+    """The tensor on the CPU; floats become float32, in which exported files compute, whatever the run's precision."""
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""What the terminal shows of an export."""
+"""The table of an export for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cpq_lightning.report.table import LEFT_ALIGNED, shown_averages, shown_bytes
 
 
 def export_table(export: Export) -> Table:
-    """What was written, how large it is, whether it is the model that was trained, and how fast."""
+    """Format, size, average bits, verification and latency of an exported file."""
     container = f", container {export.container}" if export.container else ""
     table = Table(title=f"Exported to {export.path}", show_header=False, **LEFT_ALIGNED)
     table.add_column(no_wrap=True)
@@ -18,10 +18,13 @@ def export_table(export: Export) -> Table:
     for name, value in (
         ("format", f"{export.format}{container}"),
         ("size", f"{shown_bytes(export.file_bytes)} instead of {shown_bytes(export.float_bytes)} in float32"),
-        ("average bits", shown_averages(export.weight_bits, export.act_bits) or "nothing but first and last layers"),
+        (
+            "average bits",
+            shown_averages(export.weight_bits, export.act_bits) or "only first and last layers are quantized",
+        ),
         *([("in full precision", ", ".join(export.full_precision))] if export.full_precision else []),
         *_constants(export),
-        *_proof(export.verification),
+        *_verification(export.verification),
         *_speed(export),
     ):
         table.add_row(f"{name}  ", value)
@@ -29,28 +32,36 @@ def export_table(export: Export) -> Table:
 
 
 def _constants(export: Export) -> list[tuple[str, str]]:
-    told = ", ".join(f"{name}={value!r}" for name, value in export.constants.items())
-    return [("constants", f"the arguments {told}")] if told else []
+    constants = ", ".join(f"{name}={value!r}" for name, value in export.constants.items())
+    return [("constants", f"the arguments {constants}")] if constants else []
 
 
-def _proof(proof: Verification | None) -> list[tuple[str, str]]:
-    if proof is None:
-        return [("verification", "switched off: nothing says that this file is the trained model")]
-    kind = "" if proof.real else "synthetic "
-    at = f" (at {proof.moved_at})" if proof.moved else ""
+def _verification(result: Verification | None) -> list[tuple[str, str]]:
+    if result is None:
+        return [("verification", "switched off: the file was not compared with the trained model")]
+    kind = "" if result.real else "synthetic "
+    where = f" (at {result.moved_at})" if result.moved else ""
     rows = [
-        ("verified in", proof.runtime),
-        ("weight codes", f"equal in {proof.weights} of {proof.weights} layers"),
-        ("activation codes", f"{proof.moved:.3%} of one quantizer's differ at most{at}, {proof.activations} compared"),
+        ("verified in", result.runtime),
+        ("weight codes", f"equal in {result.weights} of {result.weights} layers"),
+        (
+            "activation codes",
+            f"at most {result.moved:.3%} of a quantizer's codes differ{where}, {result.activations} compared",
+        ),
     ]
-    if proof.agreement is not None:
-        rows.append(("top-1", f"agrees on {proof.agreement:.1%} of {proof.samples} {kind}samples"))
-    rows.append(("outputs", f"{proof.largest_difference:.2g} apart at most, {proof.samples} {kind}samples"))
+    if result.agreement is not None:
+        rows.append(("top-1", f"agrees on {result.agreement:.1%} of {result.samples} {kind}samples"))
+    rows.append(("outputs", f"differ by at most {result.largest_difference:.2g}, {result.samples} {kind}samples"))
     return rows
 
 
 def _speed(export: Export) -> list[tuple[str, str]]:
     if export.latency is None:
         return []
-    full, ours, ratio = export.latency.full_precision, export.latency.quantized, export.latency.speedup
-    return [("latency", f"{1e3 * ours:.2f} ms a sample, full precision {1e3 * full:.2f} ms: {ratio:.2f} times as fast")]
+    full, quantized, ratio = export.latency.full_precision, export.latency.quantized, export.latency.speedup
+    return [
+        (
+            "latency",
+            f"{1e3 * quantized:.2f} ms per sample, full precision {1e3 * full:.2f} ms: {ratio:.2f} times as fast",
+        )
+    ]

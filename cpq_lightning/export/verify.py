@@ -1,4 +1,4 @@
-"""Proof that an artefact is the trained model: its codes, its layers, and its answers, in its own runtime."""
+"""Verification that an exported file computes the same as the trained model: codes, layers and outputs are compared."""
 
 from __future__ import annotations
 
@@ -18,67 +18,71 @@ from cpq_lightning.functional.grid import along_channels
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.report.levels import weight_codes
 
-# A layer's name, and which of its calls in a forward.
+# The name of a layer, and the index of its call in a forward.
 Place = tuple[str, int]
-# Share of a layer's activation codes that may differ, by one level: at a cell's edge runtimes round differently.
+# Largest share of a layer's activation codes that may differ, by one level: runtimes round values halfway between two
+# levels differently.
 MOST_MOVED = 1e-3
-# Share of samples whose class must be the same.
+# Smallest share of samples with the same class.
 LEAST_AGREEMENT = 0.99
-# Samples that layers are compared on, one by one; their activations are held in memory.
-_MOST_SAMPLES, _BATCH = 16, 8
+# Number of samples for the comparison of layers, whose activations are kept in memory, and the batch size.
+_MAX_SAMPLES, _BATCH = 16, 8
 
 
 class MismatchError(ValueError):
-    """An artefact does not compute what the trained model computes."""
+    """An exported file does not compute what the trained model computes."""
 
 
 class Artefact(Protocol):
-    """An exported file, loaded in its own runtime."""
+    """An exported file, loaded in its runtime."""
 
     runtime: str
-    # How far outputs may be apart where all quantizers are fed by the trained model's values, relative to the largest.
+    # Largest difference of outputs, relative to the largest output, where the trained model's values replace the inputs
+    # of all quantizers.
     tolerance: float
 
     def weight_codes(self) -> dict[str, Tensor]:
-        """Levels of each layer's weight as they are stored, of the weight's shape."""
+        """The stored codes of each layer's weight, in the shape of the weight."""
         ...
 
     def turned_by(self) -> Mapping[str, str]:
-        """Names of batch norms by the layer that they were folded into: a negative gain turns codes round."""
+        """Names of folded batch norms by the name of their layer: where the gain is negative, the codes are negated."""
         ...
 
     def outputs(self, batch: Samples) -> list[Tensor]:
-        """What the model returns."""
+        """The outputs of the model."""
         ...
 
     def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        """Levels that each input quantizer gives, and the outputs; where ``given`` has a value for a quantizer, the
-        model goes on from that.
+        """The codes of each input quantizer, and the outputs.
+
+        The codes are those of the value that arrives at the quantizer. Where ``given`` has a value for the quantizer,
+        the forward then continues with the given value in place of the arrived one.
         """
         ...
 
     def remedy(self) -> tuple[str, Artefact] | None:
-        """What its runtime may do wrong with this file on some processors, and the file loaded so that it does not;
-        ``None`` where nothing such is known.
+        """A known fault of the runtime with this file on some processors, and the file loaded in a form without the
+        fault; ``None`` where no such fault is known.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and how far apart it was.
+    """The compared values, and their differences.
 
     Attributes:
-        runtime: What ran the artefact, with its version.
-        samples: How many samples the answers were compared on; layers on the first 16.
-        real: Whether they are data, rather than random numbers.
-        weights: Layers whose weight codes are equal, all of them.
-        activations: Quantizers whose codes were compared, each fed by the trained model's own values.
+        runtime: Name and version of the runtime.
+        samples: Number of samples for the comparison of outputs; layers are compared on the first 16.
+        real: Whether the samples are data; ``False`` for random numbers.
+        weights: Number of layers; the weight codes of all of them are equal.
+        activations: Number of quantizers with compared codes; each quantizes the values of the trained model.
         moved: The largest share of codes of one quantizer that differ, all by one level.
-        moved_at: The layer where that is.
-        agreement: Share of rows, a sample each in all outputs of shape (samples, columns), whose largest entry is in
-            the same column: of a classifier, the same class. ``None`` where no output has that shape.
-        largest_difference: Of any number in the outputs.
+        moved_at: The layer with this largest share.
+        agreement: Share of rows with the largest entry in the same column (for a classifier: the same class), over all
+            outputs of shape (samples, columns). ``None`` where no output has that shape.
+        largest_difference: The largest absolute difference of two numbers in the outputs.
     """
 
     runtime: str
@@ -100,14 +104,14 @@ class _Trace:
 
 
 class Reference:
-    """The trained model as it evaluates, with what passes through each of its quantizers."""
+    """The trained model in evaluation, with the inputs and codes of its quantizers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = evaluated(model)
 
     @torch.no_grad()
     def trace(self, batch: Samples) -> _Trace:
-        """Outputs, and what comes into each input quantizer and the levels that it gives."""
+        """The outputs, and the values and codes of each input quantizer."""
         values: dict[Place, Tensor] = {}
         codes: dict[Place, Tensor] = {}
         with ExitStack() as stack:
@@ -119,13 +123,13 @@ class Reference:
 
     @torch.no_grad()
     def outputs(self, batch: Samples) -> list[Tensor]:
-        """What the model returns."""
+        """The outputs of the model."""
         args, kwargs = batch.call()
         return flat_outputs(self.model(*args, **kwargs))
 
     def weight_codes(self, turned_by: Mapping[str, str]) -> dict[str, Tensor]:
-        """Levels of each layer's weight, turned round where the gain of a folded batch norm is negative."""
-        found = {}
+        """The codes of each layer's weight, negated where the gain of a folded batch norm is negative."""
+        codes_by_layer = {}
         for name, layer in read_layers(self.model):
             codes = weight_codes(layer)
             if name in turned_by:
@@ -133,8 +137,8 @@ class Reference:
                 dim = layer.weight_quantizer.channel_dim
                 sign = torch.ones(codes.shape[dim]) if gain is None else gain.detach().sign()
                 codes = codes * along_channels(sign.to(codes.dtype), codes.dim(), dim)
-            found[name] = codes
-        return found
+            codes_by_layer[name] = codes
+        return codes_by_layer
 
 
 def _observe(name: str, quantizer: Quantizer, values: dict[Place, Tensor], codes: dict[Place, Tensor]) -> Any:
@@ -153,21 +157,22 @@ def _observe(name: str, quantizer: Quantizer, values: dict[Place, Tensor], codes
 
 
 def verify(model: nn.Module, artefact: Artefact, samples: Samples) -> Verification:
-    """Compare an artefact with the trained model.
+    """Compare an exported file with the trained model.
 
-    The codes of each weight must be equal. Each input quantizer, reached from the values that the trained model has at
-    the quantizers before it, must give codes that differ by at most one level, on at most 0.1 % of its elements (one
-    element in any case); with all quantizers fed so, outputs may differ by the rounding of floats. The classes must
-    agree on 99 % of the samples.
+    The codes of each weight must be equal. Layers are compared one by one: the inputs of earlier quantizers are
+    replaced by the values of the trained model, and the codes of the next input quantizer may then differ by at most
+    one level, in at most 0.1 % of the elements (one element is always allowed). With the inputs of all quantizers
+    replaced, outputs may differ only by the rounding of floats. Without replacement, the classes must agree on 99 % of
+    the samples.
 
     Args:
         model: The attached model that was exported.
-        artefact: The file, loaded.
-        samples: What to compare on.
+        artefact: The loaded file.
+        samples: The samples for the comparison.
 
     Raises:
-        MismatchError: naming the first layer where they part; or what the runtime does wrong on this processor, where
-            the file is right otherwise.
+        MismatchError: the file and the model differ; the message names the first such layer, or the fault of the
+            runtime on this processor where the file is otherwise correct.
     """
     reference = Reference(model)
     weights = _compare_weights(reference, artefact)
@@ -181,43 +186,43 @@ def verify(model: nn.Module, artefact: Artefact, samples: Samples) -> Verificati
 
 
 def _fault(reference: Reference, artefact: Artefact, samples: Samples, weights: int) -> str | None:
-    """What the runtime does wrong, where the file is right without that."""
+    """The known fault of the runtime, where the file is correct without this fault; otherwise ``None``."""
     remedy = artefact.remedy()
     if remedy is None:
         return None
-    fault, remedied = remedy
+    fault, without_fault = remedy
     try:
-        _compare_computed(reference, remedied, samples, weights)
+        _compare_computed(reference, without_fault, samples, weights)
     except MismatchError:
         return None
     return fault
 
 
 def _compare_computed(reference: Reference, artefact: Artefact, samples: Samples, weights: int) -> Verification:
-    moved, moved_at, places = _compare_layers(reference, artefact, samples)
+    moved, moved_at, quantizers = _compare_layers(reference, artefact, samples)
     agreement, largest = _compare_outputs(reference, artefact, samples)
     if agreement is not None and agreement < LEAST_AGREEMENT:
         raise MismatchError(
             f"Top-1 (the largest entry of each output's row) agrees on {agreement:.1%} of {len(samples)} samples, at "
             f"least {LEAST_AGREEMENT:.0%} expected "
-            f"(largest difference of outputs {largest:.3g}). {_first_parting(reference, artefact, samples)}"
+            f"(largest difference of outputs {largest:.3g}). {_first_difference(reference, artefact, samples)}"
         )
     return Verification(
-        artefact.runtime, len(samples), samples.real, weights, places, moved, moved_at, agreement, largest
+        artefact.runtime, len(samples), samples.real, weights, quantizers, moved, moved_at, agreement, largest
     )
 
 
 def _compare_weights(reference: Reference, artefact: Artefact) -> int:
-    expected, found = reference.weight_codes(artefact.turned_by()), artefact.weight_codes()
+    expected, actual = reference.weight_codes(artefact.turned_by()), artefact.weight_codes()
     for name, codes in expected.items():
-        if name not in found:
-            raise MismatchError(f"The artefact has no weight codes of layer {name!r}.")
-        if codes.shape != found[name].shape:
+        if name not in actual:
+            raise MismatchError(f"The file has no weight codes of layer {name!r}.")
+        if codes.shape != actual[name].shape:
             raise MismatchError(
-                f"The weight of layer {name!r} has the shape {tuple(found[name].shape)} in the artefact, and "
+                f"The weight of layer {name!r} has the shape {tuple(actual[name].shape)} in the file, and "
                 f"{tuple(codes.shape)} in the model."
             )
-        wrong = int((codes.short() != found[name].short()).sum())
+        wrong = int((codes.short() != actual[name].short()).sum())
         if wrong:
             raise MismatchError(f"{wrong} of {codes.numel()} weight codes of layer {name!r} differ.")
     return len(expected)
@@ -226,85 +231,85 @@ def _compare_weights(reference: Reference, artefact: Artefact) -> int:
 def _compare_layers(reference: Reference, artefact: Artefact, samples: Samples) -> tuple[float, str, int]:
     different: dict[Place, int] = {}
     elements: dict[Place, int] = {}
-    for batch in samples.first(_MOST_SAMPLES).batches(_BATCH):
+    for batch in samples.first(_MAX_SAMPLES).batches(_BATCH):
         trace = reference.trace(batch)
-        found, outputs = artefact.codes(batch, trace.values)
-        for place, codes in trace.codes.items():
-            theirs = _found_at(place, found)
-            if theirs is None or theirs.numel() != codes.numel():
-                raise MismatchError(
-                    f"The artefact does not quantize the input of layer {place[0]!r} as the model does."
-                )
-            gap = (codes - theirs.reshape(codes.shape)).abs()
+        all_codes, outputs = artefact.codes(batch, trace.values)
+        for place, expected in trace.codes.items():
+            actual = _codes_of_call(place, all_codes)
+            if actual is None or actual.numel() != expected.numel():
+                raise MismatchError(f"The file does not quantize the input of layer {place[0]!r} as the model does.")
+            gap = (expected - actual.reshape(expected.shape)).abs()
             if int(gap.max()) > 1:
                 raise MismatchError(
-                    f"Activation codes of layer {place[0]!r} are up to {int(gap.max())} levels apart, fed by the "
-                    f"trained model's own values ({int((gap > 1).sum())} of {gap.numel()} by more than one)."
+                    f"Activation codes of layer {place[0]!r} are up to {int(gap.max())} levels apart, computed from "
+                    f"the trained model's values ({int((gap > 1).sum())} of {gap.numel()} by more than one level)."
                 )
             different[place] = different.get(place, 0) + int(gap.sum())
             elements[place] = elements.get(place, 0) + gap.numel()
-        _compare_ends(trace.outputs, outputs, artefact.tolerance)
+        _compare_last_part(trace.outputs, outputs, artefact.tolerance)
     shares = {place: different[place] / elements[place] for place in different}
     for place, share in shares.items():
         if share > MOST_MOVED and different[place] > 1:
             raise MismatchError(
-                f"{share:.2%} of the activation codes of layer {place[0]!r} differ, fed by the trained model's own "
+                f"{share:.2%} of the activation codes of layer {place[0]!r} differ, computed from the trained model's "
                 f"values; at most {MOST_MOVED:.1%} expected."
             )
     worst = max(shares, key=lambda place: shares[place], default=("", 0))
     return shares.get(worst, 0.0), worst[0], len(shares)
 
 
-def _found_at(place: Place, found: Mapping[Place, Tensor]) -> Tensor | None:
-    """The codes of a call; exporters merge calls that get the same input."""
-    return next((found[place[0], call] for call in range(place[1], -1, -1) if (place[0], call) in found), None)
+def _codes_of_call(place: Place, codes: Mapping[Place, Tensor]) -> Tensor | None:
+    """The codes of a call. Exporters merge calls with the same input, so the codes may be those of an earlier call."""
+    return next((codes[place[0], call] for call in range(place[1], -1, -1) if (place[0], call) in codes), None)
 
 
-def _compare_ends(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> None:
-    """What is behind the last quantizers: nothing rounds there, so that outputs differ by rounding of floats alone."""
-    _check_shapes(expected, found)
-    for ours, theirs in zip(expected, found, strict=True):
+def _compare_last_part(expected: Sequence[Tensor], actual: Sequence[Tensor], tolerance: float) -> None:
+    """Compare the part after the last quantizers, where no codes are rounded: only floats are rounded differently."""
+    _check_shapes(expected, actual)
+    for ours, theirs in zip(expected, actual, strict=True):
         if ours.numel() and ours.is_floating_point():
             gap = float((ours.double() - theirs.double()).nan_to_num().abs().max())
             if gap > tolerance * max(float(ours.double().nan_to_num().abs().max()), tolerance):
                 raise MismatchError(
-                    f"Outputs are up to {gap:.3g} apart, of at most {float(ours.abs().max()):.3g}, with all quantizers "
-                    "fed by the trained model's own values: something behind the last quantized layer's input differs."
+                    f"Outputs differ by up to {gap:.3g}, the largest is {float(ours.abs().max()):.3g}, although all "
+                    "quantizers got the trained model's values: the part after the last quantized input differs."
                 )
 
 
-def _check_shapes(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    if [t.shape for t in expected] != [t.shape for t in found]:
+def _check_shapes(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> None:
+    if [t.shape for t in expected] != [t.shape for t in actual]:
         raise MismatchError(
-            f"The artefact returns {[tuple(t.shape) for t in found]}, the model {[tuple(t.shape) for t in expected]}."
+            f"The file returns {[tuple(t.shape) for t in actual]}, the model {[tuple(t.shape) for t in expected]}."
         )
 
 
 def _compare_outputs(reference: Reference, artefact: Artefact, samples: Samples) -> tuple[float | None, float]:
-    same = judged = 0
+    same = rows = 0
     largest = 0.0
     for batch in samples.batches(_BATCH):
-        expected, found = reference.outputs(batch), artefact.outputs(batch)
-        _check_shapes(expected, found)
-        for ours, theirs in zip(expected, found, strict=True):
+        expected, actual = reference.outputs(batch), artefact.outputs(batch)
+        _check_shapes(expected, actual)
+        for ours, theirs in zip(expected, actual, strict=True):
             if not ours.isfinite().equal(theirs.isfinite()):
-                raise MismatchError("The artefact and the model differ in where their outputs are finite.")
+                raise MismatchError("An output is finite in the file and not in the model, or the reverse.")
             if ours.numel():
                 largest = max(largest, float((ours.double() - theirs.double()).nan_to_num().abs().max()))
             if ours.dim() == 2 and ours.shape[1] > 1 and ours.is_floating_point():
                 same += int((ours.argmax(1) == theirs.argmax(1)).sum())
-                judged += len(ours)
-    return (same / judged if judged else None), largest
+                rows += len(ours)
+    return (same / rows if rows else None), largest
 
 
-def _first_parting(reference: Reference, artefact: Artefact, samples: Samples) -> str:
+def _first_difference(reference: Reference, artefact: Artefact, samples: Samples) -> str:
     batch = samples.batches(_BATCH)[0]
     trace = reference.trace(batch)
-    found, _ = artefact.codes(batch, {})
-    for place, codes in trace.codes.items():
-        theirs = _found_at(place, found)
-        assert theirs is not None
-        share = float((codes != theirs.reshape(codes.shape)).float().mean())
+    all_codes, _ = artefact.codes(batch, {})
+    for place, expected in trace.codes.items():
+        actual = _codes_of_call(place, all_codes)
+        assert actual is not None
+        share = float((expected != actual.reshape(expected.shape)).float().mean())
         if share > MOST_MOVED:
-            return f"They part first at the input of layer {place[0]!r}, where {share:.2%} of the codes differ."
-    return "No layer's activation codes part by more than 0.1 %: the difference is behind the last of them."
+            return f"The first difference is at the input of layer {place[0]!r}, where {share:.2%} of the codes differ."
+    return (
+        "At most 0.1 % of the activation codes of each layer differ: the difference is after the last quantized input."
+    )

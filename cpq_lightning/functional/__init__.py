@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the mathematics of CPQ and DropBits. It imports torch alone."""
+"""Pure functions on tensors: the mathematics of CPQ and DropBits. The only dependency is torch."""
 
 from cpq_lightning.functional.attention import attention as attention
 from cpq_lightning.functional.categorical import Estimator as Estimator

@@ -1,30 +1,30 @@
-"""The CPQ quantizer: a categorical distribution over the grid and its multi-class straight-through estimator.
+"""The CPQ quantizer: a categorical distribution over the grid and its multi-class straight-through estimator (STE).
 
-Lee, Yun, Hwang, Yang, *Cluster-Promoting Quantization with Bit-Drop for Minimizing Network Quantization
-Loss*, ICCV 2021 (arXiv 2109.02100), on the parametrization of Louizos et al., *Relaxed Quantization*, ICLR
-2019 (arXiv 1810.01875). The closed form, the nesting of the masks and the ``expectation`` estimator are
-this project's.
+Lee, Yun, Hwang, Yang, *Cluster-Promoting Quantization with Bit-Drop for Minimizing Network Quantization Loss*, ICCV
+2021 (arXiv 2109.02100), with the parametrization of Louizos et al., *Relaxed Quantization*, ICLR 2019 (arXiv
+1810.01875). The closed form, the nesting of the masks and the ``expectation`` estimator are ours.
 
-With noise ``Logistic(0, sigma)`` on ``x`` and ``S`` the logistic function, level ``n`` of a grid with step
-``a`` has the mass of its cell
+With noise ``Logistic(0, sigma)`` on ``x`` and ``S`` the logistic function, level ``n`` of a grid with scale ``a`` (the
+papers' step size) has the mass of its cell
 
     p_n = S((n + 1/2 - x/a) / s) - S((n - 1/2 - x/a) / s),     s = sigma / a,
 
-and the probability ``pi_n = m_n p_n / Z``, ``Z = sum_j m_j p_j``, with ``m_n`` the mask of the ring that
-``n`` lies in. The forward value is ``a * argmax_n pi_n``.
+and the probability ``pi_n = m_n p_n / Z``, ``Z = sum_j m_j p_j``, with ``m_n`` the mask of the narrowest nested grid
+that contains ``n``. The forward value is ``a * argmax_n pi_n``.
 
-How it stays cheap. Masks of nested grids ``G_k`` do not increase outwards, so
+Cost: no tensor has size ``numel * 2**bits``. Masks do not increase from the narrowest nested grid ``G_k`` to the
+widest, so
 
     Z = sum_k (m_k - m_(k+1)) M_k,     M_k = mass of G_k, one contiguous interval,
 
-is a sum of positive terms, one a ring, and the mean ``E = sum_n n pi_n`` is the same mixture of the means of
-truncated logistics: ``truncated.py`` has one of them, ``mixture.py`` their sum. Every derivative is collected as two
-moments over the cell boundaries ``t``, ``k0 = sum_t dy/dz_t`` and ``k1 = sum_t (t - n) dy/dz_t`` with
-``z_t = (t - u) / s`` and ``u = x / a``; the chain rule to ``x``, ``step`` and ``sigma`` is then the same three lines
-for both estimators. Nothing has size ``numel * 2**bits``.
+is a sum of non-negative terms, one for each nested grid, and the mean ``E = sum_n n pi_n`` is the same mixture of the
+means of truncated logistics (one component: ``truncated.py``; the mixture: ``mixture.py``). Every derivative is
+computed from two moments over the cell boundaries ``t``, ``k0 = sum_t dy/dz_t`` and ``k1 = sum_t (t - n) dy/dz_t`` with
+``z_t = (t - u) / s`` and ``u = x / a``. The chain rule to ``x``, ``step`` and ``sigma`` is then the same three lines
+for both estimators.
 
-These derivatives are what an estimator makes up, and are held constant where a backward is differentiated again: a
-second derivative has what the gradient that comes in brings, and none of their own slope.
+The estimator's derivatives are surrogates, so a double backward treats them as constants: second derivatives come from
+the incoming gradient only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from cpq_lightning.functional.truncated import PRECISIONS
 
 Estimator = Literal["argmax", "expectation"]
 
-# In steps; exp(-_FAR) is far below the rounding of float64.
+# In units of the scale; exp(-_FAR) is far below the rounding error of float64.
 _FAR = 64
 
 
@@ -64,31 +64,32 @@ def quantize(
     signed: bool = True,
     estimator: Estimator = "argmax",
 ) -> Tensor:
-    """Quantize to the most probable grid point, with the multi-class straight-through estimator as gradient.
+    """Fake-quantize to the most probable level, with the multi-class straight-through estimator as gradient.
 
-    Forward ``x_hat = step * argmax_n pi_n``; with all masks 1 that is ``step * clamp(round(x / step))``.
-    Backward, through ``x_hat = sum_n r_n step n`` with ``r`` the one-hot argmax: ``argmax`` (the paper's, as we
-    read it) hands ``r``'s gradient to the chosen ``pi`` only, ``expectation`` (ours) to every ``pi``, which is the
-    gradient of ``E[step n]``. ``step`` also receives the direct term ``n``.
+    Forward: ``x_hat = step * argmax_n pi_n``; with all masks 1 that is ``step * clamp(round(x / step))``.
+    Backward: ``x_hat = sum_n r_n step n`` with ``r`` the one-hot argmax. ``argmax`` (the paper's, as we read it) passes
+    the gradient in ``r`` to the chosen ``pi`` only, ``expectation`` (ours) to every ``pi``, which gives the gradient of
+    ``E[step n]``. ``step`` also receives the direct term ``n``.
 
     Args:
-        x: Full-precision values, any shape, any floating dtype. Halves are computed in float32.
-        step: Distance between levels, > 0, in the unit of ``x``; broadcasts to ``x``.
-        sigma: Scale of the logistic noise, in the unit of ``x``, ``0 < sigma <= step``; broadcasts to ``x``.
-        masks: DropBits masks in [0, 1], shape ``(bits - min_bits + 1, *shape)`` with ``shape`` broadcasting to
-            ``x``; innermost ring first, the first one 1, not increasing. ``None`` means all 1.
+        x: Full-precision values, any shape, any floating dtype. Float16 and bfloat16 are computed in float32.
+        step: The scale (distance between neighbouring levels), > 0, in the unit of ``x``; broadcasts to ``x``.
+        sigma: Scale parameter of the logistic noise, in the unit of ``x``, ``0 < sigma <= step``; broadcasts to ``x``.
+        masks: DropBits masks in [0, 1], shape ``(bits - min_bits + 1, *shape)`` with ``shape`` broadcasting to ``x``:
+            one for each nested grid, the narrowest first. The first one is 1 and they do not increase. ``None`` means
+            all 1.
         bits: Width of the widest grid, 1-8.
-        min_bits: Width of the innermost ring, 1 to ``bits``; ``None`` means ``bits`` (one ring).
-        signed: Whether the grid holds negative levels.
+        min_bits: Width of the narrowest nested grid, 1 to ``bits``; ``None`` means ``bits`` (a single grid).
+        signed: Whether the grid has negative levels.
         estimator: ``"argmax"`` or ``"expectation"``.
 
     Returns:
         A tensor like ``x`` whose values lie on the grid.
 
     Raises:
-        TypeError: ``x`` is not floating point, or ``bits`` not a whole number.
-        ValueError: a width outside 1-8, ``min_bits > bits``, an unknown estimator, a shape that does not
-            broadcast to ``x``, masks of the wrong count or order, ``step <= 0`` or ``sigma`` outside ``(0, step]``.
+        TypeError: ``x`` is not floating point, or ``bits`` is not a whole number.
+        ValueError: a width outside 1-8, ``min_bits > bits``, an unknown estimator, a shape that does not broadcast to
+            ``x``, masks of the wrong count or order, ``step <= 0``, or ``sigma`` outside ``(0, step]``.
 
     Example:
         >>> x = torch.tensor([-0.9, 0.1, 0.26, 2.0])
@@ -111,7 +112,7 @@ def quantize_unchecked(
     signed: bool,
     estimator: Estimator,
 ) -> Tensor:
-    """:func:`quantize` for callers that guarantee its conditions: reads no value back from the device."""
+    """:func:`quantize` without checks of its arguments: causes no host-device synchronization."""
     if is_transformed():
         if torch._C._is_tracing():
             return _nearest(x, step, sigma, masks, bits, min_bits, signed)
@@ -134,11 +135,11 @@ def _check(
         if not _broadcasts(value.shape, x.shape):
             raise ValueError(f"{name} must broadcast to x of shape {tuple(x.shape)}, got {tuple(value.shape)}.")
     if masks is not None:
-        rings = bits - min_bits + 1
-        if masks.shape[:1] != (rings,) or not _broadcasts(masks.shape[1:], x.shape):
+        grids = bits - min_bits + 1
+        if masks.shape[:1] != (grids,) or not _broadcasts(masks.shape[1:], x.shape):
             raise ValueError(
-                f"masks must have shape ({rings}, *what broadcasts to {tuple(x.shape)}), one mask for each of the "
-                f"rings of {min_bits} to {bits} bits, got {tuple(masks.shape)}."
+                f"masks must have shape ({grids}, *shape), where shape broadcasts to {tuple(x.shape)}: one mask for "
+                f"each nested grid of {min_bits} to {bits} bits. Got {tuple(masks.shape)}."
             )
     if torch.compiler.is_compiling():
         return
@@ -147,14 +148,13 @@ def _check(
             raise ValueError(f"step must be positive everywhere, got a minimum of {step.min().item():.4g}.")
         if not ((sigma > 0) & (sigma <= step)).all():
             raise ValueError(
-                "sigma must be positive and at most step everywhere (a wider noise says nothing about the grid): "
-                f"clamp it with torch.minimum(sigma, step). Got sigma up to {sigma.max().item():.4g} for steps from "
-                f"{step.min().item():.4g}."
+                "sigma must be positive and at most step everywhere: clamp it with torch.minimum(sigma, step). Got "
+                f"sigma up to {sigma.max().item():.4g} and step from {step.min().item():.4g} on."
             )
         if masks is not None and not ((masks[0] == 1).all() and (masks[1:] <= masks[:-1]).all() and (masks >= 0).all()):
             raise ValueError(
-                "masks must start with 1 and not increase outwards: build them as cumulative products of the gates, "
-                "with cpq_lightning.functional.masks_from_gates."
+                "masks must be at least 0, start with 1 and not increase from the narrowest grid to the widest: build "
+                "them from gates with cpq_lightning.functional.masks_from_gates."
             )
 
 
@@ -185,37 +185,37 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, sigma, masks = ctx.saved_tensors
-        of_masks = ctx.needs_input_grad[3]
-        found = _slopes(x, step, sigma, masks, *ctx.grid, of_masks=of_masks)
+        with_masks = ctx.needs_input_grad[3]
+        slopes = _slopes(x, step, sigma, masks, *ctx.grid, with_masks=with_masks)
         d_masks = None
-        if of_masks and found.masks is None:
+        if with_masks and slopes.masks is None:
             d_masks = torch.zeros_like(masks)
-        elif found.masks is not None:
-            g = _computable(grad)
-            d_masks = torch.stack([_reduce(g * d, like) for d, like in zip(found.masks, masks, strict=True)])
-        return (*_pulled_back(grad, found, x, step, sigma), d_masks, None, None, None, None)
+        elif slopes.masks is not None:
+            g = _in_float(grad)
+            d_masks = torch.stack([_reduce(g * d, like) for d, like in zip(slopes.masks, masks, strict=True)])
+        return (*_vector_jacobian(grad, slopes, x, step, sigma), d_masks, None, None, None, None)
 
 
 def _nearest(
     x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, signed: bool
 ) -> Tensor:
-    """The most probable level times the step."""
+    """The most probable level times the scale."""
     bounds = nested_bounds(bits, min_bits, signed)
-    a = _computable(step)
-    u = _in_steps(x, a, bounds)
-    n = _argmax_level(u, _computable(sigma) / a, _effective(masks, u), bounds)
+    a = _in_float(step)
+    u = _in_scale_units(x, a, bounds)
+    n = _argmax_level(u, _in_float(sigma) / a, _masks_or_none(masks, u), bounds)
     return (n * a).to(x.dtype)
 
 
 def quantize_backward(
     grad: Tensor, x: Tensor, step: Tensor, sigma: Tensor, *, bits: int, signed: bool, estimator: Estimator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`quantize`, one ring, in x, step and sigma: linear in ``grad``, and differentiable in it."""
-    return _pulled_back(grad, _slopes(x, step, sigma, None, bits, bits, signed, estimator), x, step, sigma)
+    """Gradients of :func:`quantize` without masks in x, step and sigma: linear and differentiable in ``grad``."""
+    return _vector_jacobian(grad, _slopes(x, step, sigma, None, bits, bits, signed, estimator), x, step, sigma)
 
 
 class _Slopes(NamedTuple):
-    """The most probable level, and an estimator's derivatives of ``x_hat``, each of the shape of x."""
+    """The most probable level and the estimator's derivatives of ``x_hat``; each has the shape of x."""
 
     level: Tensor
     x: Tensor
@@ -233,13 +233,13 @@ def _slopes(
     min_bits: int,
     signed: bool,
     estimator: Estimator,
-    of_masks: bool = False,
+    with_masks: bool = False,
 ) -> _Slopes:
     x, step, sigma = x.detach(), step.detach(), sigma.detach()
     bounds = nested_bounds(bits, min_bits, signed)
-    a = _computable(step)
-    u, s = _in_steps(x, a, bounds), _computable(sigma) / a
-    m = _effective(None if masks is None else masks.detach(), u)
+    a = _in_float(step)
+    u, s = _in_scale_units(x, a, bounds), _in_float(sigma) / a
+    m = _masks_or_none(None if masks is None else masks.detach(), u)
     n = _argmax_level(u, s, m, bounds)
     mixture = Mixture.of(u, s, m, bounds)
     if estimator == "argmax":
@@ -249,58 +249,58 @@ def _slopes(
         mean = mixture_mean(n, mixture, inner)
         k0, k1 = expectation_moments(n, mixture, inner, mean)
 
-    # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dstep = t/sigma, dz/dsigma = -z/sigma, and y is in units of the step.
+    # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dstep = t/sigma, dz/dsigma = -z/sigma, and y is in units of the scale.
     d_x = -k0 / s
     d_step = n + (n * k0 + k1) / s
     d_sigma = -(k1 - torch.where(mixture.near, (u - n) * k0, 0.0)) / (s * s)
     d_masks = None
-    if m is not None and of_masks:
-        rings = mask_derivatives(u, s, n, mixture, m, bounds, of_mean=estimator == "expectation")
-        d_masks = [a * d for d in rings]
+    if m is not None and with_masks:
+        derivatives = mask_derivatives(u, s, n, mixture, m, bounds, of_mean=estimator == "expectation")
+        d_masks = [a * d for d in derivatives]
     return _Slopes(n, d_x, d_step, d_sigma, d_masks)
 
 
-def _pulled_back(grad: Tensor, found: _Slopes, *likes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    g = _computable(grad)
-    d_x, d_step, d_sigma = (_reduce(g * d, like) for d, like in zip(found[1:4], likes, strict=True))
+def _vector_jacobian(grad: Tensor, slopes: _Slopes, *likes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    g = _in_float(grad)
+    d_x, d_step, d_sigma = (_reduce(g * d, like) for d, like in zip(slopes[1:4], likes, strict=True))
     return d_x, d_step, d_sigma
 
 
 def _linear(x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, *grid: Any) -> Tensor:
-    """What :class:`_Quantize` computes, for whoever differentiates operations: the value, and slopes times changes that
-    are zero.
+    """:class:`_Quantize` in PyTorch operations, for ``torch.func`` and forward mode: the value, plus each derivative
+    times a zero that carries the gradient.
     """
-    found = _slopes(x, step, sigma, masks, *grid, of_masks=masks is not None)
-    change = found.x * _change(x) + found.step * _change(step) + found.sigma * _change(sigma)
-    if masks is not None and found.masks is not None:
-        change = sum((d * _change(m) for d, m in zip(found.masks, masks.unbind(), strict=True)), start=change)
-    return (found.level * _computable(step.detach())).to(x.dtype) + change.to(x.dtype)
+    slopes = _slopes(x, step, sigma, masks, *grid, with_masks=masks is not None)
+    zero = slopes.x * _zero_of(x) + slopes.step * _zero_of(step) + slopes.sigma * _zero_of(sigma)
+    if masks is not None and slopes.masks is not None:
+        zero = sum((d * _zero_of(m) for d, m in zip(slopes.masks, masks.unbind(), strict=True)), start=zero)
+    return (slopes.level * _in_float(step.detach())).to(x.dtype) + zero.to(x.dtype)
 
 
-def _change(t: Tensor) -> Tensor:
-    """Zero, with the derivative 1."""
-    t = _computable(t)
-    # What is infinite has a level too.
+def _zero_of(t: Tensor) -> Tensor:
+    """Zero with derivative 1 in ``t``."""
+    t = _in_float(t)
+    # inf - inf is NaN, and infinite values have a level too.
     return (t - t.detach()).nan_to_num()
 
 
-def _computable(t: Tensor) -> Tensor:
-    """Halves in float32: their eight or eleven bits of mantissa cannot hold a cell's mass."""
+def _in_float(t: Tensor) -> Tensor:
+    """Convert float16 and bfloat16 to float32: their mantissas (11 and 8 bits) are too short for a cell's mass."""
     return t if t.dtype in PRECISIONS else t.float()
 
 
-def _in_steps(x: Tensor, a: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    """x in steps, held within _FAR of the widest grid.
+def _in_scale_units(x: Tensor, a: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """x in units of the scale, clamped to _FAR beyond the widest grid.
 
-    Beyond that only ratios of masses matter, and they have reached their limit (noise is at most a step wide), while
-    the distances from a huge x to two levels would round to the same number.
+    Beyond that only ratios of masses matter, and they have reached their limit (sigma is at most the scale). The
+    distances from a larger x to two levels could round to the same number.
     """
     low, high = bounds[-1]
-    return (_computable(x) / a).clamp(low - _FAR, high + _FAR)
+    return (_in_float(x) / a).clamp(low - _FAR, high + _FAR)
 
 
-def _effective(masks: Tensor | None, u: Tensor) -> Tensor | None:
-    """A single ring's mask is 1 and cancels in pi: it has neither effect nor gradient."""
+def _masks_or_none(masks: Tensor | None, u: Tensor) -> Tensor | None:
+    """The masks, or ``None`` for a single grid: its mask cancels in pi and has no effect and no gradient."""
     return None if masks is None or len(masks) == 1 else masks.to(u.dtype)
 
 
@@ -309,16 +309,16 @@ def _reduce(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _argmax_level(u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple[int, int]]) -> Tensor:
-    """The most probable level. In a ring p falls with |n - u|, so each ring has one candidate, its nearest point."""
+    """The most probable level. p falls with |n - u|, so each nested grid has one candidate: its level nearest to u."""
     nearest = u.round()
     if masks is None:
         return nearest.clamp(*bounds[-1])
     level = nearest.clamp(*bounds[0])
     best = _log_cell((level - u).abs(), s)
     for (low, high), mask in zip(bounds[1:], masks[1:], strict=True):
-        # Nearest in the whole grid G_k: if that lies in a ring further in, it has been seen there, with a larger mask.
+        # Nearest in all of G_k. If it also lies in a narrower grid, it was a candidate there, with a larger mask.
         candidate = nearest.clamp(low, high)
-        # The sum has the layout of its first term; at equal scores the outer candidate is what rounding chose.
+        # A sum has the memory format of its first term. At equal scores, the wider grid's candidate is the rounded u.
         score = _log_cell((candidate - u).abs(), s) + mask.to(u.dtype).log()
         better = score >= best
         level = torch.where(better, candidate, level)
@@ -327,6 +327,6 @@ def _argmax_level(u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple
 
 
 def _log_cell(distance: Tensor, s: Tensor) -> Tensor:
-    """log p_n, but for a term that all cells share: S(B) - S(A) = S(B) S(-A) (1 - exp(A - B))."""
-    # F.logsigmoid would lose the layout in memory; where softplus takes over its argument, exp(-40) is rounding.
+    """log p_n up to a term that is the same for all cells: S(B) - S(A) = S(B) S(-A) (1 - exp(A - B))."""
+    # F.logsigmoid loses the memory format. Beyond the threshold softplus returns its argument: exp(-40) is negligible.
     return -F.softplus((distance - 0.5) / s, threshold=40) - F.softplus((-0.5 - distance) / s, threshold=40)

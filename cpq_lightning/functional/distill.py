@@ -1,4 +1,4 @@
-"""Knowledge distillation: how far a network's class probabilities are from a teacher's."""
+"""Knowledge distillation: divergence of a student's class probabilities from its teacher's."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch.nn.functional import kl_div, log_softmax
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """``tau^2 · KL(softmax(t / tau) || softmax(s / tau))``, the mean over samples (and places), in nats.
+    """``tau^2 · KL(softmax(t / tau) || softmax(s / tau))``, the mean over samples (and positions), in nats.
 
-    The factor ``tau^2`` keeps the size of the gradient where it is at ``tau = 1``. At 1 it has the same gradient as
-    cross-entropy with the teacher's probabilities as labels. Computed in float32 at least.
+    The factor ``tau^2`` keeps the magnitude of the gradient about the same for every ``tau``. At ``tau = 1`` the
+    gradient is that of cross-entropy with the teacher's probabilities as labels. Computed in float32 or float64.
 
     Source: Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, section 2.
 
     Args:
-        logits: s, shape (batch, classes, ...).
-        teacher_logits: t, of the same shape; no gradient flows to it.
-        temperature: tau, over 0.
+        logits: ``s``, the student's logits, shape (batch, classes, ...).
+        teacher_logits: ``t``, same shape; it gets no gradient.
+        temperature: ``tau``, over 0.
 
     Returns:
-        A scalar, 0 where both agree.
+        A scalar; 0 if both distributions are equal.
 
     Raises:
-        ValueError: shapes that differ, or a temperature that is not over 0.
+        ValueError: the shapes differ, or the temperature is not over 0.
 
     Example:
         >>> import torch
@@ -37,12 +37,12 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
             "logits and teacher_logits must both be of shape (batch, classes, ...), got "
             f"{tuple(logits.shape)} and {tuple(teacher_logits.shape)}."
         )
-    own, teacher = (_classes_last(t) / temperature for t in (logits, teacher_logits.detach()))
-    divergence = kl_div(log_softmax(own, 1), log_softmax(teacher, 1), reduction="batchmean", log_target=True)
+    student, teacher = (_classes_last(t) / temperature for t in (logits, teacher_logits.detach()))
+    divergence = kl_div(log_softmax(student, 1), log_softmax(teacher, 1), reduction="batchmean", log_target=True)
     return temperature**2 * divergence
 
 
 def _classes_last(logits: Tensor) -> Tensor:
-    """Shape (samples and places, classes)."""
+    """Reshape to (samples × positions, classes), in float32 or float64."""
     logits = logits if logits.element_size() >= 4 else logits.float()
     return logits.movedim(1, -1).flatten(0, -2)

@@ -1,9 +1,8 @@
-"""DropBits: random gates that drop the outer rings of a grid during training.
+"""DropBits: random gates that drop the levels that a bit adds to a grid, during training.
 
-Gates are hard-concrete samples (Louizos et al., *Learning Sparse Neural Networks through L0 Regularization*, ICLR
-2018, arXiv 1712.01312, eq. 10-11); dropping bits instead of neurons is CPQ's (arXiv 2109.02100). Noise keyed by
-counters instead of a generator's state is this project's: a resumed run draws the same gates, and nobody's
-dropout changes because a quantizer was added.
+Gates are hard-concrete samples (Louizos et al., *Learning Sparse Neural Networks through L0 Regularization*, ICLR 2018,
+arXiv 1712.01312, eq. 10-11). Dropping bits instead of neurons is from CPQ (arXiv 2109.02100). The counter-based noise
+is ours: a resumed run draws the same gates, and quantizers do not advance the generator that user code draws from.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3
-# A gate with noise-free argument below beta times this is closed.
+# A gate without noise is closed if its logit is at most beta times this.
 _THRESHOLD = math.log(-GAMMA / ZETA)
 
 
@@ -22,9 +21,9 @@ def hard_concrete(logit: Tensor, uniform: Tensor, noise: Tensor | float = 1.0, b
     """Sample gates ``z = clip(S((nu (log u - log(1-u)) + logit)/beta) (zeta - gamma) + gamma, 0, 1)``.
 
     Args:
-        logit: Log-odds of the gates, any shape; ``inf`` gives 1 for certain.
+        logit: Log-odds of the gates, any shape; ``inf`` always gives 1.
         uniform: Noise ``u`` strictly between 0 and 1; broadcasts with ``logit``.
-        noise: ``nu``, how much of the noise is left: 1 samples (the source's), near 0 decides (ours). Broadcasts.
+        noise: ``nu``, factor of the noise: 1 samples (the source's), near 0 is almost deterministic (ours). Broadcasts.
         beta: Temperature of the gates, over 0. Broadcasts.
 
     Example:
@@ -51,14 +50,14 @@ def logit_of(probability: Tensor, noise: Tensor | float = 1.0, beta: Tensor | fl
 
 
 def expected_bits(probability: Tensor, min_bits: Tensor | int) -> Tensor:
-    """``b_min + sum_k prod_(j<=k) P(z_j > 0)``: nested gates count as far as all before them are open.
+    """``b_min + sum_k prod_(j<=k) P(z_j > 0)``: a gate counts only if all gates of narrower widths are open.
 
     Args:
-        probability: Of each gate above ``min_bits`` to be open, shape ``(gates, *shape)``, innermost first.
+        probability: Probability that each gate above ``min_bits`` is open, shape ``(gates, *shape)``, narrowest first.
         min_bits: Narrowest width; broadcasts to ``shape``.
 
     Returns:
-        Bits, shape ``shape``.
+        Expected bits, shape ``shape``.
 
     Example:
         >>> expected_bits(torch.tensor([1.0, 0.5, 0.5]), min_bits=2)
@@ -70,12 +69,12 @@ def expected_bits(probability: Tensor, min_bits: Tensor | int) -> Tensor:
 def expected_slope(probability: Tensor, noise: Tensor | float, worth: Tensor | None = None) -> Tensor:
     """Gradient of ``sum_k worth_k prod_(j<=k) P(z_j > 0)`` in the gates' logits.
 
-    ``(1 - p_k)/nu · sum_(j>=k) worth_j prod_(i<=j) p_i``: with a gate, all behind it shut.
+    ``(1 - p_k)/nu · sum_(j>=k) worth_j prod_(i<=j) p_i``: a gate that closes also closes all gates of wider widths.
 
     Args:
-        probability: ``p``, of each gate to be open, shape ``(gates, *shape)``, innermost first.
+        probability: ``p``, the probability that each gate is open, shape ``(gates, *shape)``, narrowest first.
         noise: ``nu``, as for :func:`open_probability`.
-        worth: Of each bit; ``None`` is 1 for all, which makes it the gradient of :func:`expected_bits`.
+        worth: Weight of each bit, such as its saliency; ``None`` means 1, the gradient of :func:`expected_bits`.
 
     Returns:
         A tensor of the shape of ``probability``.
@@ -87,13 +86,13 @@ def expected_slope(probability: Tensor, noise: Tensor | float, worth: Tensor | N
     counted = probability.cumprod(0)
     if worth is not None:
         counted = counted * worth
-    # Not a cumulative sum, which has no deterministic way on GPUs.
-    behind = torch.stack([counted[k:].sum(0) for k in range(len(counted))])
-    return behind * (1 - probability) / noise
+    # Not cumsum, which has no deterministic implementation on GPUs.
+    sums = torch.stack([counted[k:].sum(0) for k in range(len(counted))])
+    return sums * (1 - probability) / noise
 
 
 def open_gates(probability: Tensor) -> Tensor:
-    """What evaluation makes of the gates: 1 for the leading ones with ``P(z > 0) >= 1/2``, 0 for all others.
+    """Gates of evaluation: 1 up to the last gate before the first one with ``P(z > 0) < 1/2``, then 0.
 
     Example:
         >>> open_gates(torch.tensor([0.9, 0.2, 0.9]))
@@ -103,13 +102,13 @@ def open_gates(probability: Tensor) -> Tensor:
 
 
 def masks_from_gates(gates: Tensor) -> Tensor:
-    """Nested masks of a grid's rings, ``m_k = z_(b_min+1) · … · z_k``, the innermost one 1.
+    """Masks of nested grids, ``m_k = z_(b_min+1) · … · z_k``; that of the narrowest grid is 1.
 
     Args:
-        gates: One gate a ring above the innermost, shape ``(rings - 1, *shape)``, innermost first.
+        gates: One gate for each width above the narrowest, shape ``(widths - 1, *shape)``, narrowest first.
 
     Returns:
-        Masks of shape ``(rings, *shape)``, not increasing, so that a kept grid has no hole.
+        Masks of shape ``(widths, *shape)``. They do not increase, so the levels that are kept are contiguous.
 
     Example:
         >>> masks_from_gates(torch.tensor([1.0, 0.5, 0.5]))
@@ -119,13 +118,13 @@ def masks_from_gates(gates: Tensor) -> Tensor:
 
 
 def shares_from_masks(masks: Tensor) -> Tensor:
-    """How much each nested grid counts, ``m_k - m_(k+1)``, the widest one ``m_b``: they add up to 1.
+    """Weight of each nested grid: ``m_k - m_(k+1)``, and ``m_b`` for the widest. The weights add up to 1.
 
     Args:
-        masks: As :func:`masks_from_gates` gives them.
+        masks: As returned by :func:`masks_from_gates`.
 
     Returns:
-        Shares of the masks' shape.
+        Weights, of the same shape as ``masks``.
 
     Example:
         >>> shares_from_masks(torch.tensor([1.0, 1.0, 0.25]))
@@ -138,7 +137,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _mix(h: Tensor) -> Tensor:
-    """A bijective 32-bit finalizer (xor-shift-multiply), in int64 so that no product overflows a sign."""
+    """A bijective 32-bit hash finalizer (xor-shift-multiply), in int64 so that no product overflows."""
     h = ((h ^ (h >> 16)) * 0x21F0AAAD) & _MASK32
     h = ((h ^ (h >> 15)) * 0x735A2D97) & _MASK32
     return h ^ (h >> 15)
@@ -147,14 +146,14 @@ def _mix(h: Tensor) -> Tensor:
 def keyed_uniform(shape: tuple[int, ...], seed: int, step: Tensor, key: int) -> Tensor:
     """Uniform noise in (0, 1), a pure function of ``(seed, step, key)`` and the element's index.
 
-    A counter-based generator: tensor operations only, so it has no state to save, reads nothing back from the
-    device, and gives the same numbers on every device, under compilation, and after a resume.
+    A counter-based generator of tensor operations: it has no state to save, causes no host-device synchronization, and
+    gives the same numbers on every device, under compilation, and after a resume.
 
     Args:
         shape: Shape of the result.
         seed: Seed of the run.
         step: Counter of the draw, an int64 tensor of one element.
-        key: Which quantizer draws.
+        key: Number of the quantizer that draws.
 
     Example:
         >>> keyed_uniform((3,), 0, torch.tensor(7), 1).equal(keyed_uniform((3,), 0, torch.tensor(7), 1))
@@ -166,5 +165,5 @@ def keyed_uniform(shape: tuple[int, ...], seed: int, step: Tensor, key: int) -> 
     h = torch.zeros_like(index)
     for word in (*constants, counter & _MASK32, (counter >> 32) & _MASK32, index):
         h = _mix((h * 0x9E3779B1 + word + 1) & _MASK32)
-    # 23 bits and a half: exact in float32, so never 0 or 1.
+    # 23 bits plus one half: exact in float32, so never 0 or 1.
     return ((h >> 9).to(torch.float32) + 0.5).mul(2.0**-23).reshape(shape)

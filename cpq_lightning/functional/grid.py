@@ -1,7 +1,7 @@
-"""Grids of quantization levels, as integers (multiples of the step).
+"""Grids of quantization levels, as integers (multiples of the scale).
 
-A k-bit grid is ``{-2^(k-1) … 2^(k-1)-1}`` when signed and ``{0 … 2^k-1}`` when unsigned. Grids of
-growing width are nested, so a wider one only adds an outer *ring* of levels to a narrower one.
+A k-bit grid is ``{-2^(k-1) … 2^(k-1)-1}`` when signed and ``{0 … 2^k-1}`` when unsigned. Grids are nested: a wider grid
+contains every narrower one, and each further bit adds levels outside of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ MAX_BITS = 8
 
 
 def check_bits(name: str, bits: int) -> int:
-    """Return ``bits`` if it is a whole number from 1 to 8, else raise with the argument's name.
+    """Return ``bits`` if it is a whole number from 1 to 8, else raise an error that names the argument.
 
     Raises:
         TypeError: ``bits`` is not an ``int``.
@@ -26,7 +26,7 @@ def check_bits(name: str, bits: int) -> int:
 
 
 def level_bounds(bits: int, signed: bool = True) -> tuple[int, int]:
-    """Lowest and highest level of the ``bits``-wide grid, in units of the step.
+    """Lowest and highest level of the ``bits``-wide grid, in units of the scale.
 
     Example:
         >>> level_bounds(3), level_bounds(3, signed=False)
@@ -38,17 +38,17 @@ def level_bounds(bits: int, signed: bool = True) -> tuple[int, int]:
 
 
 def nested_bounds(bits: int, min_bits: int, signed: bool = True) -> list[tuple[int, int]]:
-    """Bounds of the nested grids ``G_min_bits ⊂ … ⊂ G_bits``, innermost first.
+    """Bounds of the nested grids ``G_min_bits ⊂ … ⊂ G_bits``, narrowest first.
 
     Example:
-        >>> ring_bounds(4, 2)
+        >>> nested_bounds(4, 2)
         [(-2, 1), (-4, 3), (-8, 7)]
     """
     return [level_bounds(k, signed) for k in range(min_bits, bits + 1)]
 
 
 def along_channels(value: Tensor, dims: int, channel_dim: int) -> Tensor:
-    """One value, or one a channel, shaped to broadcast to a tensor of so many dimensions."""
+    """Reshape one value, or one value per channel, to broadcast to a tensor of ``dims`` dimensions."""
     shape = [1] * dims
     if len(value) > 1:
         shape[channel_dim] = -1

@@ -1,6 +1,7 @@
 """The categorical over a grid as a mixture of truncated logistics, and the derivatives of the two surrogates.
 
-A surrogate is what the backward differentiates in place of the argmax: ``n pi_n`` with ``n`` held, or the mean ``E``.
+A surrogate is the function that the backward differentiates in place of the argmax: ``n pi_n`` with constant ``n``
+(estimator ``argmax``), or the mean ``E`` (estimator ``expectation``).
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from torch import Tensor
 from cpq_lightning.functional.dropbits import shares_from_masks
 from cpq_lightning.functional.truncated import Interval
 
-# A mask's derivative is the mass that the masked ring would bring, up to exp(distance / sigma). Below float64 it
-# is held at exp(40), far over anything that trains, so that sums over a tensor stay finite.
+# A mask's derivative contains the mass of the masked levels over Z, up to exp(distance / sigma). In float32 it is
+# clamped to exp(40), far above any useful gradient, so that sums over a tensor stay finite.
 _MAX_LOG_RATIO = {torch.float64: math.inf, torch.float32: 40.0}
 
 
 @dataclass
 class Mixture:
-    """The categorical as a mixture of truncated logistics, one a nested grid, with weights (m_k - m_(k+1)) M_k / Z."""
+    """One truncated logistic for each nested grid, with weights (m_k - m_(k+1)) M_k / Z."""
 
     parts: list[Interval]
     weights: list[Tensor]
     log_z: Tensor
-    near: Tensor  # False where u is so far from all the mass that sums of z-derivatives vanish below rounding
+    near: Tensor  # False where u is so far from all mass that sums of z-derivatives are below rounding
 
     @classmethod
     def of(cls, u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple[int, int]]) -> Mixture:
@@ -48,7 +49,7 @@ class Mixture:
 
 
 def argmax_moments(u: Tensor, s: Tensor, n: Tensor, mixture: Mixture, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Moments of y = n pi_n with the factor n held: n pi_n (d log p_n - d log Z)."""
+    """Moments of y = n pi_n with a constant factor n: n pi_n (d log p_n - d log Z)."""
     cell = Interval.of(u, s, n, n)
     k0, k1 = cell.moments()
     for part, weight in zip(mixture.parts, mixture.weights, strict=True):
@@ -64,7 +65,7 @@ def argmax_moments(u: Tensor, s: Tensor, n: Tensor, mixture: Mixture, mask: Tens
 def expectation_moments(
     n: Tensor, mixture: Mixture, inner: list[tuple[Tensor, Tensor, Tensor]], mean: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Moments of y = E: in each part, the boundaries between its levels (weight -1) and its two edges."""
+    """Moments of y = E: in each component, the boundaries between its levels (weight -1) and its two edges."""
     k0, k1 = torch.zeros_like(n), torch.zeros_like(n)
     for part, weight, (_, slope, slope_t) in zip(mixture.parts, mixture.weights, inner, strict=True):
         offset = part.side * (n + mean - part.center)
@@ -95,16 +96,17 @@ def mask_derivatives(
     *,
     of_mean: bool,
 ) -> list[Tensor]:
-    """dy/dm of each ring, of the mean E or of the argmax surrogate n pi_n.
+    """dy/dm for the mask of each width, for the mean E or for the argmax surrogate n pi_n.
 
-    With P a ring's mass, mu its mean level and W = m P/Z its weight, dE/dm = P/Z (mu - E), and d(n pi_n)/dm is
-    n pi_n (1 - W)/m for the chosen ring and -n pi_n P/Z for any other. Both are written with sums over all *other*
-    rings: mu - E and 1 - W as differences would lose their digits where one ring has all the weight. For the same
-    reason a ring is two intervals, one to each side of the grid inside it, and not the difference of two grids.
+    Let P be the mass of the levels that a bit adds, mu their mean level and W = m P/Z their weight. Then dE/dm =
+    P/Z (mu - E), and d(n pi_n)/dm is n pi_n (1 - W)/m for the bit that adds the chosen level n and -n pi_n P/Z for any
+    other bit. Both are computed from sums over all *other* bits, as the differences mu - E and 1 - W cancel where one
+    bit has all the weight. For the same reason the added levels are two intervals, one on each side of the narrower
+    grid, and not the difference of two grids.
     """
     cap = _MAX_LOG_RATIO[u.dtype]
     shares, weights, means = [], [], []
-    for pieces, mask in zip(_ring_pieces(bounds), masks, strict=True):
+    for pieces, mask in zip(_added_intervals(bounds), masks, strict=True):
         intervals = [Interval.of(u, s, low, high) for low, high in pieces]
         logs = torch.stack([interval.log_mass(s) for interval in intervals])
         log_share = logs.logsumexp(0) - mixture.log_z
@@ -122,13 +124,13 @@ def mask_derivatives(
     pi = cell * mask_of(n, masks, bounds)
     derivatives = []
     for k, (share, others) in enumerate(zip(shares, other_weights, strict=True)):
-        d = n * torch.where(_in_ring(n, bounds, k), cell * others, -pi * share)
+        d = n * torch.where(_is_added(n, bounds, k), cell * others, -pi * share)
         derivatives.append(torch.where(n == 0, 0.0, d))
     return derivatives
 
 
-def _ring_pieces(bounds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """The one or two intervals of levels of each ring; an unsigned outer ring has no left side."""
+def _added_intervals(bounds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The levels that each bit adds, as one or two intervals; in an unsigned grid only on the right."""
     pieces = [[bounds[0]]]
     for (in_low, in_high), (low, high) in pairwise(bounds):
         pieces.append([piece for piece in ((low, in_low - 1), (in_high + 1, high)) if piece[0] <= piece[1]])
@@ -136,7 +138,7 @@ def _ring_pieces(bounds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 def _sums_of_others(values: list[Tensor]) -> list[Tensor]:
-    """For each value the sum of all the others, without subtracting it from the whole."""
+    """For each value the sum of all others, without subtracting it from the total."""
     zero = torch.zeros_like(values[0])
     before, after = [zero], [zero]
     for value in values[:-1]:
@@ -146,14 +148,15 @@ def _sums_of_others(values: list[Tensor]) -> list[Tensor]:
     return [b + a for b, a in zip(before, reversed(after), strict=True)]
 
 
-def _in_ring(n: Tensor, bounds: list[tuple[int, int]], k: int) -> Tensor:
+def _is_added(n: Tensor, bounds: list[tuple[int, int]], k: int) -> Tensor:
+    """Whether nested grid k contains level n and the next narrower grid does not."""
     inside = (n >= bounds[k][0]) & (n <= bounds[k][1])
     return inside if k == 0 else inside & ((n < bounds[k - 1][0]) | (n > bounds[k - 1][1]))
 
 
 def mask_of(n: Tensor, masks: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    """The mask of the ring that level n lies in."""
+    """The mask of the narrowest nested grid that contains level n."""
     mask = masks[-1]
-    for (low, high), ring_mask in zip(reversed(bounds[:-1]), reversed(masks[:-1].unbind()), strict=True):
-        mask = torch.where((n >= low) & (n <= high), ring_mask, mask)
+    for (low, high), grid_mask in zip(reversed(bounds[:-1]), reversed(masks[:-1].unbind()), strict=True):
+        mask = torch.where((n >= low) & (n <= high), grid_mask, mask)
     return mask

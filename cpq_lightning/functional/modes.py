@@ -1,4 +1,4 @@
-"""Who differentiates: torch's backward once, or something for which only PyTorch operations will do."""
+"""Detect how a computation is differentiated: one ordinary backward, or a mode that needs PyTorch operations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func``, forward-mode differentiation, or ``torch.jit.trace`` looks into what is
-    computed.
-    """
-    # Compiled code holds what it was traced with; torch compiles no transform of what is below.
+    """Whether a ``torch.func`` transform, forward-mode differentiation, or ``torch.jit.trace`` is active."""
+    # Compiled code would keep the answer of its tracing; and torch compiles no transforms of these quantizers.
     if torch.compiler.is_compiling():
         return False
     if torch._C._is_tracing():
@@ -20,11 +18,11 @@ def is_transformed() -> bool:
 
 
 def is_differentiated_again(grad: torch.Tensor) -> bool:
-    """Asked in a backward: whether its own result is to be differentiated (``create_graph=True``), or is one of many
-    that are computed at once (``is_grads_batched=True``).
+    """Whether the running backward is itself differentiated (``create_graph=True``) or batched
+    (``is_grads_batched=True``).
 
     Args:
-        grad: The gradient that has come in.
+        grad: The incoming gradient.
     """
     if torch.compiler.is_compiling():
         return False

@@ -1,4 +1,4 @@
-"""Starting steps: the step whose grid has the least squared error on given values or on their histogram."""
+"""Scale initialization: the scale with the least squared error (mse) or without clipping (minmax) for given values."""
 
 from __future__ import annotations
 
@@ -7,50 +7,51 @@ from torch import Tensor
 
 from cpq_lightning.functional.grid import level_bounds
 
-# The error has many local minima where values are few or bunched: the best few of a coarse scan are looked at closely.
+# The error has many local minima if there are few or clustered values, so the best few candidates of a coarse search
+# are refined.
 _COARSE, _KEPT, _FINE = 192, 4, 48
 _ROUNDS = 4
-# Elements that are worked on at a time, of short rows at many steps, of long ones a part: as many as a cache of the CPU
-# holds, or as make a kernel worth its launch.
+# Elements (values × scales) computed at a time: as many as fit into a CPU cache, or enough for efficient GPU kernels.
 _BLOCK, _DEVICE_BLOCK = 2**16, 2**24
-# A step below float32's smallest normal number would divide to infinity; and a constant-zero tensor has no scale.
+# Division by a scale below float32's smallest normal number gives infinity; and an all-zero tensor has no scale.
 _SMALLEST = 1e-30
 
 
 def mse_scale(values: Tensor, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
-    """Least-squares step ``argmin_a sum_i c_i (v_i - a clamp(round(v_i / a)))^2`` of each row.
+    """Least-squares scale ``argmin_a sum_i c_i (v_i - a clamp(round(v_i / a)))^2`` of each row.
 
-    A search over steps from 1/256 to twice that of the range (an outlier may deserve to be cut off by far), a finer one
-    around the best of them, and a few alternations: levels for the step, then the least-squares step for the levels.
-    The powers of two next to the range's are among them: whole numbers, where the grid has room for them, stay exact.
+    The search has three stages: scales from 1/256 to twice the minmax scale (small ones clip outliers), a finer search
+    around the best of them, and a few alternations between levels for the scale and the least-squares scale for the
+    levels. The powers of two next to the minmax scale are candidates too, so that integers that fit on the grid stay
+    exact.
 
     Args:
-        values: Shape ``(rows, n)``: one row a quantizer's channel, in its unit.
+        values: Shape ``(rows, n)``; one row for each scale.
         bits: Width of the grid.
-        signed: Whether the grid holds negative levels.
+        signed: Whether the grid has negative levels.
         counts: Weights ``c``, same shape; ``None`` means 1.
 
     Returns:
-        Steps > 0, shape ``(rows,)``, float32. A row of zeros gets 1.
+        Scales > 0, shape ``(rows,)``, float32, in the unit of ``values``. A row of zeros gets 1.
 
     Example:
-        >>> fit_step(torch.tensor([[-2.0, -1.0, 0.0, 1.0]]), bits=2, signed=True)
+        >>> mse_scale(torch.tensor([[-2.0, -1.0, 0.0, 1.0]]), bits=2, signed=True)
         tensor([1.])
     """
     low, high = level_bounds(bits, signed)
-    # What lies on a side without levels has the same error at any step.
+    # Negative values have the same error at any scale if the grid has no negative levels.
     values = values.float().clamp(-torch.inf if low else 0.0, torch.inf if high else 0.0)
     full = _full_range(values.amin(1), values.amax(1), low, high)
     empty = full < _SMALLEST
     full = torch.where(empty, 1.0, full)
-    # Squares would leave float32 far from 1: a power of two brings the search there, and its result back.
+    # Squares can over- or underflow float32: divide by a power of two, and multiply the result by it.
     exponent = full.frexp().exponent - 1
     full, values = full.ldexp(-exponent), values.ldexp(-exponent[:, None])
     coarse = full[:, None] * torch.logspace(-8, 1, _COARSE, base=2).to(full)
     kept = coarse.gather(1, grid_errors(values, counts, coarse, low, high).topk(_KEPT, largest=False).indices)
     ratio = 2 ** (9 / (_COARSE - 1))
     around = torch.linspace(1 / ratio, ratio, _FINE).to(full)
-    # The range's step is from 1 to 2 here.
+    # The minmax scale is in [1, 2) here.
     powers = torch.tensor([1.0, 2.0]).to(full).expand(len(full), 2)
     fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None], powers], 1)
     best = fine.gather(1, grid_errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
@@ -59,10 +60,10 @@ def mse_scale(values: Tensor, bits: int, signed: bool, counts: Tensor | None = N
 
 
 def max_scale(lowest: Tensor, highest: Tensor, bits: int, signed: bool) -> Tensor:
-    """The smallest step whose grid clips nothing between two values; 1 where all is zero.
+    """The minmax scale: the smallest one that clips no value from ``lowest`` to ``highest``; 1 if both are zero.
 
     Example:
-        >>> max_step(torch.tensor(-4.0), torch.tensor(1.0), bits=3, signed=True)
+        >>> max_scale(torch.tensor(-4.0), torch.tensor(1.0), bits=3, signed=True)
         tensor(1.)
     """
     step = _full_range(lowest, highest, *level_bounds(bits, signed))
@@ -75,7 +76,7 @@ def _full_range(lowest: Tensor, highest: Tensor, low: int, high: int) -> Tensor:
 
 
 def _alternate(values: Tensor, counts: Tensor | None, step: Tensor, low: int, high: int) -> Tensor:
-    """With levels n held, the error is least at a = sum c v n / sum c n^2; neither half of a round can raise it."""
+    """For fixed levels n, the error is least at a = sum c v n / sum c n^2. Neither half of a round increases it."""
     for _ in range(_ROUNDS):
         n = (values / step[:, None]).round().clamp(low, high)
         weighted = n if counts is None else n * counts
@@ -86,12 +87,12 @@ def _alternate(values: Tensor, counts: Tensor | None, step: Tensor, low: int, hi
 
 
 def grid_errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
-    """Squared errors ``sum_i c_i (v_i - a clamp(round(v_i / a), low, high))^2`` of each row at each of its steps.
+    """Squared errors ``sum_i c_i (v_i - a clamp(round(v_i / a), low, high))^2`` of each row at each of its scales.
 
     Args:
         values: Shape ``(rows, n)``.
         counts: Weights ``c``, same shape; ``None`` means 1.
-        steps: Shape ``(rows, steps)``.
+        steps: Scales ``a``, shape ``(rows, scales)``.
         low: Lowest level.
         high: Highest level.
 
@@ -104,23 +105,24 @@ def grid_errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, 
     for start in range(0, values.shape[1], length):
         part = values[:, None, start : start + length]
         count = None if counts is None else counts[:, None, start : start + length]
-        for at in range(0, steps.shape[1], some := max(1, block // max(1, part.numel()))):
-            step = steps[:, at : at + some, None]
+        size = max(1, block // max(1, part.numel()))
+        for first in range(0, steps.shape[1], size):
+            step = steps[:, first : first + size, None]
             error = (part / step).round_().clamp_(low, high).mul_(step).sub_(part).square_()
             weighted = error if count is None else error * count
-            total[:, at : at + some] += weighted.sum(2, dtype=torch.float64)
+            total[:, first : first + size] += weighted.sum(2, dtype=torch.float64)
     return total
 
 
 def clipped_share(values: Tensor, counts: Tensor | None, step: Tensor, low: Tensor, high: Tensor) -> float:
-    """The share of values that lie more than half a step outside of the last level.
+    """The fraction of values that the grid clips: they lie more than half a scale beyond its lowest or highest level.
 
     Args:
         values: Shape ``(rows, n)``.
-        counts: How often each occurs, same shape; ``None`` means once.
-        step: Of each row, or one.
-        low: Lowest level, likewise.
-        high: Highest level, likewise.
+        counts: How often each value occurs, same shape; ``None`` means once.
+        step: The scale of each row, or one for all.
+        low: Lowest level, same shape as ``step``.
+        high: Highest level, same shape as ``step``.
 
     Example:
         >>> one = torch.ones(1)
@@ -134,7 +136,7 @@ def clipped_share(values: Tensor, counts: Tensor | None, step: Tensor, low: Tens
 
 
 def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Counts (int64) of values in ``bins`` equal cells from ``low`` to ``high``: integers, so that ranks add exactly.
+    """Counts of values in ``bins`` equal bins from ``low`` to ``high``, in int64 so that sums over ranks are exact.
 
     Example:
         >>> histogram(torch.tensor([0.0, 0.1, 0.9]), torch.tensor(0.0), torch.tensor(1.0), 2)
@@ -146,7 +148,7 @@ def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def bin_centers(low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Centers of :func:`histogram`'s cells, but for a range that starts at 0: there the first cell means 0.
+    """Centers of the bins of :func:`histogram`. If the range starts at 0, the first bin stands for 0.
 
     Example:
         >>> bin_centers(torch.tensor(-1.0), torch.tensor(1.0), 2)

@@ -1,9 +1,10 @@
-"""What the bits of a quantizer are worth to the loss: this project's way to tell it.
+"""Saliency of the bits of a quantizer: an estimate of how much the loss depends on each bit (ours).
 
-The gradient through gates that are drawn (the paper's) is by how much the loss rises where a bit is gone, before the
-network has adapted to that. What the loss bends by, to second order, is what HAWQ-V2 (Dong et al., NeurIPS 2020) prices
-widths by before training. Where layers may have one bit, widths that are learned by it end where those of Hessian
-traces do, and those by drawn gates behind them (``benchmarks/results/findings.md``, learned levels).
+The gradient through sampled gates (the paper's) measures how much the loss rises when a bit is dropped, before the
+network has adapted. Saliency measures the curvature of the loss (second order) along the residual that a bit adds, as
+HAWQ-V2 (Dong et al., NeurIPS 2020) does to choose widths before training. Where layers may have 1 bit, widths learned
+from saliency are as good as those from Hessian traces, and better than those learned through sampled gates
+(``benchmarks/results/findings.md``, learned levels).
 """
 
 from __future__ import annotations
@@ -27,31 +28,32 @@ def bit_saliency(
     blocks: int = 0,
     by_block: bool = False,
 ) -> Tensor:
-    """``sum_B (sum_(i in B) g_i (q_k(x_i) - q_(k-1)(x_i)))^2`` over blocks B, for each width k but the narrowest.
+    """``sum_B (sum_(i in B) g_i (q_k(x_i) - q_(k-1)(x_i)))^2`` over blocks B, for each width k except the narrowest.
 
-    With ``r`` the residual that a bit adds to a network that is trained with it, taking it away raises the loss by
-    about ``r' H r / 2``. Where the gradient ``g`` of a batch is noise about zero, its covariance is that of single
-    samples over the number n of samples, which for a likelihood is the Hessian: ``n E[(g · r)^2] = r' H r`` (the
-    empirical Fisher information). Half of n times the mean over batches of what is returned is thus what the bit is
-    worth, with the Hessian taken for zero between blocks: output channels of a weight, whose scale a norm behind them
-    takes out, or samples of an activation, between which it is zero. As n is the same for all bits, it is left out.
+    Let ``r`` be the residual that a bit adds in a network trained with that bit, and ``H`` the Hessian of the loss.
+    Dropping the bit raises the loss by about ``r' H r / 2``. If the gradient ``g`` of a batch of n samples has mean
+    zero, its covariance is that of single samples over n, which for a likelihood is the Hessian: ``n E[(g · r)^2] =
+    r' H r`` (the empirical Fisher information). The saliency of the bit is thus ``n / 2`` times the mean of the result
+    over batches. The Hessian is taken as zero between blocks. For a weight, blocks are output channels (a norm after
+    the layer removes their scale); for an activation they are samples, between which it is exactly zero. The factor
+    ``n / 2`` is the same for all bits and left out.
 
     Args:
-        x: What is quantized, of any shape and unit.
-        gradient: Of the loss, in the quantized values; of the shape of ``x``.
-        steps: Step of each width, shape (widths, 1) or (widths, channels), in the unit of ``x``.
-        widths: Bits of each, the narrowest first.
-        signed: Whether the grids hold negative levels.
-        channel_dim: The dimension of ``x`` that the steps of channels are along.
-        blocks: The dimension of ``x`` that counts blocks.
-        by_block: Whether each block has bits of its own.
+        x: The tensor that is quantized, of any shape and unit.
+        gradient: Gradient of the loss in the quantized values, same shape as ``x``.
+        steps: Scale of each width, shape (widths, 1) or (widths, channels), in the unit of ``x``.
+        widths: Widths in bits, the narrowest first.
+        signed: Whether the grids have negative levels.
+        channel_dim: The dimension of ``x`` along which scales per channel vary.
+        blocks: The dimension of ``x`` that indexes blocks.
+        by_block: Whether each block has a separate saliency instead of their sum.
 
     Returns:
-        Shape (widths - 1, 1), or (widths - 1, blocks), float32, in the unit of the squared loss.
+        Shape (widths - 1, 1), or (widths - 1, blocks) with ``by_block``; float32, in the unit of the squared loss.
 
     Example:
         >>> x, gradient = torch.tensor([[0.75, -0.25]]), torch.tensor([[2.0, 1.0]])
-        >>> bit_worth(x, gradient, torch.tensor([[2.0], [1.0]]), (1, 2), signed=True)
+        >>> bit_saliency(x, gradient, torch.tensor([[2.0], [1.0]]), (1, 2), signed=True)
         tensor([[4.]])
     """
     x, gradient = torch.atleast_1d(x.float()), torch.atleast_1d(gradient.float())
@@ -62,7 +64,7 @@ def bit_saliency(
     a = steps.reshape(len(steps), *shape)
     bounds = torch.tensor([level_bounds(bits, signed) for bits in widths], device=x.device, dtype=x.dtype)
     low, high = bounds.reshape(len(steps), 2, *ones).unbind(1)
-    # From x, not from 0: differences of these sums keep their figures.
+    # Errors (minus x) instead of quantized values: differences of their sums lose fewer digits.
     products = gradient * ((x / a).round().clamp(low, high) * a - x)
     within = [d + 1 for d in range(x.dim()) if d != blocks % x.dim()]
     sums = products.sum(within) if within else products

@@ -1,4 +1,4 @@
-"""Schedules: a step of the run in, a value out, nothing else."""
+"""Schedules: pure functions from an optimizer step of the run to a value."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ Shape = Literal["linear", "cosine", "exponential"]
 
 
 def resolve_point(name: str, point: int | float, total_steps: float) -> int:
-    """A point of a run as a step: an ``int`` is a step count, a ``float`` in [0, 1] a fraction of the run.
+    """Convert a point of a run to an optimizer step: an ``int`` is a step count, a ``float`` in [0, 1] a fraction.
 
     Args:
-        name: Name of the argument, for the error.
+        name: Name of the argument, for error messages.
         point: Step count or fraction.
-        total_steps: Optimizer steps of the run, ``inf`` where unknown.
+        total_steps: Optimizer steps of the run; ``inf`` if unknown.
 
     Raises:
-        TypeError: not a number.
-        ValueError: negative, a fraction over 1, or a fraction of a run without a known length.
+        TypeError: ``point`` is not a number.
+        ValueError: ``point`` is negative, a fraction over 1, or a fraction of a run of unknown length.
 
     Example:
         >>> resolve_point("start", 0.25, 1000), resolve_point("start", 30, 1000)
@@ -37,20 +37,20 @@ def resolve_point(name: str, point: int | float, total_steps: float) -> int:
         return 0
     if not math.isfinite(total_steps):
         raise ValueError(
-            f"{name}={point} is a fraction of a run whose length is unknown: give the Trainer max_steps or a loader "
-            "with a length, or give a step count."
+            f"{name}={point} is a fraction of a run whose length is unknown: set the Trainer's max_steps, use a "
+            "DataLoader with a length, or give a step count."
         )
     return round(point * total_steps)
 
 
 def anneal(step: int, start: int, end: int, first: float, last: float, shape: Shape = "linear") -> float:
-    """Value at ``step`` on the way from ``first`` (up to ``start``) to ``last`` (from ``end`` on).
+    """Value at ``step`` of a schedule that is ``first`` until ``start`` and ``last`` from ``end`` on.
 
-    With ``t = (step - start)/(end - start)`` clamped to [0, 1]: linear ``first + t (last - first)``, cosine the same
-    with ``(1 - cos(pi t))/2`` for ``t``, exponential ``first (last/first)^t``.
+    With ``t = (step - start)/(end - start)`` clamped to [0, 1]: linear is ``first + t (last - first)``, cosine
+    the same with ``(1 - cos(pi t))/2`` for ``t``, and exponential is ``first (last/first)^t``.
 
     Raises:
-        ValueError: an unknown shape, or an exponential one through zero.
+        ValueError: an unknown shape, or an exponential one whose values are not both over 0.
 
     Example:
         >>> [anneal(s, 10, 20, 1.0, 0.5) for s in (0, 10, 15, 20, 99)]

@@ -1,7 +1,7 @@
 """A logistic distribution truncated to an interval of levels: its mass, its mean, and their derivatives.
 
-The building block of :mod:`cpq_lightning.functional.categorical`: exact and finite however far outside the interval
-the distribution is centred, at a cost that does not depend on the number of levels.
+It is the building block of :mod:`cpq_lightning.functional.categorical`. Results are accurate and finite at any distance
+of the distribution's center from the interval, and the cost does not depend on the number of levels.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from cpq_lightning.functional.modes import is_transformed
 
-# What the sums are computed in.
+# The dtypes that sums are computed in.
 PRECISIONS = (torch.float32, torch.float64)
 
 
 @dataclass
 class Interval:
-    """A logistic around ``u`` truncated to the levels ``low … high``, seen from its level ``center`` nearest to u.
+    """A logistic around ``u`` truncated to the levels ``low … high``, relative to its level ``center`` nearest to u.
 
-    The frame is reflected so that ``d = |u - center|``. For ``d > 1/2`` the whole interval lies on one side of u, and
-    every mass carries the factor ``y = exp(-(d - d0)/s)``, ``d0 = min(d, 1/2)``, which is left out (``*_hat``): what
-    remains is of order 1 however far u is away, and ratios of masses lose no digits.
+    Coordinates are reflected so that ``d = |u - center|``. For ``d > 1/2`` the interval lies on one side of u, and all
+    masses have the factor ``y = exp(-(d - d0)/s)``, ``d0 = min(d, 1/2)``. It is left out (fields "over y"), so that
+    masses are of order 1 at any distance of u and their ratios lose no digits.
     """
 
     center: Tensor
@@ -48,7 +48,7 @@ class Interval:
         d = v.abs()
         d0 = d.clamp(max=0.5)
         y = torch.exp((d0 - d) / s)
-        # The interval reflected with the frame: its middle changes sides, its width stays.
+        # Reflect the interval: its middle changes sign, its width does not change.
         middle, half = (low + high) / 2, (high - low) / 2
         lo = (middle - center).mul_(side)
         hi = lo + half
@@ -57,8 +57,7 @@ class Interval:
         g = torch.exp(-(hi + 0.5 - d0) / s)
         s_low = e / (1 + y * e)
         r_high = g / (y + g)
-        # Beyond the edge (d > 1/2) hi is 0 and g = 1; inside, y = 1. One line serves both without a subtraction of
-        # nearly equal numbers.
+        # Beyond the edge (d > 1/2) hi is 0 and g = 1; inside, y = 1. One formula fits both cases without cancellation.
         mass = 1 / (y + g) - s_low
         return cls(
             center, side, d, d0, y, lo, hi, s_low, r_high, mass,
@@ -67,11 +66,11 @@ class Interval:
         )  # fmt: skip
 
     def log_mass(self, s: Tensor) -> Tensor:
-        """Log of the mass; the factor y goes in here, where it cannot underflow."""
+        """Log of the mass including the factor y, which cannot underflow here."""
         return self.mass.log() - (self.d - self.d0) / s
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Of d log mass / dz_t over its two boundaries: the sum, and the sum weighted with t - center."""
+        """Moments of d log mass / dz_t over the two boundaries: the sum, and the sum weighted with t - center."""
         k0 = self.side * (self.edge_high - self.edge_low)
         k1 = self.edge_high * (self.high + 0.5) - self.edge_low * (self.low - 0.5)
         return k0, k1
@@ -79,14 +78,14 @@ class Interval:
     def inner_boundaries(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean level relative to center (reflected), and sums over inner boundaries of S'_t and tau_t S'_t over mass.
 
-        The mean is an Abel sum: (sum of the masses above each boundary right of center, minus those below each
-        boundary left of it) / mass. Boundaries fall off geometrically, exp(-|t - u|/s), from the center outwards.
+        The mean is an Abel sum: (masses above each boundary right of center, minus masses below each boundary left of
+        it) / mass. Terms decrease geometrically, as exp(-|t - u|/s), with the distance from the center.
         """
         decay = torch.exp(-1 / s)
         left = torch.exp((-0.5 - self.d0) / s)
         right = torch.exp((self.d0 - 0.5) / s)
         reach = _window(s)
-        # Each inner boundary brings its own mass less that of the edge beyond it.
+        # Each inner boundary adds the mass beyond it minus the mass beyond the edge of the interval.
         mean = self.s_low * self.low.clamp(min=-reach).neg_() - self.r_high * self.high.clamp(max=reach)
         slope, slope_t = torch.zeros_like(mean), torch.zeros_like(mean)
         for j in range(reach):
@@ -97,7 +96,7 @@ class Interval:
             mean -= mass
             slope += slope_here
             slope_t.sub_(slope_here, alpha=j + 0.5)
-            # Levels right of center exist only where u is inside, and there y = 1.
+            # Levels right of center exist only if u is inside, where y = 1.
             right.masked_fill_(self.high < j + 0.5, 0.0)
             t = 1 + right
             mass = right / t
@@ -111,12 +110,12 @@ class Interval:
 
 
 def _window(s: Tensor) -> int:
-    """Boundaries to each side that hold all of the sum to rounding: c * s + 1, at most c + 1 as s <= 1.
+    """Number of boundaries on each side that determine the sum to rounding: c * s + 1, at most c + 1 as s <= 1.
 
-    The values of s are read only where reading costs nothing (on the CPU, outside a compiler and a transform).
+    The values of s are read only on the CPU, outside compiled code and transforms, where that needs no synchronization.
     """
-    # exp(-reach) is the weight of the first cell boundary that the expectation leaves out. Written here: with dynamic
-    # shapes torch 2.8 compiles a number of the module as an unknown one, and fails in the loop over it.
+    # exp(-reach) is the weight of the first cell boundary that the expectation leaves out. The numbers are literals, as
+    # torch 2.8 with dynamic shapes compiles a module constant as a symbolic number and fails in the loop over it.
     reach = 32.0 if s.dtype == torch.float64 else 15.0
     if s.device.type == "cpu" and not torch.compiler.is_compiling() and s.numel() > 0 and not is_transformed():
         reach *= min(1.0, s.max().item())

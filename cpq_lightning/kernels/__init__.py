@@ -1,4 +1,4 @@
-"""The hot path of :mod:`cpq_lightning.functional`, fused; functional is the readable truth, and the fallback."""
+"""Fused kernels for :mod:`cpq_lightning.functional`, which is the readable reference and the fallback."""
 
 from cpq_lightning.kernels.cpu_build import use_kernels as use_kernels
 

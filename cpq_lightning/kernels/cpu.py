@@ -1,4 +1,4 @@
-"""Forward and backward of one ring on a CPU, by the compiled library: one pass over memory each."""
+"""Forward and backward of a quantizer on a CPU, in the compiled library: one pass over memory each."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 from cpq_lightning.kernels.cpu_build import built
 from cpq_lightning.kernels.layout import dense_in_memory
 
-# Elements that one thread works on at a time; sums of gradients are made chunk by chunk, so that they do not depend on
-# the number of threads.
+# Elements that one thread computes at a time. Gradients are summed chunk by chunk, so that sums do not depend on the
+# number of threads.
 _CHUNK = 2**16
-# What tensors may hold; everything is computed in float32.
+# Supported dtypes of tensors; all computation is in float32.
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """``step * clamp(round(x / step), low, high)``, laid out in memory as x is.
+    """``step * clamp(round(x / step), low, high)``, in the memory format of x.
 
     Args:
         x: Float32 or bfloat16, any shape.
-        step: Float32, one value, or one for each row (dimension 0) of an x in which row follows row in memory.
+        step: The scale, float32: one value, or one for each row (dimension 0) of an x whose rows are contiguous and in
+            order in memory.
         low: Lowest level.
         high: Highest level.
     """
@@ -45,32 +46,35 @@ def backward(
     expectation: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x, step and sigma, from that in the forward's result.
+    """Gradients in x, step and sigma from the gradient in the forward's result.
 
     Args:
         x: As in :func:`forward`.
-        grad: Like x.
+        grad: The incoming gradient, same shape and dtype as x.
         step: As in :func:`forward`.
-        sigma: Scale of the noise, like step.
+        sigma: Scale parameter of the noise, same shape as step.
         low: Lowest level.
         high: Highest level.
-        expectation: Of which estimator; ``False`` means ``argmax``.
-        overwrite: Whether x's gradient may take the place of ``grad``.
+        expectation: Whether the estimator is ``expectation``; ``False`` means ``argmax``.
+        overwrite: Whether x's gradient may be written into the memory of ``grad``.
+
+    Raises:
+        MemoryError: the memory for the sums could not be allocated.
     """
     dense = dense_in_memory(x)
-    # Both are walked through in memory: they must lie in it alike.
-    fits = grad.stride() == dense.stride()
-    g = grad if fits else torch.empty_like(dense).copy_(grad)
-    dx = g if overwrite or not fits else torch.empty_like(dense)
+    # The kernel iterates over memory, so both need the same strides.
+    same_strides = grad.stride() == dense.stride()
+    g = grad if same_strides else torch.empty_like(dense).copy_(grad)
+    dx = g if overwrite or not same_strides else torch.empty_like(dense)
     steps, sigmas = step.contiguous(), sigma.contiguous()
     d_step, d_sigma = torch.empty_like(steps), torch.empty_like(steps)
-    done = _library().cpq_backward(
+    succeeded = _library().cpq_backward(
         dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), d_step.data_ptr(),
         d_sigma.data_ptr(), x.numel(), x.numel() // step.numel(), _CHUNK, low, high, expectation,
         x.dtype == torch.bfloat16,
     )  # fmt: skip
-    if not done:
-        raise MemoryError(f"There is no memory for the sums over {step.numel()} rows of the gradient in the steps.")
+    if not succeeded:
+        raise MemoryError(f"Out of memory for the sums of the gradients in the scales of {step.numel()} rows.")
     return dx, d_step, d_sigma
 
 
@@ -81,10 +85,10 @@ def chain(
 
     Args:
         d_step: Gradient in the step, float32, one-dimensional.
-        d_sigma: That in sigma.
-        saved: Start, bend, step, p, sigma, each like d_step, and temperature, one value.
-        root: The square root in LSQ's scale.
-        noise_min: The smallest noise, in steps.
+        d_sigma: Gradient in sigma, same shape.
+        saved: Start, bend, step, p and sigma, each of the shape of d_step, and temperature, one value.
+        root: The square root in LSQ's gradient scale.
+        noise_min: The smallest noise, in units of the scale.
     """
     d_log_scale, d_logit = torch.empty_like(saved[0]), torch.empty_like(saved[0])
     tensors = [t.contiguous() for t in (d_step, d_sigma, *saved)]
@@ -94,7 +98,7 @@ def chain(
 
 
 def _library() -> ctypes.CDLL:
-    """What was begun with kernels ends with them, also where they have been switched off meanwhile."""
+    """The compiled library, even if kernels were switched off since the forward: its backward needs them."""
     library = built()
     assert library is not None
     return library

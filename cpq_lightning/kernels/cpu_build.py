@@ -1,7 +1,8 @@
-"""The compiled kernels of the CPU: built by the machine's own C compiler when first needed, and kept.
+"""The compiled CPU kernels: built with the machine's C compiler on first use, and cached.
 
-Nothing is built at install. Without a compiler functional computes, and :func:`describe` says why. A library that is
-loaded runs as the user: it is kept only where nobody else can have written it, and else built for each process alone.
+Nothing is built at installation. Without a compiler, functional computes, and :func:`describe` gives the reason. A
+library is code that runs with the user's rights, so it is cached only in a folder that no other user can write to;
+otherwise each process builds it for itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 log = logging.getLogger("cpq_lightning")
 
-# Values are held to those of functional: no reordering, nothing assumed of NaN or infinity.
+# Values must equal those of functional: no reordering, no assumptions about NaN or infinity.
 _FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _pointer, _count, _number, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SOURCES = ("quantize.c", "moments.h", "vectors.h")
@@ -31,54 +32,54 @@ _enabled = os.environ.get("CPQ_KERNELS", "").lower() not in ("0", "off", "false"
 
 
 class Unavailable(Exception):
-    """Why there is no compiled kernel; the reason is its message."""
+    """There are no compiled kernels; the message is the reason."""
 
 
 class _Library(ctypes.CDLL):
     """The compiled kernels.
 
     Attributes:
-        alone: Why they were built for this process alone; empty of the cache's.
+        alone: Reason why they were built for this process alone; empty if they are from the cache.
     """
 
     alone = ""
 
 
 class _NoCache(Exception):
-    """Why the user's cache is not used; the reason is its message."""
+    """The user's cache cannot be used; the message is the reason."""
 
 
 def is_enabled() -> bool:
-    """Whether kernels are wanted."""
+    """Whether kernels are switched on."""
     return _enabled
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; ``None`` where functional computes."""
+    """The compiled kernels; ``None`` if functional computes instead."""
     return built() if _enabled else None
 
 
 def built() -> ctypes.CDLL | None:
-    """The compiled kernels, wanted or not: what was begun with them ends with them."""
-    found = _library()
-    return None if isinstance(found, str) else found
+    """The compiled kernels, even if switched off: the backward of their forward needs them."""
+    result = _library()
+    return None if isinstance(result, str) else result
 
 
 def describe() -> str:
-    """Which computation runs on the CPU, and why, in a sentence."""
+    """Which computation runs on the CPU, and why, in one line."""
     if not _enabled:
         return "CPU: functional, in PyTorch operations (kernels are switched off)"
-    found = _library()
-    if isinstance(found, str):
-        return f"CPU: functional, in PyTorch operations ({found})"
-    if found.alone:
-        return f"CPU: compiled kernels, built for this process alone ({found.alone})"
-    return f"CPU: compiled kernels, {found._name}"
+    result = _library()
+    if isinstance(result, str):
+        return f"CPU: functional, in PyTorch operations ({result})"
+    if result.alone:
+        return f"CPU: compiled kernels, built for this process alone ({result.alone})"
+    return f"CPU: compiled kernels, {result._name}"
 
 
 @contextmanager
 def use_kernels(wanted: bool) -> Iterator[None]:
-    """Switch kernels on or off meanwhile; for good with the environment variable ``CPQ_KERNELS=off``.
+    """Switch kernels on or off within a block. The environment variable ``CPQ_KERNELS=off`` switches them off always.
 
     Example:
         >>> with use_kernels(False):
@@ -97,18 +98,18 @@ def use_kernels(wanted: bool) -> Iterator[None]:
 def _library() -> _Library | str:
     """The library, or the reason why there is none."""
     try:
-        loaded = _declared(_loaded())
+        loaded = _with_signatures(_load())
     except (Unavailable, OSError, subprocess.SubprocessError) as error:
         log.info("CPQ kernels are not available (%s): quantizers compute in PyTorch operations.", error)
         return str(error)
     if loaded.alone:
-        log.warning("CPQ kernels are built for each process anew, a second each: %s.", loaded.alone)
+        log.warning("CPQ kernels are built again for each process, which takes about a second: %s.", loaded.alone)
     else:
         log.info("CPQ kernels: %s", loaded._name)
     return loaded
 
 
-def _declared(library: _Library) -> _Library:
+def _with_signatures(library: _Library) -> _Library:
     library.cpq_forward.argtypes = [_pointer] * 3 + [_count] * 3 + [_number] * 2 + [_flag]
     library.cpq_backward.argtypes = [_pointer] * 7 + [_count] * 3 + [_number] * 2 + [_flag] * 2
     library.cpq_chain.argtypes = [_pointer] * 10 + [_count] + [_number] * 2
@@ -116,8 +117,8 @@ def _declared(library: _Library) -> _Library:
     return library
 
 
-def _loaded() -> _Library:
-    """The library, with threads where torch brings an OpenMP that it can use."""
+def _load() -> _Library:
+    """The library, with threads if it can use the OpenMP of torch."""
     try:
         return _open("-fopenmp")
     except (Unavailable, OSError) as error:
@@ -126,41 +127,41 @@ def _loaded() -> _Library:
 
 
 def _open(*threads: str) -> _Library:
-    """The library, of the cache or built: one for each source, compiler and kind of processor."""
+    """Load the library from the cache, or build it: one for each source, compiler and kind of processor."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise Unavailable("there is no C compiler: cc, gcc and clang are not found, and CC names none")
+        raise Unavailable("there is no C compiler: cc, gcc and clang were not found, and the variable CC names none")
     here = files("cpq_lightning.kernels")
     sources = {name: here.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES}
     version = _run([compiler, "--version"])
     identity = "\n".join([*sources.values(), version, *_FLAGS, *threads, _processor()])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     try:
-        kept = _kept(f"quantize-{key}.so", lambda folder: _build(folder, compiler, sources, threads))
+        cached = _cached(f"quantize-{key}.so", lambda folder: _build(folder, compiler, sources, threads))
     except _NoCache as error:
-        # Its folder is this user's alone, and gone when the library is loaded. (Windows keeps what is in use.)
+        # Only this user can access the folder. It is removed once the library is loaded (except open files on Windows).
         try:
             with tempfile.TemporaryDirectory(prefix="cpq_lightning-", ignore_cleanup_errors=True) as folder:
                 loaded = _Library(str(_build(Path(folder), compiler, sources, threads)))
         except OSError as problem:
-            raise Unavailable(f"{problem}; they were built for this process alone, since {error}") from None
+            raise Unavailable(f"{problem}; they were built for this process alone, because {error}") from None
         loaded.alone = str(error)
         return loaded
-    return _Library(str(kept))
+    return _Library(str(cached))
 
 
-def _kept(name: str, build: Callable[[Path], Path]) -> Path:
-    """Path of a library in the user's cache, built if it is not there yet.
+def _cached(name: str, build: Callable[[Path], Path]) -> Path:
+    """Path of a library in the user's cache; it is built if it does not exist yet.
 
     Raises:
-        _NoCache: there is no cache that can be written, or others may write to it.
+        _NoCache: the cache cannot be written, or other users may write to it.
     """
     try:
         folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Of a link what it leads to now is checked, and used: the link itself may be led elsewhere meanwhile.
+        # The target of a link is checked and used, because the link itself may change after the check.
         folder = folder.resolve(strict=True)
-    # RuntimeError: there is no home for a cache.
+    # RuntimeError: there is no home folder.
     except (OSError, RuntimeError) as error:
         raise _NoCache(f"the cache cannot be made: {error}") from None
     _check_own(folder, stat.S_ISDIR)
@@ -171,58 +172,60 @@ def _kept(name: str, build: Callable[[Path], Path]) -> Path:
     log.info("CPQ kernels are being built for this machine, once: about a second.")
     try:
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = build(Path(work))
-            # Whatever the umask lets linkers do.
-            made.chmod(0o700)
-            # Several processes may build at once: each puts a whole file in place.
-            os.replace(made, target)
+            linked = build(Path(work))
+            # Linkers set permissions by the umask, which may let others write.
+            linked.chmod(0o700)
+            # Several processes may build at once: each replaces the file atomically.
+            os.replace(linked, target)
     except OSError as error:
         raise _NoCache(f"the cache cannot be written: {error}") from None
     return target
 
 
 def _check_own(path: Path, kind: Callable[[int], bool]) -> None:
-    """Refuse what somebody else owns or may write to, as another user could have put code there.
+    """Raise an error if another user owns the path or may write to it, and so may have put code there.
 
     Raises:
-        _NoCache: with what is wrong with it, and what to do.
+        _NoCache: the message says what is wrong and what to do.
     """
     user: Callable[[], int] | None = getattr(os, "geteuid", None)
     if user is None:
-        raise _NoCache(f"on {platform.system()} nothing tells whether others may write to {path}")
+        raise _NoCache(f"on {platform.system()} it is not known whether others may write to {path}")
     try:
-        found = os.lstat(path)
-        above = os.stat(path.parent)
+        status = os.lstat(path)
+        parent = os.stat(path.parent)
     except OSError as error:
         raise _NoCache(f"the cache cannot be read: {error}") from None
-    remedy = "remove it, or set XDG_CACHE_HOME to a folder of your own"
-    if not kind(found.st_mode):
-        raise _NoCache(f"{path} is not what this package has put there: {remedy}")
-    if found.st_uid != user():
-        raise _NoCache(f"{path} belongs to user {found.st_uid}, not to user {user()} who runs this: {remedy}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise _NoCache(f"others may write to {path}: chmod go-w, once you trust what is in it, or {remedy}")
-    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
-        # In a folder like /tmp, which is sticky, nobody but its owner can put another in its place.
-        raise _NoCache(f"others may replace {path}, since everybody may write to {path.parent}: chmod o-w that")
+    remedy = "remove it, or set XDG_CACHE_HOME to a folder that only you can write to"
+    if not kind(status.st_mode):
+        raise _NoCache(f"{path} was not created by this package: {remedy}")
+    if status.st_uid != user():
+        raise _NoCache(f"{path} belongs to user {status.st_uid}, not to user {user()} who runs this: {remedy}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _NoCache(f"others may write to {path}: chmod go-w if you trust its content, or {remedy}")
+    if parent.st_mode & stat.S_IWOTH and not parent.st_mode & stat.S_ISVTX:
+        # In a sticky folder such as /tmp, only the owner of an entry can replace it.
+        raise _NoCache(
+            f"others may replace {path}, because everybody may write to {path.parent}: chmod o-w {path.parent}"
+        )
 
 
 def _build(work: Path, compiler: str, sources: Mapping[str, str], threads: Sequence[str]) -> Path:
-    """Compile and link within an empty folder; path of the library."""
-    written, compiled, made = (work / f"quantize.{kind}" for kind in ("c", "o", "so"))
+    """Compile and link in an empty folder; returns the path of the library."""
+    source_file, compiled, linked = (work / f"quantize.{kind}" for kind in ("c", "o", "so"))
     for name, source in sources.items():
         (work / name).write_text(source, encoding="utf-8")
-    # What a processor of its own kind allows; a compiler that does not know the word builds for any of them.
+    # Use all instructions of this processor; compilers that do not know either flag build for a generic one.
     for machine in (["-march=native"], ["-mcpu=native"], []):
         try:
-            _run([compiler, *_FLAGS, *threads, *machine, "-c", "-o", str(compiled), str(written)])
+            _run([compiler, *_FLAGS, *threads, *machine, "-c", "-o", str(compiled), str(source_file)])
             break
         except Unavailable:
             if not machine:
                 raise
-    # Linked without an OpenMP of its own: that of torch, which is loaded, is found then.
-    _run([compiler, "-shared", "-o", str(made), str(compiled), "-lm"])
-    return made
+    # Not linked with an OpenMP library: its symbols resolve to that of torch, which is loaded.
+    _run([compiler, "-shared", "-o", str(linked), str(compiled), "-lm"])
+    return linked
 
 
 def _run(command: list[str]) -> str:
@@ -234,7 +237,7 @@ def _run(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What a library that was built for this machine may rely on: a shared home is seen by others too."""
+    """Processor features that a build relies on: machines with different processors may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""One ring of levels: what quantizes a tensor where no bit is dropped, and which kernel computes it."""
+"""Quantization to a grid without dropped bits, and dispatch to the kernel of a device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cpq_lightning.kernels.layout import has_dense_rows
 
 
 class QuantGrid(NamedTuple):
-    """A grid that is whole: all its levels are within reach.
+    """A grid with all levels of its width (no bit is dropped), and a gradient estimator.
 
     Attributes:
-        low: Lowest level, in steps.
-        high: Highest level, in steps.
-        expectation: Whether gradients are those of ``expectation``, else of ``argmax``.
+        low: Lowest level, in units of the scale.
+        high: Highest level, in units of the scale.
+        expectation: Whether the estimator is ``expectation``; ``False`` means ``argmax``.
     """
 
     low: int
@@ -31,22 +31,22 @@ class QuantGrid(NamedTuple):
 
     @classmethod
     def of(cls, bits: int, signed: bool, estimator: Estimator) -> QuantGrid:
-        """The ring of all levels of a width."""
+        """The grid of a width."""
         return cls(*level_bounds(bits, signed), estimator == "expectation")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was made :meth:`of`."""
+        """The arguments of :meth:`of` that give this grid."""
         bits = (self.high - self.low + 1).bit_length() - 1
         return {"bits": bits, "signed": self.low < 0, "estimator": "expectation" if self.expectation else "argmax"}
 
 
 def has_kernel(x: Tensor, rows: int) -> bool:
-    """Whether a kernel quantizes x with float32 steps: one, or one for each row of a tensor that is dense in memory."""
+    """Whether a kernel can quantize x, with one float32 scale or one for each row of an x that is dense in memory."""
     if type(x) not in (Tensor, torch.nn.Parameter) or not x.numel():
         return False
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        # What others run holds no operator that they do not have.
+        # Exported programs must run without this package's custom operators.
         return False
     if is_transformed():
         return False
@@ -57,14 +57,14 @@ def has_kernel(x: Tensor, rows: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def _computes(device: str, dtype: torch.dtype) -> bool:
-    """Whether there are kernels; code that torch has compiled keeps the answer that it was compiled with."""
+    """Whether the device has kernels for the dtype; compiled code keeps the answer from its compilation."""
     if device == "cpu":
         return dtype in cpu.DTYPES and library.library() is not None
     return device == "cuda" and dtype in gpu.DTYPES and library.is_enabled() and gpu.unavailable() is None
 
 
 def describe() -> str:
-    """Which computation runs on which device, and why: a line for each."""
+    """Which computation runs on each device, and why: one line per device."""
     lines = [library.describe()]
     if torch.cuda.is_available():
         reason = gpu.unavailable() if library.is_enabled() else "kernels are switched off"
@@ -73,7 +73,7 @@ def describe() -> str:
 
 
 def forward(x: Tensor, step: Tensor, ring: QuantGrid) -> Tensor:
-    """``step * clamp(round(x / step))``, in one pass."""
+    """``step * clamp(round(x / step), low, high)`` of the grid ``ring``, in one pass over memory."""
     if torch.compiler.is_compiling():
         return _forward_op(x, step, ring.low, ring.high)
     return _forward(x, step, ring.low, ring.high)
@@ -82,7 +82,9 @@ def forward(x: Tensor, step: Tensor, ring: QuantGrid) -> Tensor:
 def backward(
     x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x, step and sigma, from that in the result, in one pass; the first may take the place of grad."""
+    """Gradients in x, step and sigma from the gradient in the result of :func:`forward`, in one pass over memory. With
+    ``overwrite``, the gradient in x may be written into the memory of ``grad``.
+    """
     if torch.compiler.is_compiling():
         return _backward_op(x, grad, step, sigma, *ring)
     return _backward(x, grad, step, sigma, *ring, overwrite=overwrite)
@@ -114,5 +116,5 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, *ring: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, *grid: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), step.new_empty(step.shape), sigma.new_empty(sigma.shape)

@@ -1,4 +1,4 @@
-"""Quantization by the fastest computation that a tensor's device and type have."""
+"""Quantization with the fastest implementation for a tensor's device and dtype."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def quantize(
     signed: bool,
     estimator: Estimator,
 ) -> Tensor:
-    """:func:`cpq_lightning.functional.quantize` for callers that guarantee its conditions.
+    """:func:`cpq_lightning.functional.quantize` without checks of its arguments.
 
-    Where a kernel is there and no bit may be dropped it computes: one read and one write of each element each way, the
-    same values to the bit, and gradients to rounding. Everything else is functional's.
+    A kernel computes if there is one and no bit is dropped, with one read and one write of each element in forward and
+    in backward. Its values are bit-exact to functional's, its gradients equal up to rounding. Otherwise functional
+    computes.
     """
     if masks is not None and _all_open(masks):
         masks = None
@@ -38,21 +39,21 @@ def quantize(
 
 
 def _by_rows(x: Tensor, step: Tensor, sigma: Tensor) -> bool:
-    """Whether there is one step, or one for each row."""
+    """Whether there is one scale, or one for each row, in float32."""
     if step.dtype != torch.float32 or sigma.dtype != torch.float32 or step.shape != sigma.shape:
         return False
     return step.numel() == 1 or (step.dim() == x.dim() and step.shape[0] == step.numel())
 
 
 def _all_open(masks: Tensor) -> bool:
-    """Whether masks are 1 and not learned, where that can be read at no cost."""
+    """Whether all masks are 1 and constant; ``False`` where reading them would synchronize or is not possible."""
     if torch.compiler.is_compiling() or is_transformed() or masks.requires_grad or masks.device.type != "cpu":
         return False
     return bool((masks == 1).all())
 
 
 def quantize_to_grid(x: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid) -> Tensor:
-    """:func:`quantize` to one ring, of what there is a kernel for; one step, or one for each row."""
+    """:func:`quantize` to the grid ``ring`` for an x that has a kernel, with one scale or one for each row."""
     return _Fused.apply(x, step, sigma, ring)  # type: ignore[no-any-return]
 
 
@@ -68,14 +69,14 @@ def backward_again(
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, grid: QuantGrid) -> Tensor:
         ctx.save_for_backward(x, step, sigma)
-        ctx.ring = ring
-        return kernel.forward(x, step, ring)
+        ctx.grid = grid
+        return kernel.forward(x, step, grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, sigma = ctx.saved_tensors
         if is_differentiated_again(grad):
-            return *backward_again(x, grad, step, sigma, ctx.ring), None
-        return *kernel.backward(x, grad, step, sigma, ctx.ring), None
+            return *backward_again(x, grad, step, sigma, ctx.grid), None
+        return *kernel.backward(x, grad, step, sigma, ctx.grid), None

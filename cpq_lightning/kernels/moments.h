@@ -1,30 +1,30 @@
 /* The derivatives of one element's quantized value, in closed form and as a table of polynomials.
 
-   The mathematics is that of functional/categorical.py, truncated.py and mixture.py, which say where it comes from; names
-   are theirs. */
+   The mathematics and names are those of functional/categorical.py, truncated.py and mixture.py, which give the
+   sources. */
 #include "vectors.h"
 
-/* Beyond this many steps from the grid only ratios of masses matter, and they have reached their limit. */
+/* In units of the scale. Further from the grid only ratios of masses matter, and they have reached their limit. */
 #define FAR 64
 #define EPSILON 1.1920929e-07f
 /* exp(-WINDOW) is the weight of the first cell boundary that the expectation leaves out. */
 #define WINDOW 15.0f
 
-/* Of dy/dz_t over the cell boundaries t, z_t = (t - u)/s: the sum, and the sum weighted with t - n. Of "argmax" for a level
-   of 1. */
+/* Moments of dy/dz_t over the cell boundaries t, z_t = (t - u)/s: the sum, and the sum weighted with t - n. For "argmax"
+   they are divided by the level n. */
 typedef struct { vf k0, k1; } moments;
 
 INLINE int reach_of(float s) { return (int)ceilf(WINDOW * (s < 1.0f ? s : 1.0f)) + 1; }
 
-/* v = u - n of the nearest level n, which lies below levels over the lowest one and above levels under the highest. */
+/* v = u - n for the nearest level n; below and above are the numbers of levels of the grid below and above n. */
 INLINE moments direct(vf v, vf below, vf above, float s, int reach, int expectation) {
     float is = 1.0f / s;
     vi neg = v < 0;
     vf side = pick(neg, splat(-1.0f), splat(1.0f));
     vf d = magnitude(v), d0 = at_most(d, splat(0.5f));
-    /* 1 wherever x is within half a step of the grid. */
+    /* 1 if x is within half a scale of the grid. */
     vf y = any(d > 0.5f) ? exponential((d0 - d) * is) : splat(1.0f);
-    /* Odds of the cell's two boundaries; their product is that of any two that are a step apart. */
+    /* Odds at the cell's two boundaries; their product is that of any two boundaries one scale apart. */
     float decay = expf(-is);
     vf right = exponential((d0 - 0.5f) * is), left = decay / right;
     vf lo = -pick(neg, above, below), hi = pick(neg, below, above);
@@ -33,7 +33,7 @@ INLINE moments direct(vf v, vf below, vf above, float s, int reach, int expectat
     vf s_low = e * te, r_high = g * tg;
     vf mass = tg - s_low, im = 1.0f / mass;
     vf edge_low = e * te * te * im, edge_high = g * tg * tg * im;
-    /* Not of NaN, which stays. */
+    /* False for NaN, so that NaN stays NaN. */
     vi far = y <= EPSILON;
     moments out;
     if (!expectation) {
@@ -68,24 +68,24 @@ INLINE moments direct(vf v, vf below, vf above, float s, int reach, int expectat
     return out;
 }
 
-/* Of one row every moment is a function of u alone: smooth within a cell, the same in all cells that are far from both ends
-   of the grid, at its limit far outside of it, and the same or the opposite from the grid's other end. A table holds it as
-   polynomials, fitted to direct() at Chebyshev's points; a vector's lanes then look their coefficients up in registers. */
+/* Within one row, every moment is a function of u alone. It is smooth within a cell, equal in all cells far from both
+   ends of the grid, constant far outside of the grid, and even or odd under reflection of the grid. A table stores it as
+   polynomials, fitted to direct() at Chebyshev points; the lanes of a vector look up their coefficients in registers. */
 #define ENTRIES 32
 #define DEGREE 10
-/* Noises that one piece of a cell may span, and elements from which on a row is worth a table. */
+/* Maximum length of a piece of a cell, in units of sigma; and minimum length of a row for which a table is faster. */
 #define STRETCH 3.2f
 #define WORTH 512
 
 typedef struct {
     float k0[DEGREE + 1][ENTRIES], off[DEGREE + 1][ENTRIES]; /* off = k1 - v k0, the sum weighted with t - u */
     int entries;
-    float pieces, outside, inside; /* pieces of a cell; cells to each side of the grid's end */
+    float pieces, outside, inside; /* pieces per cell; cells outside and inside of the grid's end */
 } table;
 
 static double points[DEGREE + 1], to_powers[DEGREE + 1][DEGREE + 1];
 
-/* Coefficients of powers from values at Chebyshev's points. */
+/* The matrix from values at Chebyshev points to coefficients of powers. */
 __attribute__((constructor)) static void prepare(void) {
     int m = DEGREE + 1;
     double t[DEGREE + 1][DEGREE + 1] = {{0}};
@@ -101,7 +101,7 @@ __attribute__((constructor)) static void prepare(void) {
     }
 }
 
-/* Whether a table serves a row with this noise; small ones have few boundaries to add up, and need many pieces. */
+/* Whether a table is used for a row with this s. A small s has few boundaries to sum and would need many pieces. */
 static int fits(table *t, float s, float span, int64_t length) {
     t->outside = ceilf(WINDOW * s);
     t->inside = fminf(t->outside, floorf(span / 2));
@@ -109,7 +109,7 @@ static int fits(table *t, float s, float span, int64_t length) {
     float entries = (t->outside + t->inside + 1) * t->pieces;
     t->entries = entries <= ENTRIES ? (int)entries : 0;
 #ifndef __AVX2__
-    return 0; /* Without a permutation by a register of indices a table costs more than it saves. */
+    return 0; /* Without an instruction that permutes by a register of indices, a table is slower than direct(). */
 #endif
     return t->entries && length >= WORTH * (t->entries > ENTRIES / 2 ? 2 : 1);
 }
@@ -145,7 +145,7 @@ static void fit(table *t, float s, float span, int reach, int expectation) {
     }
 }
 
-/* Of the first half of a table, or of all of it. */
+/* Look up entries in the first half of a table, or (all) in the full table. */
 INLINE vf look(const float *entries, vi index, int all) {
 #ifdef __clang__
     vf found;
@@ -164,7 +164,7 @@ INLINE vf look(const float *entries, vi index, int all) {
 
 typedef struct { vf dx, dstep, dsigma; } grads;
 
-/* k0, and off = k1 - v k0. */
+/* The chain rule from k0 and off = k1 - v k0 to x, step and sigma. */
 INLINE grads chained(vf u, vf n, vf k0, vf off, float s) {
     float is = 1.0f / s;
     grads out;
@@ -183,7 +183,7 @@ INLINE grads derive(vf x, float a, float s, float low, float high, int reach, in
     return chained(u, n, factor * found.k0, factor * (found.k1 - v * found.k0), s);
 }
 
-/* Some vectors, whose chains of multiplications run side by side. */
+/* Vectors computed together, so that their chains of multiplications run in parallel. */
 #define SIDE 2
 INLINE void look_up(const vf *x, float a, float s, float low, float high, int expectation, const table *t,
                     int all, int whole, grads *out) {
@@ -195,7 +195,7 @@ INLINE void look_up(const vf *x, float a, float s, float low, float high, int ex
         u[h] = clamped(x[h] / a, low - t->outside - 0.49f, high + t->outside + 0.49f);
         vf c = nearest(u[h]), v = u[h] - c, from_middle = c - middle;
         n[h] = clamped(c, low, high);
-        /* Mirrored where the lowest level is further than the highest. */
+        /* Reflect if the lowest level is further away than the highest. */
         mirror[h] = ~(vi)from_middle & INT32_MIN;
         v = (vf)((vi)v ^ mirror[h]);
         vf cell = at_most(furthest - magnitude(from_middle), splat(t->inside + t->outside));

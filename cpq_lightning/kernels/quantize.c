@@ -1,11 +1,11 @@
-/* The quantizer's forward and backward of one ring, fused: one read and one write of each element each way.
+/* The quantizer's forward and backward, fused: one read and one write of each element in each direction.
 
-   A tensor is rows of equal length, each with a step and a noise of its own (a tensor with one step is one row), in float
-   or in bfloat16, which is computed in float.
+   A tensor consists of rows of equal length, each with a step (the scale) and a sigma (a tensor with one scale is one
+   row). It is float or bfloat16; all computation is in float.
 
-   Elements are worked on in chunks of fixed length, whose sums are added up in order: results do not depend on the number
-   of threads. Those are torch's own, by OpenMP: a pool beside it would fight for the cores with threads of
-   torch's that wait for their next loop. */
+   Elements are computed in chunks of fixed length, whose sums are added in order, so that results do not depend on the
+   number of threads. The threads are torch's (OpenMP): a second pool would compete for cores with torch's threads, which
+   spin while they wait for their next loop. */
 #include <stdlib.h>
 
 #include "moments.h"
@@ -24,8 +24,8 @@ INLINE void forward_part(const void *x, const float *steps, void *out, int64_t b
     }
 }
 
-/* Adds to sums, two a row from the first one on, the gradients of its step and its noise: of the elements from begin to
-   end. */
+/* Adds the gradients in step and sigma of the elements from begin to end to sums, which has two entries for each row,
+   starting with the row of begin. */
 INLINE void backward_part(const void *x, const void *grad, const float *steps, const float *sigmas, void *dx,
                           double *sums, int64_t begin, int64_t end, int64_t length, float low, float high,
                           int expectation, const table *shared, int half) {
@@ -40,7 +40,7 @@ INLINE void backward_part(const void *x, const void *grad, const float *steps, c
             t = &own;
         }
         while (begin < stop) {
-            /* Short sums in float, long ones in double. */
+            /* Up to 1024 elements are summed in float, the rest in double. */
             int64_t part = begin + 1024 < stop ? begin + 1024 : stop;
             vf step = {0}, sigma = {0};
             for (; t && begin + SIDE * W <= part; begin += SIDE * W) {
@@ -82,7 +82,7 @@ INLINE void backward_part(const void *x, const void *grad, const float *steps, c
     }
 }
 
-/* One copy of the loops for each type. */
+/* One copy of the loops for each dtype. */
 static void forward_of(const void *x, const float *steps, void *out, int64_t begin, int64_t end, int64_t length,
                        float low, float high, int half) {
     if (half) forward_part(x, steps, out, begin, end, length, low, high, 1);
@@ -102,12 +102,12 @@ void cpq_forward(const void *x, const float *steps, void *out, int64_t n, int64_
         forward_of(x, steps, out, begin, begin + chunk < n ? begin + chunk : n, length, low, high, half);
 }
 
-/* dx may be grad. Whether there was memory for the sums. */
+/* dx may be grad. Returns 0 if the memory for the sums cannot be allocated, else 1. */
 int cpq_backward(const void *x, const void *grad, const float *steps, const float *sigmas, void *dx, float *dsteps,
                  float *dsigmas, int64_t n, int64_t length, int64_t chunk, float low, float high, int expectation,
                  int half) {
     int64_t rows = n / length, each = 2 * (chunk / length + 2), chunks = (n + chunk - 1) / chunk;
-    /* For each chunk two a row that it holds some of. */
+    /* For each chunk, two sums for each row that it overlaps. */
     double *sums = calloc(chunks * each, sizeof(double));
     if (!sums) return 0;
     table one, *shared = 0;
@@ -122,7 +122,7 @@ int cpq_backward(const void *x, const void *grad, const float *steps, const floa
                     begin + chunk < n ? begin + chunk : n, length, low, high, expectation, shared, half);
     for (int64_t row = 0; row < rows; row++) {
         double step = 0, sigma = 0;
-        /* Those chunks that hold some of the row. */
+        /* The chunks that overlap the row. */
         for (int64_t k = row * length / chunk; k <= ((row + 1) * length - 1) / chunk; k++) {
             const double *of_row = sums + k * each + 2 * (row - k * chunk / length);
             step += of_row[0];
@@ -135,7 +135,7 @@ int cpq_backward(const void *x, const void *grad, const float *steps, const floa
     return 1;
 }
 
-/* nn/gradient.py's StepAndSigma, backward: a few numbers, which would take fifteen calls of torch. */
+/* Backward of StepAndSigma in nn/gradient.py: a few numbers, for which torch would need fifteen operations. */
 void cpq_chain(const float *d_step, const float *d_sigma, const float *start, const float *bend, const float *step,
                const float *p, const float *sigma, const float *temperature, float *d_log_step, float *d_logit, int64_t n,
                float root, float noise_min) {

@@ -1,4 +1,4 @@
-/* Vectors of floats in the compiler's own types (gcc, clang): no intrinsics, whatever the machine has. */
+/* Vectors of floats with the vector extensions of gcc and clang, which compile for every processor. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -15,7 +15,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
 INLINE vf splat(float a) { return (vf){0} + a; }
 INLINE vf pick(vi m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); }
-/* NaN stays NaN: a comparison with it is false. Where gcc would not see one instruction in a choice, it is named. */
+/* NaN stays NaN: a comparison with it is false. gcc does not turn pick() into one instruction, so builtins name it. */
 #if defined(__AVX512F__) && !defined(__clang__)
 INLINE vf at_most(vf a, vf b) { return __builtin_ia32_minps512_mask(b, a, a, -1, 4); }
 INLINE vf at_least(vf a, vf b) { return __builtin_ia32_maxps512_mask(b, a, a, -1, 4); }
@@ -32,7 +32,7 @@ INLINE vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
-/* Elements of a tensor: float, or its upper half. */
+/* Load and store elements of a tensor: float, or (half) bfloat16, which is the upper half of a float. */
 INLINE vf get(const void *p, int64_t at, int half) {
     if (!half) return load((const float *)p + at);
     vh v;
@@ -44,7 +44,7 @@ INLINE void put(void *p, int64_t at, vf v, int half) {
         store((float *)p + at, v);
         return;
     }
-    /* To the nearest, ties to even, as torch rounds. */
+    /* Round to nearest, ties to even, as torch does. */
     vi bits = (vi)v, odd = (bits >> 16) & 1, rounded = ((bits + 0x7fff + odd) >> 16) & 0xffff, nan = v != v;
     vh h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
     memcpy((uint16_t *)p + at, &h, sizeof h);
@@ -62,13 +62,13 @@ INLINE void put_some(void *p, int64_t at, int64_t count, vf v, int half) {
     memcpy((char *)p + at * size, some, count * size);
 }
 
-/* To the nearest, ties to even, of what is below 2^22. */
+/* Round to nearest, ties to even, for magnitudes below 2^22. */
 INLINE vf nearest(vf a) {
     vf big = splat(12582912.0f);
     return (a + big) - big;
 }
 
-/* exp by 2^n times a polynomial on half a binade to each side (Cephes' expf), relative error below 2e-7. */
+/* exp as 2^n times a polynomial on [-ln(2)/2, ln(2)/2] (Cephes' expf), relative error below 2e-7. */
 INLINE vf exponential(vf x) {
     x = at_most(at_least(x, splat(-87.0f)), splat(88.0f));
     vf n = nearest(x * 1.44269504088896341f);

@@ -1,4 +1,4 @@
-"""Operations whose gradient autograd would not find, or not as cheaply."""
+"""Operations with a custom gradient, or one cheaper than that of autograd."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from cpq_lightning.kernels.dispatch import has_kernel
 
 
 def _constants() -> tuple[float, float]:
-    """The reach of a step and the least noise, as literals: ``torch.compile(dynamic=True)`` takes a global float for
-    one that may change, and cannot hand that to an autograd.Function.
+    """The range of the log-scale and the minimum noise, as literals: ``torch.compile(dynamic=True)`` treats a global
+    float as dynamic, and cannot pass that to an autograd.Function.
     """
-    # log 1000: a step can move by a factor of 1000 from where it was fitted. That is far more than training ever asks
-    # for, and no learning rate can take it to zero, below zero, or out of float32.
+    # log 1000: the scale stays within a factor of 1000 of its initial value. That is far more than training needs, and
+    # no learning rate can make the scale zero, negative, or overflow float32.
     return 6.907755278982137, 0.02
 
 
 STEP_REACH, NOISE_MIN = _constants()
-# What a bit is worth that nothing depends on: less than any other, more than one that was not there.
-_LEAST = 1e-30
-# Samples of a batch that tell what the bits of an activation are worth.
+# Saliency reported for a bit that nothing depends on: below any other, but above the 0 of a closed gate.
+_MIN_SALIENCY = 1e-30
+# Number of samples of a batch from which the bit saliency of an activation is estimated.
 _SAMPLES = 8
-# Of a weight with more elements than this some channels do, but no fewer than these.
+# With more elements than this, the saliency of a weight is estimated from some of its channels, but at least this many.
 _ELEMENTS, _CHANNELS = 2**15, 64
 
 
 def noise_logit(s: float) -> float:
-    """The parameter at which sigma over T times the step is ``s``, between NOISE_MIN and 1."""
+    """The parameter at which ``sigma / (T · scale)`` is ``s``, between NOISE_MIN and 1."""
     p = (s - NOISE_MIN) / (1 - NOISE_MIN)
     return math.log(p / (1 - p))
 
 
 class StepAndSigma(torch.autograd.Function):
-    """A quantizer's step and noise from its two parameters, as one node of the graph.
+    """The scale (``step``) and the noise ``sigma`` of a quantizer from its two parameters, as one autograd node.
 
-    ``step = start exp(R tanh(log_scale / R))`` and ``sigma = step s T``, ``s`` from NOISE_MIN to 1 by a sigmoid.
-    Gradients are multiplied by ``1 / (start root)``, ``root`` the square root in LSQ's scale: see
+    ``step = start exp(R tanh(log_scale / R))`` and ``sigma = step s T``, with ``s`` from NOISE_MIN to 1 by a sigmoid.
+    Gradients are multiplied by ``1 / (start root)``, with ``root`` the square root in LSQ's gradient scale: see
     :class:`~cpq_lightning.nn.Quantizer`.
     """
 
@@ -60,9 +60,9 @@ class StepAndSigma(torch.autograd.Function):
         log_scale, noise_logit, *saved = ctx.saved_tensors
         start, bend, step, p, sigma, temperature = saved
         again = is_differentiated_again(d_step)
-        # Someone's mixed precision may have cast the parameters.
-        whole = all(t.is_cpu and t.dtype == torch.float32 for t in (d_step, d_sigma, *saved))
-        if whole and not again and not torch.compiler.is_compiling() and has_kernel(start, 1):
+        # A third-party mixed precision may have cast the parameters.
+        are_float32 = all(t.is_cpu and t.dtype == torch.float32 for t in (d_step, d_sigma, *saved))
+        if are_float32 and not again and not torch.compiler.is_compiling() and has_kernel(start, 1):
             return *chain(d_step, d_sigma, tuple(saved), ctx.root, NOISE_MIN), None, None, None
         if again:
             parameters = _scaled(log_scale, noise_logit, start, ctx.root)
@@ -76,7 +76,7 @@ class StepAndSigma(torch.autograd.Function):
 def step_and_sigma(
     log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
 ) -> tuple[Tensor, Tensor]:
-    """:class:`StepAndSigma`; for ``torch.func`` in operations that it can look into."""
+    """Apply :class:`StepAndSigma`; under ``torch.func`` its equations in differentiable operations."""
     if not is_transformed():
         return StepAndSigma.apply(log_scale, noise_logit, start, temperature, root)  # type: ignore[no-any-return]
     _, step, _, sigma = _step_and_sigma(*_scaled(log_scale, noise_logit, start, root), start, temperature)
@@ -86,92 +86,91 @@ def step_and_sigma(
 def _step_and_sigma(
     log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The step, and with what it is bent; sigma, and the sigmoid in it."""
-    reach, least = _constants()
+    """The tanh in the scale, the scale, the sigmoid in sigma, and sigma."""
+    reach, noise_min = _constants()
     bend = torch.tanh(log_scale / reach)
     step = start * torch.exp(reach * bend)
     p = torch.sigmoid(noise_logit)
-    return bend, step, p, step * (least + (1 - least) * p) * temperature
+    return bend, step, p, step * (noise_min + (1 - noise_min) * p) * temperature
 
 
 def _scaled(log_scale: Tensor, noise_logit: Tensor, start: Tensor, root: float) -> tuple[Tensor, Tensor]:
-    """The parameters, whose gradient is multiplied by ``1 / (start root)``."""
+    """The parameters, with their gradients multiplied by ``1 / (start root)``."""
     first, second = (p.detach() + (p - p.detach()) / (start * root) for p in (log_scale, noise_logit))
     return first, second
 
 
 class SaliencyToGates(torch.autograd.Function):
-    """What was quantized, as it is; instead of its gradient the logit of each gate gets minus what its bit is worth
-    (:func:`~cpq_lightning.functional.saliency.bit_saliency`), and 0 where the bit was not there.
+    """Identity on the quantized tensor; the backward pass gives each gate logit minus the saliency of its bit
+    (:func:`~cpq_lightning.functional.saliency.bit_saliency`) as gradient, and 0 if the gate was closed.
 
-    Without a bit the loss may be far from where it was, and its gradient tells of that. Of a loss that is scaled by S
-    the worth is S² times as large. Where a backward is differentiated again, worths are constants in it.
+    A closed gate reports 0 since the loss without the bit may be far away, and its gradient then describes that point.
+    With a loss scaled by S the saliency is S² times as large. Saliencies are constants under double backward.
 
     Args:
-        out: What was quantized.
-        x: What it was before.
-        logits: Of the gates, shape (gates, rows).
-        there: Whether each was open, likewise.
-        steps: Step of each width, the narrowest first, shape (gates + 1, 1 or channels).
-        widths: Bits of each.
-        signed: Whether grids hold negative levels.
+        out: The quantized tensor.
+        x: The tensor before quantization.
+        logits: Logits of the gates, shape (gates, rows).
+        is_open: Whether each gate was open, broadcast to the logits.
+        steps: Scale of each width, the narrowest first, shape (gates + 1, 1 or channels).
+        widths: Bits of each width.
+        signed: Whether the grids have negative levels.
         channel_dim: Dimension of the channels.
         samples: Whether ``x`` is a batch of samples instead of a weight.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, logits: Tensor, there: Tensor, steps: Tensor,
+        ctx: Any, out: Tensor, x: Tensor, logits: Tensor, is_open: Tensor, steps: Tensor,
         widths: tuple[int, ...], signed: bool, channel_dim: int, samples: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, there, steps)
+        ctx.save_for_backward(x, is_open, steps)
         ctx.settings = widths, signed, channel_dim, samples, logits.shape[1] > 1
         return out[...]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, there, steps = ctx.saved_tensors
+        x, is_open, steps = ctx.saved_tensors
         widths, signed, channel_dim, samples, by_block = ctx.settings
-        x, of_x = torch.atleast_1d(x), torch.atleast_1d(grad.detach())
+        x, grad_x = torch.atleast_1d(x), torch.atleast_1d(grad.detach())
         blocks = 0 if samples else channel_dim % x.dim()
-        some = slice(None, None, 1 if by_block else _stride(x, blocks, samples))
-        index = (*[slice(None)] * blocks, some)
-        own, of_own = x[index], of_x[index]
-        of_own_steps = steps if steps.shape[1] == 1 else steps[:, some]
-        worth = bit_saliency(
-            own, of_own, of_own_steps, widths, signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block
+        sampled = slice(None, None, 1 if by_block else _stride(x, blocks, samples))
+        index = (*[slice(None)] * blocks, sampled)
+        part, part_grad = x[index], grad_x[index]
+        part_steps = steps if steps.shape[1] == 1 else steps[:, sampled]
+        saliency = bit_saliency(
+            part, part_grad, part_steps, widths, signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block
         )
-        share = x.numel() / max(1, own.numel())
-        of_logits = torch.where(there, -share * worth.clamp(min=_LEAST), 0.0)
-        return grad, None, of_logits, None, None, None, None, None, None
+        share = x.numel() / max(1, part.numel())
+        grad_logits = torch.where(is_open, -share * saliency.clamp(min=_MIN_SALIENCY), 0.0)
+        return grad, None, grad_logits, None, None, None, None, None, None
 
 
 def _stride(x: Tensor, blocks: int, samples: bool) -> int:
-    """One in how many blocks of a tensor is looked at where all have the same bits: as many as tell enough."""
+    """The stride over the blocks of a tensor from which a saliency common to all blocks is estimated."""
     if samples:
         return max(1, len(x) // _SAMPLES)
     return max(1, min(x.numel() // _ELEMENTS, x.shape[blocks] // _CHANNELS))
 
 
 class Connect(torch.autograd.Function):
-    """x itself, with the parameters in its graph at no cost.
+    """Identity on ``x`` that puts the parameters into its graph, with zero gradients.
 
-    DistributedDataParallel requires that every parameter gets a gradient in every step, also while nothing is
-    quantized.
+    DistributedDataParallel requires a gradient of every parameter in every step, also while nothing is quantized.
     """
 
     @staticmethod
     def of(x: Tensor, *parameters: Tensor) -> Tensor:
-        """Apply it, where gradients are wanted, and not by a transform, which knows of no such processes."""
+        """Apply the function if gradients are enabled; transforms of ``torch.func`` do not need it."""
         if is_transformed():
             return x
-        # Without gradients a view of a Parameter would still ask for one, and have no way to it.
+        # A view of a Parameter requires a gradient even under no_grad, and cannot get one.
         return Connect.apply(x, *parameters) if torch.is_grad_enabled() else x.detach()
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        # Not view_as, which forgets strides of dimensions of size 1: kernels are chosen by them.
+        # view_as would change the strides of dimensions of size 1, by which kernels are selected.
         return x[...]
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What is learned about activations by looking at batches: ranges before training, levels in use after it."""
+"""Observers of activations: ranges for calibration, used levels and errors for reports."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from cpq_lightning.functional.grid import level_bounds
 from cpq_lightning.functional.ranges import bin_centers, histogram, max_scale, mse_scale
 
 BINS = 2**14
-# Rounding in a kernel that cannot give negative values in exact arithmetic must not cost half of the grid.
+# Negative values up to this share of the maximum are rounding errors, and do not make the grid signed.
 _NEGLIGIBLE = 1e-6
-# What is no error to float32, of the square.
-_LEAST_ERROR = 1e-14
+# Relative squared error below the precision of float32.
+_MIN_ERROR = 1e-14
 
 
 def pool(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """The value over all ranks, where there are several: what is decided from it is then the same on each."""
+    """All-reduce ``value`` in place if there are several ranks, so that all ranks decide alike."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value, op=op)
     return value
 
 
 class RangeObserver:
-    """Histogram of the values that an activation quantizer sees, in two passes: first the range, then the counts.
+    """Histogram of the input of an activation quantizer, in two passes: first the range, then the counts.
 
-    Minima, maxima and integer counts pool exactly: several processes get the range that one process gets on the
-    union of their batches.
+    Minima, maxima and integer counts are reduced exactly: several processes get the range that one process gets from
+    all of their batches.
     """
 
     def __init__(self) -> None:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.counts: Tensor | None = None
-        # Of grids without and with negative levels, at 1 to 8 bits: the power of two that clips nothing, and whether
+        # For unsigned and signed grids of 1 to 8 bits: the smallest power-of-two scale that clips nothing, and whether
         # all values so far lie on its levels.
-        self._powers: Tensor | None = None
+        self._power_scales: Tensor | None = None
         self._exact: Tensor | None = None
         self.per_sample = 0
 
     def update(self, x: Tensor) -> None:
-        """Take in one batch: its range, or after :meth:`close_range` its counts."""
+        """Add one batch: its range, or after :meth:`close_range` its counts."""
         values = x.detach()
         values = values[torch.isfinite(values)].float()
         self.per_sample = x[0].numel() if x.dim() > 1 and len(x) else x.numel()
@@ -60,7 +60,7 @@ class RangeObserver:
             self._note_exact(values)
 
     def close_range(self, device: torch.device) -> None:
-        """End the first pass: pool the range over all ranks and make room for the counts."""
+        """End the first pass: reduce the range over all ranks and allocate the counts."""
         infinity = torch.tensor(float("inf"), device=device)
         low = pool((infinity if self.low is None else self.low).clone(), dist.ReduceOp.MIN)
         high = pool((-infinity if self.high is None else self.high).clone(), dist.ReduceOp.MAX)
@@ -68,31 +68,30 @@ class RangeObserver:
             self.low = self.high = None
         else:
             self.low, self.high = low, high
-            self._powers = _power_steps(low, high)
-            self._exact = self._powers.isfinite()
+            self._power_scales = _power_of_two_scales(low, high)
+            self._exact = self._power_scales.isfinite()
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
 
     def _note_exact(self, values: Tensor) -> None:
-        assert self._powers is not None
+        assert self._power_scales is not None
         assert self._exact is not None
-        # Most tensors of real numbers show it in a few values.
+        # A few values exclude most tensors before all values are checked.
         for sample in (values[:256], values):
-            held = self._exact.flatten().nonzero().flatten().tolist()
-            for place in held:
-                levels = sample / self._powers.flatten()[place]
-                self._exact.view(-1)[place] = bool((levels == levels.round()).all())
+            for index in self._exact.flatten().nonzero().flatten().tolist():
+                levels = sample / self._power_scales.flatten()[index]
+                self._exact.view(-1)[index] = bool((levels == levels.round()).all())
 
     @property
     def has_values(self) -> bool:
-        """Whether there was any value, once the range is closed."""
+        """Whether any finite value was observed; known after :meth:`close_range`."""
         return self.counts is not None and self.low is not None and self.high is not None
 
     def fit(self, widths: Sequence[int], rule: str) -> tuple[list[Tensor], bool] | None:
-        """End the second pass: a starting step of each width, shape (1,), and whether the grid is signed; ``None`` of
-        no value, or of zeros alone.
+        """End the second pass: an initial scale for each width, shape (1,), and whether the grid is signed.
 
-        Of the two kinds of grid it is the one with less error, over all widths; by the rule ``"max"``, which clips
-        nothing, the unsigned one only where no value is negative.
+        ``None`` without values, or if all values are zero. Of the signed and the unsigned grid the one with less error
+        over all widths is chosen. The rule ``"max"``, which clips nothing, takes the unsigned grid only if no value is
+        negative.
         """
         if self.counts is None or self.low is None or self.high is None:
             return None
@@ -109,56 +108,56 @@ class RangeObserver:
         fits: dict[bool, list[Tensor]] = {}
         errors: dict[bool, float] = {}
         for signed in grids:
-            # Whole numbers, masks and one-hot vectors have no error there, which a histogram is too coarse to show.
-            found = [exact.get((signed, bits)) for bits in widths]
+            # Integers, masks and one-hot vectors have no error on such a grid; the histogram is too coarse to show it.
+            exact_scales = [exact.get((signed, bits)) for bits in widths]
             fits[signed] = [
                 mse_scale(centers, bits, signed, weights) if step is None else step
-                for bits, step in zip(widths, found, strict=True)
+                for bits, step in zip(widths, exact_scales, strict=True)
             ]
             errors[signed] = sum(
-                math.log(_LEAST_ERROR if at is not None else _error(centers, weights, step, bits, signed))
-                for bits, step, at in zip(widths, fits[signed], found, strict=True)
+                math.log(_MIN_ERROR if exact_scale is not None else _error(centers, weights, step, bits, signed))
+                for bits, step, exact_scale in zip(widths, fits[signed], exact_scales, strict=True)
             )
         signed = min(grids, key=lambda kind: errors[kind])
         return fits[signed], signed
 
     def _pooled_exact(self) -> dict[tuple[bool, int], Tensor]:
-        """Steps, shape (1,), of the grids that all values of all ranks lie on, by sign and width."""
-        if self._powers is None or self._exact is None:
+        """Scales, shape (1,), of the grids on which the values of all ranks lie, by (signed, bits)."""
+        if self._power_scales is None or self._exact is None:
             return {}
-        held = pool(self._exact.int(), dist.ReduceOp.MIN).nonzero().tolist()
-        return {(bool(signed), place + 1): self._powers[signed, place].reshape(1) for signed, place in held}
+        exact = pool(self._exact.int(), dist.ReduceOp.MIN).nonzero().tolist()
+        return {(bool(signed), index + 1): self._power_scales[signed, index].reshape(1) for signed, index in exact}
 
 
-def _power_steps(low: Tensor, high: Tensor) -> Tensor:
-    """The smallest power of two whose grid clips nothing from ``low`` to ``high``, unsigned and signed, at 1 to 8 bits,
-    shape (2, 8); NaN where the grid has no level on a side that has values.
+def _power_of_two_scales(low: Tensor, high: Tensor) -> Tensor:
+    """The smallest power-of-two scale whose grid clips nothing from ``low`` to ``high``, for unsigned and signed grids
+    of 1 to 8 bits, shape (2, 8); NaN where the grid has no level for values of one sign.
     """
     rows = []
     for signed in (False, True):
         bounds = torch.tensor([level_bounds(bits, signed) for bits in range(1, 9)]).to(low)
         ends = torch.stack([low.clamp(max=0), high.clamp(min=0)])
-        # Zero where there is nothing to hold, infinite where there is no level to hold it.
-        steps = torch.where(ends == 0, 0.0, ends / bounds).abs().amax(1)
-        rows.append(torch.where((steps > 0) & steps.isfinite(), steps.log2().ceil().exp2(), torch.nan))
+        # Zero without values of this sign, infinite if there are values but no level for them.
+        scales = torch.where(ends == 0, 0.0, ends / bounds).abs().amax(1)
+        rows.append(torch.where((scales > 0) & scales.isfinite(), scales.log2().ceil().exp2(), torch.nan))
     return torch.stack(rows)
 
 
 def _error(values: Tensor, counts: Tensor, step: Tensor, bits: int, signed: bool) -> float:
-    """Squared error over that of zeros, at least what is no error to float32."""
+    """Squared error relative to that of an all-zero output, at least ``_MIN_ERROR``."""
     quantized = (values / step[:, None]).round().clamp(*level_bounds(bits, signed)) * step[:, None]
     error = ((values - quantized).double().square() * counts).sum() / (values.double().square() * counts).sum()
-    return max(float(error), _LEAST_ERROR)
+    return max(float(error), _MIN_ERROR)
 
 
 class Usage(NamedTuple):
-    """What was measured of an activation quantizer.
+    """Measurements of an activation quantizer.
 
     Attributes:
-        used_levels: How many levels have occurred.
+        used_levels: Number of levels that occurred.
         relative_error: ``sum (x - x_hat)^2 / sum x^2``.
-        clipped: Share of values more than half a step outside of the last level.
-        fresh_clipped: The same after a fresh fit to these values at the same bits.
+        clipped: Share of values more than half the scale outside of the outermost levels.
+        fresh_clipped: The same share after a new fit to these values at the same bits.
     """
 
     used_levels: int
@@ -168,9 +167,7 @@ class Usage(NamedTuple):
 
 
 class UsageRecorder:
-    """Which levels an activation quantizer uses, its relative squared error, and what lies beyond its grid, over the
-    batches it is shown.
-    """
+    """Counts, over batches, the levels that an activation quantizer uses, its squared error, and its clipped values."""
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -180,7 +177,7 @@ class UsageRecorder:
         self.clipped = 0
 
     def update(self, x: Tensor, quantized: Tensor, step: Tensor) -> None:
-        """Take in one batch and what it was quantized to."""
+        """Add one batch and its quantized values."""
         x, quantized = x.detach().float(), quantized.detach().float()
         level = (quantized / step).round().long().flatten() - self.low
         self.counts += torch.bincount(level.clamp(0, len(self.counts) - 1), minlength=len(self.counts)).cpu()
@@ -190,7 +187,7 @@ class UsageRecorder:
 
     @property
     def used_levels(self) -> int:
-        """How many levels have occurred."""
+        """Number of levels that occurred."""
         return int((self.counts > 0).sum())
 
     @property
@@ -200,5 +197,5 @@ class UsageRecorder:
 
     @property
     def clipped_share(self) -> float:
-        """The share of values more than half a step outside of the last level."""
+        """Share of values more than half the scale outside of the outermost levels."""
         return self.clipped / max(1, int(self.counts.sum()))

@@ -41,35 +41,34 @@ from cpq_lightning.nn.state import (
 )
 from cpq_lightning.nn.watch import watchers
 
-# sigma/step starts at 1/3 (RQ, arXiv 1810.01875): a cell then holds 0.64 of the mass at its centre.
-_NOISE_START = 1 / 3
+# sigma/scale starts at 1/3 (RQ, arXiv 1810.01875): a value on a level then keeps it with probability 0.64.
+_INITIAL_NOISE = 1 / 3
 _LEVEL_BOUNDS = {signed: [level_bounds(k, signed) for k in range(1, 9)] for signed in (False, True)}
 
 
 class Quantizer(nn.Module):
-    """Quantizes a weight or an activation with a learned step and learned noise.
+    """Quantizes a weight or an activation with a learned scale and learned noise.
 
-    ``step = start · exp(R tanh(log_scale / R))`` with ``R = log 1000``, so that any update of the parameter
-    ``log_scale`` leaves it positive and finite, and a learning rate for it is a relative one; ``sigma = T · step · s``
-    with ``s`` in (0.02, 1), a sigmoid of the parameter ``noise_logit``. Both are float32 and one-dimensional whatever
-    happens to the model: one value, or one a channel.
+    The scale, called ``step`` in code, is ``step = start · exp(R tanh(log_scale / R))`` with ``R = log 1000``. Any
+    update of the parameter ``log_scale`` thus keeps it positive and finite, and the learning rate acts on its
+    logarithm. The noise is ``sigma = T · step · s`` with ``s`` in (0.02, 1), a sigmoid of the parameter
+    ``noise_logit``. Both parameters stay float32 and one-dimensional, with one value or one for each channel.
 
-    All else that defines the quantizer lies in the buffer ``state`` (:mod:`cpq_lightning.nn.state`): its settings, the
-    starting steps, and fixed widths. That buffer is the truth. What a forward has to know on the host is a copy of it,
-    :attr:`settings`, which follows the buffer whoever writes to it: ``copy_``, ``load_state_dict``, an averaged model.
-    On a CPU the two are compared in each forward; elsewhere the buffer is read again where its version has changed, so
-    that nothing is read back from the device otherwise. Change settings with :meth:`configure`.
+    All other state lies in the buffer ``state`` (:mod:`cpq_lightning.nn.state`): the settings, the initial scales, and
+    fixed widths. :attr:`settings` is its copy on the host, and follows any write to the buffer: by ``copy_``,
+    ``load_state_dict`` or model averaging. On a CPU the two are compared in each forward. On other devices the buffer
+    is read only after its version has changed, to avoid copies from the device. Change settings with :meth:`configure`.
 
     Args:
         kind: ``"weight"`` or ``"activation"``.
-        config: The layer's settings.
-        key: Which quantizer of the model this is: it keys the gates' noise.
-        numel: Elements of the weight; 0 for an activation, which learns it from its first batch.
+        config: The settings of the layer.
+        key: Index of the quantizer in the model, which keys the gates' noise.
+        numel: Elements of the weight; 0 for an activation, for which the first batch determines the number.
         channels: Output channels of a weight.
-        channel_dim: The weight's dimension that holds them.
-        exempt: Whether this is the first or last layer, at ``first_last_bits``.
-        inner: The settings that the layer has where it is neither first nor last: its gates are made for them.
-        device: Where the state lives.
+        channel_dim: The weight's dimension of output channels.
+        first_or_last: Whether the layer is the first or last one, at ``first_last_bits``.
+        inner: The settings that the layer would have as neither first nor last; gates are created for these.
+        device: Device of the state.
     """
 
     state: Tensor
@@ -93,7 +92,7 @@ class Quantizer(nn.Module):
         config = CPQConfig.of(config)
         bits, min_bits = _span(kind, config)
         if bits is None or min_bits is None:
-            raise ValueError("act_bits=None leaves activations alone: there is no quantizer to build.")
+            raise ValueError("act_bits=None does not quantize activations: there is no quantizer to build.")
         inner = inner or config
         widest, narrowest = _span(kind, inner)
         sharing = config.gate_sharing if weight else "tensor"
@@ -123,12 +122,12 @@ class Quantizer(nn.Module):
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor]) -> Quantizer:
-        """The quantizer that a part of a ``state_dict`` is of: its tensors, named as within the quantizer.
+        """Rebuild a quantizer from its part of a ``state_dict``, with the names relative to the quantizer.
 
-        Its ``state`` is enough for a quantizer that has learned nothing.
+        ``state`` alone is enough for a quantizer that has not been trained.
 
         Raises:
-            ValueError: there is no state in it, or one that this release does not read.
+            ValueError: ``state`` is missing, or this release cannot read it.
         """
         if "state" not in tensors:
             raise ValueError(f"A quantizer is rebuilt from its 'state', got only {sorted(tensors)}.")
@@ -150,7 +149,7 @@ class Quantizer(nn.Module):
         self.register_buffer("state", torch.empty(size(settings), dtype=torch.float32, device=device))
         self._places = places(settings)
         self._host, self._revision = settings, 0
-        # The buffer that the host's copy was read from, its version, and on a CPU its content.
+        # The buffer that the copy on the host was read from, its version, and on a CPU its content.
         self._seen: tuple[Tensor | None, int, bytes] = (None, -1, b"")
         self._read_in_group = False
         self.fits_next = False
@@ -159,9 +158,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget all that was fitted and learned: every value as it is at the beginning, the range is not known."""
+        """Set every value to its initial one: the range becomes unknown, and all training is lost."""
         self.log_scale.zero_()
-        self.noise_logit.fill_(noise_logit(_NOISE_START))
+        self.noise_logit.fill_(noise_logit(_INITIAL_NOISE))
         self.temperature.fill_(self._temperature)
         self.gates.initialize()
         self._host = self._host._replace(fitted=False, settled=False, pending=False, pending_signed=False)
@@ -173,26 +172,26 @@ class Quantizer(nn.Module):
 
     @property
     def settings(self) -> Settings:
-        """What the state says, on the host."""
+        """The settings in ``state``, as a copy on the host."""
         state = self._buffers["state"]
-        # Traced code has no values to read: it holds what the host knew then, and is compiled anew where that changes.
+        # Traced code cannot read values: it uses the copy on the host, and is recompiled when that changes.
         if _is_traced() or type(state) is not Tensor or state.is_meta:
             return self._host if state is None or not is_stacked(state) else read_members(state)
-        seen, version, content = self._seen
+        buffer, version, content = self._seen
         if state.device.type == "cpu":
-            if seen is state and state.numpy()[:HEADER].tobytes() == content:
+            if buffer is state and state.numpy()[:HEADER].tobytes() == content:
                 return self._host
-        elif seen is state and (self._version_of(state) == version or self._is_broadcast()):
+        elif buffer is state and (self._version_of(state) == version or self._is_broadcast()):
             return self._host
         self._host, self._revision = read(state)
         self.gates.follow(self._host)
         self._note_read()
-        self._read_in_group = _is_grouped()
+        self._read_in_group = _is_distributed()
         return self._host
 
     def _note_read(self) -> None:
         state = self.state
-        # Traced or on the meta device there is nothing to compare with.
+        # Traced code and the meta device have no content to compare.
         if _is_traced() or type(state) is not Tensor or state.is_meta:
             return
         content = state.numpy()[:HEADER].tobytes() if state.device.type == "cpu" else b""
@@ -203,12 +202,12 @@ class Quantizer(nn.Module):
         return -1 if state.is_inference() else state._version
 
     def _is_broadcast(self) -> bool:
-        """DistributedDataParallel writes buffers anew in each step, the same values: no reason to read them back."""
-        return self._read_in_group and _is_grouped() and self.training and torch.is_grad_enabled()
+        """Whether DistributedDataParallel broadcasts buffers in each step, unchanged, so that no read is needed."""
+        return self._read_in_group and _is_distributed() and self.training and torch.is_grad_enabled()
 
     def train(self, mode: bool = True) -> Quantizer:
         if mode != self.training:
-            # Once in each mode the state is read whatever its version says.
+            # Each change of mode reads the state once, regardless of its version.
             self._seen, self._read_in_group = (None, -1, b""), False
         return super().train(mode)
 
@@ -216,7 +215,7 @@ class Quantizer(nn.Module):
         """Change some of the :attr:`settings`.
 
         Raises:
-            ValueError: there is no such setting.
+            ValueError: A setting does not exist.
         """
         before = self.settings
         after = before._replace(**values)
@@ -232,12 +231,12 @@ class Quantizer(nn.Module):
             self._write_header()
 
     def take_state(self, other: Quantizer) -> None:
-        """Set the state to that of another quantizer of the same shape."""
+        """Copy the state of another quantizer with tensors of the same shapes."""
         with torch.no_grad():
             self._writable().copy_(other.state)
             self.temperature.copy_(other.temperature)
-            for own, theirs in zip(self.gates.buffers(), other.gates.buffers(), strict=True):
-                own.copy_(theirs)
+            for buffer, source in zip(self.gates.buffers(), other.gates.buffers(), strict=True):
+                buffer.copy_(source)
 
     def _writable(self) -> Tensor:
         if self.state.is_inference() and not torch.is_inference_mode_enabled():
@@ -260,7 +259,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _write_ranges(self, scales: Tensor, width_scale: Tensor) -> None:
-        """The starting steps, and those of each width over them, shape (8, 1 or channels): the range is known."""
+        """Write the initial scales, and the scale of each width relative to them, shape (8, 1 or channels)."""
         state = self._writable()
         if not state.is_meta:
             state[self._places.scales] = scales.to(state)
@@ -270,10 +269,10 @@ class Quantizer(nn.Module):
         self._write_header()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        given = state_dict.get(f"{prefix}state")
-        if given is not None and not given.is_meta:
-            # Said before anything is overwritten.
-            read(given)
+        loaded = state_dict.get(f"{prefix}state")
+        if loaded is not None and not loaded.is_meta:
+            # Raises for an invalid state before anything is overwritten.
+            read(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.state.is_meta:
             self._seen = (None, -1, b"")
@@ -283,81 +282,81 @@ class Quantizer(nn.Module):
         known, before = self.settings, self.state
         header = None if before.is_meta else before[:HEADER].tolist()
 
-        # A step in bfloat16 could not move by less than half a percent: devices change, no less than float32 stays.
+        # Move devices but keep float32: a scale in bfloat16 could not change by less than half a percent.
         def keep_precision(t: Tensor) -> Tensor:
-            moved = fn(t)
-            halved = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return t.to(moved.device, torch.float32) if halved else moved
+            result = fn(t)
+            reduced = result.is_floating_point() and result.dtype.itemsize < 4
+            return t.to(result.device, torch.float32) if reduced else result
 
         super()._apply(keep_precision, recurse)
         if self.state.dtype != torch.float32:
             self._buffers["state"] = self.state.float()
         self._host = known
         if self.state is not before and not self.state.is_meta and self.state[:HEADER].tolist() != header:
-            # Memory that to_empty has made, of which only the host knows what belongs there.
+            # to_empty allocates uninitialized memory, and only the host knows the settings.
             self.reset()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": (None, -1, b"")}
 
-    # What the settings say ------------------------------------------------------------------------------------------
+    # Settings -------------------------------------------------------------------------------------------------------
 
     bits = property(lambda self: self.settings.bits, doc="The widest width.")
     min_bits = property(lambda self: self.settings.min_bits, doc="The narrowest width.")
     numel = property(lambda self: self.settings.numel, doc="Elements of the weight, or of the activation in a sample.")
     macs = property(lambda self: self.settings.macs, doc="Multiply-accumulates of the weight in one sample.")
-    execution_index = property(lambda self: self.settings.execution_index, doc="Place in a forward, from 1.")
+    execution_index = property(lambda self: self.settings.execution_index, doc="Index in execution order, from 1.")
     fixed = property(lambda self: self.settings.fixed, doc="Whether widths are fixed one by one.")
-    signed = property(lambda self: self.settings.signed, doc="Whether the grid holds negative levels.")
+    signed = property(lambda self: self.settings.signed, doc="Whether the grid has negative levels.")
     fitted = property(lambda self: self.settings.fitted, doc="Whether the range is known.")
-    settled = property(lambda self: self.settings.settled, doc="Whether it is the range of what is trained.")
-    active = property(lambda self: self.settings.active, doc="Whether it quantizes.")
+    settled = property(lambda self: self.settings.settled, doc="Whether the range was fitted to the trained tensor.")
+    active = property(lambda self: self.settings.active, doc="Whether the quantizer is active.")
     first_or_last = property(lambda self: self.settings.first_or_last, doc="Whether its layer is the first or last.")
-    estimator = property(lambda self: cast(Estimator, self.settings.estimator), doc="Of gradients.")
-    nesting = property(lambda self: self.settings.nesting, doc="Of narrower widths.")
-    range_rule = property(lambda self: self.settings.range_rule, doc="By which ranges are fitted.")
+    estimator = property(lambda self: cast(Estimator, self.settings.estimator), doc="Gradient estimator.")
+    nesting = property(lambda self: self.settings.nesting, doc="How narrower grids nest.")
+    range_rule = property(lambda self: self.settings.range_rule, doc="Rule of the scale initialization.")
     channel_dim = property(lambda self: self._host.channel_dim, doc="Dimension of the channels.")
 
     @property
     def has_gates(self) -> bool:
-        """Whether there is a bit that DropBits may drop."""
+        """Whether DropBits has bits to drop."""
         return _has_gates(self.settings)
 
     @property
     def learns_bits(self) -> bool:
-        """Whether training decides the width."""
+        """Whether the width is learned."""
         return self.has_gates and self.gates.learned
 
     @property
     def keep_prob(self) -> Tensor:
-        """Probability with which a gate that is not learned is open."""
+        """Probability of an open gate if gates are not learned."""
         return self.gates.keep_prob
 
     @property
     def noise_step(self) -> Tensor:
-        """Counter that the gates' noise is drawn at."""
+        """Counter of the gates' noise."""
         return self.gates.noise_step
 
     @property
     def level_bounds(self) -> tuple[int, int]:
-        """Lowest and highest level of the widest grid, in steps."""
+        """Lowest and highest level of the widest grid, as integers."""
         settings = self.settings
         return level_bounds(settings.bits, settings.signed)
 
     def range_parameters(self) -> list[nn.Parameter]:
-        """The step's and the noise's parameters, without the gates'."""
+        """The parameters of scale and noise, without those of the gates."""
         return [self.log_scale, self.noise_logit]
 
     # Scales and widths ----------------------------------------------------------------------------------------------
 
     @property
     def start_scale(self) -> Tensor:
-        """Starting step of the widest grid, shape (1,) or (channels,); 1 where the range is not known."""
+        """Initial scale of the widest grid, shape (1,) or (channels,); 1 before the range is known."""
         return self._start() if self.settings.fitted else torch.ones_like(self.log_scale).detach()
 
     def _start(self) -> Tensor:
-        # The arrays are those of the fit: when widths are fixed, a setting changes, and no scale.
+        # The stored scales belong to the widths at the fit; fix_widths changes settings only.
         start = self.state[self._places.scales] / weight_of_ranges(self.state)
         if self._host.nesting == "range":
             return start
@@ -369,7 +368,10 @@ class Quantizer(nn.Module):
 
     @property
     def width_scale(self) -> Tensor:
-        """Step of each width over that of the widest, shape (8, 1 or channels); before a fit, twice per bit."""
+        """Scale of each width divided by that of the widest, shape (8, 1 or channels).
+
+        Before a fit it doubles with each bit less.
+        """
         settings = self.settings
         if not settings.fitted or settings.nesting == "range":
             return self._doubling(settings.bits)
@@ -382,27 +384,27 @@ class Quantizer(nn.Module):
 
     @property
     def widths(self) -> Tensor:
-        """Fixed widths, one or one a channel, int64; they count where they are fixed."""
+        """Fixed widths, one or one for each channel, int64; in use only if ``fixed``."""
         return (self.state[self._places.widths] / self.state[:1]).round().long()
 
     def step(self) -> Tensor:
-        """Step of the widest grid, shape (1,) or (channels,), in the unit of what is quantized."""
+        """Scale of the widest grid, shape (1,) or (channels,), in the unit of the quantized tensor."""
         return self.start_scale * torch.exp(STEP_REACH * torch.tanh(self.log_scale / STEP_REACH))
 
     def _step_and_sigma(self, settings: Settings) -> tuple[Tensor, Tensor]:
-        """Both, with gradients scaled by LSQ's 1/sqrt(numel · highest level) (Esser et al., ICLR 2020, section 2.2),
-        over the starting step.
+        """The scale and sigma. Their gradients are multiplied by LSQ's gradient scale 1/sqrt(numel · highest level)
+        (Esser et al., ICLR 2020, section 2.2) and divided by the initial scale.
 
-        The gradient in log(step) is step times that in the step. With this scale it is as large as LSQ's, and so of the
-        order of the weights': a clipped global norm is not spent on steps, however small they are. Adam's update does
-        not depend on it.
+        The gradient in log(scale) is the scale times that in the scale. With this factor it is as large as LSQ's, and
+        of the order of the weights' gradients, so that small scales do not dominate a clipped global norm. Adam's
+        update does not depend on it.
         """
         highest = level_bounds(settings.bits, settings.signed)[1]
         root = math.sqrt(max(1, settings.numel // settings.channels) * max(1, highest))
         return step_and_sigma(self.log_scale, self.noise_logit, self._start(), self.temperature, root)
 
     def decided_widths(self) -> Tensor:
-        """The widths of evaluation, int64: one, or one a channel where channels have their own."""
+        """The widths in evaluation, int64: one, or one for each channel."""
         settings = self.settings
         if settings.fixed:
             return self.widths
@@ -411,40 +413,40 @@ class Quantizer(nn.Module):
         return torch.full((1,), settings.bits, dtype=torch.int64, device=self.state.device)
 
     def expected_widths(self) -> Tensor:
-        """The widths that training draws on average, likewise; the decided ones where none are learned."""
+        """The expected widths in training, one or one for each channel; the decided widths if none is learned."""
         if not self.learns_bits:
             return self.decided_widths().float()
         return expected_bits(self.gates.probabilities(self.bits - self.min_bits).detach(), self.min_bits)
 
     @torch.no_grad()
     def fix_widths(self, widths: Sequence[int]) -> None:
-        """Fix the width, or one of each channel; nothing is dropped or learned any more.
+        """Fix the width, or one width for each channel; from then on no bit is dropped and no width is learned.
 
-        In evaluation the result is what it was at these widths.
+        In evaluation the result is the same as before at these widths.
         """
-        top = max(widths)
-        self.configure(bits=top, min_bits=min(widths), fixed=min(widths) < top)
-        if min(widths) < top:
+        widest = max(widths)
+        self.configure(bits=widest, min_bits=min(widths), fixed=min(widths) < widest)
+        if min(widths) < widest:
             self._write_widths(torch.as_tensor(widths))
-        # What was measured belongs to the width that was.
+        # The measurement belongs to the previous width.
         self.measured = None
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The grid points that evaluation puts values on, in the unit of ``x``."""
-        step, codes = self._placed(x)
+        """``x`` quantized as in evaluation: the nearest grid points, in the unit of ``x``."""
+        step, codes = self._scale_and_levels(x)
         return (step * codes).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
-        """The levels that evaluation puts values on, as whole numbers in float32."""
-        return self._placed(x)[1]
+        """The levels of ``x`` in evaluation, as integers in float32."""
+        return self._scale_and_levels(x)[1]
 
-    def _placed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The step, which broadcasts to ``x``, and the levels."""
+    def _scale_and_levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale, broadcastable to ``x``, and the levels."""
         step, low, high = (along_channels(t, x.dim(), self.channel_dim) for t in self.grid())
         return step, torch.minimum(torch.maximum((x.float() / step).round(), low), high)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, lowest and highest level in evaluation, each of one value or one a channel."""
+        """Scale, lowest and highest level in evaluation, each with one value or one for each channel."""
         widths = self.decided_widths()
         bounds = torch.tensor(_LEVEL_BOUNDS[self.signed], device=widths.device)[widths - 1]
         step = self.step()
@@ -454,20 +456,20 @@ class Quantizer(nn.Module):
         return step, bounds[:, 0], bounds[:, 1]
 
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
-        """One value a channel, shaped to broadcast to the weight."""
+        """Reshape one value for each channel to broadcast to the weight."""
         return along_channels(value, x.dim(), self.channel_dim)
 
     # Forward --------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize ``x``; pass it on unchanged while inactive, or while it is a weight of zeros still.
+        """Quantize ``x``; return it unchanged while inactive, or as long as all values of a weight are zero.
 
         Raises:
-            RuntimeError: an activation in evaluation before its range is known.
+            RuntimeError: An activation is evaluated before its range is known.
         """
         settings = self._ready(x)
         if settings is None:
-            return self._told(x, Connect.of(x, *self.parameters()))
+            return self._notify_watchers(x, Connect.of(x, *self.parameters()))
         masks = self._masks(x, settings)
         step, sigma = self._step_and_sigma(settings)
         out = self._quantize(x, step, sigma, masks, settings)
@@ -475,16 +477,16 @@ class Quantizer(nn.Module):
             out = self._with_saliency(out, x, masks, step, settings)
         elif self.gates.logit is not None and not self._gates_learn(settings):
             out = Connect.of(out, self.gates.logit)
-        return self._told(x, out)
+        return self._notify_watchers(x, out)
 
-    def _told(self, x: Tensor, out: Tensor) -> Tensor:
+    def _notify_watchers(self, x: Tensor, out: Tensor) -> Tensor:
         for watcher in watchers():
             watcher.on_quantized(self, x, out)
         return out
 
     def operand(self, x: Tensor) -> Operand:
-        """``x`` and what quantizes it where a product can do it itself, else ``x`` quantized."""
-        if self._is_watched:
+        """``x`` with its scale and grid if the kernel of a product can quantize it, else ``x`` quantized."""
+        if self._has_hooks:
             return Operand(self(x))
         settings = self.settings
         gated = settings.fixed or (_has_gates(settings) and (self.training or self.gates.learned))
@@ -492,7 +494,7 @@ class Quantizer(nn.Module):
             return Operand(self(x))
         ready = self._ready(x)
         if ready is None:
-            return Operand(self._told(x, Connect.of(x, *self.parameters())))
+            return Operand(self._notify_watchers(x, Connect.of(x, *self.parameters())))
         step, sigma = self._step_and_sigma(ready)
         if self.gates.logit is not None:
             step = Connect.of(step, self.gates.logit)
@@ -501,15 +503,15 @@ class Quantizer(nn.Module):
         return Operand(x, step, sigma, QuantGrid.of(ready.bits, ready.signed, cast(Estimator, ready.estimator)))
 
     def _ready(self, x: Tensor) -> Settings | None:
-        """The settings, with a range to quantize ``x`` in; ``None`` where it is passed on as it is."""
+        """The settings, after a fit of the range where needed; ``None`` if ``x`` is not quantized."""
         settings = self.settings
         if not settings.active or any(watcher.passes(self, x) for watcher in watchers()):
             return None
         if not settings.fitted and is_transformed():
             raise RuntimeError(
-                "A quantizer's range is not known yet, and is not found within a transform of torch.func: call "
-                "calibrate(model, batches) first, or the model once in training, outside of the transform. (Of a "
-                "weight that holds zeros alone there is no range: leave its layer out with ignore until it does not.)"
+                "A quantizer's range is not known yet, and cannot be fitted within a transform of torch.func: call "
+                "calibrate(model, batches) first, or the model once in training, outside of the transform. (A weight "
+                "of zeros only has no range: leave its layer out with ignore while all its values are zero.)"
             )
         if not settings.fitted or (not settings.settled and self._settles(x)):
             self._fit_to(x)  # type: ignore[call-arg]
@@ -517,22 +519,22 @@ class Quantizer(nn.Module):
         return settings if settings.fitted else None
 
     def _settles(self, x: Tensor) -> bool:
-        """Whether a weight that was fitted at attachment is fitted again: as training begins."""
+        """Whether to fit a weight again that was fitted when it was attached: in the first training forward."""
         trains = self.kind == "weight" and self.training and torch.is_grad_enabled()
         return trains and not x.is_meta and not torch.compiler.is_compiling() and not is_transformed()
 
     @property
-    def _is_watched(self) -> bool:
-        """Whether a call of this module does more than its forward, or another one than this class has."""
+    def _has_hooks(self) -> bool:
+        """Whether a call runs hooks, or a forward other than that of this class."""
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-        own = type(self).forward is Quantizer.forward and "forward" not in self.__dict__
-        return not own or any(map(bool, hooks)) or bool(_has_any_global_hook())
+        default_forward = type(self).forward is Quantizer.forward and "forward" not in self.__dict__
+        return not default_forward or any(map(bool, hooks)) or bool(_has_any_global_hook())
 
     def _has_kernel(self, x: Tensor, settings: Settings) -> bool:
         return (settings.channels == 1 or settings.channel_dim == 0) and has_kernel(x, settings.channels)
 
     def _gates_learn(self, settings: Settings) -> bool:
-        """Whether a forward tells the gates anything: not those of a layer in evaluation, or of a frozen one."""
+        """Whether a forward gives the gates a gradient: not in evaluation, and not in a frozen layer."""
         return _has_gates(settings) and self.gates.learned and self.training and self.log_scale.requires_grad
 
     def _masks(self, x: Tensor, settings: Settings) -> Tensor | None:
@@ -540,17 +542,17 @@ class Quantizer(nn.Module):
         if settings.fixed:
             return self.gates.fixed_masks(x, self.widths - settings.min_bits, count)
         if _has_gates(settings) and (self.training or self.gates.learned):
-            # An optimizer that is toggled off, or a frozen layer, moves no step: then no gate either.
+            # If the optimizer is toggled off or the layer is frozen, neither the scale nor the gates are trained.
             return self.gates.masks(x, count, with_gradient=self._gates_learn(settings))
         return None
 
     def _with_saliency(self, out: Tensor, x: Tensor, masks: Tensor, step: Tensor, settings: Settings) -> Tensor:
-        """``out``, whose backward tells the gates what their bits are worth."""
+        """``out``, with a backward pass that gives the gates the saliency of their bits."""
         if is_transformed():
             raise RuntimeError(
-                "Learned widths are told what their bits are worth by a backward that torch.func does not run: use "
-                "loss.backward() while they are learned, call the model in evaluation (model.eval()), or learn them by "
-                "CPQConfig(gate_estimator='concrete')."
+                "Learned widths get the saliency of their bits from a backward pass that torch.func does not run: use "
+                "loss.backward() while they are learned, call the model in evaluation (model.eval()), or learn them "
+                "with CPQConfig(gate_estimator='concrete')."
             )
         scales = self.width_scale[settings.min_bits - 1 : settings.bits]
         steps = step.detach() * (scales if settings.nesting == "resolution" else torch.ones_like(scales))
@@ -561,12 +563,12 @@ class Quantizer(nn.Module):
     def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, settings: Settings) -> Tensor:
         bits, signed, estimator = settings.bits, settings.signed, cast(Estimator, settings.estimator)
         widths = range(settings.min_bits, bits + 1)
-        # Which widths are drawn is read here: from a GPU, or in compiled code, that would cost more than it saves.
+        # The sampled widths are read on the host; on a GPU or in compiled code that costs more than it saves.
         readable = x.is_cpu and not torch.compiler.is_compiling()
         by_tensor = masks is not None and masks.numel() == len(masks) and settings.nesting == "resolution"
         if masks is not None and by_tensor and readable and self._has_kernel(x, settings):
-            rings = [QuantGrid.of(k, signed, estimator) for k in widths]
-            return quantize_widths(x, step, sigma, masks, self.width_scale[widths[0] - 1 : bits], rings)
+            grids = [QuantGrid.of(k, signed, estimator) for k in widths]
+            return quantize_widths(x, step, sigma, masks, self.width_scale[widths[0] - 1 : bits], grids)
         step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)
         options: dict[str, Any] = {
             "bits": bits,
@@ -583,15 +585,15 @@ class Quantizer(nn.Module):
 
     @torch.compiler.disable
     def _fit_to(self, x: Tensor) -> None:
-        """Fit the range to what comes in a forward, where it is not known."""
+        """Fit an unknown range to the input of a forward."""
         settings = self.settings
         if settings.kind == "weight":
             self.fit_weight(x, settled=self.training and torch.is_grad_enabled())
             return
-        # One that calibration has seen nothing but zeros of is fitted to the first values that come.
+        # If calibration saw only zeros, the range is fitted to the first other values.
         if not (self.training or self.fits_next or settings.settled):
             raise RuntimeError(
-                "An activation quantizer was evaluated before its range is known: call calibrate(model, batches) with "
+                "An activation quantizer was evaluated before its range was known: call calibrate(model, batches) with "
                 "a few training batches first, load a checkpoint of a quantized model, or train for one step."
             )
         observer = RangeObserver()
@@ -608,11 +610,13 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def fit_weight(self, weight: Tensor, settled: bool = True) -> None:
-        """Fit the starting step to a weight and forget what was learned; of zeros alone the range stays unknown.
+        """Fit the initial scale to a weight and reset the learned parameters.
+
+        For a weight of zeros the range stays unknown.
 
         Args:
             weight: Full-precision weight.
-            settled: Whether it is what is trained, rather than what may be initialized or loaded over yet.
+            settled: Whether these are the values to train, not ones that may still be initialized or loaded over.
         """
         settings = self.settings
         channel_dim = settings.channel_dim if settings.channels > 1 else None
@@ -620,50 +624,51 @@ class Quantizer(nn.Module):
         if scales is None:
             self.configure(fitted=False, settled=settled)
             return
-        self._begin(scales, settled=settled)
+        self._set_initial_scales(scales, settled=settled)
 
     @property
     def fitted_widths(self) -> list[int]:
-        """Widths that need a step of their own, the widest one first."""
+        """Widths with separate scales, the widest one first."""
         settings = self.settings
         narrower = range(settings.min_bits, settings.bits) if settings.nesting == "resolution" else ()
         return [settings.bits, *narrower]
 
     def fit_activation(self, observer: RangeObserver) -> None:
-        """Fit the starting step and the sign to what an observer has seen; of nothing seen, nothing changes, and of
-        zeros alone the range stays unknown.
+        """Fit the initial scale and the sign of the grid to the values of an observer.
+
+        Without values nothing changes. If all values are zero, the range stays unknown.
         """
         settings = self.settings
         if not observer.has_values:
             return
-        # An audit, which knows how many samples a batch has, counts better.
+        # A number from an audit, which knows the batch size, takes precedence.
         numel = settings.numel or observer.per_sample
         fitted = observer.fit(self.fitted_widths, settings.range_rule)
         if fitted is None:
             self.configure(numel=numel, fitted=False, settled=True)
             return
-        self._begin(fitted[0], signed=fitted[1], numel=numel, settled=True)
+        self._set_initial_scales(fitted[0], signed=fitted[1], numel=numel, settled=True)
 
     @torch.no_grad()
-    def _begin(self, scales: list[Tensor], **settings: Any) -> None:
-        """Start from the given steps, of each fitted width, and forget what was learned."""
+    def _set_initial_scales(self, scales: list[Tensor], **settings: Any) -> None:
+        """Set the initial scale of each fitted width, and reset the learned parameters."""
         self.configure(**settings)
         width_scale = self._doubling(self._host.bits).clone()
         for k, scale in zip(self.fitted_widths, scales, strict=True):
             width_scale[k - 1] = scale / scales[0]
         self._write_ranges(scales[0], width_scale)
         self.log_scale.zero_()
-        self.noise_logit.fill_(noise_logit(_NOISE_START))
+        self.noise_logit.fill_(noise_logit(_INITIAL_NOISE))
         self.fits_next = False
 
     @torch.no_grad()
     def renew(self, scales: Sequence[Tensor], where: Tensor, signed: bool) -> None:
-        """Start anew from other steps, where a range is stale; the noise that was learned stays.
+        """Restart from new scales where a range is stale; the learned noise is kept.
 
         Args:
-            scales: Of each of :attr:`fitted_widths`, shape (1,) or (channels,).
-            where: Which of them are taken, same shape, bool.
-            signed: Whether the grid holds negative levels.
+            scales: Scales of each of :attr:`fitted_widths`, shape (1,) or (channels,).
+            where: Which scales to replace, same shape, bool.
+            signed: Whether the grid has negative levels.
         """
         self.configure(signed=signed)
         width_scale = self.width_scale.clone()
@@ -675,28 +680,28 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def propose(self, scales: Sequence[Tensor], signed: bool) -> None:
-        """Keep other steps, as :meth:`renew` takes them, for :meth:`accept`: what a backward computes again has those
-        of its forward.
+        """Store new scales, as for :meth:`renew`, until :meth:`accept`: a forward that backward recomputes must use the
+        scales of its first run.
         """
-        state, widths = self._writable(), self._places.pending
-        for place, scale in enumerate(scales):
-            state[widths.start + place] = scale
+        state, start = self._writable(), self._places.pending.start
+        for index, scale in enumerate(scales):
+            state[start + index] = scale
         self._host = self._host._replace(pending=True, pending_signed=signed)
         self._write_header()
 
     @torch.no_grad()
     def accept(self) -> bool:
-        """Start anew from steps that were proposed; whether there were any."""
+        """Restart from the proposed scales; return whether there were any."""
         settings = self.settings
         if not settings.pending:
             return False
         flat = self.state[self._places.pending] / weight_of_pending(self.state)
-        scales = [flat[place : place + 1] for place in range(len(self.fitted_widths))]
+        scales = [flat[index : index + 1] for index in range(len(self.fitted_widths))]
         self.renew(scales, torch.ones_like(self.log_scale, dtype=torch.bool), settings.pending_signed)
         return True
 
     def refit_next(self) -> None:
-        """Fit the range anew to the next values that come, in evaluation mode too: frozen layers train so."""
+        """Fit the range again to the next input, also in evaluation mode, which frozen layers use in training."""
         self.configure(fitted=False, pending=False, pending_signed=False)
         self.fits_next = True
 
@@ -708,13 +713,13 @@ class Quantizer(nn.Module):
 
 
 def _is_traced() -> bool:
-    """Whether tensors stand for others here: of compiled, exported or traced code, or of ``torch.func``."""
+    """Whether code is being compiled, exported or traced, or a ``torch.func`` transform is active."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
-def _is_grouped() -> bool:
+def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -1,4 +1,4 @@
-"""Starting steps of a weight."""
+"""Scale initialization of a weight."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 from cpq_lightning.functional.ranges import max_scale, mse_scale
 from cpq_lightning.nn.sharding import full_tensor
 
-# Enough values for a step within half a percent of the best one.
-_SAMPLE = 2**15
+# Number of values that give a scale within half a percent of the best one.
+_SAMPLE_SIZE = 2**15
 
 
 @torch.no_grad()
 def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int], rule: str) -> list[Tensor] | None:
-    """The starting step of each width for a weight, by the rule ``"mse"`` or ``"max"``.
+    """The initial scale of a weight for each width, by the rule ``"mse"`` or ``"max"``.
 
     Args:
         weight: Full-precision weight.
-        channel_dim: Dimension of the channels that have a step each; ``None`` for one step.
+        channel_dim: Dimension of the channels with one scale each; ``None`` for a single scale.
         widths: Widths to fit.
-        rule: Least squared error, or nothing clipped.
+        rule: ``"mse"`` for the least squared error, ``"max"`` for no clipping.
 
     Returns:
-        For each width steps of shape (channels,) or (1,), float32; a channel of zeros has the mean of the others.
-        ``None`` of a weight that holds zeros alone: there is no step to fit to it yet.
+        For each width scales of shape (channels,) or (1,), float32; a channel of zeros gets the mean of the others.
+        ``None`` for a weight of zeros only, to which no scale can be fitted.
     """
     rows = full_tensor(weight.detach()).float()
     rows = rows.reshape(1, -1) if channel_dim is None else rows.movedim(channel_dim, 0).flatten(1)
@@ -39,17 +39,17 @@ def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int]
         low, high = rows.amin(1), rows.amax(1)
         scales = [max_scale(low, high, bits, signed=True) for bits in widths]
     else:
-        sample = rows[:, :: even_stride(rows.shape[1], _SAMPLE)]
+        sample = rows[:, :: even_stride(rows.shape[1], _SAMPLE_SIZE)]
         if not sample.any(1).equal(known):
-            # A few values among zeros, of which the sample holds none.
+            # The sample misses the few nonzero values of a channel.
             sample = rows
         scales = [mse_scale(sample, bits, signed=True) for bits in widths]
     return [torch.where(known, scale, scale[known].mean()) for scale in scales]
 
 
 def even_stride(n: int, most: int) -> int:
-    """A stride that samples ``most`` of n values evenly: no multiple of a kernel's width, which would see one of its
-    corners only.
+    """A stride that samples about ``most`` of n values evenly. It has no factor 2, 3, 5 or 7: a multiple of the kernel
+    size would sample a single kernel position.
     """
     stride = max(1, -(-n // most))
     while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):

@@ -1,13 +1,14 @@
-"""What defines a quantizer, as one small tensor: versioned, rebuilt from itself, and safe under averages.
+"""The state of a quantizer as one small tensor: versioned, self-describing, and safe under averaging.
 
-Copies of a model follow it in many ways: ``copy_``, ``load_state_dict``, and exponential averages such as timm's
-``ModelEmaV2``, which mix every tensor of a ``state_dict``, whole numbers too. A width of 8 bits mixed with one of 3 is
-neither. So each part of the state is stored times a weight, with that weight in front of it, and read as the quotient:
-a mixture of two states is then their mean by these weights.
+The state of a model is copied by ``copy_``, by ``load_state_dict``, and by exponential moving averages such as timm's
+``ModelEmaV2``, which average every tensor of a ``state_dict``, integers too. An average of the widths 8 and 3 is
+neither of them. Therefore each part of the state is stored multiplied by a weight, preceded by that weight, and read as
+the quotient: an average of two states is then their mean with these weights.
 
-- Settings have a weight that grows by 2^24 with each change: the mean of an old and a new state is the new one.
-- Ranges and facts have the weight 0 before they are known and 1 after: the mean of an unknown one and a known one is
-  the known one, and that of two known ones is their mean.
+- The weight of the settings grows by a factor of 2^24 with each change: the average of an old and a new state is the
+  new one.
+- Ranges and facts have weight 0 while unknown and 1 when known: the average of an unknown and a known value is the
+  known one, and that of two known values is their mean.
 """
 
 from __future__ import annotations
@@ -28,49 +29,49 @@ _NESTINGS = ("range", "resolution")
 _RANGE_RULES = ("mse", "max")
 _SHARINGS = ("tensor", "channel", "element")
 _GATE_ESTIMATORS = ("curvature", "concrete")
-# Whole numbers up to 2^20 times a power of two are exact in float32; larger ones take several places.
-_PLACE = 20
-# Weights of the settings: 2^-96, 2^-72, … 2^96. What is changed more often than that keeps the last weight: a mixture
-# is the mean of the two then.
+# Integers up to 2^20 times a power of two are exact in float32; larger ones are split into several digits.
+_DIGIT_BITS = 20
+# Weights of the settings: 2^-96, 2^-72, … 2^96. Further changes keep the last weight, and two such states have their
+# plain mean as average.
 _FIRST, _GROWTH, _REVISIONS = -96, 24, 8
 
 
 class Settings(NamedTuple):
-    """What a forward has to know of a quantizer on the host; the order is that in the tensor.
+    """The settings of a quantizer, as a forward needs them on the host, in the order of the tensor.
 
     Attributes:
-        version: Of this layout.
-        kind: Of what it quantizes.
+        version: Version of this layout.
+        kind: ``"weight"`` or ``"activation"``.
         bits: Widest width.
         min_bits: Narrowest width.
-        signed: Whether the grid holds negative levels.
-        zero_point: Lowest level, negated, of grids that are neither signed nor unsigned; 0 in version 1.
-        half_step: Whether levels lie at half steps; 0 in version 1.
-        group_size: Inputs that share a scale; 0, which means all of them, in version 1.
-        active: Whether it quantizes, or passes on what it gets.
-        settled: Whether the range is of the tensor that is trained, rather than of what was there at attachment.
-        fixed: Whether ``widths`` count.
+        signed: Whether the grid has negative levels.
+        zero_point: Zero point, minus the lowest level, of a grid that is neither signed nor unsigned; 0 in version 1.
+        half_step: Whether levels lie at half-integer multiples of the scale; 0 in version 1.
+        group_size: Number of inputs that share a scale; 0, which means all, in version 1.
+        active: Whether the quantizer is active; an inactive one returns its input.
+        settled: Whether the range was fitted to the tensor that is trained, and not only when layers were attached.
+        fixed: Whether ``widths`` are in use.
         first_or_last: Whether this is the first or last layer, at ``first_last_bits``.
-        estimator: Of gradients.
-        nesting: Of narrower widths.
-        range_rule: By which ranges are fitted.
-        channels: Scales: one, or one a channel.
+        estimator: Gradient estimator.
+        nesting: How the grids of narrower widths nest, ``"range"`` or ``"resolution"``.
+        range_rule: Rule of the scale initialization, ``"mse"`` or ``"max"``.
+        channels: Number of scales: 1, or one for each channel.
         channel_dim: Dimension of the channels.
-        gate_count: Gates that may ever be used.
-        gate_rows: Rows of learned gates.
-        gates_learned: Whether they are learned.
-        gate_sharing: What shares one gate.
-        gate_estimator: Gradient of learned gates.
-        width_count: Fixed widths: one, or one a channel.
-        key: Which quantizer of the model this is.
-        seed: Of the gates' noise.
+        gate_count: Maximum number of gates in use.
+        gate_rows: Number of rows of learned gates.
+        gates_learned: Whether the gates are learned.
+        gate_sharing: Elements that share one gate: a tensor, a channel, or a single element.
+        gate_estimator: Gradient estimator of learned gates.
+        width_count: Number of fixed widths: 1, or one for each channel.
+        key: Index of the quantizer in the model, which keys the gates' noise.
+        seed: Seed of the gates' noise.
         numel: Elements of the weight, or of the activation in one sample.
-        has_facts: Whether the three below are known.
-        execution_index: Place of the layer in a forward, from 1.
+        has_facts: Whether the next three fields are known.
+        execution_index: Index of the layer in execution order, from 1.
         macs: Multiply-accumulates of the weight in one sample.
-        steps: Of the model's first quantizer, steps of training that its forwards have seen.
-        pending: Whether a range has been found that the next step of training begins with.
-        pending_signed: Whether its grid holds negative levels.
+        steps: Number of training steps in which the model's first quantizer was called.
+        pending: Whether a new range is pending, which takes effect at the next training step.
+        pending_signed: Whether the pending grid has negative levels.
         fitted: Whether the range is known.
     """
 
@@ -118,8 +119,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate_estimator": _GATE_ESTIMATORS,
 }
 _FACTS = ("execution_index", "macs", "steps")
-# How many places a number takes; one where none is given.
-_PLACES = {
+# Number of digits of a setting, 1 if not listed.
+_DIGITS = {
     "channels": 2,
     "group_size": 2,
     "width_count": 2,
@@ -131,9 +132,9 @@ _PLACES = {
     "steps": 2,
 }
 _PENDING = ("pending_signed",)
-# What is no setting: each has a weight of its own.
+# Fields that are no settings: their parts of the state have separate weights.
 KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", "fitted")
-# What decides which tensors a quantizer has, and of which shape, with the setting that it comes from.
+# The fields that determine the tensors of a quantizer and their shapes, with the option of CPQConfig that sets each.
 LAYOUT = {
     "nesting": "nesting",
     "channels": "per_channel",
@@ -145,25 +146,23 @@ LAYOUT = {
 
 
 def layout_differences(theirs: Settings, ours: Settings) -> dict[str, tuple[Any, Any]]:
-    """The settings by which two quantizers have other tensors: both values, or counts where these are all that tells
-    them apart.
-    """
-    found: dict[str, tuple[Any, Any]] = {}
+    """The options that make the tensors of two quantizers differ: both values, or both counts if only these differ."""
+    differences: dict[str, tuple[Any, Any]] = {}
     for key, name in LAYOUT.items():
         counts = getattr(theirs, key), getattr(ours, key)
         if counts[0] == counts[1]:
             continue
         if key == "gate_count" and theirs.min_bits != ours.min_bits:
-            found[name] = theirs.min_bits, ours.min_bits
+            differences[name] = theirs.min_bits, ours.min_bits
         elif key == "channels" and 1 in counts:
-            found[name] = theirs.channels > 1, ours.channels > 1
+            differences[name] = theirs.channels > 1, ours.channels > 1
         elif key in ("gate_rows", "width_count") and theirs.gate_sharing != ours.gate_sharing:
-            found[name] = theirs.gate_sharing, ours.gate_sharing
+            differences[name] = theirs.gate_sharing, ours.gate_sharing
         elif isinstance(counts[0], str | bool):
-            found[name] = counts
+            differences[name] = counts
         else:
-            found[f"{name} (its {key.replace('_', ' ')})"] = counts
-    return found
+            differences[f"{name} (its {key.replace('_', ' ')})"] = counts
+    return differences
 
 
 _SETTINGS = tuple(name for name in Settings._fields if name not in KNOWN)
@@ -171,19 +170,19 @@ _BOOLEANS = frozenset(name for name, default in Settings._field_defaults.items()
 
 
 def _length(names: tuple[str, ...]) -> int:
-    return sum(_PLACES.get(name, 1) for name in names)
+    return sum(_DIGITS.get(name, 1) for name in names)
 
 
-# Where things lie: settings, facts, what is pending, and the weight of the ranges; behind them fixed widths, scales,
-# the scale of each width over that of the widest where widths have their own, and scales that are pending.
-_AT_FACTS = 1 + _length(_SETTINGS)
-_AT_PENDING = _AT_FACTS + 1 + _length(_FACTS)
-_AT_RANGES = _AT_PENDING + 1 + _length(_PENDING)
-HEADER = _AT_RANGES + 1
+# Offsets in the header: settings, facts, pending range, and the weight of the ranges. After the header follow the fixed
+# widths, the scales, the scale of each width relative to the widest with nesting="resolution", and the pending scales.
+_FACTS_OFFSET = 1 + _length(_SETTINGS)
+_PENDING_OFFSET = _FACTS_OFFSET + 1 + _length(_FACTS)
+_RANGES_OFFSET = _PENDING_OFFSET + 1 + _length(_PENDING)
+HEADER = _RANGES_OFFSET + 1
 
 
 class Places(NamedTuple):
-    """Parts of a state behind its header, as slices."""
+    """The slices of a state after its header."""
 
     widths: slice
     scales: slice
@@ -192,19 +191,19 @@ class Places(NamedTuple):
 
 
 def places(settings: Settings) -> Places:
-    """Where the arrays of a state lie."""
+    """The slices of the arrays in a state."""
     several = 8 if settings.nesting == "resolution" else 0
-    # Only activations, which have one scale, have a range pending.
+    # Only an activation, which has a single scale, can have a pending range.
     counts = (settings.width_count, settings.channels, several * settings.channels, 1 + several)
-    found, at = [], HEADER
+    slices, offset = [], HEADER
     for count in counts:
-        found.append(slice(at, at + count))
-        at += count
-    return Places(*found)
+        slices.append(slice(offset, offset + count))
+        offset += count
+    return Places(*slices)
 
 
 def size(settings: Settings) -> int:
-    """Elements of the tensor."""
+    """Number of elements of the state tensor."""
     return places(settings).pending.stop
 
 
@@ -216,8 +215,8 @@ def encode(settings: Settings, revision: int) -> Tensor:
     """The header of a state, shape (HEADER,), float32, on the CPU.
 
     Args:
-        settings: What it says.
-        revision: How often settings have changed.
+        settings: The settings to encode.
+        revision: Number of changes of the settings so far.
     """
     row: list[float] = []
     for weight, names in (
@@ -228,7 +227,7 @@ def encode(settings: Settings, revision: int) -> Tensor:
     ):
         row.append(weight)
         for name in names:
-            row += [weight * place for place in _split(_number(name, getattr(settings, name)), _PLACES.get(name, 1))]
+            row += [weight * digit for digit in _split(_number(name, getattr(settings, name)), _DIGITS.get(name, 1))]
     return torch.tensor(row, dtype=torch.float32)
 
 
@@ -236,60 +235,62 @@ def decode(header: list[float]) -> tuple[Settings, int]:
     """Settings and revision from the header of a state.
 
     Raises:
-        ValueError: it is no state, or one of a later version.
+        ValueError: The state is damaged, or of another version.
     """
-    weight, known, pending, fitted = header[0], header[_AT_FACTS], header[_AT_PENDING], header[_AT_RANGES]
+    weight, known, pending, fitted = header[0], header[_FACTS_OFFSET], header[_PENDING_OFFSET], header[_RANGES_OFFSET]
     if not (weight > 0 and all(map(math.isfinite, header))):
         raise ValueError(
-            f"A quantizer's state is damaged (its weight is {weight}): it is float32, and does not survive a cast to "
-            "a smaller type. Load the state_dict as it was saved."
+            f"A quantizer's state is damaged (its weight is {weight}): it must stay float32, since a cast to a smaller "
+            "type destroys it. Load the state_dict as it was saved."
         )
     values: dict[str, Any] = {"has_facts": known > 0, "pending": pending > 0, "fitted": fitted > 0}
-    groups = ((_SETTINGS, 1, weight), (_FACTS, _AT_FACTS + 1, known), (_PENDING, _AT_PENDING + 1, pending))
-    for names, start, by in groups:
-        at = start
+    groups = ((_SETTINGS, 1, weight), (_FACTS, _FACTS_OFFSET + 1, known), (_PENDING, _PENDING_OFFSET + 1, pending))
+    for names, start, divisor in groups:
+        offset = start
         for name in names:
-            places = _PLACES.get(name, 1)
-            number = _join([round(v / by) for v in header[at : at + places]]) if by > 0 else 0
+            digits = _DIGITS.get(name, 1)
+            number = _join([round(v / divisor) for v in header[offset : offset + digits]]) if divisor > 0 else 0
             values[name] = _value(name, number)
-            at += places
+            offset += digits
     if values["version"] != VERSION:
         raise ValueError(
-            f"A quantizer's state is of version {values['version']}, and this release of cpq-lightning reads version "
-            f"{VERSION}: use the release that wrote it."
+            f"A quantizer's state has version {values['version']}, and this release of cpq-lightning reads version "
+            f"{VERSION}: use the release that wrote the state."
         )
     return Settings(**values), max(0, round((math.log2(weight) - _FIRST) / _GROWTH))
 
 
 def read(state: Tensor) -> tuple[Settings, int]:
-    """Settings and revision from a state on any device, which is read once.
+    """Settings and revision from a state on any device, with a single copy to the host.
 
     Raises:
-        ValueError: it is no state, or one of a later version.
+        ValueError: The state is damaged, or of another version.
     """
     if state.dim() != 1 or len(state) < HEADER:
-        raise ValueError(f"A quantizer's state has at least {HEADER} elements in one row, got {tuple(state.shape)}.")
+        raise ValueError(
+            f"A quantizer's state is one-dimensional with at least {HEADER} elements, got shape {tuple(state.shape)}."
+        )
     if state.dtype.itemsize < 4:
         raise ValueError(
-            f"A quantizer's state is damaged (it was cast to {state.dtype}): it is float32. Load the state_dict as it "
-            "was saved."
+            f"A quantizer's state is damaged (it was cast to {state.dtype}): it must stay float32. Load the state_dict "
+            "as it was saved."
         )
     settings, revision = decode(state[:HEADER].tolist())
     if len(state) != size(settings):
-        raise ValueError(f"A quantizer's state says of itself {size(settings)} elements, and has {len(state)}.")
+        raise ValueError(f"A quantizer's state has {len(state)} elements, but its header requires {size(settings)}.")
     return settings, revision
 
 
 def is_stacked(state: Tensor) -> bool:
-    """Whether it is the states of several models at once, within ``torch.func.vmap``."""
+    """Whether ``state`` stacks the states of several models, within ``torch.func.vmap``."""
     return type(state) is Tensor and not torch.compiler.is_compiling() and _functorch.is_batchedtensor(state)
 
 
 def read_members(state: Tensor) -> Settings:
-    """The settings that models have in common whose states are stacked.
+    """The common settings of models whose states are stacked.
 
     Raises:
-        ValueError: they differ in one that decides what is computed.
+        ValueError: The models differ in a setting that affects the computation.
     """
     dimension = _functorch.maybe_get_bdim(state)
     rows = _functorch.get_unwrapped(state).movedim(dimension, 0)
@@ -300,21 +301,21 @@ def read_members(state: Tensor) -> Settings:
         different = {getattr(settings, name) for settings in (first, *others)}
         if len(different) > 1:
             raise ValueError(
-                f"Models within torch.func.vmap are computed as one, and their {first.kind} quantizers at one place "
-                f"have {name} {' and '.join(map(repr, sorted(different)))}: call the models one by one, or give them "
-                "the same settings."
+                f"Models within torch.func.vmap are computed together and need the same settings, but corresponding "
+                f"{first.kind} quantizers have {name} {' and '.join(map(repr, sorted(different)))}: call the models "
+                "one by one, or give them the same settings."
             )
     return first
 
 
 def weight_of_ranges(state: Tensor) -> Tensor:
-    """What scales are multiplied by: 0 before they are known, shape (1,)."""
-    return state[_AT_RANGES:HEADER]
+    """The weight of the scales, 0 before they are known, shape (1,)."""
+    return state[_RANGES_OFFSET:HEADER]
 
 
 def weight_of_pending(state: Tensor) -> Tensor:
-    """What pending scales are multiplied by: 0 where there are none, shape (1,)."""
-    return state[_AT_PENDING : _AT_PENDING + 1]
+    """The weight of the pending scales, 0 if there are none, shape (1,)."""
+    return state[_PENDING_OFFSET : _PENDING_OFFSET + 1]
 
 
 def _number(name: str, value: Any) -> int:
@@ -327,11 +328,11 @@ def _value(name: str, number: int) -> Any:
     return bool(number) if name in _BOOLEANS else number
 
 
-def _split(number: int, places: int) -> list[int]:
-    """A whole number from 0 (negative ones as two's complement) as digits of 20 bits, the lowest first."""
-    number &= (1 << _PLACE * places) - 1
-    return [(number >> _PLACE * place) & ((1 << _PLACE) - 1) for place in range(places)]
+def _split(number: int, count: int) -> list[int]:
+    """The lowest ``count`` digits, of 20 bits each, of an integer in two's complement, the lowest first."""
+    number &= (1 << _DIGIT_BITS * count) - 1
+    return [(number >> _DIGIT_BITS * place) & ((1 << _DIGIT_BITS) - 1) for place in range(count)]
 
 
 def _join(digits: list[int]) -> int:
-    return sum(digit << _PLACE * place for place, digit in enumerate(digits))
+    return sum(digit << _DIGIT_BITS * place for place, digit in enumerate(digits))

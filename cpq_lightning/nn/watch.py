@@ -1,4 +1,4 @@
-"""Who watches a forward: in its own thread, and without a change to what is computed."""
+"""Watchers of a forward, local to a thread, without a change to the computation."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """Entered as a context, it is told what quantizers and quantized layers do in this thread.
+    """A context manager whose methods are called by the quantizers and quantized layers that run in this thread.
 
-    Other threads, compiled code, and what backward computes again in a thread of its own tell it nothing.
+    Other threads, compiled code, and recomputation in the thread of a backward pass do not call them.
     """
 
     def passes(self, quantizer: Quantizer, x: Tensor) -> bool:
-        """Asked before ``x`` is quantized: whether to pass it on as it is instead, as calibration does."""
+        """Called before ``x`` is quantized; return ``True`` to leave it unquantized, as calibration does."""
         return False
 
     def on_quantized(self, quantizer: Quantizer, x: Tensor, out: Tensor | None) -> None:
-        """``x`` was quantized to ``out``; ``None`` where a kernel does it within the product."""
+        """Called after ``x`` was quantized to ``out``; ``None`` if a kernel quantizes it within the product."""
 
     def on_layer(self, layer: nn.Module) -> None:
-        """A quantized layer is called."""
+        """Called when a quantized layer is called."""
 
     def on_product(self, layer: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> None:
-        """A layer has computed a product in which a kernel quantizes at least one side."""
+        """Called after a layer computed a product in which a kernel quantizes at least one operand."""
 
     def __enter__(self) -> Self:
         _running.watchers = (*_running.watchers, self)
@@ -49,5 +49,5 @@ _running = _Running()
 
 
 def watchers() -> tuple[Watcher, ...]:
-    """Who watches this thread."""
+    """The watchers of this thread."""
     return () if torch.compiler.is_compiling() else _running.watchers

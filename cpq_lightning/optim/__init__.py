@@ -1,1 +1,1 @@
-"""The quantizers' parameters, trained by hooks of optimizers that were built without them."""
+"""Optimizer hooks that train the quantizers' parameters, which the user's optimizer does not contain."""

@@ -1,7 +1,7 @@
-"""An optimizer beside the user's, for the quantizers' parameters: the user's is never given any of them."""
+"""An auxiliary optimizer for the quantizers' parameters, which are never added to the user's optimizer."""
 
 # pyright: reportPrivateImportUsage=false
-# torch has the operations on many tensors at once under private names only.
+# torch exposes its multi-tensor operations under private names only.
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from cpq_lightning.optim.optimizer_hook import OptimizerHook, before_update, nes
 from cpq_lightning.optim.param_groups import largest_group
 from cpq_lightning.optim.update_clamp import UpdateClamp
 
-# Adam's usual rate, where the user's is no guide; on a logarithm of a step it is 0.1 % an update.
+# Adam's default rate, used if the user's optimizer is of another class: it changes a log-scale by 0.1 % an update.
 _ADAM_LR = 1e-3
-# Of torch's own: LBFGS takes a closure, Muon matrices, SparseAdam sparse gradients. All others take any parameter, and
-# count nothing in their groups.
-_NEEDS_OTHERS = tuple(getattr(torch.optim, n) for n in ("LBFGS", "Muon", "SparseAdam") if hasattr(torch.optim, n))
-# What a group has of its own. All else are settings.
+# The optimizers of torch with special needs: LBFGS a closure, Muon matrices, SparseAdam sparse gradients. All others
+# take any parameter, and keep no counters in their groups.
+_UNSUITABLE = tuple(getattr(torch.optim, n) for n in ("LBFGS", "Muon", "SparseAdam") if hasattr(torch.optim, n))
+# Entries that identify a group. All others are settings.
 _IDENTITY = ("params", "param_names", "name")
 
 
 class AuxiliaryOptimizer:
     """Trains the quantizers' parameters with an optimizer like the user's, stepped whenever the user's steps.
 
-    It has the class of the user's, and before each update takes on every setting of the user's largest group, as
-    schedulers have left it; but no weight decay, and ``lr_factor`` times the rate. So the numbers are those of a group
-    of its own in the user's optimizer. Of a wrapper (SAM, Lookahead) it is the class of the optimizer inside. Where
-    that takes no one-dimensional parameters (LBFGS, Muon), or the user's parameters are sharded, it is Adam, whose rate
-    follows the user's in proportion.
+    It has the class of the user's optimizer. Before each update it copies the settings of the user's largest group, as
+    schedulers have set them, without weight decay and with ``lr_factor`` times the learning rate. The result is the
+    same as with a separate group in the user's optimizer. For a wrapper (SAM, Lookahead) the class is that of the inner
+    optimizer. If that class takes no one-dimensional parameters (LBFGS, Muon), or the user's parameters are sharded,
+    the auxiliary optimizer is Adam, with a rate that changes in proportion to the user's.
 
     Args:
         optimizer: The user's optimizer.
         parameters: The quantizers' parameters, one-dimensional and on one device.
         lr_factor: Learning rate relative to the user's.
-        grad_scale: Reads the factor that gradients are scaled by; ``None`` where no gradient scaler is in use.
-        wrappers: Objects that stand for the optimizer and have methods of their own.
-        average: Averages a tensor over all processes in place, where nobody else does it for these parameters.
+        grad_scale: Returns the factor by which gradients are scaled; ``None`` without a gradient scaler.
+        wrappers: Objects that stand in for the optimizer and define its methods themselves.
+        average: Averages a tensor over all processes in place; ``None`` if the gradients of these parameters are
+            averaged already.
         kept_out: Parameters that may not be added to the user's optimizer; ``None`` means those of this one.
     """
 
@@ -66,22 +67,22 @@ class AuxiliaryOptimizer:
         group = largest_group(optimizer)
         self._first_lr = float(group.get("initial_lr") or group.get("lr") or 0.0)
         UpdateClamp(self.optimizer, self.parameters)
-        self._beside = OptimizerHook(optimizer, self.parameters, self._step, grad_scale, wrappers, average, kept_out)
-        # Optimizers without a schedule train at other values than they are evaluated at.
+        self._hook = OptimizerHook(optimizer, self.parameters, self._step, grad_scale, wrappers, average, kept_out)
+        # Schedule-free optimizers train at other parameter values than they evaluate at.
         for mode in ("train", "eval"):
             if hasattr(self.optimizer, mode):
-                self._beside.follow(mode, getattr(self.optimizer, mode))
+                self._hook.follow(mode, getattr(self.optimizer, mode))
         self._handle = before_update(optimizer, self.follow_settings)
         self.follow_settings()
 
     def follow_settings(self) -> None:
-        """Take on what the user's optimizer is set to."""
+        """Copy the settings of the user's optimizer."""
         (group,) = self.optimizer.param_groups
         settings = _settings(self._user)
         rate = settings.get("lr")
         if not self.has_users_class:
-            part = float(rate) / self._first_lr if rate is not None and self._first_lr else 1.0
-            group["lr"] = _ADAM_LR * self._lr_factor * part
+            ratio = float(rate) / self._first_lr if rate is not None and self._first_lr else 1.0
+            group["lr"] = _ADAM_LR * self._lr_factor * ratio
             return
         group.update({name: value for name, value in settings.items() if name not in self._counters})
         if rate is not None:
@@ -97,33 +98,33 @@ class AuxiliaryOptimizer:
 
     @property
     def is_left_out(self) -> bool:
-        """Whether there are gradients, and the user's optimizer has never told of a step."""
+        """Whether there are gradients, but the user's optimizer has never run its step hooks."""
         return not self._updated and any(p.grad is not None for p in self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer and the name of its class, for a checkpoint."""
+        """The state of the optimizer and the name of its class, for a checkpoint."""
         return {**self.optimizer.state_dict(), "optimizer": type(self.optimizer).__name__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: it is the state of another optimizer, or of other parameters.
+            ValueError: The state is that of another optimizer class, or of another number of parameters.
         """
         saved = state.get("optimizer"), [len(group["params"]) for group in state["param_groups"]]
         expected = type(self.optimizer).__name__, [len(self.parameters)]
         if saved != expected:
             raise ValueError(
-                f"The checkpoint's state of the quantizers' optimizer does not fit: expected {_named(*expected)}, got "
-                f"{_named(*saved)}. Resume with the optimizer and the CPQConfig of the run that saved it, or load the "
-                "checkpoint's state_dict into the module and begin a new run."
+                f"The checkpoint's state of the quantizers' optimizer does not match: expected {_named(*expected)}, "
+                f"got {_named(*saved)}. Resume with the optimizer and the CPQConfig of the run that saved it, or load "
+                "the checkpoint's state_dict into the module and start a new run."
             )
         self.optimizer.load_state_dict({key: state[key] for key in ("state", "param_groups")})
 
     def remove(self) -> None:
-        """Step no more."""
+        """Remove the hooks from the user's optimizer."""
         self._handle.remove()
-        self._beside.remove()
+        self._hook.remove()
 
 
 def _named(optimizer: str | None, sizes: list[int]) -> str:
@@ -131,52 +132,52 @@ def _named(optimizer: str | None, sizes: list[int]) -> str:
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Those of the largest group, without weight decay."""
+    """The settings of the largest group, without weight decay."""
     group = largest_group(optimizer)
-    # A tensor may be written to by whoever steps.
+    # Tensors are cloned, since an optimizer may write to them.
     copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k not in _IDENTITY}
     return copied | ({"weight_decay": 0.0} if "weight_decay" in copied else {})
 
 
 def optimizer_like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[Optimizer, set[str]] | None:
-    """Another optimizer of the same class and settings; of a wrapper, like the one inside.
+    """Create another optimizer of the same class and settings; for a wrapper, of those of the inner optimizer.
 
-    Whether a class takes one-dimensional parameters shows in a step on one: LBFGS needs a closure for it, Muon refuses
-    them at once, others as late as there. So does what it counts in its group from step to step, which is no setting.
+    A trial step on a one-dimensional parameter shows whether a class accepts one: LBFGS needs a closure, Muon refuses
+    in its constructor, others only in the step. It also shows which entries of the group are counters, not settings.
 
     Returns:
-        The optimizer, and the names of what it counts; ``None`` where the class takes no such parameters, or the
-        optimizer's own are sharded.
+        The optimizer and the names of its counters; ``None`` if the class takes no one-dimensional parameters, or the
+        parameters of ``optimizer`` are sharded.
     """
     if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
         return None
     for candidate in nested(stepping(optimizer)):
-        if type(candidate).__module__.startswith("torch.optim.") and not isinstance(candidate, _NEEDS_OTHERS):
+        if type(candidate).__module__.startswith("torch.optim.") and not isinstance(candidate, _UNSUITABLE):
             return _make_like(candidate, parameters), set()
         trial = nn.Parameter(torch.zeros_like(parameters[0]))
         trial.grad = torch.zeros_like(trial)
         try:
-            tried = _make_like(candidate, [trial])
-            if hasattr(tried, "train"):
-                tried.train()  # type: ignore[attr-defined]
-            before = _settings(tried)
-            tried.step()
+            trial_optimizer = _make_like(candidate, [trial])
+            if hasattr(trial_optimizer, "train"):
+                trial_optimizer.train()  # type: ignore[attr-defined]
+            before = _settings(trial_optimizer)
+            trial_optimizer.step()
         except Exception:
             continue
-        counters = {name for name, value in _settings(tried).items() if not _same(value, before.get(name))}
+        counters = {name for name, value in _settings(trial_optimizer).items() if not _equal(value, before.get(name))}
         return _make_like(candidate, parameters), counters - {"lr", "weight_decay"}
     return None
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    return bool(one == other)
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
 
 
 def _make_like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
     settings = {}
-    for name in _accepted(type(optimizer)):
+    for name in _argument_names(type(optimizer)):
         if name in optimizer.defaults:
             settings[name] = optimizer.defaults[name]
         elif hasattr(optimizer, name):
@@ -185,13 +186,13 @@ def _make_like(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Opti
     return type(optimizer)(groups, **settings)  # type: ignore[arg-type]
 
 
-def _accepted(cls: type) -> set[str]:
-    """Names of the arguments that a constructor takes, also of those that it passes on."""
+def _argument_names(cls: type) -> set[str]:
+    """Names of the arguments of a constructor, including those that it forwards to base classes."""
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
-            found = inspect.signature(vars(base)["__init__"]).parameters
-            names |= found.keys()
-            if not any(p.kind == p.VAR_KEYWORD for p in found.values()):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            names |= parameters.keys()
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
                 break
     return names - {"self", "params"}

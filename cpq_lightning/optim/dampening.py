@@ -1,4 +1,4 @@
-"""Weights pulled to their grid, beside an optimizer that knows nothing of it."""
+"""Dampening: moves weights towards their grid points after each optimizer step (cf. Nagel et al., 2022)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from cpq_lightning.optim.optimizer_hook import stepping
 
 
 class Dampening:
-    """After each step of an optimizer moves the weights that it has updated towards their grid points.
+    """Moves the weights of an optimizer towards their grid points after each of its steps.
 
-    ``w <- w + strength · (q(w) - w)``, ``q`` as evaluation has it: decoupled from the gradient, as AdamW decouples
-    weight decay. No weight changes its grid point by it. Left alone are weights without a gradient, those whose
-    quantizer is inactive or still learns its width, and all of them where 16-bit precision skips the step.
+    ``w <- w + strength · (q(w) - w)``, with ``q`` the quantizer in evaluation. The update is decoupled from the
+    gradient, as AdamW decouples weight decay, and moves no weight to another grid point. Unchanged are weights without
+    a gradient, weights whose quantizer is inactive or still learns its width, and all weights if 16-bit precision skips
+    the step.
 
     Args:
         optimizer: The optimizer.
-        quantizers: Of each weight, by its ``id``: a group that is added later is pulled too.
-        strength: Asked in each step; 0 to 1.
+        quantizers: The quantizer of each weight, by the weight's ``id``, also for groups that are added later.
+        strength: Returns the strength, 0 to 1; called in each step.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Dampening:
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         strength = self._strength()
-        # Fused optimizers skip a step within it where 16-bit gradients overflow, and their hooks run all the same.
+        # If 16-bit gradients overflow, a fused optimizer skips the update inside its step, but still runs its hooks.
         overflow = getattr(optimizer, "found_inf", None)
         if strength <= 0 or (overflow is not None and bool(overflow)):
             return
@@ -49,13 +50,13 @@ class Dampening:
             weight.lerp_(_nearest(weight, quantizer), strength)
 
     def remove(self) -> None:
-        """Leave the optimizer alone."""
+        """Remove the hook from the optimizer."""
         self._handle.remove()
 
 
 def _nearest(weight: nn.Parameter, quantizer: Quantizer) -> Tensor:
-    found = quantizer.nearest(full_tensor(weight.detach()))
+    nearest = quantizer.nearest(full_tensor(weight.detach()))
     if isinstance(weight, DTensor):
-        # Every process has computed all of it: each keeps its part, and nothing is sent.
-        return distribute_tensor(found, weight.device_mesh, weight.placements, src_data_rank=None)
-    return found
+        # Every process has computed the full tensor and keeps its part, without communication.
+        return distribute_tensor(nearest, weight.device_mesh, weight.placements, src_data_rank=None)
+    return nearest

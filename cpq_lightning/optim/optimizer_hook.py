@@ -1,4 +1,4 @@
-"""What happens beside an optimizer of the user's: whenever it clears gradients, and whenever it steps."""
+"""Hooks on the user's optimizer, called when it clears gradients and when it steps."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from torch.utils.hooks import RemovableHandle
 
 
 class OptimizerHook:
-    """Keeps parameters out of an optimizer but in its rhythm.
+    """Keeps parameters out of an optimizer, but clears their gradients and updates them when the optimizer does so.
 
-    Their gradients are cleared whenever the optimizer's are, so that closures evaluated many times a step (LBFGS) and
-    accumulated gradients come out right. They are handed over, unscaled, whenever it steps: not where a gradient scaler
-    skips the step, nor where one of these is not finite. Without a scaler nothing is read back from the device, and
-    gradients are handed over as they are. While the optimizer is toggled off, so that none of its own parameters
-    requires a gradient, these receive zeros. A group that is added to the optimizer later, by a callback that unfreezes
-    layers, comes without them.
+    Their gradients are cleared whenever the optimizer's are, which keeps closures evaluated many times a step (LBFGS)
+    and accumulated gradients correct. ``stepped`` receives them, unscaled, whenever the optimizer steps, unless a
+    gradient scaler skips the step or one of them is not finite. Without a scaler nothing is copied from the device, and
+    ``stepped`` receives the gradients unchanged. While the optimizer is toggled off, so that none of its parameters
+    requires a gradient, these parameters get zero gradients. They are removed from any group that is added to the
+    optimizer later, as by a callback that unfreezes layers.
 
     Args:
         optimizer: The user's optimizer.
-        parameters: The parameters beside it, one-dimensional and on one device.
-        stepped: Called with their gradients (``None`` where there is none) after each step.
-        grad_scale: Reads the factor that gradients are scaled by; ``None`` where no gradient scaler is in use.
-        wrappers: Objects that stand for the optimizer and have methods of their own.
-        average: Averages a tensor over all processes in place, where nobody else does it for these parameters.
-        kept_out: Parameters that may not be added to the optimizer; ``None`` means those beside it.
+        parameters: The parameters to keep out, one-dimensional and on one device.
+        stepped: Called with their gradients (``None`` for a missing one) after each step.
+        grad_scale: Returns the factor by which gradients are scaled; ``None`` without a gradient scaler.
+        wrappers: Objects that stand in for the optimizer and define its methods themselves.
+        average: Averages a tensor over all processes in place; ``None`` if the gradients of these parameters are
+            averaged already.
+        kept_out: Parameters that may not be added to the optimizer; ``None`` means ``parameters``.
     """
 
     def __init__(
@@ -50,25 +51,25 @@ class OptimizerHook:
         self._average = average
         self._kept_out = {id(p) for p in (self.parameters if kept_out is None else kept_out)}
         self._removed = False
-        self._watched: list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]] = []
-        # Wrappers inherit methods of the optimizer's class, which pass by what is set on the optimizer.
+        self._wrapped: list[tuple[Any, str, Callable[..., Any], Callable[..., Any]]] = []
+        # A wrapper inherits methods of the optimizer's class, which bypass attributes set on the inner optimizer.
         self._owners = list({id(o): o for o in (*wrappers, *nested(optimizer))}.values())
-        self._watch("zero_grad", self._zero)
-        self._watch("add_param_group", self._add)
+        self._wrap_method("zero_grad", self._zero_grad)
+        self._wrap_method("add_param_group", self._add_param_group)
         self._was_on = self._is_on()
         self._handles = [stepping(optimizer).register_step_post_hook(self._after)]
-        self._handles += [_hooked(p, self._received) for p in self.parameters]
+        self._handles += [_register_hook(p, self._on_gradient) for p in self.parameters]
 
-    def _watch(self, name: str, instead: Callable[..., Any]) -> None:
+    def _wrap_method(self, name: str, replacement: Callable[..., Any]) -> None:
         for owner in self._owners:
             method = getattr(owner, name, None)
             if method is not None:
-                replaced = partial(instead, method)
+                replaced = partial(replacement, method)
                 setattr(owner, name, replaced)
-                self._watched.append((owner, name, method, replaced))
+                self._wrapped.append((owner, name, method, replaced))
 
     def follow(self, name: str, call: Callable[[], Any]) -> None:
-        """Call something behind each call of a method of the optimizer."""
+        """Call ``call`` after each call of the optimizer's method ``name``."""
 
         def followed(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
@@ -76,26 +77,26 @@ class OptimizerHook:
                 call()
             return result
 
-        self._watch(name, followed)
+        self._wrap_method(name, followed)
 
-    def _zero(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _zero_grad(self, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         zero_grad(*args, **kwargs)
         for parameter in () if self._removed else self.parameters:
             parameter.grad = None
 
-    def _add(self, add: Callable[..., None], param_group: dict[str, Any]) -> None:
-        own = set() if self._removed else self._kept_out
+    def _add_param_group(self, add: Callable[..., None], param_group: dict[str, Any]) -> None:
+        excluded = set() if self._removed else self._kept_out
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        left = [p for p in params if id(p[1] if isinstance(p, tuple) else p) not in own]
-        if left or not params:
-            add({**param_group, "params": left})
+        remaining = [p for p in params if id(p[1] if isinstance(p, tuple) else p) not in excluded]
+        if remaining or not params:
+            add({**param_group, "params": remaining})
 
     def _is_on(self) -> bool:
         return any(p.requires_grad for group in self._optimizer.param_groups for p in group["params"])
 
-    def _received(self, grad: Tensor) -> Tensor | None:
-        # Not before it was on: of a network that is frozen as a whole the quantizers train all the same.
+    def _on_gradient(self, grad: Tensor) -> Tensor | None:
+        # Only after it was on once: in a fully frozen network the quantizers still train.
         if self._is_on():
             self._was_on = True
         elif self._was_on:
@@ -103,7 +104,7 @@ class OptimizerHook:
         return None
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Processes that share a model go backward together: none waits for another in an average.
+        # All processes run backward together, so that none waits alone in the average.
         if all(p.grad is None for p in self.parameters):
             return
         if self._average is not None:
@@ -113,39 +114,39 @@ class OptimizerHook:
             self._stepped(gradients)
 
     def _unscale(self, optimizer: Optimizer, gradients: Iterable[Tensor | None], scale: float) -> bool:
-        """Divide by the scale; whether this is a step that counts."""
+        """Divide the gradients by ``scale``; return whether they are finite and the step was not skipped."""
         present = [gradient.div_(scale) for gradient in gradients if gradient is not None]
-        # Fused optimizers skip a step within it where 16-bit gradients overflow, and their hooks run all the same.
+        # If 16-bit gradients overflow, a fused optimizer skips the update inside its step, but still runs its hooks.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return False
         return math.isfinite(float(torch.stack([gradient.abs().sum() for gradient in present]).sum()))
 
     def rest(self) -> None:
-        """Hand over no more gradients; the parameters stay out of the optimizer."""
+        """Stop calling ``stepped``; the parameters stay out of the optimizer."""
         for handle in self._handles:
             handle.remove()
 
     def remove(self) -> None:
-        """Leave the optimizer and the parameters alone."""
+        """Remove all hooks from the optimizer and the parameters."""
         self.rest()
-        # Somebody may have wrapped the method again since: then what is inside passes everything on.
+        # Third-party code may have wrapped the method again; then the inner wrapper only forwards calls.
         self._removed = True
-        for owner, name, method, replaced in reversed(self._watched):
+        for owner, name, method, replaced in reversed(self._wrapped):
             if vars(owner).get(name) is replaced:
                 _restore(owner, name, method)
 
 
 def _restore(owner: Any, name: str, method: Callable[..., Any]) -> None:
-    """Give an object its method back: from its class, where it came from there."""
+    """Restore a method of ``owner``: one of its class by removing the instance attribute."""
     if getattr(method, "__func__", None) is getattr(type(owner), name, method):
         delattr(owner, name)
     else:
         setattr(owner, name, method)
 
 
-def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Register a hook on a parameter, also on one that is frozen yet."""
+def _register_hook(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Register a hook on a parameter, even if it is frozen."""
     trains = parameter.requires_grad
     handle = parameter.requires_grad_(True).register_hook(hook)
     parameter.requires_grad_(trains)
@@ -153,7 +154,7 @@ def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor | None]) ->
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], average: Callable[[Tensor], None]) -> None:
-    """Average gradients over all processes, in one go; one that is missing counts as zero."""
+    """Average gradients over all processes in one call; a missing gradient counts as zero."""
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
     average(flat)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -161,10 +162,10 @@ def average_gradients(parameters: Sequence[nn.Parameter], average: Callable[[Ten
 
 
 def nested(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """An optimizer, and those that it wraps, from outside to inside."""
-    found: list[Optimizer] = []
-    while optimizer not in found:
-        found.append(optimizer)
+    """An optimizer and those that it wraps, from the outermost to the innermost."""
+    visited: list[Optimizer] = []
+    while optimizer not in visited:
+        visited.append(optimizer)
         yield optimizer
         inner = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
         if inner is None:
@@ -173,16 +174,16 @@ def nested(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 
 def stepping(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose step hooks fire with every update: the innermost of those that hold the same parameters.
+    """The optimizer whose step hooks run with every update: the innermost one with the same parameters.
 
-    A wrapper may skip torch's constructor, and with it the hooks (timm's Lookahead). Or it may be used by other methods
+    A wrapper may skip torch's constructor, and with it the hooks (timm's Lookahead), or may be called by methods other
     than ``step`` (the two steps of SAM).
     """
-    found = optimizer
+    result = optimizer
     for inner in nested(optimizer):
-        if not _has_hooks(found) or _parameters(inner) == _parameters(optimizer):
-            found = inner
-    return found
+        if not _has_hooks(result) or _parameters(inner) == _parameters(optimizer):
+            result = inner
+    return result
 
 
 def _has_hooks(optimizer: Optimizer) -> bool:
@@ -194,8 +195,8 @@ def _parameters(optimizer: Optimizer) -> set[int]:
 
 
 def before_update(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHandle:
-    """Call something before each update of an optimizer: as its step begins, and again behind the first call of its
-    closure, which may have changed what the update goes by.
+    """Call ``call`` before each update of an optimizer: at the start of its step, and again after the first call of the
+    closure, which may have changed the settings.
     """
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -203,13 +204,13 @@ def before_update(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHa
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             return None
-        closure = _calling_once(closure, call)
+        closure = _with_call_after_first(closure, call)
         return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
 
     return stepping(optimizer).register_step_pre_hook(before)
 
 
-def _calling_once(closure: Callable[..., Any], call: Callable[[], None]) -> Callable[..., Any]:
+def _with_call_after_first(closure: Callable[..., Any], call: Callable[[], None]) -> Callable[..., Any]:
     called = False
 
     def calling(*args: Any, **kwargs: Any) -> Any:

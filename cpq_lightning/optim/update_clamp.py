@@ -1,7 +1,7 @@
-"""A bound on what one update may do to the quantizers, whatever the optimizer and its learning rate."""
+"""Update clamp: limits the change of the quantizers' parameters in one update, for any optimizer and learning rate."""
 
 # pyright: reportPrivateImportUsage=false
-# torch has the operations on many tensors at once under private names only.
+# torch exposes its multi-tensor operations under private names only.
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torch.optim import Optimizer
 
 from cpq_lightning.optim.optimizer_hook import stepping
 
-# Some 10 % of a step, and less of the noise. The recipes move neither by more than 0.003 in an update; Adam at the
-# absurd rate of 0.1 by no more than 0.08.
+# About 10 % of the scale, and less of the noise. The recipes change neither by more than 0.003 in an update; Adam at
+# the absurd rate of 0.1 by at most 0.08.
 BOUND = 0.1
-# What carries one update into the next, by the names that it has in optimizers of torch, timm and others.
-_MOMENTA = ("momentum_buffer", "exp_avg")
+# State entries that carry momentum, as named in optimizers of torch, timm and others.
+_MOMENTUM_NAMES = ("momentum_buffer", "exp_avg")
 
 
 class UpdateClamp:
-    """Keeps each update of an optimizer within a bound for some of its parameters; within it not a bit is changed.
+    """Clamps the update of some parameters of an optimizer; updates within ``bound`` stay bitwise unchanged.
 
-    An update that goes further ends at the bound, and its momentum shrinks in proportion: after one gradient that is a
-    thousand times too large the parameter would else go to the bound in dozens of updates more. All parameters share a
-    few calls, and nothing is read back from the device.
+    A larger update is cut off at ``bound``, and its momentum is divided by the same ratio. Otherwise a single gradient
+    that is a thousand times too large would keep the updates at the bound for dozens of steps. The operations are
+    batched over all parameters, and nothing is copied from the device.
 
-    A wrapper that averages values over several updates (timm's Lookahead) may go back by more, to values within those
-    that there were.
+    A wrapper that averages values over several updates (timm's Lookahead) may move parameters back by more than the
+    bound, to values between earlier ones.
 
     Args:
-        optimizer: The optimizer that moves the parameters.
-        parameters: One-dimensional, on one device, and logarithms or logits: a bound on them is a relative one.
-        bound: How far each element may move in an update.
+        optimizer: The optimizer of the parameters.
+        parameters: One-dimensional parameters on one device. They are logarithms or logits, so that the bound is a
+            relative one.
+        bound: Maximum change of each element in one update.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Iterable[Tensor], bound: float = BOUND) -> None:
@@ -45,48 +46,48 @@ class UpdateClamp:
         self._handles = [inner.register_step_pre_hook(self._before), inner.register_step_post_hook(self._after)]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        self._remember()
+        self._save_values()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             return None
-        closure = self._remembering(closure)
+        closure = self._saving_after_first(closure)
         return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
 
-    def _remembering(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+    def _saving_after_first(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         called = False
 
-        def remembering(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal called
             result = closure(*args, **kwargs)
-            # A first forward may have fitted ranges anew. Later calls are an optimizer's probes on the way.
+            # The first forward may have fitted ranges again. Later calls are probes within the update.
             if not called:
                 called = True
-                self._remember()
+                self._save_values()
             return result
 
-        return remembering
+        return wrapped
 
     @torch.no_grad()
-    def _remember(self) -> None:
+    def _save_values(self) -> None:
         self._start = torch.cat(self.parameters)
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self._start is not None
         now = torch.cat(self.parameters)
-        held = now.clamp(self._start - self.bound, self._start + self.bound)
-        # How many times the bound an update was: exactly 1 where nothing is cut off.
-        times = 1 + (now - held).abs() / self.bound
+        clamped = now.clamp(self._start - self.bound, self._start + self.bound)
+        # Ratio of the update to the bound: exactly 1 where nothing is cut off.
+        ratio = 1 + (now - clamped).abs() / self.bound
         sizes = [len(p) for p in self.parameters]
-        torch._foreach_copy_(self.parameters, held.split(sizes))
+        torch._foreach_copy_(self.parameters, clamped.split(sizes))
         states = [optimizer.state.get(p, {}) for p in self.parameters]
-        for name in _MOMENTA:
-            pairs = zip(states, times.split(sizes), strict=True)
-            found = [(state[name], own) for state, own in pairs if isinstance(state.get(name), Tensor)]
-            if found:
-                torch._foreach_div_([momentum for momentum, _ in found], [own for _, own in found])
+        for name in _MOMENTUM_NAMES:
+            pairs = zip(states, ratio.split(sizes), strict=True)
+            momenta = [(state[name], part) for state, part in pairs if isinstance(state.get(name), Tensor)]
+            if momenta:
+                torch._foreach_div_([momentum for momentum, _ in momenta], [part for _, part in momenta])
 
     def remove(self) -> None:
-        """Leave the optimizer alone."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()

@@ -1,1 +1,1 @@
-"""The layout of the packed file: what it holds, and how many bytes that is before the file exists."""
+"""The layout of the packed file, and its size before the file is written."""

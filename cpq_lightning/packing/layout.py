@@ -1,22 +1,26 @@
-"""The layout of a packed file, and what its header says of a model.
+"""The layout of a packed file, and the contents of its header.
 
-A packed file (version 3) is a safetensors file of a few flat tensors. ``codes`` (bytes) holds the codes of each
-quantized weight one behind the other (:func:`~cpq_lightning.functional.packing.pack_codes`; rows are the output
-channels), each from a whole byte on. ``float32`` holds, for each layer in order, the steps of its weight and, where its
-input is quantized, that of its input; the steps of the operands of products without a weight; and what is not
-quantized, in the order in which it is listed. What is not quantized and of another type lies in a tensor that is named
-after its type, such as ``int64``. The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a
-newline, and that text:
+A packed file (version 3) is a safetensors file of a few flat tensors:
+
+- ``codes`` (bytes): the codes of each quantized weight (:func:`~cpq_lightning.functional.packing.pack_codes`; rows are
+  the output channels), one after the other, each starting at a byte boundary.
+- ``float32``: first for each layer in order the scales of its weight and, if its input is quantized, the scale of the
+  input; then the scales of the operands of products without a weight; then all tensors that are not quantized, in the
+  order of ``rest``.
+- Unquantized tensors of other types lie in one tensor for each type, named after it, such as ``int64``.
+
+The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a newline, and that text, with the keys
 
 - ``format``, ``version``, ``written_by``; ``sha256`` of all tensors (:func:`digest_of_all`);
-- ``architecture``, where timm builds the network;
-- ``layers``: each with its ``name``, its weight's ``bits`` (one width, or one a channel), ``shape``, ``channel_dim``
-  (0 where it is left out), the number of ``steps`` (1 likewise), and ``input``, ``"s4"`` of a signed grid of four bits
-  and ``"u4"`` of an unsigned one, nothing where it is not quantized; or with its ``name``, its ``input``, and the layer
-  that is the ``source`` of its weight;
-- ``products`` without a weight that are quantized: each with its ``module``, ``plan``, ``counts`` and ``operands``;
-- ``tied``: other names in the network's state of a layer's weight, with the layer, such as an embedding's;
-- ``rest``: what is not quantized, by type and name, with its shape.
+- ``architecture``, if timm builds the network;
+- ``layers``: each with its ``name``, the ``bits`` of its weight (one width, or one for each channel), ``shape``,
+  ``channel_dim`` (0 if omitted), the number of scales as ``steps`` (1 if omitted), and ``input``: ``"s4"`` for a signed
+  grid of four bits, ``"u4"`` for an unsigned one, omitted if the input is not quantized. A layer that shares the weight
+  of another one has ``name``, ``input``, and that layer as ``source``;
+- ``products``: the quantized products without a weight, each with its ``module``, ``plan``, ``counts`` and
+  ``operands``;
+- ``tied``: further names of a layer's weight in the network's state, such as an embedding's, each with the layer;
+- ``rest``: the tensors that are not quantized, by type and name, with their shapes.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ FORMAT = "cpq-lightning-packed"
 VERSION = 3
 KEY = "cpq_lightning"
 CODES = "codes"
-# Names of types in safetensors, and their bytes, in the order in which it writes tensors.
+# Names of types in safetensors and their sizes in bytes, in the order in which safetensors writes tensors.
 DTYPES = {
     "uint64": ("U64", 8), "int64": ("I64", 8), "float64": ("F64", 8), "complex64": ("C64", 8), "float32": ("F32", 4),
     "uint32": ("U32", 4), "int32": ("I32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2), "uint16": ("U16", 2),
@@ -53,14 +57,14 @@ Rest = dict[str, dict[str, list[int]]]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The quantized layers, products and tied weights of an attached model, as the header lists them."""
-    # A weight that layers share is stored once.
+    """The quantized layers, products and tied weights of an attached model, as listed in the header."""
+    # A shared weight is stored once.
     owners: dict[int, str] = {}
     layers: list[dict[str, Any]] = []
     for name, layer in read_layers(model):
         source = owners.setdefault(layer.weight_id, name)
-        own = {"source": source} if source != name else _weight(layer)
-        layers.append({"name": name, **own, **_input(layer.input_quantizer)})
+        weight = {"source": source} if source != name else _weight(layer)
+        layers.append({"name": name, **weight, **_input(layer.input_quantizer)})
     products = [
         {
             "module": name,
@@ -86,7 +90,7 @@ def _weight(layer: QuantizedLayer) -> dict[str, Any]:
 
 
 def width_entry(quantizer: Quantizer, widths: Sequence[int]) -> dict[str, Any]:
-    """What depends on the widths of a weight in its layer's entry: one width, or one a channel."""
+    """The part of a layer's entry that depends on the ``widths`` of its weight, one width or one for each channel."""
     steps = len(quantizer.log_scale)
     if quantizer.nesting == "resolution":
         steps = max(steps, len(widths))
@@ -106,45 +110,45 @@ def _operand(operand: nn.Module) -> str | None:
 
 
 def rest_of(model: nn.Module, tied: Mapping[str, str]) -> Rest:
-    """What is not quantized in an attached model, as the file has it: floats in float32, all else as it is.
+    """The unquantized tensors of an attached model, as stored in the file: floats in float32, others unchanged.
 
     Args:
         model: An attached model.
-        tied: Names in its state that are a layer's weight, as in :func:`describe`.
+        tied: Further names of layers' weights in its state, as in :func:`describe`.
     """
-    left_out = {*canonical_names(model), *tied}
-    # A weight that the forward reads in full precision, without its layer, stays so.
+    omitted = {*canonical_names(model), *tied}
+    # A weight that the forward also reads in full precision, bypassing its layer, is not quantized.
     read = {cast(nn.Module, layer) for _, layer in read_layers(model)}
-    inside: list[str] = []
+    quantizer_prefixes: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if isinstance(module, Quantizer):
-            inside.append(prefix)
+            quantizer_prefixes.append(prefix)
         if module in read:
-            left_out.update(f"{prefix}{key}" for key in ("weight", *computing(module)))
-    left_out.update(f"{name}.product_state".lstrip(".") for name, _ in modules_with_products(model))
-    found: Rest = {}
-    prefixes = tuple(inside)
+            omitted.update(f"{prefix}{key}" for key in ("weight", *computing(module)))
+    omitted.update(f"{name}.product_state".lstrip(".") for name, _ in modules_with_products(model))
+    rest: Rest = {}
+    prefixes = tuple(quantizer_prefixes)
     for name, value in model.state_dict().items():
-        if name not in left_out and not name.startswith(prefixes):
+        if name not in omitted and not name.startswith(prefixes):
             dtype = "float32" if value.is_floating_point() else dtype_name(value)
-            found.setdefault(dtype, {})[name] = list(value.shape)
-    return found
+            rest.setdefault(dtype, {})[name] = list(value.shape)
+    return rest
 
 
 def canonical_names(network: nn.Module) -> dict[str, str]:
-    """Names in the ``state_dict`` of a module that is registered several times, each with the first one for it."""
+    """Map the duplicate ``state_dict`` names of modules that are registered several times to the first name."""
     first: dict[nn.Module, str] = {}
     names = {}
     for name, module in network.named_modules(remove_duplicate=False):
-        own = first.setdefault(module, name)
-        if own != name:
-            names |= {f"{name}.{key}": f"{own}.{key}" for key in (*module._parameters, *module._buffers)}
+        canonical = first.setdefault(module, name)
+        if canonical != name:
+            names |= {f"{name}.{key}": f"{canonical}.{key}" for key in (*module._parameters, *module._buffers)}
     return names
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """A tensor's type as the header names it."""
+    """The name of a tensor's type in the header."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -164,7 +168,7 @@ def complete(
 
 
 def signed(header: Mapping[str, Any]) -> str:
-    """The entry of the file's metadata."""
+    """The entry of the file's metadata: the SHA-256 of the header's JSON text, a newline, and the text."""
     text = json.dumps(header, separators=(",", ":"))
     return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
@@ -175,24 +179,24 @@ def digest(tensor: Tensor) -> str:
 
 
 def digest_of_all(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a line for each tensor, in the order of their names: its name, type, shape, and :func:`digest`."""
+    """SHA-256 of one line for each tensor, sorted by name: its name, type, shape, and :func:`digest`."""
     lines = [f"{name} {dtype_name(t)} {list(t.shape)} {digest(t)}\n" for name, t in sorted(tensors.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def code_bytes(layer: Mapping[str, Any]) -> int:
-    """Bytes of the codes of one layer in a header."""
+    """Bytes of the codes of one layer of a header."""
     widths = layer["bits"] if isinstance(layer["bits"], list) else [layer["bits"]]
     return packed_bytes(math.prod(layer["shape"]) // len(widths) * sum(widths), 1)
 
 
 def lengths(header: Mapping[str, Any]) -> dict[str, int]:
-    """Elements of each flat tensor of a file with this header."""
-    own = [layer for layer in header["layers"] if "source" not in layer]
+    """Number of elements of each flat tensor of a file with this header."""
+    stored = [layer for layer in header["layers"] if "source" not in layer]
     grids = [layer.get("input") for layer in header["layers"]]
     grids += [grid for product in header.get("products", ()) for grid in product["operands"].values()]
-    found = {CODES: sum(map(code_bytes, own))}
-    found["float32"] = sum(layer.get("steps", 1) for layer in own) + sum(grid is not None for grid in grids)
+    elements = {CODES: sum(map(code_bytes, stored))}
+    elements["float32"] = sum(layer.get("steps", 1) for layer in stored) + sum(grid is not None for grid in grids)
     for dtype, tensors in header["rest"].items():
-        found[dtype] = found.get(dtype, 0) + sum(map(math.prod, tensors.values()))
-    return found
+        elements[dtype] = elements.get(dtype, 0) + sum(map(math.prod, tensors.values()))
+    return elements

@@ -1,4 +1,4 @@
-"""How large the packed file of a model is, to the byte, before there is one; and what widths cost in it."""
+"""The exact size of the packed file of a model before it is written, and the cost of bit widths in its bytes."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from cpq_lightning.packing.layout import (
     width_entry,
 )
 
-# Bytes by which a weight's codes and the header of the file are rounded up.
+# Maximum number of bytes by which the codes of a weight and the header of the file are rounded up.
 _ROUNDING = 16.0
 
 
 def packed_size(model: nn.Module, architecture: Mapping[str, Any] | None = None) -> int:
-    """Bytes of the packed file of an attached model, as it is now: codes, steps, the rest in float32, and the header.
+    """Bytes of the packed file of an attached model at its present widths: codes, scales, unquantized tensors, header.
 
     Args:
-        model: What is exported, attached.
-        architecture: As :func:`~cpq_lightning.export.packed.write_packed` takes it.
+        model: The attached model to export.
+        architecture: As for :func:`~cpq_lightning.export.packed.write_packed`.
     """
     header = _header(unwrapped(model), architecture)
-    return _file_bytes(_written(signed(header)), lengths(header))
+    return _file_bytes(_json_length(signed(header)), lengths(header))
 
 
 def byte_cost(
     model: nn.Module, learners: Sequence[Quantizer], architecture: Mapping[str, Any] | None = None
 ) -> WidthCost:
-    """What the widths of some quantizers cost in bytes of the packed file, all others as they are.
+    """The cost of the widths of some quantizers in bytes of the packed file; all other widths are constants.
 
     Args:
-        model: What is exported, attached.
-        learners: The quantizers whose widths vary; rows are their widths, one each or one a channel, in order. Those of
-            activations, and of what is not exported, cost nothing.
-        architecture: As :func:`packed_size` takes it.
+        model: The attached model to export.
+        learners: The quantizers whose widths vary; a row is the width of a quantizer or of one of its channels, in
+            order. Quantizers of activations, and of layers that are not exported, cost nothing.
+        architecture: As for :func:`packed_size`.
     """
     model = unwrapped(model)
     first: dict[Quantizer, int] = {}
@@ -72,57 +72,57 @@ def byte_cost(
     ]
     coefficients = torch.tensor(each, dtype=torch.float64)
     exact = _FileSize(header, varied)
-    # As wide as they can be, but channels not all of one width: on the way each has its own.
+    # The constant is taken at the widest widths, with one channel narrower: then each channel's width is listed.
     widest = [torch.full((q.gates.rows,), float(q.bits), dtype=torch.float64) for q in learners]
-    for own in widest:
-        own[1:2] -= 1
-    most = torch.cat(widest) if widest else torch.zeros(0, dtype=torch.float64)
-    constant = exact(most) - float((coefficients * most[index]).sum())
+    for widths in widest:
+        widths[1:2] -= 1
+    reference = torch.cat(widest) if widest else torch.zeros(0, dtype=torch.float64)
+    constant = exact(reference) - float((coefficients * reference[index]).sum())
     return WidthCost(coefficients, index, torch.full_like(index, rows), constant, exact, _ROUNDING)
 
 
 @dataclass(frozen=True)
 class _Varied:
-    """A layer's entry in a header, the quantizer of its weight, and the first of its widths' rows."""
+    """A layer's entry in a header, the quantizer of its weight, and the first row of its widths."""
 
     entry: Mapping[str, Any]
     quantizer: Quantizer
     row: int
 
     def parts(self, widths: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Characters, bytes of codes, and steps that some widths take."""
-        # JSON within a JSON text.
-        characters = _written(json.dumps(widths, separators=(",", ":")))
+        """The characters in the header, bytes of codes, and number of scales for an entry of widths."""
+        # The header is JSON within a JSON string.
+        characters = _json_length(json.dumps(widths, separators=(",", ":")))
         return characters, code_bytes({"bits": widths["bits"], "shape": self.entry["shape"]}), widths.get("steps", 1)
 
 
 class _FileSize:
-    """The size of a file by the widths of some of its weights.
+    """The size of a file as a function of the widths of some of its weights.
 
     Args:
-        header: Of the file.
+        header: The header of the file.
         varied: The layers whose widths vary.
     """
 
     def __init__(self, header: Mapping[str, Any], varied: Sequence[_Varied]) -> None:
         self._varied = varied
         self._elements = lengths(header)
-        self._characters = _written(signed(header))
-        for one in varied:
-            now = {key: one.entry[key] for key in ("bits", "steps") if key in one.entry}
-            characters, codes, steps = one.parts(now)
+        self._characters = _json_length(signed(header))
+        for layer in varied:
+            present = {key: layer.entry[key] for key in ("bits", "steps") if key in layer.entry}
+            characters, codes, steps = layer.parts(present)
             self._characters -= characters
             self._elements[CODES] -= codes
             self._elements["float32"] -= steps
 
     def __call__(self, widths: Tensor) -> float:
-        """Bytes at whole widths, shape (rows,), float64."""
+        """Bytes at integer widths, shape (rows,), float64."""
         total, elements = self._characters, dict(self._elements)
-        for one in self._varied:
-            chosen = widths[one.row : one.row + one.quantizer.gates.rows].long().tolist()
-            # Channels that all have one width are a weight of one.
+        for layer in self._varied:
+            chosen = widths[layer.row : layer.row + layer.quantizer.gates.rows].long().tolist()
+            # Equal widths of all channels are stored as one width.
             chosen = chosen[:1] if min(chosen) == max(chosen) else chosen
-            characters, codes, steps = one.parts(width_entry(one.quantizer, chosen))
+            characters, codes, steps = layer.parts(width_entry(layer.quantizer, chosen))
             total += characters
             elements[CODES] += codes
             elements["float32"] += steps
@@ -134,13 +134,13 @@ def _header(model: nn.Module, architecture: Mapping[str, Any] | None) -> dict[st
     return complete(described, rest_of(model, described.get("tied", {})), architecture)
 
 
-def _written(value: Any) -> int:
-    """Characters of a value in JSON."""
+def _json_length(value: Any) -> int:
+    """Number of characters of a value in JSON."""
     return len(json.dumps(value, separators=(",", ":")))
 
 
-def _file_bytes(entry: int, elements: Mapping[str, int]) -> int:
-    """Size of a safetensors file of flat tensors, whose metadata has one entry of so many characters."""
+def _file_bytes(entry_length: int, elements: Mapping[str, int]) -> int:
+    """Size of a safetensors file of flat tensors, with one metadata entry of ``entry_length`` characters."""
     listed: dict[str, Any] = {}
     end, order = 0, list(DTYPES)
     types = {name: "uint8" if name == CODES else name for name in elements}
@@ -148,6 +148,6 @@ def _file_bytes(entry: int, elements: Mapping[str, int]) -> int:
         code, size = DTYPES[types[name]]
         begin, end = end, end + size * elements[name]
         listed[name] = {"dtype": code, "shape": [elements[name]], "data_offsets": [begin, end]}
-    header = _written({"__metadata__": {KEY: ""}, **listed}) - len('""') + entry
-    # Its length in eight bytes, and spaces up to a multiple of eight.
+    header = _json_length({"__metadata__": {KEY: ""}, **listed}) - len('""') + entry_length
+    # The file starts with the header length in eight bytes, and the header is padded to a multiple of eight.
     return 8 + -(-header // 8) * 8 + end

@@ -1,4 +1,4 @@
-"""What a run tells: levels of each layer as records, files, tables and pictures; several runs side by side."""
+"""Reports of a run: the levels of each layer as records, files, tables and plots, and a comparison of several runs."""
 
 from cpq_lightning.report.levels import LevelsRecord as LevelsRecord
 from cpq_lightning.report.levels import levels as levels

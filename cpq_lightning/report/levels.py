@@ -1,4 +1,4 @@
-"""The levels of an attached model: a record per quantizer, and the ``levels.json`` that holds them."""
+"""The levels of an attached model: one record per quantizer, and the file ``levels.json`` with all records."""
 
 from __future__ import annotations
 
@@ -31,36 +31,37 @@ from cpq_lightning.packing.size import packed_size
 VERSION = 1
 
 
-# What a record of an activation has no value for.
-_OF_WEIGHTS = ("kind", "level_shares", "bytes", "macs", "bops")
+# Fields that only records of weights have.
+_WEIGHT_FIELDS = ("kind", "level_shares", "bytes", "macs", "bops")
 
 
 @dataclass(frozen=True)
 class LevelsRecord:
-    """What one quantizer does in evaluation.
+    """The settings and statistics of one quantizer in evaluation.
 
     Attributes:
         name: Dotted name of the layer.
         kind: ``"weight"`` or ``"activation"`` (the layer's input).
-        bits: Width; a list where each channel has its own.
+        bits: Width; a list with one width per channel where the widths are per channel.
         min_bits: Narrowest width that DropBits may drop to in training.
         signed: Whether there are negative levels.
-        scale: Distance between neighbouring levels, in the unit of what is quantized (papers call it step size); a list
-            where each channel has its own.
-        low: Lowest level, as a multiple of the scale; of the widest channel.
-        high: Highest level, likewise.
+        scale: Distance between neighbouring levels, in the unit of the quantized values (papers call it step size); a
+            list with one scale per channel where the scales are per channel.
+        low: Lowest level, as a multiple of the scale; the minimum over the channels.
+        high: Highest level, as a multiple of the scale; the maximum over the channels.
         numel: Elements of the weight, or of the activation in one sample; 0 before a range is known.
-        used_levels: How many levels occur; ``None`` for an activation that was not measured.
-        relative_error: ``sum (x - x_hat)^2 / sum x^2``; ``None`` likewise.
-        clipped: Share of values more than half a step outside of the last level; ``None`` likewise.
-        exempt: Whether it is a first or last layer, at ``first_last_bits``.
-        quantizing: ``False`` while values pass in full precision, and of a weight that the forward reads without its
-            layer.
-        level_shares: Of a weight, the share of its elements at each level from ``low`` to ``high``.
-        bytes: Of a weight, its packed codes; in float32 while it passes in full precision.
-        macs: Of a weight, multiply-accumulates in one sample; 0 before a forward.
-        bops: Of a weight, bit operations: ``macs`` times its bits times those of the activation, each 32 where it is in
-            full precision.
+        used_levels: Number of levels that occur; ``None`` for an activation that was not measured.
+        relative_error: ``sum (x - x_hat)^2 / sum x^2``; ``None`` for an activation that was not measured.
+        clipped: Share of the values that lie more than half a scale beyond the lowest or highest level; ``None`` for an
+            activation that was not measured.
+        first_or_last: Whether the layer is a first or last layer, at ``first_last_bits``.
+        quantizing: ``False`` while the quantizer passes its values on in full precision, and for a weight that the
+            forward reads without calling its layer.
+        level_shares: Weights only: the share of the elements at each level from ``low`` to ``high``.
+        bytes: Weights only: size of the packed codes; the size in float32 while the weight is in full precision.
+        macs: Weights only: multiply-accumulates in one sample; 0 before a forward.
+        bops: Weights only: bit operations, ``macs`` times the bits of the weight times the bits of the activation; a
+            factor is 32 where that side is in full precision.
     """
 
     name: str
@@ -84,23 +85,24 @@ class LevelsRecord:
 
     @property
     def mean_bits(self) -> float:
-        """Width, the mean over channels that have their own."""
+        """Width; the mean over the channels where widths are per channel."""
         return sum(self.bits) / len(self.bits) if isinstance(self.bits, list) else self.bits
 
     @property
     def computed_bits(self) -> float:
-        """Width of what is multiplied: 32 while values pass in full precision."""
+        """Width of the values that the layer multiplies: 32 while they are in full precision."""
         return self.mean_bits if self.quantizing else FULL_BITS
 
 
 def levels(model: nn.Module) -> list[LevelsRecord]:
-    """One record per quantizer of an attached model: each layer's weight, then its activation; then the operands of
-    products without a weight, under names of their own. Once a forward has been seen, an input that no quantizer meets
-    since the forward goes round its layer has no record.
+    """One record per quantizer of an attached model, in execution order: a layer's weight, then its activation.
 
-    Of activations, levels in use and the error are known after a forward under
+    The operands of products without a weight follow, under separate names. After the first forward, a layer that the
+    forward bypasses has no record of its input, because no quantizer sees that input.
+
+    The used levels and the error of an activation are known after a forward under
     :func:`cpq_lightning.attach.recording`; at the end of a fit ``CPQCallback`` has recorded one validation batch. A
-    warning names layers with a weight that has no quantizer, and that were not left out by the config.
+    warning names the layers whose weight has no quantizer although the config does not leave them out.
 
     Raises:
         ValueError: the model is not quantized.
@@ -166,7 +168,7 @@ def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -
 
 @torch.no_grad()
 def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
-    """Levels in use, their shares, and the relative squared error, of a weight as it evaluates."""
+    """The record of a layer's weight in evaluation."""
     quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach())
     codes = _codes(quantizer, weight)
     step, low, high = quantizer.grid()
@@ -174,8 +176,8 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     error = (weight.double() - (codes.float() * quantizer.along_channels(step, weight)).double()).square().sum()
     bottom = int(low.min())
     counts = torch.bincount(codes.flatten().long() - bottom, minlength=int(high.max()) - bottom + 1)
-    now, fresh = outgrown_weight(layer)
-    usage = Usage(int((counts > 0).sum()), float(error / power) if power > 0 else 0.0, now, fresh)
+    clipped, fresh_clipped = outgrown_weight(layer)
+    usage = Usage(int((counts > 0).sum()), float(error / power) if power > 0 else 0.0, clipped, fresh_clipped)
     return _record(
         name,
         quantizer,
@@ -199,23 +201,33 @@ def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
 def manifest(
     model: nn.Module, *, network: nn.Module | None = None, architecture: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The content of ``levels.json``: format, version, totals and, in execution or registration order, the layers;
-    under ``products``, where ``attention=True`` quantizes some, the operands of products without a weight; under
-    ``full_precision``, where there are some, the layers with a weight that is not quantized and that the config does
-    not leave out, ``late`` those that came behind attach (the others are such as recurrent ones).
+    """The content of ``levels.json``.
 
-    ``coverage`` is that of :func:`cpq_lightning.coverage`, ``null`` before a forward. Totals: ``weight_bits_avg`` is
-    the average over the quantized weights that the forward reads and that are not exempt as first or last layer, ``sum
-    numel bits / sum numel``; ``weight_bits_avg_all`` is over all that it reads; ``act_bits_avg`` over activations (not
-    exempt ones), by their elements in a sample; each ``null`` of nothing. ``size_bytes`` is the size of the packed
-    file: codes, steps in float32, everything that is not quantized in float32, and the header, or ``fp32_bytes`` before
-    quantization begins; ``fp32_bytes`` what ships, before it was attached; ``bops`` bit operations of one sample, in
-    products with a weight and in those that ``attention=True`` quantizes, ``null`` before a forward.
+    It has the entries ``format``, ``version``, ``totals``, ``coverage`` and ``layers`` (in execution order, or in
+    registration order before a forward), and two optional ones. ``products`` lists the operands of products without a
+    weight, where ``attention=True`` quantizes some. ``full_precision`` lists the layers whose weight is not quantized
+    although the config does not leave them out: ``late`` marks layers that were added after attach; the others are of
+    kinds that nothing quantizes, such as recurrent layers.
+
+    ``coverage`` is the result of :func:`cpq_lightning.coverage`, ``null`` before a forward.
+
+    The entries of ``totals``:
+
+    - ``weight_bits_avg``: ``sum numel bits / sum numel`` over the quantized weights that the forward reads, without
+      first and last layers.
+    - ``weight_bits_avg_all``: the same with first and last layers.
+    - ``act_bits_avg``: the same over activations without those of first and last layers, by their elements in one
+      sample. An average over nothing is ``null``.
+    - ``size_bytes``: size of the packed file: codes, scales in float32, everything that is not quantized in float32,
+      and the header; equal to ``fp32_bytes`` before quantization begins.
+    - ``fp32_bytes``: size in float32 of the exported network, as it was before attach.
+    - ``bops``: bit operations of one sample, in products with a weight and in products that ``attention=True``
+      quantizes; ``null`` before a forward.
 
     Args:
         model: An attached model.
-        network: The part of it that ships; the whole where there is none.
-        architecture: As the packed file has it.
+        network: The part of the model that is exported; by default the full model.
+        architecture: The architecture entry of the packed file, as in :func:`~cpq_lightning.export_model`.
     """
     model = unwrapped(model)
     records = _records(model)
@@ -225,7 +237,7 @@ def manifest(
     for record in records:
         values = asdict(record)
         if record.name in operands:
-            products.append({key: value for key, value in values.items() if key not in _OF_WEIGHTS})
+            products.append({key: value for key, value in values.items() if key not in _WEIGHT_FIELDS})
             continue
         entry = by_layer.setdefault(record.name, {"name": values["name"], "weight": None, "activation": None})
         entry[record.kind] = {key: value for key, value in values.items() if key not in ("name", "kind")}
@@ -238,25 +250,26 @@ def manifest(
     }
     plain = [asdict(layer) for layer in full_precision_layers(model)]
     more = {"products": products, "full_precision": plain}
-    return content | {name: found for name, found in more.items() if found}
+    return content | {name: entries for name, entries in more.items() if entries}
 
 
 def full_precision_messages(model: nn.Module) -> list[str]:
-    """What of an attached model is in full precision, and nobody asked for: a sentence for what came behind attach, and
-    one for layers that nothing quantizes.
+    """Messages on weights that are in full precision although the config does not leave them out.
+
+    One message names the layers that were added after attach, another one the layers of kinds that nothing quantizes.
     """
     late = late_layers(model)
     others = [str(layer) for layer in full_precision_layers(model) if not layer.late]
-    found = [late_message(model, late)] if late else []
+    messages = [late_message(model, late)] if late else []
     if others:
-        found.append(
+        messages.append(
             f"The weights of {len(others)} layers that nothing quantizes are in full precision: {', '.join(others)}."
         )
-    return found
+    return messages
 
 
 def compact_manifest(model: nn.Module) -> dict[str, Any]:
-    """:func:`manifest` without the shares of levels, as artefacts carry it."""
+    """:func:`manifest` without ``coverage`` and ``level_shares``, as exported files contain it."""
     content = manifest(model)
     del content["coverage"]
     for layer in content["layers"]:
@@ -272,23 +285,23 @@ def totals(
     model: nn.Module, records: list[LevelsRecord], network: nn.Module, architecture: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The totals of :func:`manifest`."""
-    around = {name for name, layer in quantized_layers(model) if layer in bypassed(model)[0]}
-    read = [r for r in records if r.kind == "weight" and r.name not in around and r.quantizing]
-    # Before quantization begins there is no packed file to be made.
-    full = not any(q.active for _, q in quantizers(model))
+    bypassed_names = {name for name, layer in quantized_layers(model) if layer in bypassed(model)[0]}
+    weights = [r for r in records if r.kind == "weight" and r.name not in bypassed_names and r.quantizing]
+    # Before quantization begins, no packed file can be written.
+    full_precision = not any(q.active for _, q in quantizers(model))
     return {
-        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in read if not r.first_or_last),
-        "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in read),
+        "weight_bits_avg": average_bits((r.numel, r.mean_bits) for r in weights if not r.first_or_last),
+        "weight_bits_avg_all": average_bits((r.numel, r.mean_bits) for r in weights),
         "act_bits_avg": average_bits(
             (r.numel, r.mean_bits) for r in records if r.kind == "activation" and not r.first_or_last and r.quantizing
         ),
-        "size_bytes": float_bytes(network) if full else packed_size(network, architecture),
+        "size_bytes": float_bytes(network) if full_precision else packed_size(network, architecture),
         "fp32_bytes": float_bytes(network),
-        "bops": _full_operations(model) if full else bit_operations(model),
+        "bops": _full_precision_bops(model) if full_precision else bit_operations(model),
     }
 
 
-def _full_operations(model: nn.Module) -> float | None:
+def _full_precision_bops(model: nn.Module) -> float | None:
     """Bit operations of one sample in full precision; ``None`` before a forward."""
     macs = sum(layer.weight_quantizer.macs for _, layer in quantized_layers(model))
     macs += sum(q.macs for name, q in quantized_operands(model) if name.endswith("_left"))
@@ -296,28 +309,30 @@ def _full_operations(model: nn.Module) -> float | None:
 
 
 def write_levels(model: nn.Module, path: str | Path) -> Path:
-    """Write :func:`manifest` as JSON; a file that is there is replaced whole or not at all.
+    """Write :func:`manifest` as JSON. An existing file is replaced atomically.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written to.
     """
     return write_manifest(manifest(model), path)
 
 
 def write_manifest(content: dict[str, Any], path: str | Path) -> Path:
-    """Write what :func:`manifest` has returned, likewise."""
+    """Write a result of :func:`manifest` as JSON. An existing file is replaced atomically."""
     path = Path(path)
     text = json.dumps(content, indent=2)
-    # Lists of numbers on one line each: a person reads this file too.
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    # Each list of numbers goes on one line, so that the file is readable.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
     write_atomically(path, text + "\n")
     return path
 
 
 @torch.no_grad()
 def clipped_shares(model: nn.Module) -> dict[str, float]:
-    """The share of values outside of the last level, of all quantized ``weights`` and of the ``inputs`` that were
-    measured; nothing of what is not quantized yet.
+    """The share of clipped values over all quantized weights (key ``weights``), and over all measured inputs (key
+    ``inputs``).
+
+    A key is missing where nothing of its kind is quantized yet.
     """
     weights = [
         (layer.weight_quantizer.numel, outgrown_weight(layer)[0])
@@ -326,49 +341,50 @@ def clipped_shares(model: nn.Module) -> dict[str, float]:
     ]
     inputs = [layer.input_quantizer for _, layer in quantized_layers(model)]
     measured = [(q.numel or 1, q.measured.clipped) for q in inputs if q is not None and q.active and q.measured]
-    found = {"weights": weights, "inputs": measured}
+    shares_by_kind = {"weights": weights, "inputs": measured}
     return {
         kind: sum(count * share for count, share in shares) / sum(count for count, _ in shares)
-        for kind, shares in found.items()
+        for kind, shares in shares_by_kind.items()
         if shares
     }
 
 
-# A share clipped from which on it is told, where it is also twice what a fresh fit would clip.
-_CLIPPED = 0.01
+# A clipped share above this one is reported where it is also more than twice the share that a fresh fit would clip.
+_MAX_CLIPPED = 0.01
 
 
 @torch.no_grad()
 def range_warnings(model: nn.Module) -> list[str]:
-    """What is wrong with the ranges of an attached model, a sentence a finding, with the quantizers' names.
+    """Warnings about the ranges of an attached model, one message per problem, with the names of the quantizers.
 
-    Of activations it is known after a forward under :func:`cpq_lightning.attach.recording`.
+    Activations are checked only after a forward under :func:`cpq_lightning.attach.recording`.
     """
-    outside, single = [], []
+    outside, single_level = [], []
     for name, layer in quantized_layers(model):
         weights = layer.weight_quantizer
         if weights.active and weights.fitted:
-            now, fresh = outgrown_weight(layer)
-            if now > max(_CLIPPED, 2 * fresh):
-                outside.append(f"{name} (weight, {now:.1%})")
+            clipped, fresh_clipped = outgrown_weight(layer)
+            if clipped > max(_MAX_CLIPPED, 2 * fresh_clipped):
+                outside.append(f"{name} (weight, {clipped:.1%})")
     activations = [(name, layer.input_quantizer) for name, layer in quantized_layers(model)]
     for name, quantizer in (*activations, *quantized_operands(model)):
         if quantizer is None or quantizer.measured is None:
             continue
         usage = quantizer.measured
-        if usage.clipped > max(_CLIPPED, 2 * usage.fresh_clipped):
+        if usage.clipped > max(_MAX_CLIPPED, 2 * usage.fresh_clipped):
             outside.append(f"{name} (input, {usage.clipped:.1%})")
         if usage.used_levels == 1:
-            single.append(name)
-    found = []
+            single_level.append(name)
+    messages = []
     if outside:
-        found.append(
-            f"Of {len(outside)} quantizers more values lie outside of the grid than after a fresh fit: "
+        messages.append(
+            f"{len(outside)} quantizers clip more values than after a fresh fit of their ranges: "
             f"{', '.join(outside)}. Calibrate again, train for longer, or give CPQCallback a larger lr_factor."
         )
-    if single:
-        found.append(
-            f"All inputs of {len(single)} layers fall on one level, so that nothing passes through them: "
-            f"{', '.join(single)}. Calibrate again on batches like those that are evaluated, or give them more bits."
+    if single_level:
+        messages.append(
+            f"All inputs of {len(single_level)} layers fall on one level, so that no information passes through them: "
+            f"{', '.join(single_level)}. Calibrate again on batches like those of the evaluation, or give these layers "
+            "more bits."
         )
-    return found
+    return messages

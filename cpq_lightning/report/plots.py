@@ -1,4 +1,4 @@
-"""Pictures of what was learned; matplotlib is imported when one is drawn."""
+"""Plots of the levels, the weights and the training of a run. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from cpq_lightning.files import write_atomically
 
 TRAJECTORY_FILE = "trajectory.csv"
 _WEIGHTS, _ACTIVATIONS, _PALE, _DARK = "#2f6db3", "#d98032", "#c9c9c9", "#333333"
-_TELLING = 6
-_MODELS = (_WEIGHTS, _ACTIVATIONS, "#3a8f5c", "#8a4fa3", _DARK)
+# Number of layers in the figure of weight histograms.
+_MAX_HISTOGRAMS = 6
+_MODEL_COLORS = (_WEIGHTS, _ACTIVATIONS, "#3a8f5c", "#8a4fa3", _DARK)
 
 
 def _figure(**settings: Any) -> Any:
@@ -21,9 +22,9 @@ def _figure(**settings: Any) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "matplotlib, which draws the pictures, is not installed: pip install matplotlib, then cpq report RUN_DIR."
+            "matplotlib, which draws the plots, is not installed: pip install matplotlib, then cpq report RUN_DIR."
         ) from error
-    # Without pyplot: no global state, no window, no back end to choose.
+    # Without pyplot there is no global state, no window and no choice of a backend.
     return Figure(layout="constrained", **settings)
 
 
@@ -39,7 +40,8 @@ def _mean(bits: Any) -> float:
 
 
 def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
-    """Bits of each layer in the order of execution: weights, activations, and the bytes of the packed weights.
+    """Plot, for each layer in execution order, the bits of the weight, the bits of the input, and the packed weight's
+    size.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -79,7 +81,7 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
             va="center",
             fontsize=8,
         )
-    axes[-1].set_title(f"kB of weights, {total:.3g} in all", fontsize=10, loc="left")
+    axes[-1].set_title(f"kB of weights, {total:.3g} in total", fontsize=10, loc="left")
     axes[-1].set_xlim(0, max(sizes) * 1.25)
     axes[0].set_yticks(rows, [layer["name"] for layer in layers], fontsize=8)
     axes[0].set_ylim(len(layers) - 0.4, -0.6)
@@ -87,19 +89,20 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     if any(layer["weight"]["first_or_last"] for layer in layers):
-        figure.supxlabel("layers in the order of execution; pale: first and last, left out of the average", fontsize=8)
+        figure.supxlabel("layers in execution order; pale: first and last, not part of the average", fontsize=8)
     return _save(figure, path)
 
 
 def draw_weight_histograms(histograms: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> Path:
-    """Histograms of a few layers' full-precision weights over their grid points, before training and after.
+    """Plot histograms of the full-precision weights of up to 6 layers over their levels, before and after training.
 
-    Shown are the layers with most weights, the narrowest and the widest, up to 4 bits: beyond, no grid is to be seen.
+    The plot shows the layers with most weights, the layer with the narrowest width and the one with the widest. Layers
+    above 4 bits are left out where others exist, because their levels are too close to be seen.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    shown = _telling(manifest, histograms["layers"])
+    shown = _choose_layers(manifest, histograms["layers"])
     columns = 2 if len(shown) > 1 else 1
     lines = -(-len(shown) // columns)
     figure = _figure(figsize=(5.2 * columns, 0.8 + 2.1 * lines))
@@ -114,18 +117,18 @@ def draw_weight_histograms(histograms: Mapping[str, Any], manifest: Mapping[str,
         for level in range(low, high + 1):
             axis.axvline(level, color=_PALE, lw=0.8, zorder=0)
         for key, color in (("before", _ACTIVATIONS), ("after", _WEIGHTS)):
-            found = pair[key]
-            if found is None:
+            histogram = pair[key]
+            if histogram is None:
                 continue
-            counts = _coarser(found["counts"], high - low + 3, weight["numel"])
-            cells = len(counts)
-            width = (found["high"] - found["low"]) / cells
-            # Both in steps of the grid that was learned.
-            unit = found["scale"] / after["scale"]
-            x = [(found["low"] + (i + 0.5) * width) * unit for i in range(cells)]
+            counts = _merge_bins(histogram["counts"], high - low + 3, weight["numel"])
+            bins = len(counts)
+            width = (histogram["high"] - histogram["low"]) / bins
+            # Both histograms are drawn in units of the learned scale.
+            unit = histogram["scale"] / after["scale"]
+            x = [(histogram["low"] + (i + 0.5) * width) * unit for i in range(bins)]
             total = sum(counts) * width * unit
             y = [count / total for count in counts]
-            # What lies beyond the grid is counted in the outermost cells: it would dwarf the rest.
+            # The outermost bins also count all values beyond the grid, and would set the height of the plot.
             highest = max(highest, *y[1:-1])
             if key == "after":
                 axis.fill_between(x, y, color=color, alpha=0.75, lw=0, step="mid", label="after")
@@ -139,35 +142,35 @@ def draw_weight_histograms(histograms: Mapping[str, Any], manifest: Mapping[str,
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[0, 0].legend(fontsize=8, frameon=False, loc="upper right")
-    figure.supxlabel("weight over its scale; grey lines: grid points", fontsize=8)
+    figure.supxlabel("weight divided by its scale; grey lines: levels", fontsize=8)
     return _save(figure, path)
 
 
-def _coarser(counts: list[int], levels: int, numel: int) -> list[int]:
-    """Cells joined so that about two dozen are left for each level, or of few weights one: enough to see a cluster, few
-    enough for noise.
+def _merge_bins(counts: list[int], levels: int, numel: int) -> list[int]:
+    """Merge bins of a histogram to about 24 per level, or fewer (at least one) so that a bin has 8 weights on average:
+    the clusters stay visible and the noise is small.
     """
-    cells = min(24, max(1, numel // (8 * levels))) * levels
-    joined = max(1, len(counts) // cells)
-    return [sum(counts[i : i + joined]) for i in range(0, len(counts) - joined + 1, joined)]
+    bins = min(24, max(1, numel // (8 * levels))) * levels
+    merged = max(1, len(counts) // bins)
+    return [sum(counts[i : i + merged]) for i in range(0, len(counts) - merged + 1, merged)]
 
 
-def _telling(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def _choose_layers(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     weights = [(layer["name"], layer["weight"]) for layer in manifest["layers"] if layer["name"] in known]
     legible = [w for w in weights if _mean(w[1]["bits"]) <= 4 and not isinstance(w[1]["bits"], list)] or weights
     by_size = sorted(legible, key=lambda w: -w[1]["numel"])
     by_bits = sorted(by_size, key=lambda w: _mean(w[1]["bits"]))
     wanted = [*by_size[:3], by_bits[0], by_bits[-1], *by_size]
-    names = list(dict.fromkeys(name for name, _ in wanted))[:_TELLING]
+    names = list(dict.fromkeys(name for name, _ in wanted))[:_MAX_HISTOGRAMS]
     return [w for w in weights if w[0] in names]
 
 
 def draw_runs(runs: Sequence[Any], path: Path) -> Path:
-    """Accuracy over size, a point a run with its average bits; hollow, runs in full precision.
+    """Plot the metric over the size: one point per run with its average bits. Runs in full precision are hollow points.
 
     Args:
-        runs: :class:`~cpq_lightning.report.runs.Run` each, of one metric.
-        path: Where the picture goes.
+        runs: Values of :class:`~cpq_lightning.report.runs.Run`, all with the same metric.
+        path: The PNG file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -178,16 +181,17 @@ def draw_runs(runs: Sequence[Any], path: Path) -> Path:
     several = len({run.data for run in runs}) > 1
     groups = list(dict.fromkeys((run.model, run.data) for run in runs))
     for index, group in enumerate(groups):
-        own = [run for run in runs if (run.model, run.data) == group]
+        members = [run for run in runs if (run.model, run.data) == group]
         model = ", ".join(filter(None, group if several else group[:1]))
-        color = _MODELS[index % len(_MODELS)]
-        ended = sorted((run for run in own if run.value is not None), key=lambda run: run.size_bytes)
-        plain, ended = [r for r in ended if r.state != "quantized"], [r for r in ended if r.state == "quantized"]
-        sizes, values = [run.size_bytes / unit for run in ended], [run.value for run in ended]
-        if ended:
+        color = _MODEL_COLORS[index % len(_MODEL_COLORS)]
+        measured = sorted((run for run in members if run.value is not None), key=lambda run: run.size_bytes)
+        plain = [r for r in measured if r.state != "quantized"]
+        quantized = [r for r in measured if r.state == "quantized"]
+        sizes, values = [run.size_bytes / unit for run in quantized], [run.value for run in quantized]
+        if quantized:
             axis.plot(sizes, values, color=color, marker="o", ms=6, lw=0, label=f"{model}, quantized".lstrip(", "))
-        for place, (run, size, value) in enumerate(zip(ended, sizes, values, strict=True)):
-            # Neighbours' words on either side.
+        for place, (run, size, value) in enumerate(zip(quantized, sizes, values, strict=True)):
+            # Labels alternate above and below the points, so that neighbours do not overlap.
             offset = (0, 8) if place % 2 == 0 else (0, -16)
             axis.annotate(_shown_bits(run), (size, value), offset, textcoords="offset points", ha="center", fontsize=8)
         if plain:
@@ -197,7 +201,7 @@ def draw_runs(runs: Sequence[Any], path: Path) -> Path:
                 color=color, marker="o", ms=6, mfc="white", lw=0, label=f"{model}, full precision".lstrip(", "),
             )  # fmt: skip
     axis.set_xscale("log")
-    axis.set_xlabel(f"size in {name}, logarithmic", fontsize=9)
+    axis.set_xlabel(f"size in {name} (log scale)", fontsize=9)
     axis.set_ylabel(runs[0].metric, fontsize=9)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
@@ -215,7 +219,7 @@ def _shown_bits(run: Any) -> str:
 
 
 def draw_trajectory(folder: Path) -> Path | None:
-    """How bits moved over training, from ``trajectory.csv``; ``None`` where the run wrote none.
+    """Plot the bits over the training steps from ``trajectory.csv``; ``None`` where the run wrote no such file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -226,7 +230,7 @@ def draw_trajectory(folder: Path) -> Path | None:
     with source.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
 
-    def line(column: str) -> tuple[list[float], list[float]]:
+    def series(column: str) -> tuple[list[float], list[float]]:
         points = [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
         return [x for x, _ in points], [y for _, y in points]
 
@@ -242,18 +246,18 @@ def draw_trajectory(folder: Path) -> Path | None:
     axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
     for axis, (kind, expected, decided, color) in zip(axes, panels, strict=False):
         suffix = "weight_quantizer" if kind == "weight" else "input_quantizer"
-        own = [c for c in columns if c.startswith("bits:") and c.endswith(suffix)]
-        moving = [c for c in own if len(set(line(c)[1])) > 1]
-        for column in moving:
-            axis.plot(*line(column), color=_PALE, lw=0.9)
+        bit_columns = [c for c in columns if c.startswith("bits:") and c.endswith(suffix)]
+        changing = [c for c in bit_columns if len(set(series(c)[1])) > 1]
+        for column in changing:
+            axis.plot(*series(column), color=_PALE, lw=0.9)
         axis.plot([], [], color=_PALE, lw=0.9, label="each layer, expected")
-        axis.plot(*line(expected), color=color, lw=2.4, label="average, expected")
-        axis.plot(*line(decided), color=_DARK, lw=1.2, ls="--", label="average, as evaluated")
+        axis.plot(*series(expected), color=color, lw=2.4, label="average, expected")
+        axis.plot(*series(decided), color=_DARK, lw=1.2, ls="--", label="average, in evaluation")
         axis.set_ylabel(f"bits of {kind}s", fontsize=9)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower left")
     if accuracy:
-        axes[-1].plot(*line(accuracy[0]), color=_DARK, marker="o", ms=3, lw=1)
+        axes[-1].plot(*series(accuracy[0]), color=_DARK, marker="o", ms=3, lw=1)
         axes[-1].set_ylabel(accuracy[0], fontsize=9)
     axes[-1].set_xlabel("step", fontsize=9)
     for axis in axes:

@@ -1,4 +1,4 @@
-"""The files of a run: levels.json first, and what is made again from the files at any time."""
+"""The report files of a run: tables and plots that are made from ``levels.json`` and can be made again at any time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _COLUMNS = (
     "bytes", "macs", "bops", "first_or_last", "level_shares",
 )  # fmt: skip
 
-_SHOWN = (
+# Entries of a weight that tables and plots need.
+_REQUIRED = (
     "bits", "scale", "low", "high", "numel", "bytes", "first_or_last", "quantizing", "signed", "used_levels",
     "relative_error",
 )  # fmt: skip
 
 
 def write_csv(manifest: Mapping[str, Any], path: Path) -> None:
-    """A row a quantizer, operands of products without a weight last.
+    """Write one row per quantizer, the operands of products without a weight last.
 
-    Levels' shares are numbers apart by spaces, from the lowest level to the highest.
+    The column ``level_shares`` has numbers separated by spaces, from the lowest level to the highest.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -53,29 +54,29 @@ def _cell(value: Any) -> Any:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The content of a ``levels.json`` that tables and pictures are made of.
+    """The content of a ``levels.json`` file, checked for the entries that tables and plots need.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of ours, or lacks what is to be shown.
+        ValueError: the file is no ``levels.json`` of cpq-lightning, or an entry is missing.
     """
     content = read_levels(path)
     for layer in content.get("layers", ()):
         weight = layer.get("weight") or {}
-        missing = [name for name in _SHOWN if name not in weight]
+        missing = [name for name in _REQUIRED if name not in weight]
         if missing:
             raise ValueError(
-                f"{path} has no {', '.join(missing)} of the weight of layer {layer.get('name')!r}: expected the file "
-                "as a fit of this version writes it, not edited."
+                f"{path} has no {', '.join(missing)} of the weight of layer {layer.get('name')!r}: expected an "
+                "unedited file that a fit of this version has written."
             )
     return content
 
 
 def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
-    """:func:`report_levels`, and ``trajectory.png`` where the run wrote a ``trajectory.csv``."""
-    made = report_levels(folder, levels_file)
-    drawn = draw_trajectory(Path(folder))
-    return made if drawn is None else [*made, drawn]
+    """Do :func:`report_levels`, and make ``trajectory.png`` where the run wrote a ``trajectory.csv``."""
+    written = report_levels(folder, levels_file)
+    trajectory = draw_trajectory(Path(folder))
+    return written if trajectory is None else [*written, trajectory]
 
 
 def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
@@ -83,14 +84,14 @@ def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[
 
     Args:
         folder: The run's folder, with ``levels.json`` and, where the run wrote it, ``weight_histograms.json``.
-        levels_file: Name of the first.
+        levels_file: Name of the levels file in the folder.
 
     Returns:
-        The files that were made.
+        The written files.
 
     Raises:
-        FileNotFoundError: the folder has no ``levels.json``.
-        ImportError: matplotlib is not installed; the table is there by then.
+        FileNotFoundError: the folder has no levels file.
+        ImportError: matplotlib is not installed; the table is written before this error.
     """
     folder = Path(folder)
     source = folder / levels_file
@@ -100,8 +101,8 @@ def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[
     stem = source.stem
     table = folder / f"{stem}.csv"
     write_csv(manifest, table)
-    made = [table, draw_levels(manifest, folder / f"{stem}.png")]
+    written = [table, draw_levels(manifest, folder / f"{stem}.png")]
     if (folder / HISTOGRAMS_FILE).is_file():
         histograms = json.loads((folder / HISTOGRAMS_FILE).read_text(encoding="utf-8"))
-        made.append(draw_weight_histograms(histograms, manifest, folder / "weight_histograms.png"))
-    return made
+        written.append(draw_weight_histograms(histograms, manifest, folder / "weight_histograms.png"))
+    return written

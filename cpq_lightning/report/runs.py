@@ -1,4 +1,4 @@
-"""Several runs side by side: accuracy, size and average bits of each, from their ``levels.json``."""
+"""Comparison of several runs: accuracy, size and average bits of each run, read from its ``levels.json``."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from cpq_lightning.files import write_atomically
 from cpq_lightning.report.plots import draw_runs
 
 RUNS_FILE, RUNS_PICTURE = "runs.csv", "accuracy_over_size.png"
-# States that a network is measured in: a run that is never quantized, one before it is, and one at its end.
+# States of a network at a validation: of a run without quantization, before quantization begins, and quantized.
 FULL, BEFORE, QUANTIZED = "full precision", "before quantization", "quantized"
 
-# How many folders deep runs are looked for: Trainer's root, a logger's name, its version.
-_DEPTH = 3
+# Number of folder levels in which runs are searched: default_root_dir of a Trainer, a logger's name, its version.
+_MAX_DEPTH = 3
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        name: Its folder.
-        model: The backbone's name, or that of the module's class.
+        name: Name of the run's folder.
+        model: Name of the backbone, or of the module's class.
         data: The data module, with its root.
         metric: Name of the metric, such as ``val_acc``.
-        state: ``"quantized"``, or ``"full precision"`` of a run that was never quantized.
-        value: The metric at its end; ``None`` without validation then.
-        size_bytes: Size of the packed file of what ships.
-        fp32_bytes: Size in float32.
-        weight_bits: Average bits of the weights, first and last layer aside.
-        act_bits: The same of activations.
+        state: ``"quantized"``, or ``"full precision"`` for a run without quantization.
+        value: The metric at the end of the run; ``None`` without a validation at the end.
+        size_bytes: Size of the exported network as a packed file; in float32 for a run without quantization.
+        fp32_bytes: Size of the network in float32.
+        weight_bits: Average bits of the weights, without first and last layers.
+        act_bits: Average bits of the activations, without those of first and last layers.
     """
 
     name: str
@@ -54,30 +54,31 @@ class Run:
 def describe_run(
     metrics: Mapping[str, Mapping[str, float]], model: str, data: str, before: int | None = None
 ) -> dict[str, Any]:
-    """What ``levels.json`` holds of a run beside its levels.
+    """The entry ``run`` of ``levels.json``.
 
     Args:
-        metrics: By state: ``"full precision"`` of a run that was never quantized, ``"before quantization"``,
+        metrics: Metrics by state: ``"full precision"`` for a run without quantization, ``"before quantization"``, and
             ``"quantized"``.
-        model: Its name.
-        data: Its name.
-        before: The step at which those before quantization were measured.
+        model: Name of the model.
+        data: Name of the data.
+        before: The training step of the metrics before quantization.
     """
     measured = {state: dict(values) for state, values in metrics.items()}
     return {"model": model, "data": data, "metrics": measured, "before_step": before if BEFORE in measured else None}
 
 
 def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "levels.json") -> Run:
-    """One run from its folder.
+    """Read the result of a run from its folder.
 
     Args:
         folder: The run's folder.
-        metric: Which metric; ``None`` is the first whose name has ``acc`` in it, or the only one.
-        levels_file: Name of the file in the folder.
+        metric: Name of the metric; ``None`` is the first one with ``acc`` in its name, or the only one.
+        levels_file: Name of the levels file in the folder.
 
     Raises:
-        FileNotFoundError: the folder has no such file.
-        ValueError: the file is none of ours, or has no such metric; with those that it has.
+        FileNotFoundError: the folder has no levels file.
+        ValueError: the file is no ``levels.json`` of cpq-lightning, or has no such metric; the message lists the
+            metrics of the file.
     """
     path = Path(folder) / levels_file
     if not path.is_file():
@@ -88,10 +89,13 @@ def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "
     known = sorted({name for values in metrics.values() for name in values})
     chosen = metric or next((name for name in known if "acc" in name), known[0] if len(known) == 1 else None)
     if not known:
-        raise ValueError(f"{path} has no metrics: the run had no validation, or was made before they were kept there.")
+        raise ValueError(
+            f"{path} has no metrics: the run had no validation, or an older version, which did not store them, wrote "
+            "the file."
+        )
     if chosen is None or chosen not in known:
-        asked = "has no metric with 'acc' in its name" if metric is None else f"has no metric {metric!r}"
-        raise ValueError(f"{path} {asked}: it has {known}. Name one with --metric.")
+        problem = "has no metric with 'acc' in its name" if metric is None else f"has no metric {metric!r}"
+        raise ValueError(f"{path} {problem}: it has {known}. Name one with --metric.")
     totals = content["totals"]
     plain = FULL in metrics and QUANTIZED not in metrics
     state = FULL if plain else QUANTIZED
@@ -110,50 +114,54 @@ def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "
 
 
 def sibling_runs(folder: str | Path, metric: str | None = None, levels_file: str = "levels.json") -> list[Run]:
-    """A run, and before it those beside it of the same model on the same data, oldest first.
+    """The runs of the same model on the same data in the sibling folders of a run, oldest first, and the run as the
+    last one.
 
     Raises:
-        FileNotFoundError: the folder has no such file.
-        ValueError: the file is none of ours, or has no such metric.
+        FileNotFoundError: the folder has no levels file.
+        ValueError: the file is no ``levels.json`` of cpq-lightning, or has no such metric.
     """
     folder = Path(folder).resolve()
-    own = read_run(folder, metric, levels_file)
-    found = []
+    this_run = read_run(folder, metric, levels_file)
+    siblings = []
     for path in sorted(folder.parent.glob(f"*/{levels_file}"), key=lambda p: p.stat().st_mtime):
         try:
             run = read_run(path.parent, metric, levels_file)
         except (OSError, KeyError, ValueError):
-            # Somebody else's file beside this run.
+            # A sibling folder may have an unrelated file of this name.
             continue
-        if (run.model, run.data) == (own.model, own.data) and path.parent.resolve() != folder:
-            found.append(run)
-    return [*found, own]
+        if (run.model, run.data) == (this_run.model, this_run.data) and path.parent.resolve() != folder:
+            siblings.append(run)
+    return [*siblings, this_run]
 
 
 def expand_runs(folders: Iterable[str | Path], levels_file: str = "levels.json") -> list[Path]:
-    """Folders of runs, each once; of a folder that is none itself, the runs in it, or in its folders, at the least
-    depth that has some: ``default_root_dir`` of a Trainer is that of its loggers' folders.
+    """Replace folders that contain runs by the folders of these runs; each run occurs once.
+
+    A folder without a levels file is searched up to 3 levels deep, and the runs at the first level that has any are
+    taken. So ``default_root_dir`` of a Trainer stands for the runs of its loggers. A folder without runs stays in the
+    list.
     """
-    found: list[Path] = []
+    expanded: list[Path] = []
     for folder in map(Path, folders):
         inside: list[Path] = []
-        for depth in range(_DEPTH + 1):
+        for depth in range(_MAX_DEPTH + 1):
             inside = inside or sorted(folder.glob("*/" * depth + levels_file), key=_by_number)
-        found += [path.parent for path in inside] or [folder]
-    return list({folder.resolve(): folder for folder in found}.values())
+        expanded += [path.parent for path in inside] or [folder]
+    return list({folder.resolve(): folder for folder in expanded}.values())
 
 
 def compare_runs(
     folders: Sequence[Path], metric: str | None = None, levels_file: str = "levels.json"
 ) -> tuple[list[Run], list[str]]:
-    """Several runs by one metric, the first one's where none is named, under names that tell them apart.
+    """Read several runs with one metric; by default that of the first readable run. Names of runs are unique.
 
     Returns:
-        The runs, and why each of the others has been left out.
+        The runs, and for each run that was left out the reason.
 
     Raises:
-        FileNotFoundError: one has no such file.
-        ValueError: none of them can be compared; with the reason of the first.
+        FileNotFoundError: a folder has no levels file.
+        ValueError: no run can be compared; the message is the reason for the first one.
     """
     runs: list[Run] = []
     reasons: list[str] = []
@@ -177,13 +185,13 @@ def _by_number(path: Path) -> tuple[str, int]:
 
 
 def write_runs(runs: Sequence[Run], folder: str | Path) -> list[Path]:
-    """Write ``runs.csv``, and ``accuracy_over_size.png``: a point a run.
+    """Write ``runs.csv`` with one row per run, and ``accuracy_over_size.png`` with one point per run.
 
     Returns:
-        The files that were made.
+        The written files.
 
     Raises:
-        ImportError: matplotlib is not installed; the table is there by then.
+        ImportError: matplotlib is not installed; the table is written before this error.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Run)], lineterminator="\n")
@@ -195,5 +203,5 @@ def write_runs(runs: Sequence[Run], folder: str | Path) -> list[Path]:
 
 
 def common_folder(folders: Sequence[Path]) -> Path:
-    """The innermost folder that has all runs in it."""
+    """The innermost folder that contains all folders of runs."""
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))

@@ -1,4 +1,4 @@
-"""What the terminal shows: the table of the layers, of the metrics, and of several runs."""
+"""Tables for the terminal: the levels of the layers, the metrics of a run, and several runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEFT_ALIGNED: dict[str, Any] = {
 
 
 def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
-    """A row a layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
+    """One row per layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
     table = Table(title=title, caption=summary(manifest), **LEFT_ALIGNED)
     table.add_column("layer", overflow="fold", min_width=16)
     for kind in ("weight", "input"):
@@ -37,17 +37,17 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
         first_or_last = first_or_last or star
         table.add_row(f"{layer['name'].removeprefix(prefix)}{' *' if star else ''}", *cells)
     for operand in manifest.get("products", []):
-        # "blocks.0.attn 0 left": a side of the module's first product.
+        # "blocks.0.attn 0 left" is the left operand of the first product in that module.
         module, _, side = operand["name"].rpartition("product_operands.")
         name = f"{module.rstrip('.').removeprefix(prefix)} {side.replace('_', ' ')}"
         table.add_row(name, *_cells(None), *_cells(operand))
-    notes = ["used: levels that occur; error: relative squared error; clip: share beyond the levels; u: unsigned"]
+    notes = ["used: levels that occur; error: relative squared error; clip: share of clipped values; u: unsigned"]
     if prefix:
-        notes.append(f"layers are named as within {prefix[:-1]}")
+        notes.append(f"names of layers are relative to {prefix[:-1]}")
     if any(isinstance(layer["weight"]["scale"], list) for layer in manifest["layers"]):
-        notes.append("~ mean over the channels, each of which has a scale of its own")
+        notes.append("~ mean over the channels of a layer with one scale per channel")
     if first_or_last:
-        notes.append("* first or last layer, left out of the average")
+        notes.append("* first or last layer, not part of the average")
     plain = [f"{layer['name']} ({layer['type']})" for layer in manifest.get("full_precision", ())]
     if plain:
         notes.append(f"in full precision: {', '.join(plain)}")
@@ -56,7 +56,7 @@ def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> 
 
 
 def _shared_prefix(names: list[str]) -> str:
-    """The module that all layers are in, with a dot behind it: a row has little room for what says nothing."""
+    """The name of the innermost module that contains all layers, with a dot at the end; it is cut from the rows."""
     first = names[0].rpartition(".")[0].split(".") if names else []
     while first and not all(name.startswith(".".join(first) + ".") for name in names):
         first.pop()
@@ -86,7 +86,7 @@ def _bits(bits: int | list[int]) -> str:
 
 
 def summary(manifest: Mapping[str, Any]) -> str:
-    """Average bits, size and, where a forward has shown it, coverage, a line each."""
+    """Average bits, size and, after a forward, coverage, each on one line."""
     totals = manifest["totals"]
     averages = shown_averages(totals["weight_bits_avg"], totals["act_bits_avg"])
     size, full = totals["size_bytes"], totals["fp32_bytes"]
@@ -104,13 +104,13 @@ def _quantizers(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def shown_averages(weights: float | None, activations: float | None) -> str:
-    """Average bits in words, of those that are known."""
+    """The average bits as text; an average that is ``None`` is left out."""
     both = (("weights", weights), ("activations", activations))
     return ", ".join(f"{name} {bits:.2f} bits" for name, bits in both if bits is not None)
 
 
 def shown_bytes(count: int) -> str:
-    """A number of bytes with three figures and its unit."""
+    """A number of bytes with three significant digits and its unit."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
@@ -120,9 +120,9 @@ def shown_bytes(count: int) -> str:
 
 
 def metrics_table(run: Mapping[str, Any]) -> Table:
-    """A row a metric, a column a state of the network, from ``run`` in the content of ``levels.json``.
+    """One row per metric and one column per state of the network, from ``run`` in the content of ``levels.json``.
 
-    What was measured before quantization began was measured in the middle of the run: it is no full-precision result.
+    Metrics before quantization were measured in the middle of the run: they are no results of a full-precision run.
     """
     metrics = run["metrics"]
     table = Table(title="Validation", **LEFT_ALIGNED)
@@ -143,11 +143,11 @@ def metrics_table(run: Mapping[str, Any]) -> Table:
 
 
 def runs_table(runs: Sequence[Run], title: str = "Runs") -> Table:
-    """A row a run: the metric at its end, size, and average bits; ``fp32`` of a run in full precision."""
+    """One row per run: the metric at its end, size and average bits; ``fp32`` for a run without quantization."""
     table = Table(title=title, **LEFT_ALIGNED)
     table.add_column("run", overflow="fold")
-    apart = [name for name in ("model", "data") if len({getattr(run, name) for run in runs}) > 1]
-    for name in apart:
+    varying = [name for name in ("model", "data") if len({getattr(run, name) for run in runs}) > 1]
+    for name in varying:
         table.add_column(name, overflow="fold")
     for name in (f"\n{runs[0].metric}", "\nsize", "\nin float32", "bits of\nweights", "\ninputs"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -155,7 +155,7 @@ def runs_table(runs: Sequence[Run], title: str = "Runs") -> Table:
         bits = [run.weight_bits, run.act_bits]
         table.add_row(
             run.name,
-            *(getattr(run, name) for name in apart),
+            *(getattr(run, name) for name in varying),
             "-" if run.value is None else f"{run.value:.4f}",
             shown_bytes(run.size_bytes),
             shown_bytes(run.fp32_bytes),

@@ -1,1 +1,1 @@
-"""All that touches the inside of a Lightning Trainer: what callbacks share, and what users do not import."""
+"""Code that uses the internals of a Lightning Trainer, shared by the callbacks; not part of the public API."""

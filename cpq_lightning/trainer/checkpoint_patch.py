@@ -1,4 +1,4 @@
-"""Checkpoints that were written before the last statistics of a fit were known."""
+"""Updates checkpoints that were saved before the last batch norm statistics of a fit were estimated."""
 
 from __future__ import annotations
 
@@ -15,38 +15,44 @@ if TYPE_CHECKING:
 
 
 def saved_checkpoints(trainer: Trainer) -> list[str]:
-    """Checkpoints that were written at the step that the run is at, and that no metric has chosen."""
+    """Paths of the checkpoints that were saved at the current step and not selected by a metric."""
     paths: list[str] = []
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "_last_global_step_saved", None) == trainer.global_step:
-            chosen = getattr(callback, "monitor", None) is not None
-            names = ["last_model_path"] if chosen else ["best_model_path", "last_model_path"]
+            is_monitored = getattr(callback, "monitor", None) is not None
+            names = ["last_model_path"] if is_monitored else ["best_model_path", "last_model_path"]
             paths += [getattr(callback, name, "") for name in names]
     return [path for path in dict.fromkeys(paths) if path]
 
 
 def renew(trainer: Trainer, path: str, state: Mapping[str, Any], names: set[str]) -> None:
-    """Put the statistics into a checkpoint that was written before them, where it holds the same weights.
+    """Write new statistics into a checkpoint if its other tensors equal those of the network; otherwise warn.
 
-    Saved anew it would hold more of the fit's end than them: widths that were fixed early, and averaged weights in
-    place of those to resume from.
+    The checkpoint is not simply saved again, because it would then have more of the end of the fit than the statistics:
+    widths that were fixed early, and averaged weights instead of those to resume from.
+
+    Args:
+        trainer: The fit's trainer.
+        path: The checkpoint.
+        state: The state of the network with the new statistics.
+        names: Names of the statistics in ``state``.
     """
     try:
         storage = trainer.strategy.checkpoint_io
-        # Lightning before 2.6 reads checkpoints whole, and does not take the word.
-        knows = "weights_only" in signature(trainer.strategy.load_checkpoint).parameters
-        checkpoint = storage.load_checkpoint(path, **({"weights_only": True} if knows else {}))
-        held = checkpoint["state_dict"]
+        # Lightning before 2.6 has no argument weights_only.
+        takes_weights_only = "weights_only" in signature(trainer.strategy.load_checkpoint).parameters
+        checkpoint = storage.load_checkpoint(path, **({"weights_only": True} if takes_weights_only else {}))
+        saved_state = checkpoint["state_dict"]
         tensors = {name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)}
-        changed = {name for name, value in tensors.items() if not torch.equal(value, held[name].cpu())}
+        changed = {name for name, value in tensors.items() if not torch.equal(value, saved_state[name].cpu())}
         if changed <= names:
-            held.update({name: tensors[name] for name in changed})
+            saved_state.update({name: tensors[name] for name in changed})
             storage.save_checkpoint(checkpoint, path)
             return
-        reason = f"it holds another {min(changed - names)!r} than the network"
+        reason = f"its {min(changed - names)!r} differs from the network's"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     rank_zero_warn(
         f"The checkpoint {path} keeps the moving averages in its batch norms ({reason}): trainer.save_checkpoint(path) "
-        "saves the network as it is now."
+        "saves the current network."
     )

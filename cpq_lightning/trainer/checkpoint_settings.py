@@ -1,4 +1,4 @@
-"""Checkpoints that were trained with other settings than a callback asks for: theirs run, and a warning says so."""
+"""Checkpoints whose quantization settings differ from those requested: the checkpoint's are used, with a warning."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from cpq_lightning.attach.loading import explain_with
 from cpq_lightning.attach.origin import attached_config
 from cpq_lightning.checkpoint import CHECKPOINT_KEY, differences, take_settings
 from cpq_lightning.config import CPQConfig
+from cpq_lightning.trainer import private
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
 def explain_refusal(module: nn.Module) -> str:
-    """How the settings of a module differ from those of the checkpoint that its Trainer restores; else empty."""
-    trainer = getattr(module, "_trainer", None)
-    checkpoint = None if trainer is None else trainer._checkpoint_connector._loaded_checkpoint
+    """How a module's settings differ from those of the checkpoint that its Trainer restores; empty if they agree."""
+    trainer = private.trainer_of(module)
+    checkpoint = None if trainer is None else private.loaded_checkpoint(trainer)
     saved = (checkpoint or {}).get(CHECKPOINT_KEY, {}).get("config")
-    asked = attached_config(module)
-    if saved is None or asked is None:
+    requested = attached_config(module)
+    if saved is None or requested is None:
         return ""
-    different = differences(asked, CPQConfig(**saved), "in the checkpoint")
-    return f"They differ in {different}." if different else ""
+    difference = differences(requested, CPQConfig(**saved), "in the checkpoint")
+    return f"They differ in {difference}." if difference else ""
 
 
 explain_with(explain_refusal)
 
 
 class RequestedSettings:
-    """What a module was quantized with before a checkpoint is restored into it.
+    """The settings that a module was quantized with before a checkpoint is restored into it.
 
     Args:
         pl_module: The module.
@@ -45,24 +46,24 @@ class RequestedSettings:
         self._compared = False
 
     def compare(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Called with what is restored."""
+        """Adopt the settings of the restored checkpoint, and warn if they differ from the module's."""
         self._compared = bool(checkpoint.get(CHECKPOINT_KEY, {}).get("config"))
         message = take_settings(pl_module, checkpoint)
         if message:
             rank_zero_warn(message)
 
     def compare_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called at the start of an evaluation: a checkpoint of weights alone has no config, and says its widths."""
+        """Warn at the start of an evaluation if the checkpoint has no config, and other widths than requested."""
         if self._compared or trainer.ckpt_path is None:
             return
         self._compared = True
-        other = [
+        mismatched = [
             f"{name} {q.bits} bits, {self._bits[name]} asked for"
             for name, q in quantizers(pl_module)
             if name in self._bits and q.bits != self._bits[name] and not (q.fixed or q.gates.learned or q.first_or_last)
         ]
-        if other:
+        if mismatched:
             rank_zero_warn(
-                f"The checkpoint has other widths than {type(pl_module).__name__} was quantized with here, and runs "
-                f"with its own: {'; '.join(other)}."
+                f"The checkpoint has other widths than {type(pl_module).__name__} was quantized with here; the widths "
+                f"of the checkpoint are used: {'; '.join(mismatched)}."
             )

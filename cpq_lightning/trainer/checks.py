@@ -1,4 +1,4 @@
-"""What callbacks have to know of one another: what cannot share a Trainer, and who begins when."""
+"""Checks across the callbacks of a Trainer: which ones cannot be combined, and when quantization begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpq_lightning.nn.sharding import is_sharded
 from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException, is_a
 from cpq_lightning.trainer.progress import run_length
 
-# Lightning's callbacks that copy the model in their setup; by name, for either of its packages.
+# Lightning's callbacks that copy the model in their setup; by name, for both Lightning packages.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -26,7 +26,7 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
     """Refuse a second callback of the same type, an averaging callback before this one, and FSDP1.
 
     Raises:
-        MisconfigurationException: with what to do.
+        MisconfigurationException: the message says what to change.
     """
     name = type(own).__name__
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -39,19 +39,19 @@ def check_callbacks(trainer: Trainer, own: Callback) -> None:
         if is_a(callback, *_AVERAGING):
             raise MisconfigurationException(
                 f"{type(callback).__name__} stands before {name}, which must prepare the model that is averaged: put "
-                f"{name} first in the list of callbacks. (A QuantizedModule adds one at the end where the list has "
+                f"{name} first in the list of callbacks. (A QuantizedModule adds one at the end of a list that has "
                 "none.)"
             )
     if is_a(trainer.strategy, "FSDPStrategy"):
         raise MisconfigurationException(
-            "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs its own: use DDP, or FSDP2 "
+            "FSDPStrategy (FSDP1) flattens parameters, and a quantized layer needs unflattened ones: use DDP, or FSDP2 "
             "(ModelParallelStrategy, with fully_shard in configure_model)."
         )
     mesh = getattr(trainer.strategy, "_device_mesh", None)
     if mesh is not None and mesh["tensor_parallel"].size() > 1:
         raise MisconfigurationException(
             f"ModelParallelStrategy(tensor_parallel_size={mesh['tensor_parallel'].size()}) splits products over "
-            "processes, and a quantized layer computes whole ones: set tensor_parallel_size=1."
+            "processes, which quantized layers do not support: set tensor_parallel_size=1."
         )
 
 
@@ -59,47 +59,47 @@ def check_unsharded(quantizers: Iterable[tuple[str, Quantizer]]) -> None:
     """Refuse quantizers whose parameters are sharded.
 
     Raises:
-        MisconfigurationException: with what to do.
+        MisconfigurationException: the message says what to change.
     """
     for name, quantizer in quantizers:
         if any(is_sharded(p) for p in quantizer.parameters()):
             raise MisconfigurationException(
-                f"The parameters of quantizer {name!r} are sharded (FSDP2), and must be whole on each rank: leave them "
-                "out in configure_model, fully_shard(..., ignored_params={p for _, q in quantizers(self) for p in "
-                "q.parameters()}) with cpq_lightning.attach.quantizers, or let CPQCallback attach a module that is not "
-                "quantized before."
+                f"The parameters of quantizer {name!r} are sharded (FSDP2), and must not be: exclude them in "
+                "configure_model, fully_shard(..., ignored_params={p for _, q in quantizers(self) for p in "
+                "q.parameters()}) with cpq_lightning.attach.quantizers, or let CPQCallback quantize a module that is "
+                "not quantized yet."
             )
 
 
 def check_learners(trainer: Trainer, learners: int) -> None:
-    """Refuse widths that nobody trains.
+    """Refuse quantizers that learn their width without a BitBudget.
 
     Raises:
-        MisconfigurationException: with what to do.
+        MisconfigurationException: the message says what to change.
     """
-    if learners and not _of(trainer, "BitBudget"):
+    if learners and not _callbacks_named(trainer, "BitBudget"):
         raise MisconfigurationException(
-            f"{learners} quantizers are to learn their width, but nothing tells them what bits may cost: add a "
-            "BitBudget, for example BitBudget(target=3.0), to the Trainer's callbacks, or leave learn_bits and "
-            "learn_act_bits out."
+            f"{learners} quantizers are to learn their width, but nothing limits the cost of their bits: add a "
+            "BitBudget, for example BitBudget(target=3.0), to the Trainer's callbacks, or remove learn_bits and "
+            "learn_act_bits."
         )
 
 
 def quantization_start(trainer: Trainer) -> int:
-    """The step at which quantization begins, asked when training starts."""
-    points = [c.quantize_from for c in _of(trainer, "CPQCallback")]
-    # Where no fraction asks for it, a run may have no length.
+    """The step at which quantization begins; call it when training starts, or later."""
+    points = [c.quantize_from for c in _callbacks_named(trainer, "CPQCallback")]
+    # A run of unknown length is fine if no point is a fraction.
     length = run_length(trainer) if any(isinstance(point, float) and point for point in points) else math.inf
     return max((resolve_point("quantize_from", point, length) for point in points), default=0)
 
 
 def counts_operations(trainer: Trainer) -> bool:
-    """Whether a budget counts bit operations, which a forward has to show before training."""
-    return any(c.unit == "bops" for c in _of(trainer, "BitBudget"))
+    """Whether a budget counts bit operations, which need a forward before training."""
+    return any(c.unit == "bops" for c in _callbacks_named(trainer, "BitBudget"))
 
 
 def last_saved(trainer: Trainer) -> str:
-    """A checkpoint to go on from: a last one, or else a best one."""
+    """Path of a checkpoint to continue from: the last one, or else the best one; empty if there is none."""
     for name in ("last_model_path", "best_model_path"):
         for callback in trainer.checkpoint_callbacks:
             if path := getattr(callback, name, ""):
@@ -108,38 +108,38 @@ def last_saved(trainer: Trainer) -> str:
 
 
 def monitored_bests(trainer: Trainer) -> Bests:
-    """Path and score of the best checkpoint so far of each callback that monitors a metric."""
-    return {c.state_key: _best(c) for c in _monitors(trainer) if c.best_model_path}
+    """Path and score of the best checkpoint so far, for each callback that monitors a metric."""
+    return {c.state_key: _best_checkpoint(c) for c in _monitoring_callbacks(trainer) if c.best_model_path}
 
 
-def _best(callback: Any) -> list[Any]:
+def _best_checkpoint(callback: Any) -> list[Any]:
     score = callback.best_model_score
     return [callback.best_model_path, None if score is None else float(score)]
 
 
 def warn_of_old_bests(trainer: Trainer, then: Bests, what: str) -> None:
-    """Warn of callbacks whose best checkpoint is still the one that it was at an earlier moment of the run.
+    """Warn if the best checkpoint of a callback has not changed since an earlier step of the run.
 
     Args:
-        trainer: At the end of its fit.
-        then: What :func:`monitored_bests` was at that moment.
-        what: What had not happened yet.
+        trainer: A trainer at the end of its fit.
+        then: The result of :func:`monitored_bests` at that step.
+        what: Completes "was saved before ..." in the warning.
     """
-    for callback in _monitors(trainer):
+    for callback in _monitoring_callbacks(trainer):
         path = callback.best_model_path
-        # A file of a fixed name may have been written again.
-        if path and then.get(callback.state_key) == _best(callback):
+        # A file with a fixed name may have been overwritten.
+        if path and then.get(callback.state_key) == _best_checkpoint(callback):
             rank_zero_warn(
                 f"The best checkpoint by {callback.monitor!r}, {path}, was saved before {what}. Use a later one, or "
-                "monitor from there on (a ModelCheckpoint keeps the last one with save_last=True)."
+                "monitor from that step on (a ModelCheckpoint keeps the last one with save_last=True)."
             )
 
 
-def _monitors(trainer: Trainer) -> list[Any]:
+def _monitoring_callbacks(trainer: Trainer) -> list[Any]:
     return [c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) and hasattr(c, "best_model_path")]
 
 
-def _of(trainer: Trainer, name: str) -> list[Any]:
-    """The Trainer's callbacks of a class of this package, by name: none of them imports another."""
+def _callbacks_named(trainer: Trainer, name: str) -> list[Any]:
+    """The Trainer's callbacks of a class of this package, by name, because callbacks do not import each other."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [c for c in callbacks if is_a(c, name)]

@@ -1,4 +1,4 @@
-"""Evaluation of a module whose ranges are not known yet: ranges that last as long as the evaluation."""
+"""Evaluation of a module without activation ranges: temporary ranges, for one evaluation."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ if TYPE_CHECKING:
 
 
 class TemporaryRanges:
-    """Activation ranges for one evaluation of what has none, fitted in the forward of its first batch.
+    """Activation ranges for one evaluation, fitted in the forward of its first batch.
 
-    The evaluation's loop, its data and its steps run as without them. Of several processes all go on with what the
-    first one has found. Afterwards all quantizers are what they were.
+    The loop, the data and the steps of the evaluation do not change. With several processes, all of them use the ranges
+    of the first process. Afterwards, :meth:`undo_attach` restores the quantizers.
+
+    Args:
+        kept: Quantizers whose state is restored after the evaluation.
+        missing: Quantizers that need a range.
+        reason: Start of the warning.
     """
 
     def __init__(self, kept: Iterable[Quantizer], missing: Iterable[Quantizer], reason: str) -> None:
-        self._found = [(q, _copy(q.state_dict()), q.measured, q.fits_next) for q in kept]
+        self._saved = [(q, _copy(q.state_dict()), q.measured, q.fits_next) for q in kept]
         self._waiting = list(missing)
         self._reason = reason
         self.before_batch()
 
     def before_batch(self) -> None:
-        """Called ahead of each batch: of the first one the forward sets the ranges."""
-        # Again here: the Tuner evaluates, and restores a checkpoint, between the start and the first batch.
+        """Let the forward of the first batch set the ranges; called before each batch."""
+        # Needed before each batch: between the start and the first one, the Tuner evaluates and restores a checkpoint.
         for quantizer in self._waiting:
             quantizer.fits_next = not quantizer.fitted
 
     def after_batch(self, trainer: Trainer) -> None:
-        """Called behind each batch: the ranges that it has set are everybody's from here on."""
+        """Share the ranges of the first batch with all processes; called after each batch."""
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
@@ -47,21 +52,21 @@ class TemporaryRanges:
                 quantizer.fits_next = not quantizer.fitted
         if any(quantizer.fitted for quantizer in waiting):
             rank_zero_warn(
-                f"{self._reason}: ranges come from the first batch of this evaluation, and are forgotten behind it."
+                f"{self._reason}: ranges come from the first batch of this evaluation, and are discarded after it."
             )
 
     def undo_attach(self) -> None:
-        """Give the quantizers back what they had."""
-        for quantizer, state, measured, fits_next in self._found:
+        """Restore the state of the quantizers before the evaluation."""
+        for quantizer, state, measured, fits_next in self._saved:
             quantizer.load_state_dict(state)
             quantizer.measured, quantizer.fits_next = measured, fits_next
 
 
 def use_temporary_ranges(trainer: Trainer, pl_module: LightningModule, quantize_from: float) -> TemporaryRanges | None:
-    """Ranges for an evaluation that starts; ``None`` where nothing has to be lent."""
-    found: list[Quantizer] = [q for _, q in quantizers(pl_module)]
-    activations = [q for q in found if q.kind == "activation"]
-    if not all(q.active for q in found):
+    """Temporary ranges for an evaluation that is starting; ``None`` if it needs none."""
+    all_quantizers: list[Quantizer] = [q for _, q in quantizers(pl_module)]
+    activations = [q for q in all_quantizers if q.kind == "activation"]
+    if not all(q.active for q in all_quantizers):
         if trainer.state.fn != "fit" and trainer.ckpt_path is None and not any(q.fitted for q in activations):
             rank_zero_warn(
                 f"{type(pl_module).__name__} was never fitted with quantizers, or not as far as "
@@ -74,18 +79,18 @@ def use_temporary_ranges(trainer: Trainer, pl_module: LightningModule, quantize_
         names = ", ".join(missing)
         reason = (
             f"Neither calibration nor training has called the activation quantizers {names} of "
-            f"{type(pl_module).__name__}, as an evaluation may do. Leave their layers out with ignore, or calibrate on "
-            "what calls them"
+            f"{type(pl_module).__name__}, as an evaluation may do. Exclude their layers with ignore, or calibrate on "
+            "data that call them"
         )
         return TemporaryRanges(missing.values(), missing.values(), reason) if missing else None
-    if all(q.settled for q in found):
+    if all(q.settled for q in all_quantizers):
         return None
     reason = (
         f"{type(pl_module).__name__} was never fitted with quantizers, so it has no activation ranges. Fit the module, "
-        "give ckpt_path, or attach and calibrate it on training data before"
+        "give ckpt_path, or attach and calibrate it on training data before the evaluation"
     )
-    # What a forward notes of a module that only evaluations have quantized must not last either.
-    return TemporaryRanges(found, missing.values(), reason)
+    # The notes that a forward makes in a module without a fit must not last either, so restore all quantizers.
+    return TemporaryRanges(all_quantizers, missing.values(), reason)
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

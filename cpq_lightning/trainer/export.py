@@ -1,4 +1,4 @@
-"""Artefacts at the end of a fit, and samples of the input to verify them with."""
+"""Exports at the end of a fit, and input samples that verify them."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 
 def check_settings(formats: Sequence[str], samples: int) -> None:
-    """Refuse exports that cannot be made, before a training rather than behind it.
+    """Refuse exports that cannot be made, before training rather than after it.
 
     Raises:
-        ValueError: an unknown format, or no samples to verify with.
+        ValueError: a format is unknown, or there are no samples for verification.
         ImportError: a format needs packages that are not installed.
     """
     if samples < 0 or (formats and not samples):
@@ -52,66 +52,71 @@ def check_settings(formats: Sequence[str], samples: int) -> None:
 
 
 class RunSamples:
-    """Samples of a run's input: recorded in its first forward, and left in its folder, where ``cpq export`` looks."""
+    """Input samples of a run: recorded in its first forward, and written to its folder for ``cpq export``."""
 
     def __init__(self) -> None:
         self._parts: list[nn.Module] = []
         self._most = 0
-        # Whether they are not in the folder yet, and whether nothing has been said of exports that will fail.
-        self._waiting = self._unsaid = False
+        # Whether the samples are not written yet, and whether exports that will fail have not been reported yet.
+        self._unwritten = self._unreported = False
 
     def begin(self, pl_module: LightningModule, most: int) -> None:
-        """Forget those of an earlier fit."""
+        """Start a fit, without the samples of an earlier fit.
+
+        Args:
+            pl_module: The module.
+            most: Maximal number of samples; 0 records none.
+        """
         self._parts, self._most = exported_candidates(pl_module), most
-        self._waiting = self._unsaid = bool(most)
+        self._unwritten = self._unreported = bool(most)
         for part in self._parts:
             record_samples(part, 0)
 
     def listen(self) -> None:
-        """Let the next forward leave its samples."""
+        """Record samples in the next forward."""
         for part in self._parts:
             record_samples(part, self._most, again=True)
 
     def pause(self) -> None:
-        """Leave no hook behind: what Lightning calls next is its summary, with an example that is none of the data."""
+        """Remove the hooks, because Lightning's model summary runs a forward on an example that is not data."""
         for part in self._parts:
             stop_recording_samples(part)
 
     def end(self) -> None:
-        """Leave no hook behind, and hold no module."""
+        """Remove the hooks and the references to modules."""
         self.pause()
         self._parts = []
 
     def foresee(self, trainer: Trainer, pl_module: LightningModule, formats: Sequence[Format]) -> None:
-        """Say before training that exports at its end will fail, where a forward or the example has shown why."""
-        if formats and self._unsaid:
+        """Warn before training if the exports at its end will fail, as far as a forward or the example shows it."""
+        if formats and self._unreported:
             self._warn(formats, _obstacle(pl_module, self._parts) or _example_obstacle(trainer, pl_module))
 
     def leave(self, trainer: Trainer, folder: Path | None, formats: Sequence[Format]) -> None:
-        """Write them into the run's folder, on one process, once; to be called after each batch.
+        """Write the samples to the run's folder, once and on one process; call this after each batch.
 
-        So the checkpoints of a run that is interrupted can be exported too. What cannot be written costs a warning, and
-        no training; so does an export at the end that will fail for what the forward takes or returns.
+        With the samples, checkpoints of an interrupted run can be exported too. A failure to write only warns. If an
+        export at the end will fail because of the forward's inputs or outputs, this method warns too.
 
         Args:
-            trainer: The run's.
-            folder: The run's; ``None`` where it writes nothing.
-            formats: What is to be exported at its end.
+            trainer: The run's Trainer.
+            folder: The run's folder; ``None`` if the run writes no files.
+            formats: Formats that are exported at the end of the run.
         """
         if folder is None:
             return
-        if formats and self._unsaid:
+        if formats and self._unreported:
             self._warn(formats, _obstacle(trainer.lightning_module, self._parts))
-            self._unsaid = False
-        found = _recorded(self._parts) if self._waiting else None
-        if found is None:
+            self._unreported = False
+        samples = _recorded(self._parts) if self._unwritten else None
+        if samples is None:
             return
-        self._waiting = False
+        self._unwritten = False
         if not trainer.is_global_zero:
             return
         path = folder / SAMPLES_FILE
         try:
-            write_samples(found, path)
+            write_samples(samples, path)
         except (OSError, TypeError) as error:
             rank_zero_warn(
                 f"{path} could not be written ({error}): 'cpq export' of this run's checkpoints will need --samples or "
@@ -119,30 +124,30 @@ class RunSamples:
             )
             return
         rank_zero_info(
-            f"{len(found)} inputs of the run's data written to {path}, for 'cpq export'; CPQCallback(samples=0) keeps "
-            "none."
+            f"{len(samples)} inputs of the run's data written to {path}, for 'cpq export'; CPQCallback(samples=0) "
+            "keeps none."
         )
 
     def _warn(self, formats: Sequence[Format], reason: str | None) -> None:
         if reason is not None:
-            self._unsaid = False
-            rank_zero_warn(f"The export at the end of this run ({', '.join(formats)}) will fail as it is: {reason}")
+            self._unreported = False
+            rank_zero_warn(f"The export at the end of this run ({', '.join(formats)}) will fail: {reason}")
 
 
 def _recorded(candidates: Sequence[nn.Module]) -> Samples | None:
-    """Samples of a forward of what ships; or, where that is not called, of the network in it, if these fit."""
+    """Samples of the exported part; if that is never called, those of the network in it, provided they fit."""
     for part in candidates:
-        found = recorded_samples(part)
-        if found is not None:
-            return found if found.fit(candidates[0]) else None
+        samples = recorded_samples(part)
+        if samples is not None:
+            return samples if samples.fit(candidates[0]) else None
         if export_obstacle(part) is not None:
-            # It is called, with something else.
+            # This part was called, with arguments that cannot be recorded.
             return None
     return None
 
 
 def _obstacle(pl_module: LightningModule, candidates: Sequence[nn.Module]) -> str | None:
-    """What a forward has taken or returned that no export can; ``None`` too before any has."""
+    """Why the arguments or outputs of a forward prevent an export; ``None`` if they do not, or before any forward."""
     if recorded_samples(candidates[0]) is not None:
         return export_obstacle(candidates[0])
     if any(export_obstacle(part) is not None and recorded_samples(part) is None for part in candidates):
@@ -154,7 +159,7 @@ def _obstacle(pl_module: LightningModule, candidates: Sequence[nn.Module]) -> st
 
 
 def _example_obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    """What a module returns for its ``example_input_array`` that no export can hold."""
+    """Why the module's outputs for its ``example_input_array`` prevent an export; ``None`` if they do not."""
     part, example = exported_part(pl_module), getattr(pl_module, "example_input_array", None)
     if example is None or recorded_samples(part) is not None or any(is_sharded(p) for p in part.parameters()):
         return None
@@ -169,7 +174,7 @@ def _example_obstacle(trainer: Trainer, pl_module: LightningModule) -> str | Non
             with torch.compiler.set_stance("force_eager"):
                 output = part(*args, **kwargs)
     except Exception:
-        # The export tells of it, if it is not mended by then.
+        # The export reports this error, unless it is fixed by then.
         return None
     finally:
         for module, training in modes.items():
@@ -182,47 +187,49 @@ def _example_obstacle(trainer: Trainer, pl_module: LightningModule) -> str | Non
 
 
 def available_samples(pl_module: LightningModule) -> Samples:
-    """Samples that were recorded, or the module's ``example_input_array``.
+    """The recorded samples, or the module's ``example_input_array``.
 
-    Where the whole module ships, and its example has other arguments than the recorded call, the example says which an
-    export has: it may leave out labels that only training gives.
+    If the exported part is the module itself, and its example has other arguments than the recorded call, the export
+    has the arguments of the example: the example may omit labels that only training passes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no samples.
     """
     candidates = exported_candidates(pl_module)
-    part, found, reasons = candidates[0], _recorded(candidates), []
-    if found is None:
+    part, samples, reasons = candidates[0], _recorded(candidates), []
+    if samples is None:
         reasons = [o for p in candidates if (o := export_obstacle(p)) is not None]
-    example, wanted = getattr(pl_module, "example_input_array", None), None
+    example, example_samples = getattr(pl_module, "example_input_array", None), None
     if example is not None:
         try:
-            wanted = replace(Samples.of(example, part), real=False)
+            example_samples = replace(Samples.of(example, part), real=False)
         except (TypeError, ValueError) as error:
             reasons.append(f"example_input_array: {error}")
-    if found is not None and (wanted is None or part is not pl_module):
-        return found
-    if wanted is not None:
-        return wanted if found is None else found.for_arguments_of(wanted, part) or wanted
+    if samples is not None and (example_samples is None or part is not pl_module):
+        return samples
+    if example_samples is not None:
+        return (
+            example_samples if samples is None else samples.for_arguments_of(example_samples, part) or example_samples
+        )
     raise ValueError(
         f"There are no samples of the input of {type(part).__name__}: "
         f"{' '.join(reasons) or 'its forward was never called.'} Set example_input_array in the module, or define "
-        "export_module() to return the network that ships."
+        "export_module() to return the network to export."
     )
 
 
 def export_at_fit_end(
     pl_module: LightningModule, formats: Sequence[Format], folder: Path, saved: str
 ) -> list[dict[str, Any]]:
-    """Write each format into the run's folder, verified, and show what it has come to; on one process.
+    """Export the model in each format to the run's folder, verify the files, and print the results; on one process.
 
-    What cannot be written, or would not be the trained model, costs a warning, and no training: a test may follow.
+    An export that fails, or whose outputs differ from the model's, only warns, so that a test may follow the fit.
 
     Returns:
-        For each format its ``format``, and the ``file``, or the ``error`` and the ``command`` that tries again.
+        For each format: its ``format``, and the ``file``, or the ``error`` and the ``command`` that retries the export.
     """
     console = Console()
-    outcomes: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for format in formats:
         try:
             export = export_model(
@@ -235,24 +242,24 @@ def export_at_fit_end(
             )
         except Exception as error:
             reason = str(error) if isinstance(error, MismatchError) else f"{type(error).__name__}: {error}"
-            begun = any(q.active for _, q in quantizers(pl_module))
-            # No file is ever made of a checkpoint in full precision.
-            command = _command(pl_module, format, saved) if begun else None
-            later = f" Once that is mended, this writes it: {command}" if command else ""
-            rank_zero_warn(f"The {format} file could not be written ({reason}). {what_is_saved(saved)}{later}")
-            outcomes.append({"format": format, "error": reason, "command": command})
+            is_quantized = any(q.active for _, q in quantizers(pl_module))
+            # A checkpoint in full precision cannot be exported.
+            command = _command(pl_module, format, saved) if is_quantized else None
+            hint = f" Once that is fixed, this command writes it: {command}" if command else ""
+            rank_zero_warn(f"The {format} file could not be written ({reason}). {what_is_saved(saved)}{hint}")
+            results.append({"format": format, "error": reason, "command": command})
             continue
-        outcomes.append({"format": format, "file": export.path.name})
+        results.append({"format": format, "file": export.path.name})
         console.print()
         console.print(export_table(export))
-    return outcomes
+    return results
 
 
 def _command(pl_module: LightningModule, format: Format, saved: str) -> str | None:
-    """What exports a run's checkpoint; ``None`` where there is none."""
+    """The command that exports a run's checkpoint; ``None`` if there is no checkpoint."""
     if not saved:
         return None
-    own = type(pl_module)
-    known = hasattr(pl_module, "export_architecture")
-    module = "" if known else f" --module {own.__module__}.{own.__qualname__}"
+    module_type = type(pl_module)
+    knows_architecture = hasattr(pl_module, "export_architecture")
+    module = "" if knows_architecture else f" --module {module_type.__module__}.{module_type.__qualname__}"
     return f"cpq export --ckpt {shlex.quote(saved)} --format {format}{module}"

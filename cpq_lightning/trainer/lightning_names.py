@@ -1,8 +1,8 @@
-"""Lightning under both of its names, ``lightning`` and ``pytorch_lightning``: the same code, each with its own classes.
+"""Base classes for both Lightning packages, ``lightning`` and ``pytorch_lightning``: the same code, separate classes.
 
-A Trainer asks whether callbacks are instances of its own package's ``Callback``, and whoever uses one catches that
-package's exceptions. So the classes here have those of ``lightning`` for bases, and those of ``pytorch_lightning`` too
-from when somebody else imports it.
+A Trainer checks that callbacks are instances of the ``Callback`` of its package, and users catch the exceptions of the
+package that they import. So the classes here inherit from those of ``lightning``, and also from those of
+``pytorch_lightning`` as soon as other code imports it.
 """
 
 from __future__ import annotations
@@ -36,55 +36,55 @@ else:
 
 
 class Callback(_Callback):
-    """The base of this package's callbacks: one for Trainers of either name.
+    """Base class of this package's callbacks, for Trainers of both Lightning packages.
 
-    Pickled or copied it is its settings, which it has by the names of its arguments, and what a subclass of somebody's
-    has added: what it holds of a run, optimizers and hooks among it, belongs to that run.
+    A pickle or a copy has the callback's settings, which are attributes with the names of its arguments, and the
+    attributes that a user's subclass adds. It does not have the state of a run, such as optimizers and hooks.
     """
 
     def __getstate__(self) -> dict[str, Any]:
-        of_runs = {name for name in vars(self._anew(vars(self))) if name.startswith("_")}
+        run_state = {name for name in vars(self._with_settings(vars(self))) if name.startswith("_")}
         return {
-            n: v for n, v in vars(self).items() if n not in of_runs and not (n[0] == "_" and hasattr(type(self), n))
+            n: v for n, v in vars(self).items() if n not in run_state and not (n[0] == "_" and hasattr(type(self), n))
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**vars(self._anew(state)), **state})
+        vars(self).update({**vars(self._with_settings(state)), **state})
 
-    def _anew(self, settings: Mapping[str, Any]) -> Callback:
-        own = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("cpq_lightning."))
-        names = inspect.signature(own).parameters
-        return own(**{name: settings[name] for name in names if name in settings})
+    def _with_settings(self, settings: Mapping[str, Any]) -> Callback:
+        package_class = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("cpq_lightning."))
+        names = inspect.signature(package_class).parameters
+        return package_class(**{name: settings[name] for name in names if name in settings})
 
 
 class MisconfigurationException(_MisconfigurationException):
-    """Lightning's exception of that name, of either package."""
+    """Lightning's exception of this name, for both packages."""
 
 
 def is_a(thing: object, *names: str) -> bool:
-    """Whether something is of one of these classes; by name, which is the same in both packages."""
+    """Whether an object is an instance of one of these classes, by class name, which is the same in both packages."""
     return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
-def _take_bases(package: ModuleType) -> None:
-    """Make the classes here subclasses of the other package's, those of callbacks that exist already among them."""
-    theirs = import_module(f"{package.__name__}.utilities.exceptions").MisconfigurationException
-    for own, base in ((Callback, package.Callback), (MisconfigurationException, theirs)):
-        # Whoever makes one name an alias of the other has one class.
+def _add_bases(package: ModuleType) -> None:
+    """Add the other package's classes to the bases of the classes here; this includes existing callbacks."""
+    other_exception = import_module(f"{package.__name__}.utilities.exceptions").MisconfigurationException
+    for own, base in ((Callback, package.Callback), (MisconfigurationException, other_exception)):
+        # If one package name is an alias of the other, both classes are the same.
         if not issubclass(own, base):
             own.__bases__ = (*own.__bases__, base)
 
 
 class _OtherFinder(MetaPathFinder):
-    """Notices the import of the other package, which it leaves to the finders behind it."""
+    """Detects the import of the other package, and delegates it to the finders after this one."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _OTHER:
             return None
-        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        specs = (finder.find_spec(fullname, path, target) for finder in behind if hasattr(finder, "find_spec"))
+        later_finders = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(fullname, path, target) for finder in later_finders if hasattr(finder, "find_spec"))
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _OtherLoader(spec.loader)
@@ -92,7 +92,7 @@ class _OtherFinder(MetaPathFinder):
 
 
 class _OtherLoader(Loader):
-    """Loads as another loader does, and takes the bases once that is done."""
+    """Delegates to another loader, and adds the bases once the module is loaded."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -104,14 +104,14 @@ class _OtherLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module is the other loader's, as it is with importlib.util.LazyLoader.
+        # Give the module its real loader, as importlib.util.LazyLoader does.
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _take_bases(module)
+        _add_bases(module)
 
 
 sys.meta_path.insert(0, _OtherFinder())
 if sys.modules.get(_OTHER) is not None:
-    # Not just looked up: another thread may still be importing it.
-    _take_bases(import_module(_OTHER))
+    # Import it rather than take it from sys.modules: another thread may still be importing it.
+    _add_bases(import_module(_OTHER))

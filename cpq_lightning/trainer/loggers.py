@@ -1,4 +1,4 @@
-"""Each layer's bits for loggers that take a table, text or a picture."""
+"""Logs each layer's bits as a table or text, and images, to loggers that support them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _COLUMNS = ["quantizer", "bits", "expected bits"]
 
 
 def log_widths(trainer: Trainer, widths: Mapping[str, tuple[float, float]], step: int) -> None:
-    """Log expected and decided bits of each quantizer: a table (Weights & Biases), or text (TensorBoard).
+    """Log the expected and the decided bits of each quantizer, as a table (Weights & Biases) or text (TensorBoard).
 
     Args:
-        trainer: Whose loggers take it; those that take neither are passed over.
-        widths: Expected and decided width by name.
-        step: Where the run is.
+        trainer: Trainer with the loggers; loggers that support neither are skipped.
+        widths: Expected and decided width by name of the quantizer.
+        step: Current step of the run.
     """
     rows = [[name, decided, round(expected, 2)] for name, (expected, decided) in widths.items()]
     for logger in trainer.loggers:
@@ -35,10 +35,10 @@ def log_widths(trainer: Trainer, widths: Mapping[str, tuple[float, float]], step
 
 
 def log_pictures(trainer: Trainer, files: Iterable[Path], step: int) -> None:
-    """Log the pictures among some files, under ``cpq/`` and their name, where a logger takes pictures.
+    """Log the PNG images among the files, under ``cpq/`` and their name, to loggers that support images.
 
-    Weights & Biases and others with ``log_image`` take the files, TensorBoard their pixels. What a logger cannot take
-    costs a warning, and no training.
+    Weights & Biases and other loggers with ``log_image`` get the files, TensorBoard gets their pixels. An image that a
+    logger does not accept only warns.
     """
     for path in files:
         if path.suffix != ".png":
@@ -53,4 +53,4 @@ def log_pictures(trainer: Trainer, files: Iterable[Path], step: int) -> None:
                     pixels = numpy.asarray(Image.open(path).convert("RGB"))
                     experiment.add_image(key, pixels, step, dataformats="HWC")  # type: ignore[union-attr]
             except Exception as error:
-                rank_zero_warn(f"{type(logger).__name__} did not take {path} ({type(error).__name__}: {error}).")
+                rank_zero_warn(f"{type(logger).__name__} did not accept {path} ({type(error).__name__}: {error}).")

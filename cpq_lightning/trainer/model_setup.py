@@ -1,4 +1,4 @@
-"""A LightningModule's layers, quantized before Lightning builds anything on them."""
+"""Quantizes the layers of a LightningModule before Lightning builds optimizers and strategies on them."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from cpq_lightning.trainer.progress import overrides
 
 
 def attach_module(trainer: Trainer, pl_module: LightningModule, config: CPQConfig) -> bool:
-    """Quantize a module that is not quantized yet, in a callback's ``setup``; of one that is, the layers that have come
+    """Quantize a module in a callback's ``setup``. If it is quantized already, quantize only layers that were added
     since, such as a new head.
 
     Returns:
-        Whether it has been done now.
+        Whether the module was not quantized before.
 
     Raises:
-        MisconfigurationException: nothing in it can be quantized so, or ``configure_model`` failed here.
+        MisconfigurationException: nothing in the module can be quantized with this config, or ``configure_model``
+            failed.
     """
     if is_attached(pl_module):
         _warn_of_other_settings(pl_module, config)
         _attach_late(pl_module, config)
         return False
     if overrides(pl_module, "configure_model"):
-        # Layers that are born or sharded there must be so before they can be switched.
+        # Layers that configure_model makes or shards must exist, or be sharded, before they are quantized.
         try:
             with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():
                 pl_module.configure_model()
         except (AttributeError, TypeError) as error:
             raise MisconfigurationException(
-                f"configure_model failed ({error}). CPQCallback calls it before the module's setup, since the layers "
-                "that it makes must exist to be quantized: let it need nothing that setup makes."
+                f"configure_model failed ({error}). CPQCallback calls it before the module's setup, because its layers "
+                "must exist to be quantized: let configure_model need nothing that setup makes."
             ) from error
-        # Lightning calls the hook in a moment, and not everybody's may be called twice.
-        pl_module.__dict__["configure_model"] = _configured
+        # Lightning calls the hook soon after, and some implementations must not run twice.
+        pl_module.__dict__["configure_model"] = _already_configured
     try:
         attach(pl_module, config)
     except ValueError as error:
@@ -49,15 +50,15 @@ def attach_module(trainer: Trainer, pl_module: LightningModule, config: CPQConfi
 
 
 def _warn_of_other_settings(pl_module: LightningModule, config: CPQConfig) -> None:
-    known = attached_config(pl_module)
-    # The default is no wish.
-    if known is None or config == CPQConfig():
+    attached = attached_config(pl_module)
+    # The default config does not ask for anything.
+    if attached is None or config == CPQConfig():
         return
-    different = differences(with_levels_read(config), known, "there")
-    if different:
+    difference = differences(with_levels_read(config), attached, "there")
+    if difference:
         rank_zero_warn(
             f"{type(pl_module).__name__} is quantized already and stays as it is, whatever CPQCallback's config says: "
-            f"{different}. Call detach(module) first to quantize it anew."
+            f"{difference}. Call detach(module) first to quantize it again."
         )
 
 
@@ -70,8 +71,8 @@ def _attach_late(pl_module: LightningModule, config: CPQConfig) -> None:
     except ValueError as error:
         raise MisconfigurationException(f"CPQCallback cannot quantize {', '.join(late)}: {error}") from error
     rank_zero_warn(
-        f"{len(late)} layers have come since {type(pl_module).__name__} was quantized, and are quantized now, like the "
-        f"others: {', '.join(late)}."
+        f"{len(late)} layers were added since {type(pl_module).__name__} was quantized, and are quantized now, like "
+        f"the others: {', '.join(late)}."
     )
 
 
@@ -79,12 +80,12 @@ def check_layers(pl_module: LightningModule, known: set[str]) -> None:
     """Refuse layers that were made after the module was quantized.
 
     Raises:
-        MisconfigurationException: with what to do.
+        MisconfigurationException: the message says what to change.
     """
     if not is_attached(pl_module):
         raise MisconfigurationException(
-            "configure_model has built the layers anew after CPQCallback had quantized them: let it return at once "
-            "where they exist, as Lightning asks of it."
+            "configure_model has built the layers again after CPQCallback had quantized them: let it return at once "
+            "if they exist, as Lightning requires."
         )
     late = sorted(set(quantizable_layers(pl_module)) - known)
     if late:
@@ -95,10 +96,10 @@ def check_layers(pl_module: LightningModule, known: set[str]) -> None:
 
 
 def forget_configured(pl_module: LightningModule) -> None:
-    """Give the module its own ``configure_model`` back."""
-    if pl_module.__dict__.get("configure_model") is _configured:
+    """Restore the module's ``configure_model``."""
+    if pl_module.__dict__.get("configure_model") is _already_configured:
         del pl_module.__dict__["configure_model"]
 
 
-def _configured() -> None:
-    """Stands for a module's ``configure_model`` once it has run."""
+def _already_configured() -> None:
+    """Replaces a module's ``configure_model`` after it has run."""

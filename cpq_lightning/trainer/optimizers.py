@@ -1,4 +1,4 @@
-"""The parameters of quantizers and gates, beside a Trainer's optimizers."""
+"""Training of the parameters of quantizers and gates, through hooks on the Trainer's optimizers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.optim.auxiliary import AuxiliaryOptimizer
 from cpq_lightning.optim.optimizer_hook import OptimizerHook
 from cpq_lightning.optim.param_groups import holds_parameters, release
+from cpq_lightning.trainer import private
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
 def train_quantizers(
     trainer: Trainer, pl_module: LightningModule, lr_factor: float, states: Sequence[dict[str, Any]]
 ) -> tuple[list[AuxiliaryOptimizer], list[OptimizerHook]]:
-    """Train each quantizer's parameters beside the optimizer that trains its layer's weight, and in no optimizer of
-    the trainer.
+    """Train each quantizer's parameters in an auxiliary optimizer, hooked to the optimizer that trains its layer's
+    weight, and in no optimizer of the trainer.
 
     Args:
         trainer: A trainer whose optimizers are made and not restored yet.
         pl_module: The attached module.
-        lr_factor: Rate of the quantizers relative to the model's.
-        states: Saved states of companions, in the order in which they are made.
+        lr_factor: Learning rate of the quantizers, relative to the model's.
+        states: Saved states of the auxiliary optimizers, in the order in which they are made.
 
     Returns:
-        The companions, and what keeps the parameters out of optimizers without one.
+        The auxiliary optimizers, and the hooks that keep the parameters out of the optimizers without one.
 
     Raises:
         MisconfigurationException: a saved state does not fit.
@@ -46,73 +47,75 @@ def train_quantizers(
             f"No optimizer of {type(pl_module).__name__} holds a parameter: no weight of it is trained by gradient. "
             "Ranges are calibrated, and the network is quantized by them."
         )
-    wanted = _by_optimizer(pl_module, optimizers)
-    # Gates too: their logits are trained beside all optimizers.
-    owned = [p for _, q in quantizers(pl_module) for p in q.parameters()]
-    companions: list[AuxiliaryOptimizer] = []
-    others: list[OptimizerHook] = []
+    range_parameters = _by_optimizer(pl_module, optimizers)
+    # Gates included: their logits are in no optimizer.
+    quantizer_parameters = [p for _, q in quantizers(pl_module) for p in q.parameters()]
+    auxiliary_optimizers: list[AuxiliaryOptimizer] = []
+    other_hooks: list[OptimizerHook] = []
     for index, optimizer in enumerate(optimizers):
         if not optimizer.param_groups:
-            # Lightning's stand-in where there is no optimizer.
+            # Lightning's placeholder for a module without an optimizer.
             continue
-        release(optimizer, owned)
-        wrappers = [trainer.strategy._lightning_optimizers[index]]
-        if not wanted[index]:
-            others.append(OptimizerHook(optimizer, [], _ignore, wrappers=wrappers, kept_out=owned))
+        release(optimizer, quantizer_parameters)
+        wrappers = [private.optimizer_wrappers(trainer)[index]]
+        if not range_parameters[index]:
+            other_hooks.append(
+                OptimizerHook(optimizer, [], _do_nothing, wrappers=wrappers, kept_out=quantizer_parameters)
+            )
             continue
-        companion = AuxiliaryOptimizer(
+        auxiliary = AuxiliaryOptimizer(
             optimizer,
-            wanted[index],
+            range_parameters[index],
             lr_factor,
             grad_scale=_grad_scale(trainer),
             wrappers=wrappers,
             average=_average(trainer),
-            kept_out=owned,
+            kept_out=quantizer_parameters,
         )
-        companions.append(companion)
-        if not companion.has_users_class:
+        auxiliary_optimizers.append(auxiliary)
+        if not auxiliary.has_users_class:
             rank_zero_info(
                 f"No second {type(optimizer).__name__} can be made for the quantizers' parameters (one-dimensional, "
-                f"whole on each rank): {len(wanted[index])} of them train with Adam beside the first."
+                f"not sharded): {len(range_parameters[index])} of them train with Adam instead."
             )
-    restore_auxiliary(companions, states)
-    return companions, others
+    restore_auxiliary(auxiliary_optimizers, states)
+    return auxiliary_optimizers, other_hooks
 
 
 def restore_auxiliary(companions: Sequence[AuxiliaryOptimizer], states: Sequence[dict[str, Any]]) -> None:
-    """Restore the companions of a run from a checkpoint, if it has any.
+    """Restore the auxiliary optimizers of a run from a checkpoint, if the checkpoint has their states.
 
     Raises:
-        MisconfigurationException: it is of a run with other optimizers.
+        MisconfigurationException: the checkpoint is of a run with other optimizers.
     """
     if not states or not companions:
         return
     if len(states) != len(companions):
         raise MisconfigurationException(
             f"The checkpoint has the state of {len(states)} optimizers of quantizers, and this run has "
-            f"{len(companions)}, one beside each optimizer that trains quantized layers: resume with the optimizers of "
-            "the run that saved it."
+            f"{len(companions)}, one for each optimizer that trains quantized layers: resume with the optimizers of "
+            "the run that saved the checkpoint."
         )
-    for companion, state in zip(companions, states, strict=True):
+    for auxiliary, state in zip(companions, states, strict=True):
         try:
-            companion.load_state_dict(state)
+            auxiliary.load_state_dict(state)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 
 
 def warn_of_left_out(companions: Sequence[AuxiliaryOptimizer], optimizers: Sequence[Any]) -> None:
-    """Warn where quantizers have gradients and are never updated."""
-    if any(companion.is_left_out for companion in companions):
+    """Warn if quantizers have gradients and were never updated."""
+    if any(auxiliary.is_left_out for auxiliary in companions):
         names = " or ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
         rank_zero_warn(
             f"Quantizers have gradients and have never been updated: {names} does not run the step hooks of torch's "
-            "Optimizer, by which they are trained. Let its step be called through torch.optim.Optimizer, or wrap an "
+            "Optimizer, which train the quantizers. Let its step be called through torch.optim.Optimizer, or wrap an "
             "optimizer whose step is."
         )
 
 
-def _ignore(gradients: list[Tensor | None]) -> None:
-    """Take nothing over."""
+def _do_nothing(gradients: list[Tensor | None]) -> None:
+    """Do nothing with the gradients."""
 
 
 def hook_optimizers(
@@ -121,43 +124,43 @@ def hook_optimizers(
     learners: list[Quantizer],
     take: Callable[[Quantizer, Tensor | None], None],
 ) -> list[OptimizerHook]:
-    """Hand over the gradients of the gates' logits whenever the optimizer that trains a layer's weight steps.
+    """Pass on the gradients of the gates' logits whenever the optimizer that trains a layer's weight steps.
 
     Args:
         trainer: A trainer whose optimizers are made.
         pl_module: The attached module.
         learners: Quantizers that learn their width.
-        take: Called with each of them and its gradient.
+        take: Called with each of these quantizers and its gradient.
 
     Returns:
-        What has to be removed afterwards.
+        The hooks, to be removed afterwards.
     """
     optimizers = list(trainer.optimizers)
     holders = _holders(pl_module, optimizers)
-    found = []
+    hooks = []
     for index, optimizer in enumerate(optimizers):
-        own = [q for q in learners if holders.get(q) == index]
-        logits = [q.gates.logit for q in own if q.gates.logit is not None]
+        trained = [q for q in learners if holders.get(q) == index]
+        logits = [q.gates.logit for q in trained if q.gates.logit is not None]
 
-        def stepped(grads: list[Tensor | None], own: list[Quantizer] = own) -> None:
-            for quantizer, grad in zip(own, grads, strict=True):
+        def pass_on(grads: list[Tensor | None], trained: list[Quantizer] = trained) -> None:
+            for quantizer, grad in zip(trained, grads, strict=True):
                 take(quantizer, grad)
 
-        if own:
-            wrappers = [trainer.strategy._lightning_optimizers[index]]
-            scale = _grad_scale(trainer, 2 if own[0].gates.estimator == "curvature" else 1)
-            found.append(OptimizerHook(optimizer, logits, stepped, scale, wrappers, _average(trainer)))
-    return found
+        if trained:
+            wrappers = [private.optimizer_wrappers(trainer)[index]]
+            scale = _grad_scale(trainer, 2 if trained[0].gates.estimator == "curvature" else 1)
+            hooks.append(OptimizerHook(optimizer, logits, pass_on, scale, wrappers, _average(trainer)))
+    return hooks
 
 
 def _grad_scale(trainer: Trainer, power: int = 1) -> Callable[[], float] | None:
-    """Reads the factor of gradients, or of what is a power of them; ``None`` where nothing scales them."""
+    """A function that returns the gradient scale to a power; ``None`` if gradients are not scaled."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else lambda: scaler.get_scale() ** power
 
 
 def _average(trainer: Trainer) -> Callable[[Tensor], None] | None:
-    """What averages gradients under FSDP2, which knows only the parameters that it has sharded."""
+    """A function that averages gradients over ranks under FSDP2, which averages only those of sharded parameters."""
     mesh = getattr(trainer.strategy, "_device_mesh", None)
     if mesh is None:
         return None
@@ -171,7 +174,7 @@ def _average(trainer: Trainer) -> Callable[[Tensor], None] | None:
 
 
 def _by_optimizer(pl_module: LightningModule, optimizers: list[Any]) -> list[list[nn.Parameter]]:
-    """For each optimizer the steps' and noises' parameters of the layers that it trains."""
+    """For each optimizer, the scale and noise parameters of the layers that it trains."""
     holders = _holders(pl_module, optimizers)
     return [
         [p for quantizer, holder in holders.items() if holder == index for p in quantizer.range_parameters()]
@@ -180,18 +183,18 @@ def _by_optimizer(pl_module: LightningModule, optimizers: list[Any]) -> list[lis
 
 
 def _holders(pl_module: LightningModule, optimizers: list[Any]) -> dict[Quantizer, int]:
-    """For each quantizer the optimizer that trains its layer's weight; for a frozen layer's, the first with a group."""
-    trained = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    """For each quantizer, the index of the optimizer of its layer's weight; of the first optimizer if it is frozen."""
+    optimizer_of = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     default = next((i for i, o in enumerate(optimizers) if o.param_groups), -1)
     holders: dict[Quantizer, int] = {}
     for _, layer in quantized_layers(pl_module):
-        index = next((trained[id(p)] for p in weight_parameters(layer) if id(p) in trained), default)
+        index = next((optimizer_of[id(p)] for p in weight_parameters(layer) if id(p) in optimizer_of), default)
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None:
                 holders.setdefault(quantizer, index)
     for _, module in modules_with_products(pl_module):
-        # Products are trained with the layers around them.
-        near = next((holders[q] for _, q in quantizers(module) if q in holders), default)
+        # The quantizers of a product are trained with the layers of the same module.
+        nearby = next((holders[q] for _, q in quantizers(module) if q in holders), default)
         for _, quantizer in quantizers(module):
-            holders.setdefault(quantizer, near)
+            holders.setdefault(quantizer, nearby)
     return holders

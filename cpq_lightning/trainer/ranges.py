@@ -1,4 +1,4 @@
-"""When CPQCallback finds activation ranges: before training, and for the evaluation of a module never fitted."""
+"""When CPQCallback fits ranges: before training, during training, and in evaluations of a module never fitted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cpq_lightning.trainer.weight_averaging import share_with_averages
 
 
 class RangeHooks(Callback):
-    """The hooks of CPQCallback that have to do with finding ranges only."""
+    """The hooks of CPQCallback that fit ranges."""
 
     config: CPQConfig
     quantize_from: int | float
@@ -36,20 +36,20 @@ class RangeHooks(Callback):
     _companions: list[AuxiliaryOptimizer]
     _uncalibrated = False
     _tracker: RangeTracker | None = None
-    _tracked = 0
-    _stance: Any = None
-    _lent: TemporaryRanges | None = None
-    _let: Sequence[Quantizer] = ()
+    _tracked_step = 0
+    _compile_stance: Any = None
+    _temporary_ranges: TemporaryRanges | None = None
+    _fitting_next: Sequence[Quantizer] = ()
     _asked: RequestedSettings | None = None
 
     # Before training --------------------------------------------------------------------------------------------------
 
     def _begin_calibration(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._uncalibrated = True
-        # The loaders of a run that is resumed get their state later, with which they have to begin; and some strategies
-        # do not tell yet whether it is.
-        known = not trainer.strategy.restore_checkpoint_after_setup
-        if known and not self._resumed and trainer.ckpt_path is None:
+        # In a resumed run, the loaders get their state later and must not be read before. Some strategies do not show
+        # yet whether the run is resumed.
+        resume_known = not trainer.strategy.restore_checkpoint_after_setup
+        if resume_known and not self._resumed and trainer.ckpt_path is None:
             self._calibrate(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,94 +57,94 @@ class RangeHooks(Callback):
         self._calibrate_rewritten(trainer, pl_module)
 
     def _calibrate_rewritten(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate again where a hook of the module's has initialized weights since: inputs are others as well."""
+        """Calibrate again if a hook of the module has initialized weights since: the inputs have changed too."""
         if all(q.active for q in self._quantizers) and RangeTracker(pl_module).renew_weights():
             self._uncalibrated = True
             self._calibrate(trainer, pl_module, again=True)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule, again: bool = False) -> None:
-        """Calibrate a fit that has not been yet, where it lacks anything."""
-        if self._uncalibrated and (again or _lacks(trainer, self._quantizers, self._resumed)):
+        """Calibrate once per fit, if ranges or the execution order are missing."""
+        if self._uncalibrated and (again or _needs_calibration(trainer, self._quantizers, self._resumed)):
             self._audited = calibrate_for_training(trainer, pl_module, self.calibration_batches) or self._audited
         self._uncalibrated = False
 
-    # While it goes on -------------------------------------------------------------------------------------------------
+    # During training --------------------------------------------------------------------------------------------------
 
     def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before a training batch: look at its activations, where ranges may have been outgrown."""
-        # Of a batch that another callback has skipped Lightning tells no end.
-        self._compile_again()
+        """Before a training batch: record its activations if ranges are due for a check."""
+        # Lightning does not call on_train_batch_end for a batch that another callback has skipped.
+        self._restore_compilation()
         step = run_step(trainer) - self.start_step
         if step < 0 or not all(q.active for q in self._quantizers):
             return
         if self._tracker is None:
-            self._tracker = RangeTracker(pl_module, [companion.optimizer for companion in self._companions])
+            self._tracker = RangeTracker(pl_module, [auxiliary.optimizer for auxiliary in self._companions])
             if step == 0 and self._tracker.renew_weights():
-                # Somebody has initialized weights since they were calibrated: inputs are others as well.
+                # Weights were initialized after the calibration, so the inputs have changed too.
                 refit(pl_module)
-        self._tracked = step
+        self._tracked_step = step
         if is_due(step):
-            # Compiled code runs as it was written meanwhile, so that it shows its values.
-            self._stance = torch.compiler.set_stance("force_eager")
-            self._stance.__enter__()
+            # Run compiled code eagerly, so that its values can be recorded.
+            self._compile_stance = torch.compiler.set_stance("force_eager")
+            self._compile_stance.__enter__()
         self._tracker.before_batch(step)
 
     def _renew_ranges(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Behind a training batch: fit stale ranges anew, where it has ended a step."""
-        self._compile_again()
+        """After a training batch that ended an optimizer step: fit stale ranges again."""
+        self._restore_compilation()
         if self._tracker is None:
             return
         self._tracker.pause()
-        if run_step(trainer) - self.start_step > self._tracked:
-            renewed = self._tracker.after_step(self._tracked)
+        if run_step(trainer) - self.start_step > self._tracked_step:
+            renewed = self._tracker.after_step(self._tracked_step)
             if renewed:
                 share_with_averages(trainer, pl_module, set(renewed))
 
     def _stop_tracking(self) -> None:
-        self._compile_again()
+        self._restore_compilation()
         if self._tracker is not None:
             self._tracker.pause()
         self._tracker = None
 
-    def _compile_again(self) -> None:
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+    def _restore_compilation(self) -> None:
+        if self._compile_stance is not None:
+            self._compile_stance.__exit__(None, None, None)
+            self._compile_stance = None
 
     def _let_evaluations_fit(self, pl_module: LightningModule) -> None:
-        """Of an evaluation's setup: another callback, such as the BatchSizeFinder, may evaluate ahead of this one."""
+        """In the setup of an evaluation: another callback, such as BatchSizeFinder, may evaluate before this one."""
         missing = [q for _, q in quantizers(pl_module) if q.kind == "activation" and not (q.fitted or q.settled)]
-        self._let = [q for q in missing if not q.fits_next]
-        for quantizer in self._let:
+        self._fitting_next = [q for q in missing if not q.fits_next]
+        for quantizer in self._fitting_next:
             quantizer.fits_next = True
 
     def _forbid_evaluations_to_fit(self) -> None:
-        for quantizer in self._let:
+        for quantizer in self._fitting_next:
             quantizer.fits_next = False
-        self._let = ()
+        self._fitting_next = ()
 
-    # Without training -------------------------------------------------------------------------------------------------
+    # Evaluation -------------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             if self._asked is not None:
                 self._asked.compare_widths(trainer, pl_module)
             refit_rewritten(pl_module)
-        # Some loops, such as the Tuner's, start again without an end.
+        # Some loops, such as the Tuner's, start again without a call at their end.
         self._take_back_ranges()
-        self._lent = use_temporary_ranges(trainer, pl_module, self.quantize_from)
+        self._temporary_ranges = use_temporary_ranges(trainer, pl_module, self.quantize_from)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._lent is not None:
-            self._lent.before_batch()
+        if self._temporary_ranges is not None:
+            self._temporary_ranges.before_batch()
 
     on_predict_batch_start = on_test_batch_start
 
     def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._lent is not None:
-            self._lent.after_batch(trainer)
+        if self._temporary_ranges is not None:
+            self._temporary_ranges.after_batch(trainer)
 
     on_predict_batch_end = on_test_batch_end
 
@@ -154,13 +154,13 @@ class RangeHooks(Callback):
     on_predict_end = on_test_end
 
     def _take_back_ranges(self) -> None:
-        if self._lent is not None:
-            self._lent.undo_attach()
-            self._lent = None
+        if self._temporary_ranges is not None:
+            self._temporary_ranges.undo_attach()
+            self._temporary_ranges = None
 
 
-def _lacks(trainer: Trainer, found: Sequence[Quantizer], resumed: bool) -> bool:
-    # What is learned has to know before training which layers are first and last, and what they multiply.
-    learned = counts_operations(trainer) or any(q.gates.learned for q in found)
-    unmeasured = learned and not any(q.execution_index for q in found)
-    return unmeasured or lacks_ranges(found, resumed)
+def _needs_calibration(trainer: Trainer, all_quantizers: Sequence[Quantizer], resumed: bool) -> bool:
+    # Learned widths need the first and last layer, and the layers' multiply-accumulates, before training.
+    needs_order = counts_operations(trainer) or any(q.gates.learned for q in all_quantizers)
+    order_missing = needs_order and not any(q.execution_index for q in all_quantizers)
+    return order_missing or lacks_ranges(all_quantizers, resumed)

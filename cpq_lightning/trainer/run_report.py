@@ -1,4 +1,4 @@
-"""What a fit leaves behind: tables in the terminal, files in the run's folder."""
+"""The report at the end of a fit: tables in the terminal, files in the run's folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the last validation has logged."""
+    """The metrics that the last validation has logged."""
     metrics = trainer.callback_metrics.items()
     values = {k: float(v) for k, v in metrics if v.numel() == 1 and not k.startswith("cpq/")}
     return {k: v for k, v in values.items() if "val" in k} or values
@@ -39,14 +39,14 @@ def write_run_report(
     after: Mapping[str, Any],
     table: bool,
 ) -> None:
-    """Show what a run has come to, and write it to its folder; on one process.
+    """Print the results of a run, and write them to its folder; on one process.
 
     Args:
-        trainer: At the end of its fit.
-        content: Of :func:`run_manifest`.
-        path: Where ``levels.json`` goes; ``None`` writes nothing.
-        before: Histograms of the weights when quantization began.
-        after: Those of now.
+        trainer: A trainer at the end of its fit.
+        content: The result of :func:`run_manifest`.
+        path: Path of ``levels.json``; ``None`` writes nothing.
+        before: Weight histograms at the start of quantization.
+        after: Weight histograms at the end of the fit.
         table: Whether to print tables.
     """
     if table:
@@ -58,7 +58,7 @@ def write_run_report(
 
 
 def _print_tables(content: Mapping[str, Any]) -> None:
-    """The layers' levels and, where a validation has run, its metrics: the last ones before quantization, and now."""
+    """Print the layers' levels and, after a validation, the last metrics before quantization and the current ones."""
     console = Console()
     console.print(levels_table(content))
     if content["run"]["metrics"]:
@@ -69,13 +69,13 @@ def _print_tables(content: Mapping[str, Any]) -> None:
 def run_manifest(
     trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, Mapping[str, float]], before: int | None
 ) -> dict[str, Any]:
-    """The content of ``levels.json``: the model's levels and, under ``run``, what it was measured at, and on what.
+    """The content of ``levels.json``: the model's levels and, under ``run``, its metrics and data.
 
     Args:
-        trainer: At the end of its fit.
+        trainer: A trainer at the end of its fit.
         pl_module: The attached module.
-        metrics: Of the last validation in each state.
-        before: The step of the last one before quantization began.
+        metrics: Metrics of the last validation, in full precision and quantized.
+        before: Step of the last validation before quantization began.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     root = "" if data is None else str(data.hparams.get("root", ""))
@@ -86,21 +86,21 @@ def run_manifest(
     return {**content, "run": describe_run(metrics, exported_name(pl_module), name, before)}
 
 
-def record_exports(content: dict[str, Any], path: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
-    """Add to a run's ``levels.json`` which files it has, and why others are missing; on one process."""
-    content["run"]["exports"] = list(outcomes)
+def record_exports(content: dict[str, Any], path: Path, exports: Sequence[Mapping[str, Any]]) -> None:
+    """Add the exported files, and the errors of failed exports, to ``levels.json``; on one process."""
+    content["run"]["exports"] = list(exports)
     try:
         write_manifest(content, path)
     except OSError as error:
-        rank_zero_warn(f"{path} could not be written ({error}): it does not tell of the exports.")
+        rank_zero_warn(f"{path} could not be written ({error}): it lacks the exports.")
 
 
 def _print_runs(folder: Path, levels_file: str) -> None:
-    """A row for this run and, above it, one for each run beside it of the same model on the same data."""
+    """Print a table of the runs in sibling folders with the same model and data; this run is the last row."""
     try:
         runs = sibling_runs(folder, None, levels_file)
     except (OSError, KeyError, ValueError):
-        # No validation, or no accuracy: there is nothing to compare runs by.
+        # Without a validation or an accuracy, runs cannot be compared.
         return
     console = Console()
     console.print()
@@ -110,9 +110,9 @@ def _print_runs(folder: Path, levels_file: str) -> None:
 def _write_files(
     trainer: Trainer, content: dict[str, Any], path: Path, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> None:
-    """Write the levels and what shows them, for loggers too; what cannot be written costs a warning, and no training.
+    """Write the levels and their plots, also to loggers; a failure only warns.
 
-    The trajectory is the budget's that has recorded it.
+    BitBudget writes the trajectory.
     """
     folder, saved = path.parent, last_saved(trainer)
     try:
@@ -127,15 +127,15 @@ def _write_files(
     except ImportError as error:
         rank_zero_info(f"Pictures were not drawn: {error}")
     except Exception as error:
-        # A picture is not worth a failing run.
+        # A plot must not make the run fail.
         rank_zero_warn(
             f"Pictures of {path} were not drawn ({type(error).__name__}: {error}). {what_is_saved(saved)} "
-            f"'cpq report {folder}' makes them again."
+            f"'cpq report {folder}' draws them again."
         )
 
 
 def what_is_saved(saved: str) -> str:
-    """What is left of a training whose files could not be written."""
+    """A sentence that says where the trained module is saved, for warnings about files that could not be written."""
     if saved:
         return f"Nothing of the training is lost: {saved} is a checkpoint of it."
     return "The trained module is in memory, and no ModelCheckpoint has saved it: trainer.save_checkpoint(path) does."

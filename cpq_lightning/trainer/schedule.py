@@ -1,4 +1,4 @@
-"""What the schedules share: a value for each step of the run, written into a buffer of the quantizers."""
+"""Base class of the schedules: a value for each step of the run, written into a buffer of the quantizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from cpq_lightning.trainer.progress import run_length, run_step
 
 
 def check_span(start: int | float, end: int | float) -> None:
-    """Refuse two points of a run (a step count or a fraction of it) that no run has, or in the wrong order."""
+    """Check two points of a run, each a step count or a fraction of the run.
+
+    Raises:
+        ValueError: a point is out of range, or ``start`` is after ``end``.
+    """
     for name, point in (("start", start), ("end", end)):
         resolve_point(name, point, 1)
     if type(start) is type(end) and start > end:
@@ -23,7 +27,11 @@ def check_span(start: int | float, end: int | float) -> None:
 
 
 def resolve_span(owner: str, start: int | float, end: int | float, trainer: Trainer) -> tuple[int, int]:
-    """Both points as steps of the run, from ``on_train_start`` on; errors name the owner."""
+    """Convert both points to steps of the run; call it from ``on_train_start`` on.
+
+    Raises:
+        MisconfigurationException: ``start`` is after ``end``; the message names ``owner``.
+    """
     fractions = isinstance(start, float) or isinstance(end, float)
     length = run_length(trainer) if fractions else 0
     first, last = (resolve_point(n, p, length) for n, p in (("start", start), ("end", end)))
@@ -35,21 +43,25 @@ def resolve_span(owner: str, start: int | float, end: int | float, trainer: Trai
 
 
 def need_quantizers(callback: Callback, pl_module: LightningModule) -> list[Quantizer]:
-    """The module's quantizers; an error where there are none."""
-    found = [q for _, q in quantizers(pl_module)]
-    if not found:
+    """The module's quantizers.
+
+    Raises:
+        MisconfigurationException: the module has none.
+    """
+    all_quantizers = [q for _, q in quantizers(pl_module)]
+    if not all_quantizers:
         raise MisconfigurationException(
             f"{type(callback).__name__} found no quantizer in {type(pl_module).__name__}: add CPQCallback to the "
             "Trainer, or train a QuantizedModule."
         )
-    return found
+    return all_quantizers
 
 
 class BufferSchedule(Callback):
     """Anneals one buffer of the quantizers from ``first`` to ``last`` between ``start`` and ``end``.
 
-    The value is a function of the step alone, and the buffer is in the model's ``state_dict``: a resumed run goes on
-    exactly, with nothing to restore here.
+    The value depends on the step alone, and the buffer is in the model's ``state_dict``. So a resumed run continues
+    exactly, without a state of this callback.
     """
 
     buffer: str
@@ -67,14 +79,14 @@ class BufferSchedule(Callback):
         self._driven: list[Quantizer] = []
 
     def drives(self, quantizer: Quantizer) -> bool:
-        """Whether a quantizer has what this schedule drives."""
+        """Whether this schedule applies to a quantizer."""
         return True
 
     def nothing_to_drive(self) -> None:
-        """Called when the model has quantizers, but none to drive."""
+        """Called if the model has quantizers, but this schedule applies to none of them."""
 
     def value(self, step: int) -> float:
-        """The value at a step of the run, once a fit has begun."""
+        """The value at a step of the run; valid once training has started."""
         return anneal(step, *self._span, self.first, self.last, self.shape)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Teachers: frozen networks beside the one that trains."""
+"""Teachers for knowledge distillation: frozen networks."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 TEACHER_FILE = "teacher.pt"
-# Share of the greatest entropy beyond which a teacher knows nothing.
-_EVEN = 0.97
+# Share of the maximal entropy above which a teacher counts as untrained.
+_UNTRAINED_ENTROPY = 0.97
 _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 class Teacher:
-    """A network that only answers: in evaluation mode, without gradients, part of no module.
+    """A network in evaluation mode, without gradients, that is part of no module.
 
     Args:
-        network: It is frozen in place.
+        network: The network; it is frozen in place.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
 
     def follow(self, network: nn.Module, device: torch.device) -> None:
-        """Go where the network that trains is, and take its type where the run's precision is a true one."""
-        own = (p.dtype for p in network.parameters() if p.is_floating_point())
-        self.network.to(device=device, dtype=next(own, None))
+        """Move to the device and the floating-point type of the trained network (for example under "bf16-true")."""
+        dtypes = (p.dtype for p in network.parameters() if p.is_floating_point())
+        self.network.to(device=device, dtype=next(dtypes, None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), unaudited():
@@ -52,10 +52,10 @@ class Teacher:
 
 
 def copied_teacher(network: nn.Module) -> Teacher:
-    """The network as it is now, in full precision.
+    """A full-precision copy of the network.
 
     Raises:
-        MisconfigurationException: it cannot be copied.
+        MisconfigurationException: the network cannot be copied.
     """
     if any(is_sharded(p) for p in network.parameters()):
         raise MisconfigurationException(
@@ -72,7 +72,7 @@ def copied_teacher(network: nn.Module) -> Teacher:
 
 
 def share_buffers(trainer: Trainer, teacher: Teacher) -> None:
-    """Give all ranks the first one's: statistics of batch norms are each rank's own until the next forward."""
+    """Copy the buffers of the first rank to all ranks: batch norm statistics differ until the next forward."""
     buffers = dict(teacher.network.named_buffers())
     first = trainer.strategy.broadcast({name: value.cpu() for name, value in buffers.items()})
     for name, value in buffers.items():
@@ -80,26 +80,26 @@ def share_buffers(trainer: Trainer, teacher: Teacher) -> None:
 
 
 def warn_of_the_untrained(logits: Tensor) -> None:
-    """A network that nobody has trained takes all classes for equally likely."""
+    """Warn if the teacher predicts all classes with almost equal probability, as an untrained network does."""
     probabilities = logits.float().movedim(1, -1).softmax(-1)
     share = float(torch.special.entr(probabilities).sum(-1).mean()) / math.log(max(2, logits.shape[1]))
-    if share > _EVEN:
+    if share > _UNTRAINED_ENTROPY:
         rank_zero_warn(
-            f"The teacher takes all {logits.shape[1]} classes for almost equally likely ({share:.0%} of the greatest "
-            "entropy): is it trained? 'self' is the network as it is when quantization begins: give it a start in full "
-            "precision, CPQCallback(quantize_from=...), or pretrained weights; or give another teacher."
+            f"The teacher predicts all {logits.shape[1]} classes with almost equal probability ({share:.0%} of the "
+            "maximal entropy): is it trained? 'self' is the network at the start of quantization: train it in full "
+            "precision first, CPQCallback(quantize_from=...), or give it pretrained weights; or give another teacher."
         )
 
 
 def loaded_teacher(teacher: str | nn.Module, network: nn.Module) -> Teacher:
-    """A teacher that was given as a module, or by the name of a timm model or the path of a file.
+    """Load a teacher from a module, the name of a timm model, or the path of a file.
 
     Args:
-        teacher: What was given.
-        network: The one that trains; weights without an architecture of their own are of a network like it.
+        teacher: A module, name or path.
+        network: The trained network; its architecture is used for weights without an architecture.
 
     Raises:
-        MisconfigurationException: there is no such model or file, or the file holds no network.
+        MisconfigurationException: there is no such model or file, or the file contains no network.
     """
     if isinstance(teacher, nn.Module):
         return Teacher(teacher)
@@ -110,9 +110,9 @@ def loaded_teacher(teacher: str | nn.Module, network: nn.Module) -> Teacher:
         if ":" in teacher or known_backbone(teacher):
             return Teacher(create_backbone(teacher, pretrained=True))
         if path.suffix in _FILES or len(path.parts) > 1:
-            raise FileNotFoundError(f"{path} is no file.")
+            raise FileNotFoundError(f"{path} is not a file.")
         raise ValueError(
-            f"{teacher!r} is neither 'self', nor the name of a timm model, nor a file: expected one of them."
+            f"{teacher!r} is neither 'self', nor the name of a timm model, nor a file: expected one of these."
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise MisconfigurationException(f"teacher={teacher}: {error}") from error
@@ -121,17 +121,17 @@ def loaded_teacher(teacher: str | nn.Module, network: nn.Module) -> Teacher:
 def _from_file(path: Path, network: nn.Module) -> nn.Module:
     settings = _settings(path)
     if settings is not None:
-        return _of_quantized_module(path, settings)
+        return _from_quantized_module(path, settings)
     if path.suffix == ".safetensors" and _is_packed(path):
         return load_quantized(path)
     copied = full_precision_copy(network)
-    own = under_prefix(plain_weights(read_weights(path)), copied.state_dict())
-    if own is None:
+    weights = under_prefix(plain_weights(read_weights(path)), copied.state_dict())
+    if weights is None:
         raise ValueError(
-            f"it does not hold the weights of a {type(copied).__name__} as the one that trains. Of a network of "
-            "another architecture, give a checkpoint of a QuantizedModule, or the module itself."
+            f"it does not contain weights for the architecture of the trained {type(copied).__name__}. For another "
+            "architecture, give a checkpoint of a QuantizedModule, or the module itself."
         )
-    copied.load_state_dict(own)
+    copied.load_state_dict(weights)
     return copied
 
 
@@ -141,30 +141,32 @@ def _is_packed(path: Path) -> bool:
 
 
 def _settings(path: Path) -> dict[str, Any] | None:
-    """The settings of a checkpoint of a QuantizedModule with a named backbone."""
+    """The hyperparameters of a checkpoint of a QuantizedModule with a named backbone; ``None`` for other files."""
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception:
-        # What it is instead is said where its weights are read.
+        # The file may be of another type: reading its weights raises an error if it is not.
         return None
-    found = content.get("hyper_parameters") if isinstance(content, dict) and "state_dict" in content else None
-    known = isinstance(found, dict) and isinstance(found.get("backbone"), str) and "backbone_args" in found
-    return found if known else None
+    settings = content.get("hyper_parameters") if isinstance(content, dict) and "state_dict" in content else None
+    has_backbone = (
+        isinstance(settings, dict) and isinstance(settings.get("backbone"), str) and "backbone_args" in settings
+    )
+    return settings if has_backbone else None
 
 
-def _of_quantized_module(path: Path, settings: dict[str, Any]) -> nn.Module:
+def _from_quantized_module(path: Path, settings: dict[str, Any]) -> nn.Module:
     network = create_backbone(settings["backbone"], num_classes=settings["num_classes"], **settings["backbone_args"])
     if settings.get("quantization") is not None:
         attach(network, CPQConfig(**settings["quantization"]))
-    own = under_prefix(read_weights(path), network.state_dict())
-    if own is None:
-        raise ValueError(f"it does not hold the weights of the {settings['backbone']!r} that its settings name.")
-    network.load_state_dict(own)
+    weights = under_prefix(read_weights(path), network.state_dict())
+    if weights is None:
+        raise ValueError(f"it does not contain the weights of its backbone {settings['backbone']!r}.")
+    network.load_state_dict(weights)
     return network
 
 
 def save_teacher(teacher: Teacher, folder: Path, mark: str) -> Path:
-    """Write a teacher's weights, whole or not at all, with a mark by which a resumed run knows them.
+    """Write a teacher's weights atomically, with an identifier that a resumed run checks.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -176,22 +178,22 @@ def save_teacher(teacher: Teacher, folder: Path, mark: str) -> Path:
 
 
 def restored_teacher(network: nn.Module, saved: Path, mark: str, checkpoint: str | None) -> Teacher:
-    """The teacher of a run that is resumed, from the file that it was written to.
+    """Read the teacher of a resumed run from its file.
 
     Args:
-        network: The one that trains.
-        saved: Where the file was written.
-        mark: What was written with it.
-        checkpoint: The checkpoint that is resumed: its run's folder may have been moved, and another run may have
-            taken its place.
+        network: The trained network.
+        saved: Path that the file was written to.
+        mark: Identifier in the file.
+        checkpoint: The checkpoint that the run resumes from: the run's folder may have been moved with it, and another
+            run may have a file at the old path.
 
     Raises:
-        MisconfigurationException: the file is gone, or cannot be read.
+        MisconfigurationException: the file is missing, or cannot be read.
     """
     folders = [] if not checkpoint else Path(checkpoint).resolve().parents[:2]
-    # Beside a run's checkpoints, or in its own folder there, as of one without a logger.
-    own = Path(*saved.parts[-3:])
-    places = [folder / file for folder in folders for file in (saved.name, own)]
+    # In the folder of the run's checkpoints, or in cpq_runs/version_* there, for a run without a logger.
+    relative = Path(*saved.parts[-3:])
+    places = [folder / file for folder in folders for file in (saved.name, relative)]
     for place in (*places, saved):
         if not place.is_file():
             continue
@@ -205,6 +207,6 @@ def restored_teacher(network: nn.Module, saved: Path, mark: str, checkpoint: str
         except Exception as error:
             raise MisconfigurationException(f"{place} cannot be read ({type(error).__name__}: {error}).") from error
     raise MisconfigurationException(
-        f"The run learned from a copy of itself, and the file that holds it is neither beside {checkpoint} nor "
-        f"{saved}: put it back, or give another teacher."
+        f"The teacher of this run is a copy of its network, and the file of the copy is neither next to {checkpoint} "
+        f"nor at {saved}: restore the file, or give another teacher."
     )

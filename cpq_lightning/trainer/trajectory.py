@@ -1,4 +1,4 @@
-"""How widths moved over a run."""
+"""The trajectory of the widths over a run."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from cpq_lightning.files import write_atomically
 from cpq_lightning.report.plots import TRAJECTORY_FILE, draw_trajectory
 from cpq_lightning.trainer.run_report import what_is_saved
 
-_MOST_ROWS = 250
+_MAX_ROWS = 250
 
 
 class Trajectory:
-    """Rows of a step, what the model cost at it, validation metrics, and each quantizer's expected bits."""
+    """A table with a row per recorded step: the model's cost, validation metrics, each quantizer's expected bits."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
     def due(self, step: int, length: float) -> bool:
-        """Whether a row is wanted: not more than 250 in a run whose length is known."""
-        interval = max(1, math.ceil(length / _MOST_ROWS)) if math.isfinite(length) else 50
+        """Whether a row is due: at most 250 rows in a run of known length, else every 50 steps."""
+        interval = max(1, math.ceil(length / _MAX_ROWS)) if math.isfinite(length) else 50
         return not self.rows or step - self.rows[-1]["step"] >= interval
 
     def note(self, step: int, values: Mapping[str, float], widths: Mapping[str, tuple[float, float]]) -> None:
         """Add a row."""
-        self._at(step).update(values)
-        self._at(step).update({f"bits:{name}": expected for name, (expected, _) in widths.items()})
+        self._row(step).update(values)
+        self._row(step).update({f"bits:{name}": expected for name, (expected, _) in widths.items()})
 
     def note_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add validation metrics to the row of a step."""
         if metrics:
-            self._at(step).update(metrics)
+            self._row(step).update(metrics)
 
-    def _at(self, step: int) -> dict[str, float]:
+    def _row(self, step: int) -> dict[str, float]:
         if not self.rows or self.rows[-1]["step"] != step:
             self.rows.append({"step": step})
         return self.rows[-1]
@@ -56,7 +56,7 @@ class Trajectory:
         write_atomically(path, text.getvalue())
 
     def save(self, folder: Path, saved: str) -> None:
-        """Write and draw all rows into a run's folder; what cannot be costs a warning, and no training."""
+        """Write and plot all rows in a run's folder; a failure only warns."""
         try:
             self.write(folder / TRAJECTORY_FILE)
             draw_trajectory(folder)

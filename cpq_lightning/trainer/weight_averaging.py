@@ -1,4 +1,4 @@
-"""Quantizer state in the copies that averaging callbacks keep of the model."""
+"""Quantizer state in the averaged models of averaging callbacks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def share_with_averages(trainer: Trainer, pl_module: LightningModule, refitted: Container[str] = ()) -> None:
-    """Give the copies that Lightning's averaging callbacks keep the quantizers' buffers as they are.
+    """Copy the quantizers' buffers into the averaged models of Lightning's averaging callbacks.
 
-    A width, a sign or a starting step has no average: between two of them lies neither. Learned parameters are
-    averaged, but of quantizers that were ``refitted``, by name, what was learned before belongs to other steps.
+    Widths, signs and initial scales must be copied, because an average of two different values is not valid. Learned
+    parameters are averaged, except those of ``refitted`` quantizers: earlier values belong to other scales.
+
+    Args:
+        trainer: The trainer with the callbacks.
+        pl_module: The attached module.
+        refitted: Names of the quantizers whose parameters are copied too.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
         if average is None:
             continue
-        copies = dict(quantizers(getattr(average, "module", average)))
+        averaged_quantizers = dict(quantizers(getattr(average, "module", average)))
         for name, quantizer in quantizers(pl_module):
-            copy = copies.get(name)
-            if copy is None:
+            averaged = averaged_quantizers.get(name)
+            if averaged is None:
                 continue
-            copy.take_state(quantizer)
+            averaged.take_state(quantizer)
             if name in refitted:
-                for own, other in zip(quantizer.parameters(), copy.parameters(), strict=True):
-                    other.copy_(own)
+                for parameter, averaged_parameter in zip(quantizer.parameters(), averaged.parameters(), strict=True):
+                    averaged_parameter.copy_(parameter)

@@ -225,7 +225,7 @@ def test_layers_that_nothing_quantizes_are_named_and_exported(tmp_path, caplog):
 def test_a_head_that_is_replaced_before_a_fit_is_quantized_with_it(fit):
     module = QuantizedModule(convnet(), num_classes=4, quantization=CPQConfig(weight_bits=3))
     module.model[6] = nn.Linear(128, 4)
-    with pytest.warns(UserWarning, match=r"1 layers have come since.*: model\.6\."):
+    with pytest.warns(UserWarning, match=r"1 layers were added since.*: model\.6\."):
         fit(module, [CPQCallback(table=False)], max_epochs=1)
     assert not late_layers(module)
     assert attached_config(module).weight_bits == 3
@@ -273,10 +273,10 @@ def test_a_weight_that_is_rewritten_behind_its_range_is_not_exported(rewrite, tm
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"weights of 1 layers have been rewritten.*: 3\..*Call calibrate") as error:
         export_model(model, tmp_path, samples=IMAGES)
-    assert "renew_rewritten(model)" in str(error.value)
+    assert "refit_rewritten(model)" in str(error.value)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     alone = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="fitted anew: 3"):
+    with pytest.warns(UserWarning, match="fitted again: 3"):
         assert refit_rewritten(alone) == ["3"]
     export_model(alone, tmp_path, samples=IMAGES, name="alone")
     calibrate(model, [IMAGES])
@@ -297,6 +297,6 @@ def test_a_loop_that_ends_behind_a_large_update_is_exported_with_a_warning(tmp_p
     with torch.no_grad():
         # What an update at a large rate does.
         model[3].weight.mul_(20)
-    with pytest.warns(UserWarning, match="fitted anew: 3"):
+    with pytest.warns(UserWarning, match="fitted again: 3"):
         export_model(model.eval(), tmp_path, samples=IMAGES)
     assert dataclasses.asdict(levels(model)[2])["relative_error"] < 0.05

@@ -1,9 +1,11 @@
 """A model inside what others put around one is what it wraps: names, values, files, hooks."""
 
 import copy
+import importlib
 import inspect
-import sys
+import pkgutil
 import warnings
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -14,7 +16,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 import cpq_lightning
-import cpq_lightning.export
 from cpq_lightning import CPQConfig, attach, calibrate, detach, export_model, load_quantized
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.calibrate import recording
@@ -25,7 +26,15 @@ from cpq_lightning.attach.range_tracking import RangeTracker
 from cpq_lightning.attach.wrapping import unwrapped
 from tests.marks import thorough
 
-ATTACH, EXPORT = sys.modules["cpq_lightning.attach"], cpq_lightning.export
+PACKAGES = [
+    importlib.import_module(f"cpq_lightning.{name}") for name in ("attach", "bitwidth", "packing", "report", "export")
+]
+# Whatever a module of theirs has.
+INSIDE = SimpleNamespace()
+for package in PACKAGES:
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for name, thing in vars(importlib.import_module(module.name)).items():
+            setattr(INSIDE, name, thing)
 X = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
 CONFIG = CPQConfig(weight_bits=3, attention=True)
 
@@ -92,14 +101,14 @@ def noted(model):
 def measured(model):
     with recording(model):
         model(X)
-    return EXPORT.range_warnings(model), EXPORT.clipped_shares(model), EXPORT.levels(model)
+    return INSIDE.range_warnings(model), INSIDE.clipped_shares(model), INSIDE.levels(model)
 
 
 def sampled(model):
-    EXPORT.record_samples(model, 4)
+    INSIDE.record_samples(model, 4)
     model(X)
-    found, obstacle = EXPORT.recorded_samples(model), EXPORT.export_obstacle(model)
-    EXPORT.stop_recording_samples(model)
+    found, obstacle = INSIDE.recorded_samples(model), INSIDE.export_obstacle(model)
+    INSIDE.stop_recording_samples(model)
     return found.inputs, obstacle, hooks(model)
 
 
@@ -115,7 +124,7 @@ def renewed(model):
         unwrapped(model).b.weight.mul_(9)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        ATTACH.refit_rewritten(model)
+        INSIDE.refit_rewritten(model)
     return [str(w.message) for w in said], states(model)
 
 
@@ -124,7 +133,7 @@ def changed(change):
 
 
 def hooks(model):
-    ATTACH.forget_first_forwards(model)
+    INSIDE.forget_first_forwards(model)
     return len(unwrapped(model)._forward_hooks), len(unwrapped(model)._forward_pre_hooks)
 
 
@@ -134,17 +143,17 @@ def detached(model):
 
 
 def covered(model):
-    return [ATTACH.coverage(model), ATTACH.coverage(model, X)]
+    return [INSIDE.coverage(model), INSIDE.coverage(model, X)]
 
 
 def remembered(model):
-    ATTACH.remember_products(model, audited(model))
-    return ATTACH.coverage(model)
+    INSIDE.remember_products(model, audited(model))
+    return INSIDE.coverage(model)
 
 
 def configured(model):
-    ATTACH.set_attached_config(model, {"seed": 3})
-    return ATTACH.attached_config(model)
+    INSIDE.set_attached_config(model, {"seed": 3})
+    return INSIDE.attached_config(model)
 
 
 def proved(model, tmp_path):
@@ -155,61 +164,61 @@ def proved(model, tmp_path):
 FUNCTIONS = {
     "Audit": audited,
     "RangeTracker": tracked,
-    "as_batch_call": lambda model: ATTACH.as_batch_call(model, {"x": X}),
-    "as_call": lambda model: ATTACH.as_call(model, {"x": X}),
-    "attached_config": ATTACH.attached_config,
-    "avoid_fused_paths": lambda model: ATTACH.avoid_fused_paths(model, nn.Linear),
-    "bit_operations": ATTACH.bit_operations,
-    "bypassed": lambda model: list(map(len, ATTACH.bypassed(model))),
-    "byte_cost": lambda model: EXPORT.byte_cost(model, []).constant,
+    "as_batch_call": lambda model: INSIDE.as_batch_call(model, {"x": X}),
+    "as_call": lambda model: INSIDE.as_call(model, {"x": X}),
+    "attached_config": INSIDE.attached_config,
+    "avoid_fused_paths": lambda model: INSIDE.avoid_fused_paths(model, nn.Linear),
+    "bit_operations": INSIDE.bit_operations,
+    "bypassed": lambda model: list(map(len, INSIDE.bypassed(model))),
+    "byte_cost": lambda model: INSIDE.byte_cost(model, []).constant,
     "calibrate": changed(lambda model: calibrate(model, [2 * X])),
-    "call_projections": ATTACH.call_projections,
-    "clipped_shares": EXPORT.clipped_shares,
-    "correct_first_and_last": lambda model: ATTACH.settle_first_and_last(model, ["c", "a", "b"]),
+    "call_projections": INSIDE.call_projections,
+    "clipped_shares": INSIDE.clipped_shares,
+    "settle_first_and_last": lambda model: INSIDE.settle_first_and_last(model, ["c", "a", "b"]),
     "coverage": covered,
-    "coverage_once_active": lambda model: ATTACH.coverage_once_active(model),
+    "coverage_once_active": lambda model: INSIDE.coverage_once_active(model),
     "detach": detached,
     "export_model": proved,
-    "float_bytes": ATTACH.float_bytes,
+    "float_bytes": INSIDE.float_bytes,
     "forget_first_forwards": hooks,
-    "forward_signature": ATTACH.forward_signature,
-    "full_precision_layers": ATTACH.full_precision_layers,
-    "full_precision_messages": EXPORT.full_precision_messages,
-    "full_precision_copy": lambda model: list(ATTACH.full_precision_copy(model).state_dict()),
-    "is_attached": ATTACH.is_attached,
-    "late_layers": lambda model: list(ATTACH.late_layers(model)),
-    "late_message": lambda model: ATTACH.late_message(model, {"a": 1}),
-    "learning_quantizers": ATTACH.learning_quantizers,
-    "levels": EXPORT.levels,
-    "manifest": EXPORT.manifest,
-    "mean_width": lambda model: ATTACH.mean_width(model, "weight"),
-    "model_costs": ATTACH.model_costs,
-    "modules_with_products": lambda model: [name for name, _ in ATTACH.modules_with_products(model)],
-    "note_forward": noted,
-    "note_unseen": changed(lambda model: ATTACH.record_uncalled(model, audited(model))),
-    "packed_size": EXPORT.packed_size,
-    "quantizable_layers": lambda model: list(ATTACH.quantizable_layers(model)),
+    "forward_signature": INSIDE.forward_signature,
+    "full_precision_layers": INSIDE.full_precision_layers,
+    "full_precision_messages": INSIDE.full_precision_messages,
+    "full_precision_copy": lambda model: list(INSIDE.full_precision_copy(model).state_dict()),
+    "is_attached": INSIDE.is_attached,
+    "late_layers": lambda model: list(INSIDE.late_layers(model)),
+    "late_message": lambda model: INSIDE.late_message(model, {"a": 1}),
+    "learning_quantizers": INSIDE.learning_quantizers,
+    "levels": INSIDE.levels,
+    "manifest": INSIDE.manifest,
+    "mean_width": lambda model: INSIDE.mean_width(model, "weight"),
+    "model_costs": INSIDE.model_costs,
+    "modules_with_products": lambda model: [name for name, _ in INSIDE.modules_with_products(model)],
+    "record_forward": noted,
+    "record_uncalled": changed(lambda model: INSIDE.record_uncalled(model, audited(model))),
+    "packed_size": INSIDE.packed_size,
+    "quantizable_layers": lambda model: list(INSIDE.quantizable_layers(model)),
     "quantized_layers": lambda model: [name for name, _ in quantized_layers(model)],
-    "quantized_operands": lambda model: [name for name, _ in ATTACH.quantized_operands(model)],
+    "quantized_operands": lambda model: [name for name, _ in INSIDE.quantized_operands(model)],
     "quantizers": states,
-    "range_warnings": EXPORT.range_warnings,
-    "read_layers": lambda model: [name for name, _ in ATTACH.read_layers(model)],
+    "range_warnings": INSIDE.range_warnings,
+    "read_layers": lambda model: [name for name, _ in INSIDE.read_layers(model)],
     "record_samples": sampled,
     "recording": measured,
-    "refit": changed(ATTACH.refit),
+    "refit": changed(INSIDE.refit),
     "remember_products": remembered,
-    "renew_rewritten": renewed,
-    "rewritten_weights": ATTACH.rewritten_weights,
-    "set_active": changed(lambda model: ATTACH.set_active(model, False)),
+    "refit_rewritten": renewed,
+    "rewritten_weights": INSIDE.rewritten_weights,
+    "set_active": changed(lambda model: INSIDE.set_active(model, False)),
     "set_attached_config": configured,
-    "set_audited": lambda model: [ATTACH.set_audited(model, mode) for mode in (True, False)],
-    "set_noise_step": changed(lambda model: ATTACH.set_noise_step(model, 3)),
-    "tied_readers": lambda model: [name for name, _ in ATTACH.tied_readers(model)],
+    "set_audited": lambda model: [INSIDE.set_audited(model, mode) for mode in (True, False)],
+    "set_noise_step": changed(lambda model: INSIDE.set_noise_step(model, 3)),
+    "tied_readers": lambda model: [name for name, _ in INSIDE.tied_readers(model)],
     "unwrapped": lambda model: type(unwrapped(model)),
-    "weight_histograms": EXPORT.weight_histograms,
-    "width_cost": lambda model: ATTACH.width_cost(model, [], "bops").constant,
-    "widths_by_name": ATTACH.widths_by_name,
-    "write_levels": lambda model, tmp_path: EXPORT.write_levels(model, tmp_path / "levels.json").read_text(),
+    "weight_histograms": INSIDE.weight_histograms,
+    "width_cost": lambda model: INSIDE.width_cost(model, [], "bops").constant,
+    "widths_by_name": INSIDE.widths_by_name,
+    "write_levels": lambda model, tmp_path: INSIDE.write_levels(model, tmp_path / "levels.json").read_text(),
 }
 # In tests of their own below; called by others above; of a single layer; and what is to tell compiled code from other.
 APART = {"attach", "load_quantized", "recorded_samples", "export_obstacle", "report_audit", "stop_recording_samples"}
@@ -226,9 +235,9 @@ def takes_a_model(thing):
 
 
 def test_all_public_functions_that_take_a_model_are_listed():
-    public = {n: thing for package in (cpq_lightning, ATTACH, EXPORT) for n, thing in vars(package).items()}
-    found = {name for name, thing in public.items() if name[0] != "_" and takes_a_model(thing)}
-    assert found == set(FUNCTIONS) | APART
+    public = {n: getattr(package, n) for package in (cpq_lightning, *PACKAGES) for n in getattr(package, "__all__", ())}
+    found = {name for name, thing in public.items() if takes_a_model(thing)}
+    assert found <= set(FUNCTIONS) | APART
 
 
 def values(thing):
@@ -288,7 +297,7 @@ def test_a_model_that_several_processes_train_already_is_refused():
             attach(spread, CPQConfig())
         with cpq_lightning.loading(), pytest.raises(ValueError, match="with 2 processes"):
             spread.load_state_dict({f"module.{k}": v for k, v in quantized().state_dict().items()})
-        assert not ATTACH.is_attached(spread)
+        assert not INSIDE.is_attached(spread)
         DistributedDataParallel(attach(Net(), CPQConfig()))
     finally:
         dist.destroy_process_group()

@@ -23,24 +23,24 @@ def test_what_each_step_tells_is_the_mean(steps):
     values = CurvatureStatistics((3, 2))
     for _ in range(steps):
         values.update(column(1.0, 0.25, 0.1), ALL)
-    torch.testing.assert_close(values.worth()[:, 0], torch.tensor([1.0, 0.25, 0.1]).double())
+    torch.testing.assert_close(values.saliency()[:, 0], torch.tensor([1.0, 0.25, 0.1]).double())
 
 
 def test_a_rare_step_that_tells_of_a_thousand_times_as_much_is_one_of_many():
     values = CurvatureStatistics((1, 2))
     for step in range(400):
         values.update(column(1000.0 if step % 50 == 0 else 1.0), ALL)
-    assert values.worth()[0, 0] < 2
+    assert values.saliency()[0, 0] < 2
 
 
 def test_steps_in_which_nothing_depended_on_a_bit_count_as_their_share():
     values = CurvatureStatistics((1, 2))
     for step in range(500):
         values.update(column(1e-30 if step % 10 == 0 else 1e-9), ALL)
-    assert values.worth()[0, 0] == pytest.approx(0.9e-9, rel=0.1)
+    assert values.saliency()[0, 0] == pytest.approx(0.9e-9, rel=0.1)
     nothing = CurvatureStatistics((1, 2))
     assert nothing.update(column(1e-30), ALL).tolist() == [True, True]
-    assert nothing.worth().max() == 0
+    assert nothing.saliency().max() == 0
 
 
 def test_rows_whose_bits_were_never_there_are_told_nothing():
@@ -48,13 +48,13 @@ def test_rows_whose_bits_were_never_there_are_told_nothing():
     gradient = column(1.0, 0.2, 0.1).clone()
     gradient[:, 1] = 0
     assert values.update(gradient, ALL).tolist() == [True, False]
-    assert values.worth()[:, 1].tolist() == [0, 0, 0]
+    assert values.saliency()[:, 1].tolist() == [0, 0, 0]
 
 
 def test_a_bit_that_was_never_there_is_guessed():
     values = CurvatureStatistics((3, 2))
     values.update(column(1.0, 0.0, 0.0), ALL)
-    assert values.worth()[:, 0].tolist() == pytest.approx([1.0, 0.25, 0.0625])
+    assert values.saliency()[:, 0].tolist() == pytest.approx([1.0, 0.25, 0.0625])
 
 
 def test_a_step_without_gradients_changes_nothing():
@@ -97,7 +97,7 @@ def test_means_of_another_estimator_are_learned_anew():
     other = trainer()
     other.load_state_dict(curved.state_dict())
     assert other.updated
-    assert other.values.worth().equal(curved.values.worth())
+    assert other.values.saliency().equal(curved.values.saliency())
 
 
 def test_a_restored_state_goes_on_as_it_was():

@@ -402,7 +402,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_file(fit, tmp_pat
 def test_table_at_fit_end_names_layers_and_both_accuracies(fit, capsys):
     fit(Classifier(), [CPQCallback(quantize_from=0.5)], max_epochs=4)
     printed = capsys.readouterr().out
-    for expected in ("0 *", "6 *", "named as within net", "before quantization", "quantized", "val_acc"):
+    for expected in ("0 *", "6 *", "relative to net", "before quantization", "quantized", "val_acc"):
         assert expected in printed
 
 

@@ -117,7 +117,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(fit, tmp_path):
     # The resumed run has a teacher of its own: the one before may go.
     assert (run_of(tmp_path / "rest") / "teacher.pt").exists()
     (run_of(tmp_path / "moved") / "teacher.pt").unlink()
-    with pytest.raises(MisconfigurationException, match=r"the file that holds it is neither beside .*last\.ckpt nor"):
+    with pytest.raises(MisconfigurationException, match=r"the file of the copy is neither next to .*last\.ckpt nor at"):
         fit(Classifier(), callbacks(), max_epochs=4, loaders=loaders, **moved)
 
 
@@ -254,7 +254,7 @@ class Manual(Classifier):
     ("module", "callback", "message"),
     [
         (OwnWay, lambda: DistillationCallback(), "training_step never called Sequential.*module="),
-        (Manual, lambda: DistillationCallback(), "with manual optimization nobody takes it"),
+        (Manual, lambda: DistillationCallback(), "which manual optimization does not use"),
         (Classifier, lambda: DistillationCallback(module="nett"), "module='nett' is no part of Classifier.*'net'"),
         (Classifier, lambda: DistillationCallback(SEVEN), r"\(16, 7\) and the network's \(16, 4\)"),
         (Classifier, lambda: DistillationCallback(nn.Linear(3, 3)), "The teacher, a Linear, cannot be called with"),
@@ -288,7 +288,7 @@ def test_a_teacher_that_knows_nothing_is_named(fit):
     with torch.no_grad():
         untrained[-1].weight.mul_(0.01)
         untrained[-1].bias.zero_()
-    with pytest.warns(UserWarning, match="takes all 4 classes for almost equally likely"):
+    with pytest.warns(UserWarning, match="predicts all 4 classes with almost equal probability"):
         fit(Classifier(), [CPQCallback(table=False), DistillationCallback(untrained)], max_epochs=1)
 
 
@@ -318,7 +318,7 @@ def test_teachers_from_files(tmp_path):
     torch.save({"state_dict": {f"inner.net.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "w.ckpt")
     assert loaded_teacher(str(tmp_path / "w.ckpt"), convnet())(x[..., :8, :8]).equal(net(x[..., :8, :8]))
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.ckpt")
-    with pytest.raises(MisconfigurationException, match="does not hold the weights of a Sequential"):
+    with pytest.raises(MisconfigurationException, match="not contain weights for the architecture of the trained Seq"):
         loaded_teacher(str(tmp_path / "w.ckpt"), convnet())
 
 

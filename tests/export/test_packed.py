@@ -263,7 +263,7 @@ def test_arguments_that_do_not_fit_the_file_allocate_nothing(tmp_path):
     path = write_packed(model, tmp_path / "net.safetensors", architecture=known)
     for arguments, message in (
         ({"num_classes": 100_000_000}, r"has the shape .* in the file and \(100000000"),
-        ({"num_classes": 10, "nothing": 1}, "arguments that it does not take"),
+        ({"num_classes": 10, "nothing": 1}, "arguments that timm does not accept"),
     ):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         resigned(path, lambda h, a=arguments: h["architecture"].update(arguments=a))

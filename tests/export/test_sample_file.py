@@ -47,11 +47,11 @@ def foreign(path):
     [
         (lambda path: path.write_bytes(b""), "safetensors cannot read it"),
         (truncated, "safetensors cannot read it"),
-        (flipped, "not those that its header vouches for"),
+        (flipped, "do not match the checksums in its header"),
         (foreign, "its header is not that of samples"),
         (lambda path: edited(path, format="cpq-lightning-packed"), "its header is not that of samples"),
-        (lambda path: edited(path, sha256=None), "not those that its header vouches for"),
-        (lambda path: edited(path, tensors={"other": torch.zeros(2)}), "not those that its header vouches for"),
+        (lambda path: edited(path, sha256=None), "do not match the checksums in its header"),
+        (lambda path: edited(path, tensors={"other": torch.zeros(2)}), "do not match the checksums in its header"),
         (lambda path: edited(path, version=3), "is of version 3 of the file of samples"),
     ],
 )

@@ -65,11 +65,11 @@ def spoil_head(artefact):
     ("spoil", "message"),
     [
         (spoil_codes, r"1 of 2304 weight codes of layer '3' differ"),
-        (spoil_grid, r"of the activation codes of layer '3' differ, fed by the trained model's own values"),
+        (spoil_grid, r"of the activation codes of layer '3' differ, computed from the trained model's values"),
         (spoil_top, r"codes of layer '3' are up to . levels apart"),
         (spoil_weight, r"of layer '3'"),
-        (spoil_last, r"something behind the last quantized layer's input differs"),
-        (spoil_head, r"something behind the last quantized layer's input differs"),
+        (spoil_last, r"the part after the last quantized input differs"),
+        (spoil_head, r"the part after the last quantized input differs"),
     ],
 )
 @pytest.mark.parametrize("format", ["packed"])
@@ -140,7 +140,7 @@ def test_synthetic_samples_are_called_so(model, tmp_path):
     written = export_model(model, tmp_path, samples=X, verification=False)
     console.print(export_table(written))
     assert written.verification is None
-    assert "switched off: nothing says that this file is the trained model" in console.export_text()
+    assert "switched off: the file was not compared with the trained model" in console.export_text()
 
 
 def test_int8_falls_back_to_the_exact_form(model, tmp_path, monkeypatch, caplog):

@@ -49,12 +49,12 @@ def assert_close(got, want, rtol=1e-8, atol=1e-9):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-@pytest.mark.parametrize(("bits", "min_bits"), WIDTHS)
-def test_every_width_agrees_with_the_whole_grid(bits, min_bits, signed, estimator):
-    tensors = inputs(bits, min_bits, signed)
-    upstream = torch.randn(SHAPE, dtype=torch.float64)
-    settings = {"bits": bits, "min_bits": min_bits, "signed": signed, "estimator": estimator}
-    assert_close(run(quantize, tensors, upstream, **settings), run(reference, tensors, upstream, **settings))
+def test_every_width_agrees_with_the_whole_grid(signed, estimator):
+    for bits, min_bits in WIDTHS:
+        tensors = inputs(bits, min_bits, signed)
+        upstream = torch.randn(SHAPE, dtype=torch.float64)
+        settings = {"bits": bits, "min_bits": min_bits, "signed": signed, "estimator": estimator}
+        assert_close(run(quantize, tensors, upstream, **settings), run(reference, tensors, upstream, **settings))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -177,8 +177,12 @@ FINITE = [
 
 @pytest.mark.parametrize("masks", [None, (1.0, 1.0, 1.0), (1.0, 0.6, 0.2), (1.0, 0.3, 0.0), (1.0, 0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("dtype", "step", "noise"), FINITE)
-def test_values_and_gradients_are_finite_up_to_ten_thousand_steps(dtype, step, noise, estimator, masks):
+def test_values_and_gradients_are_finite_up_to_ten_thousand_steps(estimator, masks):
+    for dtype, step, noise in FINITE:
+        assert_finite(dtype, step, noise, estimator, masks)
+
+
+def assert_finite(dtype, step, noise, estimator, masks):
     steps = torch.logspace(-4, 4, 100)
     x = (torch.cat([-steps, torch.zeros(1), steps, torch.arange(-10, 10), torch.arange(-10, 10) + 0.5]) * step).to(
         dtype
@@ -190,7 +194,7 @@ def test_values_and_gradients_are_finite_up_to_ten_thousand_steps(dtype, step, n
     m = None if masks is None else torch.tensor(masks, dtype=precision)
     got = run(quantize, (x, a, sigma, m), torch.full_like(x, 1 / len(x)), bits=4, min_bits=2, estimator=estimator)
     for name, t in zip(("value", "x", "step", "sigma", "masks"), got, strict=True):
-        assert t is None or t.isfinite().all(), name
+        assert t is None or t.isfinite().all(), (name, dtype, step, noise)
     assert got[0].dtype == dtype
     assert [t.dtype for t in got[1:4]] == [dtype] * 3
 

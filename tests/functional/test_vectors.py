@@ -54,49 +54,49 @@ def test_the_file_holds_both_signs_every_width_closed_rings_and_distant_values()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_one_value_agrees_in_value_level_and_every_gradient(case, estimator):
-    x, step, sigma, masks = (leaf(case[name]) for name in ("x", "step", "sigma", "masks"))
-    out = quantize(x, step, sigma, masks, **grid_of(case["rings"]), estimator=estimator)
-    out.backward()
-    assert_agrees("value", out, case["value"])
-    assert_agrees("level", out / step, float(case["level"]))
-    for name, got in (("x", x), ("step", step), ("sigma", sigma), ("masks", masks)):
-        assert_agrees(name, got.grad, case[estimator][name])
+def test_one_value_agrees_in_value_level_and_every_gradient(estimator):
+    for index, case in enumerate(CASES):
+        x, step, sigma, masks = (leaf(case[name]) for name in ("x", "step", "sigma", "masks"))
+        out = quantize(x, step, sigma, masks, **grid_of(case["rings"]), estimator=estimator)
+        out.backward()
+        assert_agrees(f"value of case {index}", out, case["value"])
+        assert_agrees(f"level of case {index}", out / step, float(case["level"]))
+        for name, got in (("x", x), ("step", step), ("sigma", sigma), ("masks", masks)):
+            assert_agrees(f"{name} of case {index}", got.grad, case[estimator][name])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("rings", GROUPS, ids=lambda rings: f"{rings[0]}-{rings[-1]}")
-def test_a_batch_with_a_step_per_element_agrees(rings, estimator):
-    cases = GROUPS[rings]
-    x, step, sigma = (leaf([case[name] for case in cases]) for name in ("x", "step", "sigma"))
-    masks = leaf(list(zip(*[case["masks"] for case in cases], strict=True)))
-    out = quantize(x, step, sigma, masks, **grid_of(rings), estimator=estimator)
-    out.sum().backward()
-    assert_agrees("value", out, [case["value"] for case in cases])
-    for name, got in (("x", x), ("step", step), ("sigma", sigma)):
-        assert_agrees(name, got.grad, [case[estimator][name] for case in cases])
-    assert_agrees("masks", masks.grad, list(zip(*[case[estimator]["masks"] for case in cases], strict=True)))
+def test_a_batch_with_a_step_per_element_agrees(estimator):
+    for rings, cases in GROUPS.items():
+        x, step, sigma = (leaf([case[name] for case in cases]) for name in ("x", "step", "sigma"))
+        masks = leaf(list(zip(*[case["masks"] for case in cases], strict=True)))
+        out = quantize(x, step, sigma, masks, **grid_of(rings), estimator=estimator)
+        out.sum().backward()
+        assert_agrees(f"{rings}: value", out, [case["value"] for case in cases])
+        for name, got in (("x", x), ("step", step), ("sigma", sigma)):
+            assert_agrees(f"{rings}: {name}", got.grad, [case[estimator][name] for case in cases])
+        assert_agrees(
+            f"{rings}: masks", masks.grad, list(zip(*[case[estimator]["masks"] for case in cases], strict=True))
+        )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("rings", GROUPS, ids=lambda rings: f"{rings[0]}-{rings[-1]}")
-def test_rows_that_share_a_step_add_up_their_gradients(rings, estimator):
+def test_rows_that_share_a_step_add_up_their_gradients(estimator):
     """x has rows and columns, step and sigma one value a column, masks one a column with a dimension to stretch."""
-    cases = GROUPS[rings]
-    upstream = torch.tensor([[0.25], [1.0], [2.5]], dtype=torch.float64)
-    x = leaf([[case["x"] for case in cases]] * len(upstream))
-    step, sigma = (leaf([case[name] for case in cases]) for name in ("step", "sigma"))
-    masks = leaf([[row] for row in zip(*[case["masks"] for case in cases], strict=True)])
-    out = quantize(x, step, sigma, masks, **grid_of(rings), estimator=estimator)
-    out.backward(upstream.expand_as(out))
-    total = upstream.sum()
-    want = {
-        name: torch.tensor([case[estimator][name] for case in cases], dtype=torch.float64)
-        for name in ("x", "step", "sigma")
-    }
-    assert_agrees("x", x.grad, upstream * want["x"])
-    assert_agrees("step", step.grad, total * want["step"])
-    assert_agrees("sigma", sigma.grad, total * want["sigma"])
-    rings_last = torch.tensor([case[estimator]["masks"] for case in cases], dtype=torch.float64)
-    assert_agrees("masks", masks.grad, (total * rings_last.T)[:, None])
+    for rings, cases in GROUPS.items():
+        upstream = torch.tensor([[0.25], [1.0], [2.5]], dtype=torch.float64)
+        x = leaf([[case["x"] for case in cases]] * len(upstream))
+        step, sigma = (leaf([case[name] for case in cases]) for name in ("step", "sigma"))
+        masks = leaf([[row] for row in zip(*[case["masks"] for case in cases], strict=True)])
+        out = quantize(x, step, sigma, masks, **grid_of(rings), estimator=estimator)
+        out.backward(upstream.expand_as(out))
+        total = upstream.sum()
+        want = {
+            name: torch.tensor([case[estimator][name] for case in cases], dtype=torch.float64)
+            for name in ("x", "step", "sigma")
+        }
+        assert_agrees(f"{rings}: x", x.grad, upstream * want["x"])
+        assert_agrees(f"{rings}: step", step.grad, total * want["step"])
+        assert_agrees(f"{rings}: sigma", sigma.grad, total * want["sigma"])
+        rings_last = torch.tensor([case[estimator]["masks"] for case in cases], dtype=torch.float64)
+        assert_agrees(f"{rings}: masks", masks.grad, (total * rings_last.T)[:, None])

@@ -288,7 +288,7 @@ def test_a_library_that_is_a_link_is_not_loaded(loaded_from, tmp_path):
     path = Path(loaded_from()._name)
     path.unlink()
     path.symlink_to(tmp_path / "nothing")
-    assert is_alone(loaded_from(), f"{path} is not what this package has put there")
+    assert is_alone(loaded_from(), f"{path} was not created by this package")
 
 
 @pytest.mark.parametrize("what", ["cpq_lightning", "quantize"])
@@ -325,7 +325,7 @@ def test_a_cache_is_not_used_where_everybody_may_put_another_in_its_place(loaded
 
 def test_without_users_as_on_windows_nothing_is_kept(loaded_from, monkeypatch, tmp_path):
     monkeypatch.delattr(library_module.os, "geteuid")
-    assert is_alone(loaded_from(), "nothing tells whether others may write to")
+    assert is_alone(loaded_from(), "it is not known whether others may write to")
     assert not list((tmp_path / "cpq_lightning").iterdir())
 
 

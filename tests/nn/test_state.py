@@ -49,7 +49,7 @@ def test_damage_is_refused_in_plain_words():
         read(state.half().float())
     with pytest.raises(ValueError, match=r"version 2.*reads version 1"):
         decode(encode(Settings(version=2), 0).tolist())
-    with pytest.raises(ValueError, match="says of itself"):
+    with pytest.raises(ValueError, match="its header requires"):
         read(torch.cat([state, state]))
     with pytest.raises(ValueError, match="at least"):
         read(state[: HEADER - 1])

@@ -73,7 +73,7 @@ def test_runs_are_compared_by_one_metric_under_names_of_their_own(tmp_path):
         ("a/version_0", "val_loss", "Digits"), ("b/version_0", "val_loss", "Flowers"),
     ]  # fmt: skip
     assert len(left_out) == 1
-    assert "has no metrics: the run had no validation, or was made before" in left_out[0]
+    assert "has no metrics: the run had no validation, or an older version" in left_out[0]
     assert [column.header for column in runs_table(runs).columns][:2] == ["run", "data"]
     with pytest.raises(ValueError, match="has no metrics"):
         compare_runs([tmp_path / "c", tmp_path / "c"])

@@ -103,10 +103,10 @@ def test_a_module_that_is_quantized_already_is_no_silent_answer_to_another_confi
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (CPQConfig(per_channel=True), "per_channel False there, True here"),
+        (CPQConfig(per_channel=True), "per_channel False in the state_dict, True in the model"),
         (CPQConfig(min_bits=2), "They differ in min_bits None in the checkpoint, 2 asked for"),
         (CPQConfig(weight_bits=8, min_bits=6), "weight_bits 4 in the checkpoint, 8 asked for; min_bits None in the"),
-        (CPQConfig(nesting="resolution"), "nesting 'range' there, 'resolution' here"),
+        (CPQConfig(nesting="resolution"), "nesting 'range' in the state_dict, 'resolution' in the model"),
     ],
 )
 def test_quantizers_of_another_kind_are_refused_by_settings(config, words, ckpt):

@@ -174,7 +174,7 @@ def test_what_no_export_can_take_or_hold_is_said_before_training_and_ends_no_fit
         trainer = fit(make(), [exported(export=["packed", "torch"]), Begins()], limit_train_batches=2, max_epochs=1)
     assert trainer.state.finished
     assert files(tmp_path) == []
-    early = [text for text in said[0] if re.search(rf"\(packed, torch\) will fail as it is: .*{words}", text)]
+    early = [text for text in said[0] if re.search(rf"\(packed, torch\) will fail: .*{words}", text)]
     assert len(early) == 1
     late = [str(w.message) for w in caught if re.search(rf"file could not be written .*{words}", str(w.message))]
     assert len(late) == 2

@@ -319,7 +319,7 @@ def test_layers_that_are_built_anew_behind_the_quantization_are_refused(fit):
 
     module = Again()
     fit(module, [CPQCallback(table=False)], max_epochs=1)
-    with pytest.raises(Exception, match="configure_model has built the layers anew"):
+    with pytest.raises(Exception, match="configure_model has built the layers again"):
         fit(module, [CPQCallback(table=False)], max_epochs=1)
 
 

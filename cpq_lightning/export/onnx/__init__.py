@@ -1,1 +1,1 @@
-"""ONNX: a graph of QuantizeLinear and DequantizeLinear, arranged for ONNX Runtime. Needs the extra ``onnx``."""
+"""ONNX export: graphs of QuantizeLinear and DequantizeLinear for ONNX Runtime. It needs the extra ``onnx``."""

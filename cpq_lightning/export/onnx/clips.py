@@ -1,4 +1,4 @@
-"""A ReLU in front of a quantizer is part of its grid."""
+"""Merge a ReLU before a quantizer into the range of the quantizer's codes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cpq_lightning.export.onnx.graph import Editor, constant_of, known, layer_of
 
 
 def merge_clips(model: ir.Model) -> None:
-    """Take out each Relu, and each Clip such as ReLU6's, that only one quantizer reads, and narrow its codes instead.
+    """Remove each Relu or Clip (such as that of ReLU6) that only one quantizer reads, and clip the quantizer's codes.
 
-    Rounding to a grid keeps order, so ``Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b))``, exactly. The convolution before it
-    then meets the quantizer directly, which integer kernels need.
+    Quantization is monotonic, so ``Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b))`` holds exactly. The quantizer then reads
+    the convolution before it directly, as integer kernels require.
     """
     edit = Editor(model.graph)
     for quantize in nodes(model.graph, "QuantizeLinear"):
@@ -45,23 +45,23 @@ def _narrow(edit: Editor, quantize: ir.Node, low: float, high: float) -> None:
     clip = only_user(codes)
     clip = clip if clip is not None and clip.op_type == "Clip" else None
     bottom, top = (0, 255) if clip is None else (int(known(clip.inputs[1])), int(known(clip.inputs[2])))
-    wanted = [
+    clipped = [
         int(np.clip(np.round(np.float32(bound) / scale) + zero, bottom, top)) if np.isfinite(bound) else fallback
         for bound, fallback in ((low, bottom), (high, top))
     ]
-    if wanted == [bottom, top]:
+    if clipped == [bottom, top]:
         return
     layer = layer_of(quantize, "input")
     values = [
         edit.constant(f"{layer}.input_{name}", np.array(v, np.uint8))
-        for name, v in zip(("bottom", "top"), wanted, strict=True)
+        for name, v in zip(("bottom", "top"), clipped, strict=True)
     ]
     if clip is not None:
         clip.replace_input_with(1, values[0])
         clip.replace_input_with(2, values[1])
         return
-    (after, *_) = (use.node for use in codes.uses())
-    narrowed = edit.node(after, "Clip", [codes, *values], like=quantize)
+    (reader, *_) = (use.node for use in codes.uses())
+    narrowed = edit.node(reader, "Clip", [codes, *values], like=quantize)
     narrowed.type, narrowed.shape = codes.type, codes.shape
     for use in list(codes.uses()):
         if use.node is not narrowed.producer():

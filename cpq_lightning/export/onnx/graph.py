@@ -1,4 +1,4 @@
-"""Small steps on ONNX graphs: constants, new nodes, what computes a value and what uses it."""
+"""Helpers for ONNX graphs: constants, new nodes, and the producers and users of values."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ Array = NDArray[Any]
 
 
 def constant_of(value: ir.Value | None) -> Array | None:
-    """The content of a value that is known before the graph runs."""
+    """The array of a constant value; ``None`` where the value is not constant."""
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
 
 
 def known(value: ir.Value | None) -> Array:
-    """The content of a value that is known to be constant."""
+    """The array of a value that must be constant."""
     array = constant_of(value)
     assert array is not None
     return array
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
-    """The node that uses a value, if it is one, once, and the value leaves the graph nowhere else."""
+    """The only user of a value; ``None`` where the value is used more than once or never, or is a graph output."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node that computes a value, if it is of the kind ``op``."""
+    """The node that computes a value, if its operator is ``op``; otherwise ``None``."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op else None
 
 
 def integers(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
-    """An attribute that is a list of integers."""
+    """The value of an attribute that is a list of integers."""
     attribute = node.attributes.get(name)
     return list(default) if attribute is None else list(attribute.as_ints())
 
 
 def integer(node: ir.Node, name: str, default: int) -> int:
-    """An attribute that is an integer."""
+    """The value of an attribute that is an integer."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
 
 
 def layer_of(node: ir.Node | None, role: str) -> str | None:
-    """The layer that a node belongs to in a role, such as ``"weight"`` or ``"input"``."""
+    """The layer of a node that has this role, such as ``"weight"`` or ``"input"``; otherwise ``None``."""
     if node is None or node.metadata_props.get(ROLE) != role:
         return None
     return node.metadata_props.get(LAYER)
 
 
 def scaled_along(decode: ir.Node, axis: int) -> bool:
-    """Whether a DequantizeLinear has one scale, or one for each index of this dimension.
+    """Whether a DequantizeLinear has a single scale, or one scale per index of this dimension.
 
-    A weight that layers of two kinds share may have its channels where the other one has them.
+    Where layers of two types share a weight, the scales may be along the channel dimension of the other layer.
     """
     return known(decode.inputs[1]).ndim == 0 or integer(decode, "axis", 1) == axis
 
 
 def note(value: ir.Value, key: str, text: str) -> None:
-    """Write something into the metadata of the node that computes a value."""
+    """Set an entry in the metadata of the node that computes a value."""
     node = value.producer()
     assert node is not None
     node.metadata_props[key] = text
 
 
 class Editor:
-    """Puts nodes and constants into a graph, named so that they are unique and tell where they belong."""
+    """Adds nodes and constants with unique, descriptive names to a graph."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        # Behind those of an editor that was here before.
+        # The numbers continue those of an earlier editor of the same graph.
         self._count = max((_number(node.name) for node in graph), default=0)
 
     def constant(self, name: str, array: Array) -> ir.Value:
-        """A new initializer; ``name`` gets a number where it is taken."""
+        """Add an initializer; ``name`` gets a numeric suffix where it is taken."""
         while name in self.graph.initializers:
             self._count += 1
             name = f"{name}_{self._count}"
@@ -105,7 +105,7 @@ class Editor:
         attributes: dict[str, Any] | None = None,
         like: ir.Node | None = None,
     ) -> ir.Value:
-        """A new node's output; ``like`` gives it the metadata of another node."""
+        """Add a node before another one and return its output; the metadata of the node ``like`` is copied."""
         self._count += 1
         node = ir.node(op, inputs, attributes or {}, name=f"cpq_{op}_{self._count}")
         node.outputs[0].name = f"cpq_{op}_{self._count}_output"
@@ -115,7 +115,7 @@ class Editor:
         return node.outputs[0]
 
     def weight(self, before: ir.Node, codes: Array, scale: Array, axis: int, like: ir.Node) -> ir.Value:
-        """Codes with a scale for each channel, decoded; ``like`` is what decoded them so far."""
+        """Add weight codes with one scale per channel and their DequantizeLinear; ``like`` is the previous one."""
         layer = layer_of(like, "weight")
         inputs = [
             self.constant(f"{layer}.weight_codes", codes),
@@ -125,7 +125,7 @@ class Editor:
         return self.node(before, "DequantizeLinear", inputs, {"axis": axis}, like=like)
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let all that used one value use another one, the graph's outputs too; the names of those stay."""
+        """Replace a value by another one in all users and in the graph's outputs, whose names stay."""
         if old.is_graph_output():
             name = old.name
             old.name = f"{name}_before"
@@ -140,11 +140,11 @@ def _number(name: str | None) -> int:
 
 
 def nodes(graph: ir.Graph, op: str) -> Iterator[ir.Node]:
-    """The nodes of one kind, safe against changes meanwhile."""
+    """The nodes with the operator ``op``. The graph may change during the iteration."""
     yield from [node for node in graph if node.op_type == op]
 
 
 def tidy(model: ir.Model) -> None:
-    """Drop what nothing uses, and put nodes into an order in which they can run."""
+    """Remove unused nodes and sort the others topologically."""
     RemoveUnusedNodesPass()(model)
     model.graph.sort()

@@ -1,10 +1,10 @@
-"""Convolutions in a form that ONNX Runtime computes with integer kernels, without giving exactness up.
+"""Rewrite convolutions so that ONNX Runtime computes them exactly and with integer kernels.
 
-Its integer convolution (QLinearConv) rounds the result to bytes at once and its bias to a whole accumulator unit. Where
-the next thing is the next layer's quantizer that is just right, but for the bias: :func:`_as_convolution` keeps its
-rounding small. Where a result goes on in full precision, into a residual sum for one, there is no integer convolution,
-and :func:`_as_product` writes the convolution as a product of matrices, which has an integer kernel that returns floats
-(MatMulIntegerToFloat): sums of codes are exact integers then, scaled once.
+The integer convolution of ONNX Runtime (QLinearConv) rounds its result to bytes, and its bias to a multiple of the
+accumulator's unit. If the result goes to the quantizer of the next layer, only the rounding of the bias is an error,
+and :func:`_as_convolution` keeps it small. If the result is needed in full precision, for example in a residual sum,
+there is no integer convolution. Then :func:`_as_product` writes the convolution as a matrix product, for which an
+integer kernel with float results exists (MatMulIntegerToFloat): sums of codes are exact integers, scaled once.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from cpq_lightning.export.onnx.graph import (
 from cpq_lightning.export.onnx.pairs import MOST, largest_byte, largest_pair, quantizer_of
 from cpq_lightning.export.onnx.trace import SHAPE
 
-# Of a weight's DequantizeLinear: codes are stored times 2 to this power, and the scale is divided by it.
+# Metadata of a weight's DequantizeLinear: stored codes are multiplied by 2 to this power, and the scale is divided by
+# it.
 SHIFT = "cpq.shift"
-# Share of the next codes that the rounding of the bias may move to a neighbour.
+# Largest share of the next codes that the rounding of the bias may change by one level.
 _MOST_MOVED = 5e-4
-# With fewer channels, copying the patches costs more than the integer product saves.
-_FEWEST_CHANNELS = 16
+# With fewer channels, the copies of the patches cost more time than the integer product saves.
+_MIN_CHANNELS = 16
 
 
-# What ONNX Runtime takes a quantizer through, towards the convolution whose values it reads.
-_PASSED = {"Relu", "Clip", "MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice"}
+# Operators that ONNX Runtime moves a quantizer across, towards the convolution that computes its input.
+_MOVED_ACROSS = {"Relu", "Clip", "MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Conv:
 
     @property
     def weight_scale(self) -> Array:
-        """One value a channel, float32."""
+        """One scale per output channel, float32."""
         return np.broadcast_to(known(self.decode_weight.inputs[1]), (self.codes.shape[0],)).astype(np.float32)
 
     @property
@@ -67,16 +68,16 @@ class _Conv:
 
     @property
     def unit(self) -> Array:
-        """What one unit of the accumulator is worth, a channel each."""
+        """The value of one unit of the accumulator, per output channel: input scale times weight scale."""
         return known(self.decode_input.inputs[1]).astype(np.float32) * self.weight_scale
 
 
 def use_integer_kernels(model: ir.Model, round_biases: bool = True) -> None:
-    """Rewrite the quantized convolutions of a graph; what has no integer form stays as it is.
+    """Rewrite the quantized convolutions of a graph for integer kernels; those without an integer form stay unchanged.
 
     Args:
         model: The graph; changed in place.
-        round_biases: Whether convolutions in front of a quantizer may have integer biases, which is fastest.
+        round_biases: Whether convolutions before a quantizer may have integer biases, the fastest form.
     """
     edit = Editor(model.graph)
     for node in nodes(model.graph, "Conv"):
@@ -95,10 +96,10 @@ def use_integer_kernels(model: ir.Model, round_biases: bool = True) -> None:
 
 
 def keep_biases(model: ir.Model) -> None:
-    """Add the bias behind each convolution that still has one in full precision where a quantizer reads its result.
+    """Move full-precision biases out of convolutions before a quantizer, into an Add after the convolution.
 
-    ONNX Runtime rounds it to a whole accumulator unit where it finds it in the convolution (its
-    WeightBiasQuantization), which moves a percent of a low-bit layer's codes.
+    ONNX Runtime would round a bias in such a convolution to a multiple of the accumulator's unit (the transformer
+    WeightBiasQuantization), which changes one percent of the codes of a low-bit layer.
     """
     edit = Editor(model.graph)
     for node in [n for op in ("Conv", "ConvTranspose") for n in nodes(model.graph, op)]:
@@ -106,7 +107,7 @@ def keep_biases(model: ir.Model) -> None:
         decode = made_by(node.inputs[1], "DequantizeLinear")
         if bias is None or decode is None or layer_of(decode, "weight") is None:
             continue
-        if not _meets_quantizer(node.outputs[0]):
+        if not _reaches_quantizer(node.outputs[0]):
             continue
         readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
         name = str(node.inputs[2].name)  # type: ignore[union-attr]
@@ -119,50 +120,51 @@ def keep_biases(model: ir.Model) -> None:
     tidy(model)
 
 
-def _meets_quantizer(value: ir.Value) -> bool:
+def _reaches_quantizer(value: ir.Value) -> bool:
     users = [use.node for use in value.uses()]
     return any(
-        user.op_type == "QuantizeLinear" or (user.op_type in _PASSED and _meets_quantizer(user.outputs[0]))
+        user.op_type == "QuantizeLinear" or (user.op_type in _MOVED_ACROSS and _reaches_quantizer(user.outputs[0]))
         for user in users
     )
 
 
 def _as_convolution(edit: Editor, conv: _Conv) -> bool:
-    """Give a convolution in front of a quantizer an integer bias, where its rounding moves next to no code.
+    """Give a convolution before a quantizer an integer bias, if the rounding of the bias changes almost no codes.
 
-    Half a unit of the accumulator is a good part of a low-bit level. Codes that fill only the lower bits of a byte are
-    therefore stored shifted up, at a scale that is as much smaller: the same weights exactly, in a finer unit.
+    With few bits, half a unit of the accumulator is a large part of the distance between two levels. Codes that use
+    only the lower bits of a byte are therefore stored shifted to the left, with a scale that is smaller by the same
+    factor: the weights are exactly the same, and the unit is finer.
     """
     following = only_user(conv.node.outputs[0])
     if following is None or following.op_type != "QuantizeLinear" or layer_of(following, "input") is None:
         return False
     if len(conv.codes.shape) != 4:
         return False
-    shift = _room(conv)
+    shift = _free_bits(conv)
     unit = conv.unit / np.float32(2**shift)
     bias = np.zeros(len(unit), np.float32) if conv.bias is None else conv.bias
-    whole = np.round(bias / unit.astype(np.float64))
-    moved = np.abs(bias - whole * unit).mean() / float(known(following.inputs[1]))
-    if moved > _MOST_MOVED or np.abs(whole).max(initial=0) >= 2**30:
+    bias_codes = np.round(bias / unit.astype(np.float64))
+    changed = np.abs(bias - bias_codes * unit).mean() / float(known(following.inputs[1]))
+    if changed > _MOST_MOVED or np.abs(bias_codes).max(initial=0) >= 2**30:
         return False
-    layer, before = conv.layer, conv.node
+    layer, node = conv.layer, conv.node
     zeros = np.zeros(len(unit), np.int32)
     scale = conv.weight_scale / np.float32(2**shift)
-    weight = edit.weight(before, conv.codes << shift, scale, 0, like=conv.decode_weight)
+    weight = edit.weight(node, conv.codes << shift, scale, 0, like=conv.decode_weight)
     note(weight, SHIFT, str(shift))
-    before.replace_input_with(1, weight)
+    node.replace_input_with(1, weight)
     if conv.bias is not None:
         inputs = [
-            edit.constant(f"{layer}.bias_codes", whole.astype(np.int32)),
+            edit.constant(f"{layer}.bias_codes", bias_codes.astype(np.int32)),
             edit.constant(f"{layer}.bias_scale", unit),
             edit.constant(f"{layer}.bias_zero_point", zeros),
         ]
-        before.replace_input_with(2, edit.node(before, "DequantizeLinear", inputs, {"axis": 0}))
+        node.replace_input_with(2, edit.node(node, "DequantizeLinear", inputs, {"axis": 0}))
     return True
 
 
-def _room(conv: _Conv) -> int:
-    """How many bits codes can be shifted up: within a byte, and so that two products add up within 16 bits."""
+def _free_bits(conv: _Conv) -> int:
+    """By how many bits codes can be shifted to the left so that they fit into a byte, and two products into 16 bits."""
     codes = conv.codes.astype(np.int16)
     largest = int(np.maximum(codes, -codes - 1).max(initial=0))
     shift = 7 - largest.bit_length()
@@ -174,13 +176,13 @@ def _room(conv: _Conv) -> int:
 
 
 def _as_product(edit: Editor, conv: _Conv) -> None:
-    """Write a two-dimensional convolution as the product of its patches, channels last, and its weight."""
+    """Write a 2d convolution as the matrix product of its input patches (channels last) and its weight."""
     node, codes = conv.node, conv.codes
     size = _input_size(conv)
     if size is None or codes.ndim != 4 or integer(node, "group", 1) != 1:
         return
     height, width = codes.shape[2:]
-    if codes.shape[1] < _FEWEST_CHANNELS and (height, width) != (1, 1):
+    if codes.shape[1] < _MIN_CHANNELS and (height, width) != (1, 1):
         return
     scale, zero = conv.decode_input.inputs[1:3]
     patches = _patches(edit, conv, size)
@@ -204,30 +206,30 @@ def _input_size(conv: _Conv) -> tuple[int, int] | None:
 
 
 def _patches(edit: Editor, conv: _Conv, size: tuple[int, int]) -> ir.Value:
-    """Codes of the input under each place of the kernel, shape (batch, height, width, kernel · kernel · channels)."""
+    """Patches of the input codes (im2col), shape (batch, height, width, kernel height · kernel width · channels)."""
     node, layer = conv.node, conv.layer
     channels, *kernel = conv.codes.shape[1:]
-    stride, spread = integers(node, "strides", (1, 1)), integers(node, "dilations", (1, 1))
+    stride, dilation = integers(node, "strides", (1, 1)), integers(node, "dilations", (1, 1))
     pads = integers(node, "pads", (0, 0, 0, 0))
     zero = conv.decode_input.inputs[2]
     x = edit.node(node, "Transpose", [conv.decode_input.inputs[0]], {"perm": [0, 2, 3, 1]})
 
-    def numbers(name: str, values: object) -> ir.Value:
+    def constant(name: str, values: object) -> ir.Value:
         return edit.constant(f"{layer}.{name}", np.array(values, np.int64))
 
     if any(pads):
-        x = edit.node(node, "Pad", [x, numbers("pads", [0, *pads[:2], 0, 0, *pads[2:], 0]), zero])
+        x = edit.node(node, "Pad", [x, constant("pads", [0, *pads[:2], 0, 0, *pads[2:], 0]), zero])
     padded = [size[i] + pads[i] + pads[i + 2] for i in (0, 1)]
-    out = [(padded[i] - spread[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    out = [(padded[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     if [*kernel, *stride] == [1, 1, 1, 1]:
         return x
-    # The places are sums of three short lists, which a runtime adds up once when it loads the graph.
+    # The indices are sums of three short arrays; a runtime computes the sums once, when it loads the graph.
     rows = np.arange(out[0]).reshape(-1, 1, 1) * stride[0] * padded[1]
     columns = np.arange(out[1]).reshape(-1, 1) * stride[1]
-    taps = (np.arange(kernel[0])[:, None] * spread[0] * padded[1] + np.arange(kernel[1]) * spread[1]).reshape(-1)
-    places = edit.node(node, "Add", [numbers("rows", rows), numbers("columns", columns)])
-    places = edit.node(node, "Add", [places, numbers("taps", taps)])
-    places = edit.node(node, "Reshape", [places, numbers("flat", [-1])])
-    x = edit.node(node, "Reshape", [x, numbers("places", [0, padded[0] * padded[1], channels])])
-    x = edit.node(node, "Gather", [x, places], {"axis": 1})
-    return edit.node(node, "Reshape", [x, numbers("patches", [0, *out, kernel[0] * kernel[1] * channels])])
+    taps = (np.arange(kernel[0])[:, None] * dilation[0] * padded[1] + np.arange(kernel[1]) * dilation[1]).reshape(-1)
+    indices = edit.node(node, "Add", [constant("rows", rows), constant("columns", columns)])
+    indices = edit.node(node, "Add", [indices, constant("taps", taps)])
+    indices = edit.node(node, "Reshape", [indices, constant("flat", [-1])])
+    x = edit.node(node, "Reshape", [x, constant("places", [0, padded[0] * padded[1], channels])])
+    x = edit.node(node, "Gather", [x, indices], {"axis": 1})
+    return edit.node(node, "Reshape", [x, constant("patches", [0, *out, kernel[0] * kernel[1] * channels])])

@@ -1,4 +1,4 @@
-"""Channels last through everything that works on each value by itself, so that products need no transposition."""
+"""Keep channels last across elementwise operators, so that matrix products need no transpositions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from cpq_lightning.export.onnx.graph import Editor, constant_of, integers, note, tidy
 
-# Of a quantizer's node: its values have their channels last.
+# Metadata of a quantizer's node: its values are channels last.
 LAST = "cpq.channels_last"
 _TO_FIRST, _TO_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 _ELEMENTWISE = {
@@ -16,7 +16,7 @@ _ELEMENTWISE = {
 
 
 def keep_channels_last(model: ir.Model) -> None:
-    """Move transpositions to channels first behind elementwise operations, and drop those that undo each other."""
+    """Move transpositions to channels first after elementwise operators, and remove pairs that cancel each other."""
     edit = Editor(model.graph)
     for node in list(model.graph):
         if node.op_type in _ELEMENTWISE:
@@ -34,12 +34,13 @@ def _is(node: ir.Node | None, permutation: list[int]) -> bool:
 
 
 def _pass_through(edit: Editor, node: ir.Node) -> None:
+    """Compute an elementwise node on channels last, and transpose its output instead of its inputs."""
     last = [v is not None and _is(v.producer(), _TO_FIRST) for v in node.inputs]
     if not any(last):
         return
     inputs: list[ir.Value | None] = []
-    for value, moved in zip(node.inputs, last, strict=True):
-        if moved:
+    for value, is_last in zip(node.inputs, last, strict=True):
+        if is_last:
             assert value is not None
             source = value.producer()
             assert source is not None
@@ -49,8 +50,8 @@ def _pass_through(edit: Editor, node: ir.Node) -> None:
         if value is None or _rank(value) == 0 or (array is not None and array.shape == (1,)):
             inputs.append(value)
         elif array is not None and array.ndim in (3, 4):
-            four = array.reshape((1,) * (4 - array.ndim) + array.shape)
-            inputs.append(edit.constant(f"{value.name}.last", four.transpose(_TO_LAST)))
+            array_4d = array.reshape((1,) * (4 - array.ndim) + array.shape)
+            inputs.append(edit.constant(f"{value.name}.last", array_4d.transpose(_TO_LAST)))
         elif array is None and _rank(value) == 4:
             inputs.append(edit.node(node, "Transpose", [value], {"perm": _TO_LAST}))
         else:

@@ -1,4 +1,4 @@
-"""A batch norm behind a convolution becomes part of it: of its weight's scale, and of its bias."""
+"""Fold a batch norm into the convolution before it: into the scale of the weight, and into the bias."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from cpq_lightning.export.onnx.graph import (
     tidy,
 )
 
-# Of a Conv's node: which batch norm it holds.
+# Metadata of a Conv's node: the name of the batch norm that was folded into it.
 NORM = "cpq.norm"
 _SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
 
 
 @dataclass(frozen=True)
 class _Affine:
-    """``y = gain · x + shift``, a channel each."""
+    """``y = gain · x + shift``, with one gain and one shift per channel."""
 
     gain: Array
     shift: Array
 
 
 def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> None:
-    """Fold each batch norm whose input is a quantized convolution and nothing else; codes stay what they are.
+    """Fold each batch norm whose input is a quantized convolution that nothing else reads. Codes keep their magnitudes.
 
-    ``norm(step · codes * x + b) = (step · |gain|) · (sign(gain) · codes) * x + shift``, ``gain = γ / sqrt(var + ε)``,
-    ``shift = β + gain · (b - mean)``: a negative gain turns a channel's codes round, a gain of zero leaves its shift.
-    Where a code that would have to be turned has no counterpart in the container, the norm stays.
+    ``norm(scale · codes * x + b) = (scale · |gain|) · (sign(gain) · codes) * x + shift``, with
+    ``gain = γ / sqrt(var + ε)`` and ``shift = β + gain · (b - mean)``. A negative gain negates the codes of its
+    channel; with a gain of zero the codes are zero and only the shift remains. If a negated code does not fit into the
+    container, the norm is not folded.
 
     Args:
         model: A traced graph; changed in place.
-        lowest: The lowest level that the container of some codes holds: of int8 -128, and 127 is the highest.
+        lowest: Gives the lowest level of the container for an array of codes: -128 for int8, whose highest is 127.
     """
     graph = model.graph
     edit = Editor(graph)
@@ -55,7 +56,7 @@ def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> None:
             continue
         decode = made_by(conv.inputs[1], "DequantizeLinear") if conv.op_type in ("Conv", "ConvTranspose") else None
         layer = layer_of(decode, "weight")
-        # The channels of a grouped transposed convolution are not one dimension of its weight.
+        # The output channels of a grouped transposed convolution are no dimension of its weight.
         if decode is None or layer is None or (conv.op_type == "ConvTranspose" and integer(conv, "group", 1) > 1):
             continue
         if only_user(decode.outputs[0]) is not conv:
@@ -65,7 +66,7 @@ def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> None:
             continue
         affine = _affine(norm, conv)
         codes = known(decode.inputs[0])
-        codes = _turned(codes, np.sign(affine.gain), axis, lowest(codes))
+        codes = _with_sign(codes, np.sign(affine.gain), axis, lowest(codes))
         if codes is None:
             continue
         scale = np.where(affine.gain == 0, 1, np.abs(affine.gain)) * known(decode.inputs[1]).astype(np.float64)
@@ -87,15 +88,16 @@ def _affine(norm: ir.Node, conv: ir.Node) -> _Affine:
     return _Affine(gain, beta + gain * ((0.0 if bias is None else bias.astype(np.float64)) - mean))
 
 
-def _turned(codes: Array, sign: Array, axis: int, lowest: int) -> Array | None:
+def _with_sign(codes: Array, sign: Array, axis: int, lowest: int) -> Array | None:
+    """Multiply codes by the signs of the gains; ``None`` where a product exceeds the highest level."""
     shape = [1] * codes.ndim
     shape[axis] = -1
-    turned = codes.astype(np.int16) * sign.astype(np.int16).reshape(shape)
-    return None if turned.max(initial=0) > -lowest - 1 else turned.astype(codes.dtype)
+    signed = codes.astype(np.int16) * sign.astype(np.int16).reshape(shape)
+    return None if signed.max(initial=0) > -lowest - 1 else signed.astype(codes.dtype)
 
 
 def _is_batch_norm(node: ir.Node) -> bool:
-    """Whether a batch norm's module computes it: another's forward may have its own idea of the gain."""
+    """Whether the node was traced from a batch norm module: other modules may compute the gain differently."""
     classes = node.metadata_props.get(_CLASSES, "[]").strip("[]").split(",")
     return len(classes) > 1 and "BatchNorm" in classes[-2]
 

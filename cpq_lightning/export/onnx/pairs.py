@@ -1,8 +1,8 @@
-"""Products of a layer's input with its weight, and what two of them add up to.
+"""Products of a layer's input with its weight, and the risk that the sum of two such products saturates.
 
 Processors multiply bytes in different ways. x86 without VNNI adds two products of an unsigned byte (the input) and a
-signed one (the weight) in 16 bits, and cuts off what is larger. ARM without dot products makes both signed and adds
-two products in 16 bits too. Products of two unsigned bytes are added in 32 bits everywhere.
+signed byte (the weight) in 16 bits, and the sum saturates. ARM without dot products makes both bytes signed, and also
+adds two products in 16 bits. Products of two unsigned bytes are added in 32 bits on all processors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from cpq_lightning.export.onnx.graph import Array, integer, known, layer_of, only_user
 
-# The largest sum of two products that 16 bits hold.
+# The largest sum of two products that fits into 16 bits.
 MOST = 2**15 - 1
-# What leaves codes as they are, between a quantizer and the product that reads them.
-_MOVES = {
+# Operators between a quantizer and a product that do not compute new codes.
+_PASSED = {
     "Transpose",
     "Reshape",
     "Gather",
@@ -34,13 +34,13 @@ _MOVES = {
 
 @dataclass(frozen=True)
 class Product:
-    """A product in the graph, and where its sides come from.
+    """A product in the graph, and the producers of its operands.
 
     Attributes:
-        node: What multiplies.
-        first: The QuantizeLinear of its first side; ``None`` where that is in full precision.
-        second: The same of its second side, of products without a weight.
-        weight: The DequantizeLinear of the layer's weight that is its second side; ``None`` where that is none.
+        node: The node that multiplies.
+        first: The QuantizeLinear of the first operand; ``None`` where that is in full precision.
+        second: In a product without a weight, the QuantizeLinear of the second operand; otherwise ``None``.
+        weight: The DequantizeLinear of the weight that is the second operand; ``None`` where it is no quantized weight.
     """
 
     node: ir.Node
@@ -50,7 +50,7 @@ class Product:
 
 
 def products(graph: ir.Graph) -> Iterator[Product]:
-    """Convolutions and products of matrices, in the order of the graph."""
+    """The convolutions and matrix products, in the order of the graph."""
     for node in graph:
         if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
             first, second = (quantizer_of(side) for side in node.inputs[:2])
@@ -59,17 +59,17 @@ def products(graph: ir.Graph) -> Iterator[Product]:
 
 
 def quantizer_of(value: ir.Value | None) -> ir.Node | None:
-    """The QuantizeLinear whose codes a value holds."""
-    return _back(value, _MOVES, _quantizes_input)
+    """The QuantizeLinear that computed the codes of a value."""
+    return _back(value, _PASSED, _quantizes_input)
 
 
 def cut_off(graph: ir.Graph) -> list[Product]:
-    """Products of a quantized input and a weight of signed codes, two of which may be more than 16 bits hold."""
+    """Products of a quantized input and a weight with signed codes that may saturate when two are added in 16 bits."""
     return [product for product in products(graph) if largest_pair_of(product) > MOST]
 
 
 def largest_pair_of(product: Product) -> int:
-    """:func:`largest_pair` of a product as it is stored; 0 where no kernel adds up two of its products in 16 bits."""
+    """:func:`largest_pair` of a product with its stored codes; 0 where no kernel adds two products in 16 bits."""
     if product.first is None or product.weight is None:
         return 0
     codes = known(product.weight.inputs[0])
@@ -79,30 +79,31 @@ def largest_pair_of(product: Product) -> int:
 def largest_pair(codes: Array, channel_dim: int | None, byte: int) -> int:
     """The largest ``|a · v + b · w|`` of two products in one output, with ``a`` and ``b`` from 0 to ``byte``.
 
-    Kernels sum up in an order of their own: any two weights of an output may meet.
+    The order of the sum depends on the kernel, so any two weights ``v`` and ``w`` of an output may be added as a pair.
 
     Args:
         codes: The weight as signed bytes.
-        channel_dim: The dimension of its output channels; ``None`` where it is not known, and any two codes may meet.
-        byte: See :func:`largest_byte`.
+        channel_dim: The dimension of the output channels; ``None`` where it is unknown: then any two codes are a pair.
+        byte: The largest absolute value of the input, see :func:`largest_byte`.
     """
-    whole = codes.astype(np.int16)
-    rows = whole.reshape(1, -1) if channel_dim is None else np.moveaxis(whole, channel_dim, 0)
+    wide = codes.astype(np.int16)
+    rows = wide.reshape(1, -1) if channel_dim is None else np.moveaxis(wide, channel_dim, 0)
     ordered = np.sort(rows.reshape(len(rows), -1), axis=1)
-    above, below = ordered[:, -2:].clip(min=0).sum(1), ordered[:, :2].clip(max=0).sum(1)
-    return byte * int(max(above.max(initial=0), -below.min(initial=0)))
+    positive, negative = ordered[:, -2:].clip(min=0).sum(1), ordered[:, :2].clip(max=0).sum(1)
+    return byte * int(max(positive.max(initial=0), -negative.min(initial=0)))
 
 
 def largest_byte(quantize: ir.Node) -> int:
-    """The largest absolute value that kernels multiply for a quantizer's codes: as unsigned bytes, as x86 needs them,
-    or as signed ones, which ARM makes of them by taking off 128.
+    """The largest absolute value that kernels multiply for a quantizer's codes.
+
+    Kernels for x86 use the codes as unsigned bytes, kernels for ARM subtract 128 and use them as signed bytes.
     """
     zero = known(quantize.inputs[2])
     clip = only_user(quantize.outputs[0])
     lowest, top = np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max
     if clip is not None and clip.op_type == "Clip":
         top = int(known(clip.inputs[2]))
-    # Zeros are put around the input of a convolution, whatever its codes are.
+    # A convolution pads its input with the zero point, which may lie above the highest code.
     return max(max(top, int(zero.max())) - lowest, 128)
 
 
@@ -123,7 +124,11 @@ def _quantizes_input(node: ir.Node) -> bool:
 
 
 def _back(value: ir.Value | None, through: set[str] | None, wanted: Callable[[ir.Node], bool]) -> ir.Node | None:
-    """The nearest node before a value, along first inputs (or all, of any operation), that is wanted."""
+    """The nearest node before a value that is wanted.
+
+    The search goes through the first inputs of the operators in ``through``; where that is ``None``, through all inputs
+    of all operators.
+    """
     node = None if value is None else value.producer()
     if node is None or wanted(node):
         return node

@@ -1,4 +1,4 @@
-"""An ONNX file in ONNX Runtime: to be verified, and to be timed."""
+"""An ONNX file in ONNX Runtime, for verification and latency measurement."""
 
 from __future__ import annotations
 
@@ -37,23 +37,26 @@ def session(model: bytes, threads: int | None = None) -> onnxruntime.InferenceSe
 
 
 def seconds(one: onnxruntime.InferenceSession, inputs: Mapping[str, Any], runs: int = 3) -> float:
-    """Median time of a run as if the session were alone: the threads of others at rest, its own weights at hand."""
-    # The threads of a session that has run wait for work awake for some tens of milliseconds, on the same cores.
+    """Median time of a run, in seconds, without interference of other sessions and with a warm cache.
+
+    A pause of 0.1 s and one warm-up run come first.
+    """
+    # After a run, the threads of a session spin for tens of milliseconds and would take time from this session.
     time.sleep(0.1)
     one.run(None, inputs)
-    taken = []
+    times = []
     for _ in range(runs):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         one.run(None, inputs)
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 class OnnxArtefact:
     """An ONNX file, run by ONNX Runtime on the CPU."""
 
     runtime = f"ONNX Runtime {onnxruntime.__version__}, CPU"
-    # Its kernels add up in another order, and approximate exponentials.
+    # The kernels of ONNX Runtime sum in another order, and approximate exponentials.
     tolerance = 1e-3
 
     def __init__(self, file: Path | bytes) -> None:
@@ -61,15 +64,15 @@ class OnnxArtefact:
         self._model = model
         self._session = session(model)
         self._graph = _read(model).graph
-        self._cuts: dict[bool, _Cut] = {}
+        self._instrumented: dict[bool, _InstrumentedGraph] = {}
 
     def weight_codes(self) -> dict[str, Tensor]:
-        found = {}
+        codes_by_layer = {}
         for layer, (codes, decode) in stored_codes(self._graph).items():
             codes = codes >> int(decode.metadata_props.get(SHIFT, "0"))
             shape = json.loads(decode.metadata_props.get(SHAPE, "null"))
-            found[layer] = torch.from_numpy(codes if shape is None else _as_weight(codes, shape))
-        return found
+            codes_by_layer[layer] = torch.from_numpy(codes if shape is None else _as_weight(codes, shape))
+        return codes_by_layer
 
     def turned_by(self) -> Mapping[str, str]:
         return {
@@ -80,14 +83,14 @@ class OnnxArtefact:
 
     def outputs(self, batch: Samples) -> list[Tensor]:
         names = [i.name for i in self._session.get_inputs()]
-        fed = {name: tensor.numpy() for name, tensor in zip(names, batch.inputs, strict=True)}
-        return [torch.from_numpy(np.asarray(o)) for o in self._session.run(None, fed)]
+        inputs = {name: tensor.numpy() for name, tensor in zip(names, batch.inputs, strict=True)}
+        return [torch.from_numpy(np.asarray(o)) for o in self._session.run(None, inputs)]
 
     def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        feed = bool(given)
-        if feed not in self._cuts:
-            self._cuts[feed] = _Cut(self._model, feed)
-        return self._cuts[feed].codes(batch, given)
+        replace = bool(given)
+        if replace not in self._instrumented:
+            self._instrumented[replace] = _InstrumentedGraph(self._model, replace)
+        return self._instrumented[replace].codes(batch, given)
 
     def remedy(self) -> tuple[str, Artefact] | None:
         layers = {layer_of(product.weight, "weight"): None for product in cut_off(self._graph)}
@@ -95,9 +98,9 @@ class OnnxArtefact:
             return None
         fault = (
             "Integer products saturate on this processor: without VNNI, ONNX Runtime adds two products of an unsigned "
-            "byte and a signed one in 16 bits, which do not hold those of the layers "
-            f"{', '.join(map(repr, layers))}. With those weights stored as unsigned bytes, as cpq-lightning now writes "
-            "them, the file is right: export the model again."
+            "byte and a signed byte in 16 bits, which is too narrow for the products of the layers "
+            f"{', '.join(map(repr, layers))}. With those weights stored as unsigned bytes, as this version of "
+            "cpq-lightning writes them, the file is correct: export the model again."
         )
         model = _read(self._model)
         use_unsigned_bytes(model)
@@ -109,7 +112,9 @@ def _read(model: bytes) -> ir.Model:
 
 
 def _as_weight(codes: Any, shape: Sequence[int]) -> Any:
-    """A matrix of patches times channels, or a transposed linear weight, as the layer's own weight."""
+    """Convert a stored matrix of codes to the layer's weight, from the shape (patch, output channels) of a convolution
+    as matrix product, or from the transposed weight of a linear layer.
+    """
     if len(shape) == 2:
         return np.ascontiguousarray(codes.T)
     out, channels, *kernel = shape
@@ -120,40 +125,42 @@ def _with_shapes(model: bytes) -> ir.Model:
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(onnx.load_from_string(model)))
 
 
-class _Cut:
-    """The graph cut at each input quantizer: what arrives is quantized and returned, what goes on is given.
+class _InstrumentedGraph:
+    """The graph with the codes of each input quantizer as further outputs and, optionally, the quantizers' inputs as
+    further inputs.
 
-    In one session, so that ONNX Runtime fuses around the quantizers what it fuses in the whole graph.
+    Everything runs in one session, so that ONNX Runtime fuses the same nodes around the quantizers as in the file.
 
     Args:
-        model: The file's content.
-        feed: Whether to cut; otherwise what arrives goes on.
+        model: The content of the file.
+        replace: Whether given values replace the inputs of all quantizers.
     """
 
-    def __init__(self, model: bytes, feed: bool) -> None:
-        whole = _with_shapes(model)
-        graph = whole.graph
+    def __init__(self, model: bytes, replace: bool) -> None:
+        graph_model = _with_shapes(model)
+        graph = graph_model.graph
         edit = Editor(graph)
         self._inputs = [str(i.name) for i in graph.inputs]
-        # Of each given input the place whose value it takes; of each place its output and zero point; and whether
-        # their channels come last.
+        # By name of an added input: its rank, its place, and whether the value is channels last.
         self._ranks: dict[str, int] = {}
         self._given: dict[str, tuple[Place, bool]] = {}
+        # By place: name of the output with the codes, zero point, and whether the codes are channels last.
         self._places: dict[Place, tuple[str, int, bool]] = {}
-        arrived: dict[ir.Value, ir.Value] = {}
+        # The original value by the added input that replaces it.
+        originals: dict[ir.Value, ir.Value] = {}
         self._outputs = [str(o.name) for o in graph.outputs]
         for place, quantize in quantized_inputs(graph).items():
-            if feed:
-                self._feed(graph, quantize, place, arrived)
-            self._watch(graph, edit, quantize, place, arrived)
-        whole.graph.sort()
-        self._session = session(ir.serde.serialize_model(whole).SerializeToString())
+            if replace:
+                self._add_input(graph, quantize, place, originals)
+            self._add_output(graph, edit, quantize, place, originals)
+        graph_model.graph.sort()
+        self._session = session(ir.serde.serialize_model(graph_model).SerializeToString())
 
-    def _feed(self, graph: ir.Graph, quantize: ir.Node, place: Place, arrived: dict[ir.Value, ir.Value]) -> None:
-        """Let a value be given to what reads it; ``arrived`` knows what it was, by what is given."""
+    def _add_input(self, graph: ir.Graph, quantize: ir.Node, place: Place, originals: dict[ir.Value, ir.Value]) -> None:
+        """Replace the input of a quantizer by a new input of the graph, for all users of the value."""
         source = quantize.inputs[0]
         assert source is not None
-        if source in arrived:
+        if source in originals:
             return
         name = f"given/{place[0]}/{place[1]}"
         shape = ir.Shape([None] * _rank(source))
@@ -163,19 +170,19 @@ class _Cut:
         for use in uses:
             use.node.replace_input_with(use.idx, given)
         if len(uses) > 1 and not source.is_graph_output():
-            # It was not the quantizer's alone, and must not become so, or other things are fused than in the file.
+            # In the file, the value has several users. A second user prevents fusions that the file does not have.
             graph.outputs.append(source)
-        arrived[given] = source
+        originals[given] = source
         self._given[name] = (place, LAST in quantize.metadata_props)
         self._ranks[name] = _rank(source)
 
-    def _watch(
-        self, graph: ir.Graph, edit: Editor, quantize: ir.Node, place: Place, arrived: Mapping[ir.Value, ir.Value]
+    def _add_output(
+        self, graph: ir.Graph, edit: Editor, quantize: ir.Node, place: Place, originals: Mapping[ir.Value, ir.Value]
     ) -> None:
-        """Return the codes of what arrives at a quantizer."""
+        """Add an output with the codes of the original value at a quantizer."""
         source = quantize.inputs[0]
         assert source is not None
-        codes = edit.node(quantize, "QuantizeLinear", [arrived.get(source, source), *quantize.inputs[1:]])
+        codes = edit.node(quantize, "QuantizeLinear", [originals.get(source, source), *quantize.inputs[1:]])
         clip = only_user(quantize.outputs[0])
         if clip is not None and clip.op_type == "Clip":
             codes = edit.node(quantize, "Clip", [codes, *clip.inputs[1:]])
@@ -185,30 +192,31 @@ class _Cut:
         self._places[place] = (codes.name, int(known(quantize.inputs[2])), LAST in quantize.metadata_props)
 
     def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        fed = {name: tensor.numpy() for name, tensor in zip(self._inputs, batch.inputs, strict=True)}
+        inputs = {name: tensor.numpy() for name, tensor in zip(self._inputs, batch.inputs, strict=True)}
         for name, (place, last) in self._given.items():
-            fed[name] = _as_fed(given[place], self._ranks[name], last)
+            inputs[name] = _as_input(given[place], self._ranks[name], last)
         needed = {i.name for i in self._session.get_inputs()}
         names = [name for name, _, _ in self._places.values()]
-        found = self._session.run([*names, *self._outputs], {k: v for k, v in fed.items() if k in needed})
-        return self._levels(found[: len(names)]), [torch.from_numpy(np.asarray(o)) for o in found[len(names) :]]
+        results = self._session.run([*names, *self._outputs], {k: v for k, v in inputs.items() if k in needed})
+        return self._levels(results[: len(names)]), [torch.from_numpy(np.asarray(o)) for o in results[len(names) :]]
 
-    def _levels(self, found: Sequence[Any]) -> dict[Place, Tensor]:
+    def _levels(self, all_codes: Sequence[Any]) -> dict[Place, Tensor]:
         levels = {}
-        for (place, (_, zero, last)), codes in zip(self._places.items(), found, strict=True):
+        for (place, (_, zero, last)), codes in zip(self._places.items(), all_codes, strict=True):
             tensor = torch.from_numpy(np.asarray(codes)).short() - zero
             levels[place] = _to_first(tensor) if last else tensor
         return levels
 
 
 def quantized_inputs(graph: ir.Graph) -> dict[Place, ir.Node]:
-    """Which quantizer each product with a layer's weight gets its input from, in the order of the graph, and those of
-    both sides of products without a weight.
+    """The quantizers of the inputs of all products, by layer and call, in the order of the graph.
 
-    Exporters merge quantizers that do the same, so the name that one has may be another layer's.
+    A product with a layer's weight has the name of that layer, and not that of the quantizer: exporters merge equal
+    quantizers, so a quantizer may be named after another layer. The operands of a product without a weight have the
+    names of their quantizers.
     """
     counts: dict[str, int] = {}
-    found: dict[Place, ir.Node] = {}
+    quantizers: dict[Place, ir.Node] = {}
     for product in products(graph):
         named: list[tuple[str | None, ir.Node | None]] = []
         if product.weight is not None:
@@ -219,8 +227,8 @@ def quantized_inputs(graph: ir.Graph) -> dict[Place, ir.Node]:
             place = (str(name), counts.get(str(name), 0))
             counts[place[0]] = place[1] + 1
             if quantize is not None:
-                found[place] = quantize
-    return found
+                quantizers[place] = quantize
+    return quantizers
 
 
 def _rank(value: ir.Value) -> int:
@@ -228,8 +236,8 @@ def _rank(value: ir.Value) -> int:
     return len(value.shape)
 
 
-def _as_fed(x: Tensor, rank: int, last: bool) -> Any:
-    # A linear layer's rows are matrices of one row in the graph.
+def _as_input(x: Tensor, rank: int, last: bool) -> Any:
+    # In the graph, an input row of a linear layer is a matrix with one row.
     x = x.unsqueeze(1) if x.dim() == 2 and rank == 3 else x
     return (x.permute(0, 2, 3, 1).contiguous() if last else x).numpy()
 

@@ -1,4 +1,4 @@
-"""The graph as it is stored: containers of the codes, names, and what the file says of itself."""
+"""Preparation of the graph for the file: integer types of the codes, names of tensors, and metadata."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MIDDLE = 128
 
 
 def lowest_level(codes: Array, container: Container) -> int:
-    """The lowest level of the type that a container holds these codes in."""
+    """The lowest level of the integer type that the container uses for these codes."""
     return -8 if container == "int4" and _fits_in_four_bits(codes) else -128
 
 
@@ -33,7 +33,7 @@ def _fits_in_four_bits(codes: Array) -> bool:
 
 
 def use_four_bits(model: ir.Model) -> None:
-    """Hold the codes of each weight that has at most 4 bits in an INT4 tensor, two in a byte."""
+    """Store the codes of each weight that fit into 4 bits in an INT4 tensor, two codes per byte."""
     edit = Editor(model.graph)
     for layer, decode in _decoders(model.graph):
         codes = known(decode.inputs[0])
@@ -46,7 +46,7 @@ def use_four_bits(model: ir.Model) -> None:
 
 
 def share_codes(model: ir.Model) -> None:
-    """Hold codes that several layers have in common, as those with one weight do, in one tensor that all read."""
+    """Store equal codes of several layers, such as layers that share a weight, in one tensor."""
     first: dict[tuple[Any, ...], ir.Value] = {}
     for _, decode in _decoders(model.graph):
         codes, value = known(decode.inputs[0]), decode.inputs[0]
@@ -57,17 +57,17 @@ def share_codes(model: ir.Model) -> None:
 
 
 def use_unsigned_bytes(model: ir.Model) -> None:
-    """Hold codes as unsigned bytes, with a zero point of 128, where two products of signed ones could be cut off.
+    """Store codes as unsigned bytes, with a zero point of 128, where the sum of two products could saturate.
 
-    Signed bytes stay where that is not so: kernels for them are faster on some processors. Of codes that several layers
-    read, one such layer decides.
+    Other codes stay signed bytes, because the kernels for these are faster on some processors. Codes that several
+    layers share become unsigned if the products of at least one of these layers could saturate.
     """
     edit = Editor(model.graph)
-    wide = {product.weight.inputs[0] for product in cut_off(model.graph) if product.weight is not None}
+    saturating = {product.weight.inputs[0] for product in cut_off(model.graph) if product.weight is not None}
     stored: dict[ir.Value, ir.Value] = {}
     for layer, decode in _decoders(model.graph):
         value = decode.inputs[0]
-        if value is None or value not in wide:
+        if value is None or value not in saturating:
             continue
         if value not in stored:
             codes = (known(value).astype(np.int16) + _MIDDLE).astype(np.uint8)
@@ -79,7 +79,7 @@ def use_unsigned_bytes(model: ir.Model) -> None:
 
 
 def _decoders(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
-    """What decodes each layer's weight; safe against changes meanwhile."""
+    """Each layer with the DequantizeLinear of its weight. The graph may change during the iteration."""
     for decode in nodes(graph, "DequantizeLinear"):
         layer = layer_of(decode, "weight")
         if layer is not None:
@@ -87,7 +87,7 @@ def _decoders(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
 
 
 def finish(model: ir.Model, content: Mapping[str, Any]) -> None:
-    """Name the weights' tensors after their layers, keep no trace of the machine, and add the model's metadata."""
+    """Name the tensors of weights after their layers, remove information on the machine, and add the metadata."""
     graph = model.graph
     wanted: dict[str, ir.Value] = {}
     for node in graph:
@@ -97,7 +97,7 @@ def finish(model: ir.Model, content: Mapping[str, Any]) -> None:
         layer = layer_of(node, "weight")
         if layer is not None and node.op_type == "DequantizeLinear":
             for value, part in zip(node.inputs, ("codes", "scale", "zero_point"), strict=False):
-                # Codes that several layers read have the first one's name.
+                # Codes that several layers share are named after the first of these layers.
                 named = value in wanted.values() if part == "codes" else value is not None and len(value.uses()) > 1
                 if value is not None and not named:
                     wanted[_free(f"{layer}.weight_{part}", wanted)] = value
@@ -128,7 +128,7 @@ def _rename(graph: ir.Graph, wanted: Mapping[str, ir.Value]) -> None:
         graph.initializers.pop(str(value.name))
     for name, value in wanted.items():
         if name in graph.initializers:
-            # Another tensor that has this name by chance.
+            # Another tensor already has this name.
             other = graph.initializers.pop(name)
             other.name = _free(f"{name}.other", graph.initializers)
             graph.register_initializer(other)
@@ -139,12 +139,12 @@ def _rename(graph: ir.Graph, wanted: Mapping[str, ir.Value]) -> None:
 
 
 def stored_codes(graph: ir.Graph) -> dict[str, tuple[Array, ir.Node]]:
-    """Codes of each layer's weight, less their zero point (the first of several), and what decodes them."""
-    found: dict[str, tuple[Array, ir.Node]] = {}
+    """The codes of each layer's weight minus their zero point, and the first DequantizeLinear that reads them."""
+    by_layer: dict[str, tuple[Array, ir.Node]] = {}
     for layer, decode in _decoders(graph):
-        if layer not in found:
+        if layer not in by_layer:
             codes, zero = (known(value).astype(np.int16) for value in (decode.inputs[0], decode.inputs[2]))
             if zero.ndim:
                 zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(codes.ndim)])
-            found[layer] = (codes - zero, decode)
-    return found
+            by_layer[layer] = (codes - zero, decode)
+    return by_layer

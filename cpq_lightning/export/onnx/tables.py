@@ -1,4 +1,4 @@
-"""Modules that are tied to a layer, such as an embedding: they read the layer's codes, as the file holds them."""
+"""Modules that are tied to a layer, such as an embedding, read the stored codes of the layer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cpq_lightning.export.onnx.trace import TABLE
 
 
 def read_codes_of_layers(model: ir.Model) -> None:
-    """Let what is tied to a layer read the tensor of codes that decodes to the layer's weight.
+    """Let modules that are tied to a layer read the tensor of codes of the layer's weight.
 
-    That may hold them the other way round, as a linear layer's, with another zero point, or two in a byte; those of
-    less than a byte are looked up once they are decoded. Where a layer's codes are others, as behind a batch norm that
-    has turned some, what is tied to it keeps its own.
+    The stored codes may be transposed (those of a linear layer are), may have another zero point, or may be packed two
+    in a byte. Packed codes are decoded before the look-up. Where the stored codes of the layer differ, because a folded
+    batch norm has negated some, the tied module keeps a separate tensor.
     """
     edit = Editor(model.graph)
     layers = {layer_of(node, "weight"): node for node in reversed(list(nodes(model.graph, "DequantizeLinear")))}
@@ -24,30 +24,31 @@ def read_codes_of_layers(model: ir.Model) -> None:
             continue
         gather = made_by(node.inputs[0], "Gather")
         codes = known(node.inputs[0] if gather is None else gather.inputs[0])
-        turned = _is_turned(decode, codes)
-        if turned is None:
+        transposed = _is_transposed(decode, codes)
+        if transposed is None:
             continue
         if gather is None:
-            whole = decode.outputs[0]
-            edit.replace(node.outputs[0], edit.node(node, "Transpose", [whole], {"perm": [1, 0]}) if turned else whole)
+            weight = decode.outputs[0]
+            table = edit.node(node, "Transpose", [weight], {"perm": [1, 0]}) if transposed else weight
+            edit.replace(node.outputs[0], table)
             continue
         in_bytes = known(decode.inputs[0]).dtype in (np.int8, np.uint8)
         source = decode.inputs[0] if in_bytes else decode.outputs[0]
-        found = edit.node(node, "Gather", [source, gather.inputs[1]], {"axis": int(turned)}, like=gather)
-        if turned:
+        rows = edit.node(node, "Gather", [source, gather.inputs[1]], {"axis": int(transposed)}, like=gather)
+        if transposed:
             assert node.outputs[0].shape is not None
-            found = edit.node(node, "Transpose", [found], {"perm": [*range(1, len(node.outputs[0].shape)), 0]})
+            rows = edit.node(node, "Transpose", [rows], {"perm": [*range(1, len(node.outputs[0].shape)), 0]})
         if in_bytes:
-            found = edit.node(node, "DequantizeLinear", [found, *decode.inputs[1:3]], like=node)
-        found.type, found.shape = node.outputs[0].type, node.outputs[0].shape
-        edit.replace(node.outputs[0], found)
+            rows = edit.node(node, "DequantizeLinear", [rows, *decode.inputs[1:3]], like=node)
+        rows.type, rows.shape = node.outputs[0].type, node.outputs[0].shape
+        edit.replace(node.outputs[0], rows)
     tidy(model)
 
 
-def _is_turned(decode: ir.Node, codes: np.ndarray) -> bool | None:
-    """Whether a layer's codes are others' the other way round; ``None`` where they are not the same."""
-    own, zero = (known(decode.inputs[i]).astype(np.int16) for i in (0, 2))
+def _is_transposed(decode: ir.Node, codes: np.ndarray) -> bool | None:
+    """Whether a layer stores the transpose of ``codes``; ``None`` where it stores neither them nor their transpose."""
+    stored, zero = (known(decode.inputs[i]).astype(np.int16) for i in (0, 2))
     if zero.ndim:
-        zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(own.ndim)])
-    own = own - zero
-    return False if np.array_equal(own, codes) else True if np.array_equal(own.T, codes) else None
+        zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(stored.ndim)])
+    stored = stored - zero
+    return False if np.array_equal(stored, codes) else True if np.array_equal(stored.T, codes) else None

@@ -1,4 +1,4 @@
-"""From a coded model to an ONNX graph whose quantizers are QuantizeLinear and DequantizeLinear."""
+"""Tracing an integer model to an ONNX graph whose quantizers are QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -17,26 +17,33 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from cpq_lightning.export.calls import forward_replaced, named_outputs
-from cpq_lightning.export.integer_model import CodedTable, InputGrid, IntegerLayer, coded, coded_layers, coded_tables
+from cpq_lightning.export.integer_model import (
+    InputGrid,
+    IntegerLayer,
+    IntegerTable,
+    integer_layers,
+    integer_tables,
+    to_integer_model,
+)
 from cpq_lightning.export.samples import Samples
 
 OPSET = 21
-# Metadata of the nodes that this package puts into a graph: of which layer, and what they do there.
+# Metadata of the nodes that this package adds to a graph: the name of the layer, and the role of the node in it.
 LAYER, ROLE = "cpq.layer", "cpq.role"
-# The role of what is tied to a layer and reads its weight.
+# The role of nodes of a module that is tied to a layer's weight.
 TABLE = "table"
-# Of a weight that is stored as a matrix, input channels first: the shape that it has in its layer.
+# Metadata of a weight that is stored as a matrix, input channels first: the shape of the weight in its layer.
 SHAPE = "cpq.shape"
-# While a graph is traced, weights are decoded by an operator of this domain that names its layer: PyTorch's exporter
-# makes one node of those that compute the same, and of two layers with one weight the second would be lost.
+# During the trace, an operator of this domain, with the layer's name as an attribute, decodes the weights. Otherwise
+# PyTorch's exporter would merge the equal nodes of two layers that share a weight, and the second layer would be lost.
 _DOMAIN, _NAME = "cpq", "layer"
 
 
 class OnnxGrid(InputGrid):
-    """An input's grid as unsigned bytes, ``level - low``: the lowest level is the zero point's negative.
+    """An input's grid with codes as unsigned bytes, ``level - low``; the zero point is ``-low``.
 
-    Runtimes compute fastest with unsigned activations; a byte saturates at the grid's lower end by itself, and from 8
-    bits on at its upper end, which narrower grids need a Clip for.
+    Runtimes are fastest with unsigned activations. A byte saturates at the lowest level, and with 8 bits also at the
+    highest level; a narrower grid needs a Clip.
     """
 
     layer_name = ""
@@ -59,7 +66,7 @@ class OnnxGrid(InputGrid):
 
 
 class OnnxLayer(IntegerLayer):
-    """A layer whose weight is a DequantizeLinear of its codes."""
+    """An integer layer whose weight is a DequantizeLinear of its codes."""
 
     layer_name = ""
 
@@ -78,25 +85,25 @@ class OnnxLayer(IntegerLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.base_class.forward is not nn.Linear.forward:
             return super().forward(input, *args, **kwargs)
-        # As a product of matrices, which runtimes know how to compute with integers.
+        # The layer becomes a MatMul, for which runtimes have integer kernels.
         flat = input.dim() == 2
-        # ONNX Runtime joins a product of two matrices with its bias to a Gemm, in floats, before it looks for integers.
+        # Of a MatMul of two matrices and its bias ONNX Runtime would make a float Gemm before it looks for integers.
         x = input.unsqueeze(1) if flat else input
         x = x if self.input_grid is None else self.input_grid(x)
         shape = json.dumps(list(self.weight_codes.shape))
         weight = self._decoded(self.weight_codes.T.contiguous(), 1, **{SHAPE: shape})
         if self.input_grid is None:
-            # Of a matrix alone ONNX Runtime makes a product that rounds the other side to 8 bits (MatMulNBits).
+            # With a 2d weight, ONNX Runtime would use a product that rounds the input to 8 bits (MatMulNBits).
             weight = weight.unsqueeze(0)
-        # An operator rather than torch.matmul: it is no product of the module around it, whose own may be quantized.
+        # torch.matmul would count as a product of the parent module, whose products may be quantized.
         y = torch.ops.aten.matmul.default(x, weight)
         bias: Any = self.bias
         y = y if bias is None else y + bias
         return y.squeeze(1) if flat else y
 
 
-class OnnxTable(CodedTable):
-    """A module that is tied to a layer: it looks codes up and decodes them, or decodes them all."""
+class OnnxTable(IntegerTable):
+    """A module that is tied to a layer: it looks up codes and decodes them, or decodes all codes."""
 
     def decoded(self) -> Tensor:
         step = self.weight_step if len(self.weight_step) > 1 else self.weight_step.reshape(())
@@ -126,18 +133,18 @@ def emit(
     dtype: torch.dtype,
     properties: dict[str, str],
 ) -> Tensor:
-    """A node of the ONNX graph that is being traced."""
+    """Add a node to the ONNX graph during a trace."""
     return symbolic(op, inputs, attributes, dtype=dtype, shape=shape, version=OPSET, metadata_props=properties)
 
 
 def trace(model: nn.Module, samples: Samples) -> ir.Model:
-    """The graph of an attached model; see :func:`trace_plain`."""
-    network = coded(model, OnnxLayer, OnnxGrid, OnnxTable)
-    for name, layer in coded_layers(network):
+    """Trace the integer model of an attached model to a graph; see :func:`trace_plain`."""
+    network = to_integer_model(model, OnnxLayer, OnnxGrid, OnnxTable)
+    for name, layer in integer_layers(network):
         assert isinstance(layer, OnnxLayer)
         layer.layer_name = name
-    for module in [*(layer for _, layer in coded_layers(network)), *(table for _, table in coded_tables(network))]:
-        # The exporter turns a constant round that is read once, and leaves one that others read to the graph.
+    for module in [*(layer for _, layer in integer_layers(network)), *(table for _, table in integer_tables(network))]:
+        # Shared codes are copied, because the exporter transposes only constants with a single user at export time.
         module.weight_codes = module.weight_codes.clone()
     for name, module in network.named_modules():
         if isinstance(module, OnnxGrid):
@@ -152,27 +159,30 @@ def trace(model: nn.Module, samples: Samples) -> ir.Model:
 
 
 def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
-    """The graph of any network, any number of samples.
+    """Trace any network to a graph for any number of samples.
 
-    A tensor that comes in alone is ``input``, several are named after the arguments that they are or are in; one that
-    goes out alone is ``output``, several are named as :func:`~cpq_lightning.export.calls.named_outputs` says.
-    Constants among the arguments are part of the graph.
+    A single input tensor is named ``input``; several are named after their arguments. A single output tensor is named
+    ``output``; several are named by :func:`~cpq_lightning.export.calls.named_outputs`. Arguments that are constants
+    become part of the graph.
+
+    Raises:
+        ValueError: the forward works for one number of samples only.
     """
     pair = samples.pair()
     names, _ = pair.places(network)
     names = ["input"] if len(names) == 1 else names
-    returned: list[str] = []
-    own, form = network.forward, pair.form
+    output_names: list[str] = []
+    original_forward, form = network.forward, pair.form
     assert form is not None
 
     def forward(*tensors: Tensor) -> list[Tensor]:
         args, kwargs = form.call(tensors)
-        outputs = named_outputs(own(*args, **kwargs))
-        returned[:] = [name for name, _ in outputs]
+        outputs = named_outputs(original_forward(*args, **kwargs))
+        output_names[:] = [name for name, _ in outputs]
         return [tensor for _, tensor in outputs]
 
     batch = torch.export.Dim("batch", min=1)
-    places = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(names))]
+    parameters = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(names))]
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     try:
@@ -180,7 +190,7 @@ def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
         with (
             warnings.catch_warnings(),
             torch.no_grad(),
-            forward_replaced(network, forward, inspect.Signature(places)),
+            forward_replaced(network, forward, inspect.Signature(parameters)),
         ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -198,25 +208,25 @@ def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
     for value, tensor in zip(graph.inputs, pair.inputs, strict=True):
         if tensor.dim() and (value.shape is None or isinstance(value.shape[0], int)):
             raise ValueError(
-                f"The forward of {type(network).__name__} works for one number of samples only, as with len(x) or a "
-                "size that is turned into a number: use x.shape[0], or x.flatten(1)."
+                f"The forward of {type(network).__name__} works for one number of samples only, because it uses len(x) "
+                "or converts a size to a number: use x.shape[0], or x.flatten(1)."
             )
-    _name(graph, names, returned)
+    _name_values(graph, names, output_names)
     return program.model
 
 
-def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Name what goes in and out; what has one of these names by chance gets another."""
+def _name_values(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name the inputs and outputs of the graph; other values with one of these names are renamed."""
     wanted: dict[ir.Value, str] = {}
     taken: set[str] = set()
     for value, name in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
         name = f"output.{name}" if name in taken else name
-        # Keys may have dots in them.
-        more = (f"{name}.{number}" for number in itertools.count(2))
-        wanted[value] = next(n for n in itertools.chain([name], more) if n not in taken)
+        # Keys may contain dots, so that two names may be equal.
+        numbered = (f"{name}.{number}" for number in itertools.count(2))
+        wanted[value] = next(n for n in itertools.chain([name], numbered) if n not in taken)
         taken.add(wanted[value])
-    made = (value for node in graph for value in node.outputs)
-    for number, value in enumerate((*graph.initializers.values(), *made)):
+    computed = (value for node in graph for value in node.outputs)
+    for number, value in enumerate((*graph.initializers.values(), *computed)):
         if value.name in taken and value not in wanted:
             value.name = f"{value.name}.inner.{number}"
     for value, name in wanted.items():

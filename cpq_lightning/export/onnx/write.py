@@ -21,8 +21,8 @@ from cpq_lightning.export.onnx.trace import trace, trace_plain
 from cpq_lightning.export.samples import Samples
 from cpq_lightning.report.levels import compact_manifest
 
-# What one protobuf message may hold; weights in files of their own would not be one file.
-_MOST_BYTES = 2**31 - 1
+# Size limit of a protobuf message. A larger model would need its weights in separate files.
+_MAX_BYTES = 2**31 - 1
 
 
 def write_onnx(
@@ -34,28 +34,28 @@ def write_onnx(
     architecture: Mapping[str, Any] | None = None,
     round_biases: bool = True,
 ) -> Path:
-    """Write an attached model as ONNX, opset 21, any number of samples.
+    """Write an attached model as ONNX, opset 21, for any number of samples.
 
-    Activations are QuantizeLinear and DequantizeLinear with unsigned bytes, weights DequantizeLinear of their codes:
-    signed, or where products of those would be cut off on some processors unsigned, see
-    :func:`~cpq_lightning.export.onnx.store.use_unsigned_bytes`.
-    Batch norms are folded into them, see :func:`~cpq_lightning.export.onnx.norms.fold_norms`.
+    Activations become QuantizeLinear and DequantizeLinear with unsigned bytes. Weights become DequantizeLinear of their
+    codes, which are signed bytes, or unsigned bytes where sums of products would saturate on some processors, see
+    :func:`~cpq_lightning.export.onnx.store.use_unsigned_bytes`. Batch norms are folded into the convolutions before
+    them, see :func:`~cpq_lightning.export.onnx.norms.fold_norms`.
 
     Args:
         model: An attached model, trained.
-        path: The file; ``.onnx`` is usual.
-        samples: Inputs to trace with.
-        container: ``"int8"`` in the form that ONNX Runtime computes with integer kernels; ``"int4"`` with weights of
-            at most 4 bits in INT4 tensors, and convolutions as they are: the smaller file.
-        architecture: Noted in the file.
-        round_biases: Of ``"int8"``: see :func:`~cpq_lightning.export.onnx.integer.use_integer_kernels`.
+        path: The file to write; the usual suffix is ``.onnx``.
+        samples: Inputs for the trace.
+        container: ``"int8"`` for the form that ONNX Runtime computes with integer kernels; ``"int4"`` for the smaller
+            file, with weights of at most 4 bits in INT4 tensors and unchanged convolutions.
+        architecture: Architecture entry for the file's metadata.
+        round_biases: ``"int8"`` only: see :func:`~cpq_lightning.export.onnx.integer.use_integer_kernels`.
 
     Returns:
         The path.
 
     Raises:
         ValueError: the model cannot be exported, or the file would be over 2 GB.
-        torch.onnx.OnnxExporterError: PyTorch cannot express its forward in ONNX.
+        torch.onnx.OnnxExporterError: PyTorch cannot express the forward in ONNX.
     """
     path = Path(path)
     graph = build(model, samples, container, round_biases)
@@ -67,15 +67,17 @@ def write_onnx(
     }
     finish(graph, content)
     proto = ir.serde.serialize_model(graph)
-    if proto.ByteSize() > _MOST_BYTES:
-        raise ValueError(f"The ONNX file would have {proto.ByteSize()} bytes, over the 2 GB of one: export it packed.")
+    if proto.ByteSize() > _MAX_BYTES:
+        raise ValueError(
+            f"The ONNX file would have {proto.ByteSize()} bytes, above the limit of 2 GB: use format='packed'."
+        )
     onnx.checker.check_model(proto, full_check=True)
     path.write_bytes(proto.SerializeToString())
     return path
 
 
 def build(model: nn.Module, samples: Samples, container: Container, round_biases: bool = True) -> ir.Model:
-    """The graph of an attached model, in the form of its container."""
+    """Build the graph of an attached model in the form for the container."""
     graph = trace(model, samples)
     fold_norms(graph, lambda codes: lowest_level(codes, container))
     merge_clips(graph)
@@ -92,5 +94,5 @@ def build(model: nn.Module, samples: Samples, container: Container, round_biases
 
 
 def full_precision(network: nn.Module, samples: Samples) -> bytes:
-    """The ONNX file of a network that is not quantized, to compare with."""
+    """The content of an ONNX file of a network without quantization, for comparison."""
     return ir.serde.serialize_model(trace_plain(network, samples)).SerializeToString()
