@@ -103,10 +103,10 @@ def _checked(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwarg
         return _load_state_dict(self, state_dict, *args, **kwargs)
     if met is None and is_attached(self):
         raise RuntimeError(
-            f"The state_dict has quantizers that {type(self).__name__} lacks, in {len(names)} modules, such as "
-            f"{names[0]!r}: it was trained with other settings. {_explained(self)}Quantize {type(self).__name__} with "
-            "the settings of the state (a Lightning checkpoint holds them under 'cpq_lightning'), or load within "
-            "`with cpq_lightning.loading():`, which attaches what the state has."
+            "Load it within `with cpq_lightning.loading():`, which attaches what the state has, or quantize "
+            f"{type(self).__name__} with the settings of the state (a Lightning checkpoint holds them under "
+            f"'cpq_lightning'). This state_dict has quantizers that {type(self).__name__} lacks, in {len(names)} "
+            f"modules, such as {names[0]!r}: it was trained with other settings. {_explained(self)}".rstrip()
         )
     if met is None and not any(expected(self) for expected in _expected):
         own = type(self).__name__
