@@ -56,8 +56,8 @@ class GateUpdate:
 
     A row is one bit width: that of a quantizer, or of one of its channels, in order. ``theta`` holds one column of
     logits for each row. With ``m`` the gradient of the loss and ``s`` its unit
-    (:class:`~cpq_lightning.bitwidth.gate_statistics.GateStatistics`), and ``c`` the gradient of the cost of the expected
-    bits, an update is
+    (:class:`~cpq_lightning.bitwidth.gate_statistics.GateStatistics`), and ``c`` the gradient of the cost of the
+    expected bits, an update is
 
         theta <- theta - rate · clip((m + lambda c) / s, -1, 1)
 
