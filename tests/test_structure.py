@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 
 import cpq_lightning
 import cpq_lightning.callbacks
+from cpq_lightning import CPQConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cpq_lightning"
@@ -93,3 +95,16 @@ def test_private_attributes_of_lightning_are_read_in_one_place():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "private.py":
             assert not re.search(rf"\.({names})\b", path.read_text()), path
+
+
+def test_fragments_have_the_defaults_of_their_callbacks():
+    """One way: what a fragment spells out is what the callback does without it. A budget has no default target."""
+    for path in (ROOT / "callbacks").glob("*.yaml"):
+        (entry,) = yaml.safe_load(path.read_text())["trainer"].values()
+        callback = getattr(cpq_lightning.callbacks, entry["class_path"].rsplit(".", 1)[-1])
+        parameters = inspect.signature(callback).parameters
+        for name, value in entry["init_args"].items():
+            default = parameters[name].default
+            if default is not inspect.Parameter.empty:
+                value = CPQConfig.of(value) if isinstance(default, CPQConfig) else value
+                assert value == default, f"{path.name}: {name}"
