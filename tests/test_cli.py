@@ -77,7 +77,7 @@ def test_a_report_of_no_run_is_refused_in_a_sentence(tmp_path, cpq):
     layers = [{"name": "fc", "weight": {"bits": 4}, "activation": None}]
     (tmp_path / "levels.json").write_text(json.dumps({"format": "cpq-levels", "layers": layers, "totals": {}}))
     result = cpq("report", tmp_path)
-    assert "has no step, low" in result.stderr
+    assert "has no scale, low" in result.stderr
     assert "Traceback" not in result.stderr
 
 

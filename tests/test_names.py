@@ -119,7 +119,7 @@ def watched(tmp_path, monkeypatch):
     """A package whose import is watched for, and what was told of it."""
     told = []
     monkeypatch.setattr(_names, "_OTHER", "watched_package")
-    monkeypatch.setattr(_names, "_take_bases", told.append)
+    monkeypatch.setattr(_names, "_add_bases", told.append)
     monkeypatch.syspath_prepend(tmp_path)
     package = tmp_path / "watched_package"
     package.mkdir()

@@ -75,7 +75,7 @@ def test_the_head_of_a_recipe_says_how_many_images_a_step_has(name):
     assert (trainer["strategy"], trainer["precision"]) == ("ddp", "bf16-mixed")
     head = (ROOT / "recipes" / f"{name}.yaml").read_text().split("seed_everything")[0]
     said, gpus, images, steps = map(
-        int, re.search(r"of (\d+) images are (\d+) GPUs x (\d+) images x\n# (\d+)", head).groups()
+        int, re.search(r"A batch of (\d+) is (\d+) GPUs x (\d+) images\n# x (\d+) accumulated", head).groups()
     )
     data = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())["data"]["init_args"]
     assert (gpus, images, steps) == (trainer["devices"], data["batch_size"], trainer["accumulate_grad_batches"])

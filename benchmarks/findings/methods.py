@@ -196,7 +196,7 @@ def _median_gates() -> AbstractContextManager[Any]:
 
 def _paced(factor: float) -> AbstractContextManager[Any]:
     """Logits of the gates at another learning rate."""
-    return patch.object(_search, "_TRAVEL", _search._TRAVEL * factor)
+    return patch.object(_search, "_TOTAL_DISTANCE", _search._TOTAL_DISTANCE * factor)
 
 
 _LSQ = partial(LearnedStep, least_error=True)

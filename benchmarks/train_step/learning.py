@@ -22,8 +22,8 @@ class Learning:
 
     def __init__(self, model: nn.Module) -> None:
         self.learners = [quantizer for _, quantizer in learning_quantizers(model)]
-        goals = make_constraints(model, self.learners, TARGET, "bits", None)
-        self._search = WidthSearch(learning_quantizers(model), goals, 0, _FREEZE, lambda decision: decision)
+        constraints = make_constraints(model, self.learners, TARGET, "bits")
+        self._search = WidthSearch(learning_quantizers(model), constraints, 0, _FREEZE)
         self._step = 0
 
     def enter(self) -> None:

@@ -112,8 +112,8 @@ def make_constraints(
     learners: Sequence[Quantizer],
     target: float,
     unit: BudgetUnit,
-    act_target: float | None,
-    byte_cost: Callable[[], WidthCost],
+    act_target: float | None = None,
+    byte_cost: Callable[[], WidthCost] | None = None,
 ) -> list[Constraint]:
     """The constraints that a budget sets on the widths of ``learners``.
 
@@ -150,10 +150,22 @@ def make_constraints(
             )
         targets.append(("act_bits", activation_target))
     try:
-        costs = [byte_cost() if name == "bytes" else width_cost(model, learners, name) for name, _ in targets]
+        costs = [_cost(model, learners, name, byte_cost) for name, _ in targets]
     except ValueError as error:
         raise ValueError(f"BitBudget(unit={unit!r}): {error}") from error
     return [Constraint(name, Budget(cost), value, value) for (name, value), cost in zip(targets, costs, strict=True)]
+
+
+def _cost(
+    model: nn.Module, learners: Sequence[Quantizer], name: Any, byte_cost: Callable[[], WidthCost] | None
+) -> WidthCost:
+    if name != "bytes":
+        return width_cost(model, learners, name)
+    if byte_cost is None:
+        raise ValueError(
+            "bytes are those of a file: give byte_cost, which returns the cost of the widths in that file."
+        )
+    return byte_cost()
 
 
 def check_not_all_first_or_last(model: nn.Module) -> None:

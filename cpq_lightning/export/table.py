@@ -62,6 +62,6 @@ def _speed(export: Export) -> list[tuple[str, str]]:
     return [
         (
             "latency",
-            f"{1e3 * quantized:.2f} ms per sample, full precision {1e3 * full:.2f} ms: {ratio:.2f} times as fast",
+            f"{1e3 * quantized:.2f} ms a sample, full precision {1e3 * full:.2f} ms: {ratio:.2f} times as fast",
         )
     ]

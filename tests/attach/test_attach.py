@@ -199,7 +199,7 @@ def test_per_channel_steps_reduce_the_error_of_uneven_channels():
     together, _ = error(False)
     apart, records = error(True)
     assert all(a < 0.2 * t for a, t in zip(apart, together, strict=True))
-    assert [len(r.step) for r in records] == [4, 4, 2, 4]
+    assert [len(r.scale) for r in records] == [4, 4, 2, 4]
 
 
 def test_a_shared_weight_is_quantized_in_both_places():

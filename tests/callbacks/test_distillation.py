@@ -259,7 +259,7 @@ class Manual(Classifier):
         (Classifier, lambda: DistillationCallback(SEVEN), r"\(16, 7\) and the network's \(16, 4\)"),
         (Classifier, lambda: DistillationCallback(nn.Linear(3, 3)), "The teacher, a Linear, cannot be called with"),
         (Classifier, lambda: DistillationCallback("resnet81"), "neither 'self', nor the name of a timm model"),
-        (Classifier, lambda: DistillationCallback("gone/best.ckpt"), "best.ckpt is no file"),
+        (Classifier, lambda: DistillationCallback("gone/best.ckpt"), "best.ckpt is not a file"),
     ],
 )  # fmt: skip
 def test_what_cannot_teach_is_refused(fit, module, callback, message):

@@ -182,7 +182,8 @@ def test_open_masks_that_nobody_learns_are_none():
 )
 def test_without_kernels_functional_computes_and_says_why(environment, words):
     program = (
-        "import torch; from cpq_lightning.kernels import describe, quantize; print(describe());"
+        "import torch; from cpq_lightning.kernels.dispatch import describe;"
+        "from cpq_lightning.kernels.fused import quantize; print(describe());"
         "print(quantize(torch.tensor([0.26]), torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3,"
         " signed=True, estimator='argmax'))"
     )
@@ -382,7 +383,7 @@ def test_where_neither_the_cache_nor_a_folder_for_the_process_will_do_both_reaso
 
 
 def test_two_processes_that_build_at_once_both_have_it(monkeypatch, tmp_path):
-    program = "from cpq_lightning.kernels import describe; print(describe())"
+    program = "from cpq_lightning.kernels.dispatch import describe; print(describe())"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     both = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
@@ -398,7 +399,8 @@ def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path):
     compiler.write_text("\n".join(script))
     compiler.chmod(0o755)
     program = (
-        "import torch; from cpq_lightning.kernels import describe, quantize; print(describe());"
+        "import torch; from cpq_lightning.kernels.dispatch import describe;"
+        "from cpq_lightning.kernels.fused import quantize; print(describe());"
         "x = torch.randn(200_000);"
         "out = quantize(x, torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3, signed=True,"
         " estimator='argmax'); print(torch.equal(out, (x / 0.25).round().clamp(-4, 3) * 0.25))"
