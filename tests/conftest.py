@@ -1,5 +1,6 @@
 import base64
 import os
+import shutil
 import sys
 import warnings
 from types import SimpleNamespace
@@ -108,6 +109,8 @@ def fit(tmp_path):
             # an earlier test has started autograd's threads.
             if "combination with fork-based multiprocessing" not in str(error):
                 raise
+            # The run that failed has begun a folder.
+            shutil.rmtree(tmp_path / "cpq_runs", ignore_errors=True)
             return run_with(strategy="ddp_spawn")
 
     return run
