@@ -125,7 +125,7 @@ def _approach(
 
     while True:
         room, unit = limit.room(widths), limit.cost.gradient(widths)
-        down, up = ((unit > 0) & (widths + by >= narrowest) & (widths + by <= widest) for by in (-1, 1))
+        down, up = (_possible(widths, by, narrowest, widest, unit) for by in (-1, 1))
         if room < 0:
             if not down.any():
                 return widths, changes
@@ -154,6 +154,11 @@ def _approach(
         changes += more
 
 
+def _possible(widths: Tensor, by: int, narrowest: Tensor, widest: Tensor, unit: Tensor) -> Tensor:
+    """The rows whose width may change by ``by``: it stays in its range, and the cost depends on it."""
+    return (unit > 0) & (widths + by >= narrowest) & (widths + by <= widest)
+
+
 def _change_large(
     widths: Tensor,
     narrowest: Tensor,
@@ -169,8 +174,7 @@ def _change_large(
     room, unit = limit.room(widths), limit.cost.gradient(widths)
     best = None
     for by in (1, -1):
-        possible = (unit > 0) & (widths + by >= narrowest) & (widths + by <= widest)
-        rows = possible.nonzero().flatten().tolist()
+        rows = _possible(widths, by, narrowest, widest, unit).nonzero().flatten().tolist()
         for row in sorted(rows, key=lambda row: float(unit[row]))[:_MAX_TRIALS]:
             trial, low, high = widths.clone(), narrowest.clone(), widest.clone()
             trial[row] += by

@@ -196,7 +196,7 @@ def _parameters(optimizer: Optimizer) -> set[int]:
 
 def before_update(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHandle:
     """Call ``call`` before each update of an optimizer: at the start of its step, and again after the first call of the
-    closure, which may have changed the settings.
+    closure, which may have changed the optimizer's settings or its parameters.
     """
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:

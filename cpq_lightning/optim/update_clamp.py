@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cpq_lightning.optim.optimizer_hook import stepping
+from cpq_lightning.optim.optimizer_hook import before_update, stepping
 
 # About 10 % of the scale, and less of the noise. The recipes change neither by more than 0.003 in an update; Adam at
 # the absurd rate of 0.1 by at most 0.08.
@@ -42,30 +42,10 @@ class UpdateClamp:
         self.parameters = list(parameters)
         self.bound = bound
         self._start: Tensor | None = None
-        inner = stepping(optimizer)
-        self._handles = [inner.register_step_pre_hook(self._before), inner.register_step_post_hook(self._after)]
-
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        self._save_values()
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            return None
-        closure = self._saving_after_first(closure)
-        return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
-
-    def _saving_after_first(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        called = False
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal called
-            result = closure(*args, **kwargs)
-            # The first forward may have fitted ranges again. Later calls are probes within the update.
-            if not called:
-                called = True
-                self._save_values()
-            return result
-
-        return wrapped
+        # With a closure also after its first call, whose forward may fit ranges again. Later calls are probes within
+        # the update.
+        handle = before_update(optimizer, self._save_values)
+        self._handles = [handle, stepping(optimizer).register_step_post_hook(self._after)]
 
     @torch.no_grad()
     def _save_values(self) -> None:

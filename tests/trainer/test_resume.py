@@ -137,6 +137,19 @@ def test_killed_in_the_middle_of_a_step_and_resumed_from_its_last_checkpoint(who
     assert_equal(outcome(*run(tmp_path / "again", stateful(), ckpt_path=path)), whole[1])
 
 
+def whole_and_resumed(folder, make, epoch):
+    """The states that a run ends with, and one that goes on from the checkpoint of an epoch of it."""
+    states = []
+    saver = ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1, filename="{epoch}")
+    for path in (None, folder / f"epoch={epoch}.ckpt"):
+        torch.manual_seed(0)
+        module = make()
+        trainer = trainer_in(folder, *([] if path else [saver]), enable_checkpointing=path is None)
+        trainer.fit(module, data(), data(), ckpt_path=path)
+        states.append(module.state_dict())
+    return states
+
+
 def test_from_a_checkpoint_while_a_layer_is_never_called(tmp_path):
     """What has no range yet because nothing calls it must not have all others fitted afresh."""
 
@@ -145,15 +158,7 @@ def test_from_a_checkpoint_while_a_layer_is_never_called(tmp_path):
             super().__init__()
             self.spare = torch.nn.Linear(4, 4)
 
-    states = []
-    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, filename="{epoch}")
-    for path in (None, tmp_path / "epoch=4.ckpt"):
-        torch.manual_seed(0)
-        module = Spare()
-        trainer = trainer_in(tmp_path, *([] if path else [saver]), enable_checkpointing=path is None)
-        trainer.fit(module, data(), data(), ckpt_path=path)
-        states.append(module.state_dict())
-    assert_equal(*states)
+    assert_equal(*whole_and_resumed(tmp_path, Spare, epoch=4))
 
 
 def test_a_resumed_run_counts_costs_as_the_whole_one_where_inputs_have_several_sizes(tmp_path):
@@ -167,12 +172,4 @@ def test_a_resumed_run_counts_costs_as_the_whole_one_where_inputs_have_several_s
             images = torch.nn.functional.interpolate(batch[0], size=size)
             return super().training_step((images, batch[1]), batch_idx)
 
-    states = []
-    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, filename="{epoch}")
-    for path in (None, tmp_path / "epoch=3.ckpt"):
-        torch.manual_seed(0)
-        module = Sizes()
-        trainer = trainer_in(tmp_path, *([] if path else [saver]), enable_checkpointing=path is None)
-        trainer.fit(module, data(), data(), ckpt_path=path)
-        states.append(module.state_dict())
-    assert_equal(*states)
+    assert_equal(*whole_and_resumed(tmp_path, Sizes, epoch=3))
