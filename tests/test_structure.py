@@ -90,11 +90,11 @@ def test_private_attributes_of_lightning_are_read_in_one_place():
     names = "|".join((
         "_data_fetcher", "_combined_loader", "_data_source", "_lightning_optimizers", "_loaded_checkpoint",
         "_checkpoint_connector", "_logger_connector", "_batches_that_stepped", "_can_stop_early", "_module_mode",
-        "_num_ready_batches_reached",
+        "_num_ready_batches_reached", "_state_dicts", "_on_before_batch_transfer", "_average_model",
     ))  # fmt: skip
     for path in PACKAGE.rglob("*.py"):
         if path.name != "private.py":
-            assert not re.search(rf"\.({names})\b", path.read_text()), path
+            assert not re.search(rf"[.\"']({names})\b", path.read_text()), path
 
 
 def test_fragments_have_the_defaults_of_their_callbacks():

@@ -296,9 +296,7 @@ def _average_over_ranks(trainer: Trainer, norms: Sequence[Any]) -> None:
 def _share_with_averages(trainer: Trainer, pl_module: LightningModule, names: set[str]) -> None:
     """Copy the statistics into the models of averaging callbacks, which checkpoints after the fit are saved from."""
     buffers = dict(pl_module.named_buffers(remove_duplicate=False))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if average is not None:
-            copies = dict(getattr(average, "module", average).named_buffers(remove_duplicate=False))
-            for name in names & copies.keys():
-                copies[name].copy_(buffers[name])
+    for average in private.averaged_models(trainer):
+        copies = dict(average.named_buffers(remove_duplicate=False))
+        for name in names & copies.keys():
+            copies[name].copy_(buffers[name])

@@ -162,7 +162,7 @@ class Prefetcher:
         return next(self._source)
 
     def _loader_states(self) -> list[Any]:
-        states = self._loader._state_dicts()
+        states = private.loader_states(self._loader)
         try:
             return copy.deepcopy(states)
         except Exception:
@@ -307,7 +307,7 @@ def on_device(trainer: Trainer, item: Item) -> Any:
     """A batch as a loop passes it to a step, after the transfer hooks, which may change the batch in place."""
     batch, _, dataloader_idx = item
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    batch = private.before_batch_transfer(trainer, batch, dataloader_idx)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -52,6 +53,24 @@ def loader_of(fetcher: _DataFetcher) -> Any:
 def set_loader(fetcher: _DataFetcher, loader: Any) -> None:
     """Let a fetcher iterate something else in place of its loader."""
     fetcher._combined_loader = loader
+
+
+def loader_states(loader: CombinedLoader) -> list[dict[str, Any]]:
+    """The states of those loaders in it that have a ``state_dict``, as Lightning's checkpoints hold them."""
+    return loader._state_dicts()
+
+
+def before_batch_transfer(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
+    """A batch after the hook ``on_before_batch_transfer`` of the data module or the module."""
+    return trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+
+
+def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
+    """The models that averaging callbacks keep, without torch's wrapper around them."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if average is not None:
+            yield getattr(average, "module", average)
 
 
 def training_source(trainer: Trainer) -> Any:

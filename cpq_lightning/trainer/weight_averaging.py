@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.trainer import private
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,11 +26,8 @@ def share_with_averages(trainer: Trainer, pl_module: LightningModule, refitted: 
         pl_module: The attached module.
         refitted: Names of the quantizers whose parameters are copied too.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if average is None:
-            continue
-        averaged_quantizers = dict(quantizers(getattr(average, "module", average)))
+    for average in private.averaged_models(trainer):
+        averaged_quantizers = dict(quantizers(average))
         for name, quantizer in quantizers(pl_module):
             averaged = averaged_quantizers.get(name)
             if averaged is None:

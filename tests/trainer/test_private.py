@@ -63,7 +63,7 @@ def test_training_fetcher_and_loader(fit):
         assert same
         assert isinstance(loader, CombinedLoader)
         assert len(loader.flattened) == 1
-        assert loader._state_dicts() == []
+        assert private.loader_states(loader) == []
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert private.training_fetcher(trainer) is private.training_loader(trainer) is None
 
@@ -133,3 +133,22 @@ def test_set_sampler_epoch():
     sampler = torch.utils.data.DistributedSampler(range(8), 2, 0)
     private.set_sampler_epoch(torch.utils.data.DataLoader(range(8), sampler=sampler), 3)
     assert sampler.epoch == 3
+
+
+def test_before_batch_transfer(fit):
+    class Halving(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] / 2, batch[1]]
+
+    look = Look(lambda trainer: private.before_batch_transfer(trainer, [torch.ones(1), None], 0)[0], "on_train_start")
+    fit(Halving(), [look], max_epochs=1)
+    assert look.seen == [torch.full((1,), 0.5)]
+
+
+def test_averaged_models(fit):
+    averaging = pl.callbacks.WeightAveraging()
+    module, look = Classifier(), Look(lambda trainer: list(private.averaged_models(trainer)), "on_train_batch_end")
+    fit(module, [averaging, look], max_epochs=1)
+    assert [type(average) for (average,) in look.seen] == [Classifier] * 4
+    assert look.seen[0][0] is not module
+    assert seen(fit, lambda trainer: list(private.averaged_models(trainer)), max_epochs=1) == [[]] * 4
