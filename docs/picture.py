@@ -6,17 +6,16 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from cpq_lightning.report.table import levels_table, metrics_table
 
 run, target = Path(sys.argv[1]), Path(sys.argv[2])
 console = Console(record=True, width=84, file=io.StringIO(), force_terminal=True)
-console.print(levels_table(json.loads((run / "levels.json").read_text())))
-for checkpoint in run.rglob("*.ckpt"):
-    console.print()
-    console.print(metrics_table(torch.load(checkpoint, weights_only=True)["cpq_lightning"]["metrics"]))
+content = json.loads((run / "levels.json").read_text())
+console.print(levels_table(content))
+console.print()
+console.print(metrics_table(content["run"]))
 svg = console.export_svg(title="cpq fit --config recipes/digits.yaml")
 # Any monospaced font will do: the picture loads nothing from elsewhere.
 target.write_text(re.sub(r"\s*@font-face \{.*?\}|\s*<!--.*?-->", "", svg, flags=re.DOTALL))
