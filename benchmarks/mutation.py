@@ -5,7 +5,8 @@ draws mutations by a seed (a sign, a comparison, an off-by-one, a flipped truth 
 into a copy of the checkout, and runs the tests that execute its line, the quickest first, until one fails. A run that
 was interrupted goes on where it was. Needs the extra ``bench-mutation``.
 
-A line that runs while the package is imported belongs to no test; it is tried on the tests that execute its file.
+A line that runs while the package is imported is in no test's coverage. A mutation of it is tried with all tests that
+execute some other line of the file.
 A line that only processes started by tests execute counts as executed by no test.
 """
 

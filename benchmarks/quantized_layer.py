@@ -20,7 +20,7 @@ Layer = nn.Conv2d | nn.Linear
 
 @dataclass(frozen=True)
 class Bits:
-    """Widths of one layer's weight and of its input, and whether that has negative values."""
+    """Bits of one layer's weight and of its input, and whether the input has negative values."""
 
     weight: int
     act: int

@@ -247,7 +247,7 @@ def _count_classes(network: nn.Module, num_classes: int | None, class_names: Seq
     count = getattr(network, "num_classes", None) if num_classes is None else num_classes
     if not isinstance(count, int):
         raise ValueError(
-            f"num_classes is missing, and {type(network).__name__} has no num_classes: give the number of classes."
+            f"num_classes is None, and {type(network).__name__} has no attribute num_classes: pass num_classes=."
         )
     if class_names is not None and len(class_names) != count:
         raise ValueError(f"class_names must have {count} names, one per class, got {len(class_names)}.")

@@ -104,7 +104,7 @@ def fsdp2(folder: Path) -> str:
 def fsdp1(folder: Path) -> str:
     trainer, own = trainer_in(folder), CPQCallback()
     trainer.callbacks = [own]  # type: ignore[attr-defined]
-    # Lightning makes the strategy on GPUs only; the question is asked of a Trainer that has it.
+    # Lightning refuses to construct this strategy without a GPU, so another strategy's object gets its class.
     trainer.strategy.__class__ = FSDPStrategy
     with pytest.raises(MisconfigurationException, match="ModelParallelStrategy"):
         own.setup(trainer, Plain(), "fit")

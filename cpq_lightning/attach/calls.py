@@ -1,4 +1,4 @@
-"""How to call a model with inputs of different forms: tensors, tuples, dicts, and batches of them."""
+"""Calls of a model with a batch: its input is a tensor, a tuple, a list or a dict, alone or with targets beside it."""
 
 from __future__ import annotations
 

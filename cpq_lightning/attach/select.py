@@ -202,7 +202,8 @@ def first_and_last(model: nn.Module, names: list[str], called: list[str] | None 
 def timm_first_and_last(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
     """First and last layers among ``names`` by timm's ``default_cfg``; empty sets if it is missing.
 
-    If the backbone is part of another module, its classifier is the last layer only if no layer is registered after it.
+    A timm model may be a part of ``model``. Its classifier then counts as the last layer only if none of ``names``
+    comes after it in the order of registration.
     """
     backbones = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "default_cfg", None), Mapping)]
     if not backbones:

@@ -1,4 +1,4 @@
-"""Modules whose forward reads a quantized layer's weight itself, and must read it quantized.
+"""Gives quantized weights to forwards that read a layer's ``weight`` instead of calling the layer.
 
 A quantized layer's ``weight`` is its Parameter. torch's convolutions and linear layers get the quantized weight as an
 argument (:mod:`cpq_lightning.attach.layers`). Forwards that read ``self.weight``, as in timm's ``StdConv2d`` and
@@ -108,8 +108,9 @@ class WeightReader(Switched):
     def _base_forward(self, layers: list[Any], *args: Any, **kwargs: Any) -> Any:
         pairs = [(layer.weight, layer.weight_quantizer) for layer in layers if hasattr(layer, "weight_quantizer")]
         if isinstance(self, nn.MultiheadAttention) and torch.compiler.is_compiling():
-            # If the query is the key, evaluation has a fused path, which a function mode disables. torch 2.8 does not
-            # see the mode while it compiles, and would multiply by the full-precision weight.
+            # Self-attention (query is key) has a fast path in evaluation, which multiplies by the full-precision
+            # weight. An active torch function mode disables it, but code that torch 2.8 compiles does not look at the
+            # mode. A view is not the same object as the key, so that the fast path is not taken.
             if args:
                 args = (args[0].view_as(args[0]), *args[1:])
             else:

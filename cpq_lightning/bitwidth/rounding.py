@@ -37,8 +37,9 @@ def adjust_widths(
     3. If the cost is then more than ``tolerance`` below the target, exchange bits between two rows. After that, change
        one bit of a row whose bit alone is too large for the remaining room, and let the other rows compensate.
 
-    Rows that follow the mean of the others must neither take bits from them nor leave them any through rounding.
-    Therefore the other rows are adjusted first, with the followers at the common width that meets the target.
+    Some rows have no information of their own, for example because they had no gradient. Their width is the mean width
+    of the rows that have it. Rounding them must not change the budget of the rows that have it. Therefore the rows with
+    information are adjusted first, while the others share one width, with which the cost meets the target.
 
     Args:
         widths: Integer widths, shape (rows,), float64.
@@ -49,7 +50,8 @@ def adjust_widths(
         tolerance: How far below the target the cost may stay before bits are exchanged between rows.
         price: ``price(widths, ±1)``, the price to the network of a change of each row by one bit, in any unit; a
             negative price is a gain.
-        follows: Which rows follow the mean of the others, shape (rows,), bool.
+        follows: True for a row without information of its own, which gets the mean width of the rows that are False;
+            shape (rows,), bool.
 
     Returns:
         The new widths, and the changes in order.

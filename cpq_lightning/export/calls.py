@@ -108,8 +108,9 @@ def dump_spec(form: Form) -> str:
         return treespec_dumps(form.spec)
     except (NotImplementedError, TypeError) as error:
         raise TypeError(
-            f"samples: the arguments come in a class that no file can name ({error}) Pass its tensors in tuples, lists "
-            "or dicts, or register the class with a serialized_type_name, here and where the file is read."
+            "samples: an argument is an instance of a class that cannot be serialized. Pass the tensors in tuples, "
+            "lists or dicts, or register the class with torch.utils._pytree.register_pytree_node and a "
+            f"serialized_type_name, both here and where the file is read. torch says: {error}"
         ) from None
 
 

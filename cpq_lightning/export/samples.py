@@ -109,7 +109,7 @@ class Samples:
 
         Raises:
             TypeError: the model cannot be called with the arguments, or they contain a value of another type.
-            ValueError: tensors differ in their number of samples.
+            ValueError: tensors differ in the size of their first dimension, the number of samples.
         """
         if isinstance(value, Samples):
             return value

@@ -76,8 +76,8 @@ def quantize(
         step: The scale (distance between neighbouring levels), > 0, in the unit of ``x``; broadcasts to ``x``.
         sigma: Scale parameter of the logistic noise, in the unit of ``x``, ``0 < sigma <= step``; broadcasts to ``x``.
         masks: DropBits masks in [0, 1], shape ``(bits - min_bits + 1, *shape)`` with ``shape`` broadcasting to ``x``:
-            one for each nested grid, the narrowest first. The first one is 1 and they do not increase. ``None`` means
-            all 1.
+            one for each width from ``min_bits`` to ``bits``, in this order. The mask of a width multiplies the levels
+            that the width adds. The first one is 1 and they do not increase. ``None`` means all 1.
         bits: Width of the widest grid, 1-8.
         min_bits: Width of the narrowest nested grid, 1 to ``bits``; ``None`` means ``bits`` (a single grid).
         signed: Whether the grid has negative levels.

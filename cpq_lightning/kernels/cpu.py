@@ -46,7 +46,7 @@ def backward(
     expectation: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x, step and sigma from the gradient in the forward's result.
+    """Gradients with respect to x, step and sigma, from the gradient with respect to the forward's result.
 
     Args:
         x: As in :func:`forward`.
@@ -81,7 +81,8 @@ def backward(
 def chain(
     d_step: Tensor, d_sigma: Tensor, saved: tuple[Tensor, ...], root: float, noise_min: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in ``log_scale`` and ``noise_logit`` from those in step and sigma.
+    """Chain rule from the gradients with respect to step and sigma to those with respect to ``log_scale`` and
+    ``noise_logit``.
 
     Args:
         d_step: Gradient in the step, float32, one-dimensional.

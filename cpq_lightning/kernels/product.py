@@ -37,7 +37,7 @@ class Operand(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """Geometry of a convolution, with the meaning of the arguments of :func:`torch.nn.functional.conv2d`."""
+    """Stride, padding, dilation and groups of a convolution, each as :func:`torch.nn.functional.conv2d` takes it."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]

@@ -58,7 +58,7 @@ def forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 def backward(
     x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, low: int, high: int, expectation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in ``x``, ``step`` and ``sigma`` from the gradient in the result of :func:`forward`.
+    """Gradients with respect to ``x``, ``step`` and ``sigma``, from the one with respect to :func:`forward`'s result.
 
     Args:
         x: Values, as for :func:`forward`.

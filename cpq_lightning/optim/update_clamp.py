@@ -1,7 +1,7 @@
 """Update clamp: limits the change of the quantizers' parameters in one update, for any optimizer and learning rate."""
 
 # pyright: reportPrivateImportUsage=false
-# torch exposes its multi-tensor operations under private names only.
+# The operations on lists of tensors, torch._foreach_*, have private names only.
 
 from __future__ import annotations
 

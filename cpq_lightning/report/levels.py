@@ -209,7 +209,8 @@ def manifest(
     although the config does not leave them out: ``late`` marks layers that were added after attach; the others are of
     kinds that nothing quantizes, such as recurrent layers.
 
-    ``coverage`` is the result of :func:`cpq_lightning.coverage`, ``null`` before a forward.
+    ``coverage`` is the result of :func:`cpq_lightning.coverage`: the share of multiply-accumulates that is quantized.
+    It is ``null`` until the model has run a forward pass, which shows what it multiplies.
 
     The entries of ``totals``:
 

@@ -159,7 +159,10 @@ def _obstacle(pl_module: LightningModule, candidates: Sequence[nn.Module]) -> st
 
 
 def _example_obstacle(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    """Why the module's outputs for its ``example_input_array`` prevent an export; ``None`` if they do not."""
+    """Call the module on its ``example_input_array``. If an export cannot hold the types of its outputs, return why.
+
+    Otherwise return ``None``, also if there is no ``example_input_array``.
+    """
     part, example = exported_part(pl_module), getattr(pl_module, "example_input_array", None)
     if example is None or recorded_samples(part) is not None or any(is_sharded(p) for p in part.parameters()):
         return None

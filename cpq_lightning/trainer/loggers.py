@@ -35,7 +35,7 @@ def log_widths(trainer: Trainer, widths: Mapping[str, tuple[float, float]], step
 
 
 def log_pictures(trainer: Trainer, files: Iterable[Path], step: int) -> None:
-    """Log the PNG images among the files, under ``cpq/`` and their name, to loggers that support images.
+    """Send those of the files that are PNG images to every logger that supports images, as ``cpq/<name of the file>``.
 
     Weights & Biases and other loggers with ``log_image`` get the files, TensorBoard gets their pixels. An image that a
     logger does not accept only warns.

@@ -1,4 +1,7 @@
-"""Every private attribute of Lightning that this package reads; ``tests/trainer/test_private.py`` tests each one."""
+"""Functions that read private attributes of Lightning: all such reads of the package are in this module.
+
+``tests/trainer/test_private.py`` has a test for each attribute, which fails if a Lightning version lacks it.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.models import convnet
 
 
 class Direct(nn.Module):
-    """Calls F.linear on a layer's weight, as some of timm's attention does."""
+    """Calls F.linear on a layer's weight instead of the layer, as the attention of timm's BEiT does."""
 
     def __init__(self):
         super().__init__()

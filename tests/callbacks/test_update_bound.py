@@ -21,8 +21,9 @@ LEARN = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True)
 
 
 class Watch(pl.Callback):
-    """How far each parameter of a quantizer moves in a batch, which is one update of it; it stands before CPQCallback,
-    which fits stale ranges anew behind an update.
+    """Measures the change of each quantizer parameter in each batch, where a batch is one optimizer step.
+
+    It comes before CPQCallback in the list, so that it measures before that one fits outdated ranges again.
     """
 
     def __init__(self):

@@ -1,6 +1,7 @@
 """An ONNX file is right on every processor: also on those that add two products of bytes in 16 bits.
 
-x86 without VNNI cuts such a sum off, where its second factors are signed; ARM without dot products lets it change sign.
+x86 without VNNI saturates such a sum if the weights are signed bytes. ARM without the dot-product instructions lets it
+overflow, which changes its sign.
 """
 
 import os

@@ -23,7 +23,7 @@ ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torc
 
 
 def differentiate(quantizer, x, upstream):
-    """The value, and the gradients of x and of every parameter by name."""
+    """The output, and the gradients with respect to x and to each parameter, by its name."""
     quantizer.zero_grad()
     leaf = x.detach().requires_grad_()
     out = quantizer(leaf)

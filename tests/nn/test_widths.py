@@ -120,7 +120,7 @@ def test_state_restores_fixed_widths():
 
 def test_expected_widths_follow_the_gates():
     q = quantizer()
-    # 2 + 0.95 + 0.95^2 + ... of gates that start open with 0.95.
+    # Each gate is open with probability 0.95, and a bit counts if its gate and all narrower ones are open.
     assert q.expected_widths().item() == pytest.approx(2 + sum(0.95**k for k in range(1, 7)), rel=1e-5)
     q.fix_widths([4])
     assert q.expected_widths().item() == 4

@@ -368,7 +368,7 @@ def test_any_run_that_writes_files_leaves_samples(fit, tmp_path):
 
 
 class HoldsItsNetwork(Classifier):
-    """As many do: the network is a hyperparameter, which Lightning pickles."""
+    """Saves its network as a hyperparameter, as many modules do; Lightning then pickles it into checkpoints."""
 
     def __init__(self, net):
         super().__init__()

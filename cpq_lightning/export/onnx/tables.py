@@ -1,4 +1,4 @@
-"""Modules that are tied to a layer, such as an embedding, read the stored codes of the layer."""
+"""Modules that share their weight with a quantized layer, such as an embedding, read that layer's integers."""
 
 from __future__ import annotations
 

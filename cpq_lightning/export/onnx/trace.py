@@ -103,7 +103,10 @@ class OnnxLayer(IntegerLayer):
 
 
 class OnnxTable(IntegerTable):
-    """A module that is tied to a layer: it looks up codes and decodes them, or decodes all codes."""
+    """Traced stand-in for a module that shares its weight with a quantized layer.
+
+    A look-up gathers rows of integers and dequantizes only these; any other use dequantizes the complete weight.
+    """
 
     def decoded(self) -> Tensor:
         step = self.weight_step if len(self.weight_step) > 1 else self.weight_step.reshape(())
