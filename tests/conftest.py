@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing import ProcessRaisedException
 
+import benchmarks.processes  # noqa: F401 - the fork server imports what it says, before its first process
 from cpq_lightning.files import write_atomically
 from tests.models import data
 
@@ -39,15 +41,16 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
-def _pictures_are_laid_out_but_not_drawn(request, monkeypatch):
+def _pictures_are_not_drawn(request, monkeypatch):
     """Drawing takes as long as much of a small fit, and few tests look at what is drawn: those have the marker."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr("cpq_lightning.report.plots._save", _save_a_pixel)
+        for name in ("draw_levels", "draw_weight_histograms"):
+            monkeypatch.setattr(f"cpq_lightning.report.run_files.{name}", _write_a_pixel)
 
 
-def _save_a_pixel(figure, path):
-    write_atomically(path, _PIXEL)
-    return path
+def _write_a_pixel(*arguments):
+    write_atomically(arguments[-1], _PIXEL)
+    return arguments[-1]
 
 
 @pytest.fixture
@@ -105,12 +108,12 @@ def fit(tmp_path):
         try:
             return run_with()
         except ProcessRaisedException as error:
-            # Forked processes begin at once, where spawned ones import for seconds; but they cannot go backwards where
-            # an earlier test has started autograd's threads.
+            # A process that is forked from this one cannot go backwards where an earlier test has started autograd's
+            # threads.
             if "combination with fork-based multiprocessing" not in str(error):
                 raise
             # The run that failed has begun a folder.
             shutil.rmtree(tmp_path / "cpq_runs", ignore_errors=True)
-            return run_with(strategy="ddp_spawn")
+            return run_with(strategy=DDPStrategy(start_method="forkserver"))
 
     return run

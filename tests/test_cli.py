@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.processes import run_program
 from cpq_lightning import QuantizedModule, __version__, levels
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.cli.main import _shipped, main
@@ -21,8 +22,8 @@ ENVIRONMENT = {**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
 
 
 def test_the_digits_recipe_reaches_its_accuracy(tmp_path):
-    command = [CPQ, "fit", "--config", "recipes/digits.yaml"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    command = ("cpq_lightning", "fit", "--config", "recipes/digits.yaml")
+    result = run_program(*command, cwd=tmp_path, environment=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "lightning_logs" / "version_0"
     content = json.loads((run / "levels.json").read_text())
@@ -127,9 +128,7 @@ def test_fragments_add_to_another_apps_config(tmp_path):
         "trainer:\n  max_epochs: 1\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: x}\n"
     )
     arguments = [f"--config={path}" for path in (theirs, *FRAGMENTS)]
-    result = subprocess.run(
-        [sys.executable, "app.py", "fit", *arguments, "--print_config"], cwd=tmp_path, capture_output=True, text=True
-    )
+    result = run_program("app.py", "fit", *arguments, "--print_config", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     callbacks = yaml.safe_load(result.stdout)["trainer"]["callbacks"]
     assert len(callbacks) == 1 + len(FRAGMENTS)
@@ -150,10 +149,10 @@ def test_a_fragment_quantizes_another_apps_run(tmp_path, with_optimizer):
     )
     fragment = ROOT / "callbacks" / "cpq.yaml"
     optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.01"] if with_optimizer else []
-    result = subprocess.run(
-        [sys.executable, "app.py", "fit", f"--config={fragment}", "--trainer.max_epochs=1", "--trainer.logger=false",
-         "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=2", *optimizer],
-        cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT,
+    result = run_program(
+        "app.py", "fit", f"--config={fragment}", "--trainer.max_epochs=1", "--trainer.logger=false",
+        "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=2", *optimizer,
+        cwd=tmp_path, environment=ENVIRONMENT,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "cpq_runs" / "version_0" / "levels.json").exists()
@@ -219,8 +218,7 @@ def test_completion_in_bash(tmp_path):
     """What pressing the tabulator key would offer."""
     if unmet("completion"):
         pytest.skip(f"completion needs {', '.join(map(str, unmet('completion')))}")
-    command = [CPQ, "--print_completion=shtab-bash"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    ran = run_program("cpq_lightning", "--print_completion=shtab-bash", cwd=tmp_path, environment=ENVIRONMENT)
     assert ran.returncode == 0, ran.stderr
     assert len(ran.stdout) < 2_000_000
     (tmp_path / "cpq.bash").write_text(ran.stdout)

@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 
+from benchmarks.processes import run_program
 from cpq_lightning import QuantizedModule, load_quantized
 from cpq_lightning.attach.layers import quantizers
 from tests.images import CLASSES, cifar10, image_folder
@@ -53,8 +54,8 @@ def test_cifar10(cpq, tmp_path, monkeypatch, name):
         *thorough(
             ("imagenet_resnet18", 4, "--data.image_size=64"), ("imagenet_mobilenetv2", 3, "--data.image_size=64")
         ),
-        # Of its twelve blocks, which are all alike.
-        ("imagenet_vit_small", 4, "--model.backbone_args={depth: 2}"),
+        # Of its twelve blocks, which are all alike, one that is narrower.
+        ("imagenet_vit_small", 4, "--model.backbone_args={depth: 1, embed_dim: 96, num_heads: 3}"),
     ],
 )
 def test_imagenet(cpq, tmp_path, name, bits, smaller):
@@ -103,7 +104,7 @@ def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     command = (
         "fit", "--config", "recipes/finetune_imagefolder.yaml", f"--data.root={root}", "--model.backbone=test_resnet",
-        f"--model.pretrained={tmp_path / 'weights.pth'}", *FEW_STEPS, "--trainer.max_epochs=10", "--data.image_size=32",
+        f"--model.pretrained={tmp_path / 'weights.pth'}", *FEW_STEPS, "--trainer.max_epochs=6", "--data.image_size=32",
         "--data.batch_size=16",
     )  # fmt: skip
     first = cpq(*command)
@@ -132,10 +133,16 @@ def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     assert "agrees on" in exported.stdout
 
 
-def test_the_tutorial(tmp_path):
-    """As a reader runs it: a script in a process of its own."""
-    command = [sys.executable, "-W", "ignore", ROOT / "recipes" / "tutorial.py", "out"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+@pytest.mark.pictures
+@pytest.mark.parametrize(("epochs", "least"), [((2, 4), 0.5), *thorough(((5, 10), 0.95))])
+def test_the_tutorial(tmp_path, epochs, least):
+    """As a reader runs it: a script in a process of its own; for fewer epochs, or for all of them."""
+    text = (ROOT / "recipes" / "tutorial.py").read_text()
+    for written, used in zip((5, 10), epochs, strict=True):
+        assert text.count(f"max_epochs={written},") == 1
+        text = text.replace(f"max_epochs={written},", f"max_epochs={used},")
+    (tmp_path / "tutorial.py").write_text(text)
+    ran = run_program("tutorial.py", "out", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     run = tmp_path / "out" / "lightning_logs" / "version_0"
     assert json.loads((run / "levels.json").read_text())["totals"]["weight_bits_avg"] == pytest.approx(3, abs=0.05)
@@ -144,5 +151,5 @@ def test_the_tutorial(tmp_path):
         assert name in ran.stdout
     accuracy = float(re.search(r"accuracy ([\d.]+) on 359 images in ONNX Runtime", ran.stdout)[1])
     quantized = float(re.search(r"([\d.]+) at 3 bits on average", ran.stdout)[1])
-    assert accuracy >= 0.95
+    assert accuracy >= least
     assert accuracy == pytest.approx(quantized, abs=0.01)

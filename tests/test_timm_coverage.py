@@ -58,7 +58,10 @@ SAMPLE = {
     "vision_transformer_sam": {"depth": 2, "embed_dim": 96, "num_heads": 3},
 }
 # Those that take longest, with what the others have too.
-LONG = ("coat", "efficientvit_msra", "levit", "maxxvit", "rexnet", "swiftformer")
+LONG = (
+    "coat", "convnext", "csatv2", "efficientvit_msra", "levit", "maxxvit", "rexnet", "swiftformer",
+    "vision_transformer", "vision_transformer_hybrid",
+)  # fmt: skip
 
 
 def _check(row):

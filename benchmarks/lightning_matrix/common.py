@@ -147,7 +147,7 @@ def trainer_in(
 ) -> Trainer:
     """A quiet Trainer on the CPU with :func:`callbacks`, and more behind them."""
     defaults: dict[str, Any] = {
-        "max_epochs": 10,
+        "max_epochs": 6,
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,

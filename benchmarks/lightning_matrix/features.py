@@ -37,7 +37,8 @@ def ema(folder: Path) -> str:
 
 @cell("averaging", "StochasticWeightAveraging")
 def swa(folder: Path) -> str:
-    fit(folder, Plain(), StochasticWeightAveraging(swa_lrs=[1e-3], swa_epoch_start=0.6, annealing_epochs=2))
+    averaging = StochasticWeightAveraging(swa_lrs=[1e-3], swa_epoch_start=0.6, annealing_epochs=2)
+    fit(folder, Plain(), averaging, max_epochs=10)
     return "begins before the freeze; the extra epoch for batch norm runs"
 
 
@@ -59,7 +60,7 @@ def finetuning(folder: Path) -> str:
     module = WithBackbone()
     torch.manual_seed(0)
     tune = BackboneFinetuning(unfreeze_backbone_at_epoch=3, lambda_func=lambda epoch: 1.0)
-    trainer = trainer_in(folder, tune, max_epochs=16)
+    trainer = trainer_in(folder, tune, max_epochs=10)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "config"):
             # The layer whose bits are dropped has another name here.
@@ -203,24 +204,32 @@ def scale_batch_size(folder: Path) -> str:
     return f"{module.batch_size} found, and trained with"
 
 
-@cell("Tuner", "LearningRateFinder and BatchSizeFinder as callbacks")
-def finders(folder: Path) -> str:
-    for first in (True, False):
-        torch.manual_seed(0)
-        module = Tunable()
-        own = callbacks()
-        found: list[Callback] = [
-            BatchSizeFinder(steps_per_trial=2, max_trials=1, init_val=8),
-            LearningRateFinder(num_training_steps=30),
-        ]
-        trainer = Trainer(
-            callbacks=[*own, *found] if first else [*found, *own], max_epochs=10, accelerator="cpu", logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=folder, log_every_n_steps=1,
-        )  # fmt: skip
-        trainer.fit(module, val_dataloaders=data())
-        check(trainer, module)
-    return "before CPQCallback in the list and behind it"
+def _finders(folder: Path, first: bool) -> str:
+    torch.manual_seed(0)
+    module = Tunable()
+    own = callbacks()
+    found: list[Callback] = [
+        BatchSizeFinder(steps_per_trial=2, max_trials=1, init_val=8),
+        LearningRateFinder(num_training_steps=10),
+    ]
+    trainer = Trainer(
+        callbacks=[*own, *found] if first else [*found, *own], max_epochs=6, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, val_dataloaders=data())
+    check(trainer, module)
+    return "both run on the quantized network, and the run after them starts afresh"
+
+
+@cell("Tuner", "LearningRateFinder and BatchSizeFinder after CPQCallback in the list")
+def finders_after(folder: Path) -> str:
+    return _finders(folder, True)
+
+
+@cell("Tuner", "LearningRateFinder and BatchSizeFinder before CPQCallback in the list", thorough=True)
+def finders_before(folder: Path) -> str:
+    return _finders(folder, False)
 
 
 @cell("Trainer", "fast_dev_run")

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from benchmarks.lightning_matrix.common import Plain, cell, data, trainer_in
+from benchmarks.lightning_matrix.worker import JOBS
+from benchmarks.processes import run_processes
 from cpq_lightning import CPQCallback, levels
 
-_ROOT = Path(__file__).parents[2]
 
-
-def run_job(job: str, folder: Path, **environment: str) -> None:
-    """Run a job of the worker in a program of its own.
+def run_job(job: str, folder: Path, processes: int = 2, **environment: str) -> None:
+    """Run a job of the worker on several processes, as torchrun would start them.
 
     Raises:
-        AssertionError: it failed, with the end of what it printed.
+        AssertionError: one of them failed, with the end of what it printed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.lightning_matrix.worker", job, str(folder)],
-        cwd=_ROOT, env=settings | environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{job} ended with {done.returncode}:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": job,
+    }  # fmt: skip
+    ranks = [{**shared, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    for rank, done in enumerate(run_processes(JOBS[job], folder, environments=ranks)):
+        assert done.returncode == 0, f"{job}, process {rank}, ended with {done.returncode}:\n{done.stderr[-4000:]}"
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -52,8 +50,8 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def ddp(folder: Path) -> str:
     run_job("ddp", folder)
     # Before quantize_from; while widths are learned and both schedules move; after the freeze.
-    run_job("resumed", folder, CPQ_EPOCHS=json.dumps([0, 4, 8]))
-    for epoch in (0, 4, 8):
+    run_job("resumed", folder, CPQ_EPOCHS=json.dumps([0, 2, 4]))
+    for epoch in (0, 2, 4):
         assert differing(_state(folder), _state(folder / f"from-{epoch}")) == []
     return "parameters, buffers and levels equal on both; each resumed run ends bit for bit like the whole one"
 
@@ -61,9 +59,9 @@ def ddp(folder: Path) -> str:
 @cell("processes", "DDP, 2 processes at half the batch against 1 at the whole", thorough=True)
 def follow(folder: Path) -> str:
     one, two = folder / "one", folder / "two"
-    for path in (one, two):
+    for processes, path in enumerate((one, two), 1):
         path.mkdir()
-        run_job(path.name, path)
+        run_job("follow", path, processes)
     assert differing(*(torch.load(path / "ranges.pt", weights_only=True) for path in (one, two))) == []
     states = [_state(path) for path in (one, two)]
     apart = max(
@@ -75,9 +73,8 @@ def follow(folder: Path) -> str:
     return f"starting ranges equal to the bit; after 32 steps all state within {apart:.0e}, relative"
 
 
-@cell("processes", "DDP, spawned")
-def spawned(folder: Path) -> str:
-    trainer = trainer_in(folder, strategy="ddp_spawn", devices=2)
+def _pickled(folder: Path, start_method: Any) -> str:
+    trainer = trainer_in(folder, strategy=DDPStrategy(start_method=start_method), devices=2)
     trainer.fit(Plain(), data(batch_size=8), data())
     assert trainer.state.finished
     content = json.loads((folder / "cpq_runs" / "version_0" / "levels.json").read_text())
@@ -85,14 +82,24 @@ def spawned(folder: Path) -> str:
     return f"weights of {content['totals']['weight_bits_avg']:.2f} bits"
 
 
+@cell("processes", "DDP, spawned", thorough=True)
+def spawned(folder: Path) -> str:
+    return _pickled(folder, "spawn")
+
+
+@cell("processes", "DDP, from a fork server")
+def forked(folder: Path) -> str:
+    return _pickled(folder, "forkserver")
+
+
 @cell("processes", "FSDP2 by ModelParallelStrategy, 2 processes, clipped by norm, and resumed")
 def fsdp2(folder: Path) -> str:
     run_job("fsdp2", folder)
-    run_job("resumed", folder, CPQ_EPOCHS=json.dumps([0, 5]), CPQ_SHARDED="1")
-    for epoch in (0, 5):
+    run_job("resumed", folder, CPQ_EPOCHS=json.dumps([0, 3]), CPQ_SHARDED="1")
+    for epoch in (0, 3):
         assert differing(_state(folder), _state(folder / f"from-{epoch}")) == []
     module = Plain()
-    path = next(folder.glob("epoch=9-*.ckpt"))
+    path = next(folder.glob("epoch=5-*.ckpt"))
     trainer_in(folder).validate(module, data(), ckpt_path=path, verbose=False)
     content = json.loads((folder / "cpq_runs" / "version_0" / "levels.json").read_text())
     wanted = [(layer["name"], layer["weight"]["bits"]) for layer in content["layers"]]

@@ -1,14 +1,10 @@
-"""One run on several processes, for the cells that need a program of their own.
-
-``python -m benchmarks.lightning_matrix.worker JOB FOLDER``; Lightning starts it again for each further process.
-"""
+"""One run on several processes: the jobs of the cells that need them, each called in every process."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +132,10 @@ def fsdp2(folder: Path) -> None:
     run(folder, _sharding(), Sharded(), gradient_clip_val=1.0)
 
 
-def follow(folder: Path, devices: int) -> None:
+def follow(folder: Path) -> None:
     """Fixed widths, no noise: what is learned does not depend on how a batch is split."""
     torch.manual_seed(0)
+    devices = int(os.environ["WORLD_SIZE"])
     module = Unnormed()
     trainer = pl.Trainer(
         max_epochs=8, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
@@ -150,14 +147,4 @@ def follow(folder: Path, devices: int) -> None:
     trainer.fit(module, val_dataloaders=data())
 
 
-JOBS = {
-    "ddp": ddp,
-    "resumed": resumed,
-    "fsdp2": fsdp2,
-    "one": lambda folder: follow(folder, 1),
-    "two": lambda folder: follow(folder, 2),
-}
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    JOBS[sys.argv[1]](Path(sys.argv[2]))
+JOBS = {"ddp": ddp, "resumed": resumed, "fsdp2": fsdp2, "follow": follow}

@@ -11,9 +11,12 @@ from torch import nn
 from cpq_lightning import CPQConfig, attach, calibrate, detach, levels
 from cpq_lightning.attach.attach import set_active
 from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, quantizers
+from tests.marks import thorough
 from tests.models import convnet
 
-BACKBONES = ["resnet18", "mobilenetv3_small_050", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet"]
+BACKBONES = [
+    "test_vit", "test_efficientnet", *thorough("resnet18", "mobilenetv3_small_050", "test_convnext", "test_byobnet"),
+]  # fmt: skip
 SIZE = {"resnet18": 32, "mobilenetv3_small_050": 32}
 
 

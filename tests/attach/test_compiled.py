@@ -10,12 +10,17 @@ from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach.attach import set_noise_step
-from tests.marks import TORCH
+from tests.marks import TORCH, thorough
 from tests.models import convnet
 
 
 def _encoder():
-    return nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), nn.Linear(8, 2))
+    return nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True), nn.Linear(6, 2))
+
+
+def _two_layers():
+    # Each layer takes seconds to compile.
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
 
 
 class Pruned(nn.Sequential):
@@ -28,7 +33,7 @@ class Pruned(nn.Sequential):
 
 
 NETWORKS = {
-    "convolutions": (convnet, (3, 8, 8), CPQConfig(first_last_bits=None)),
+    "layers": (_two_layers, (3, 8, 8), CPQConfig(first_last_bits=None)),
     "own forwards": (
         lambda: nn.Sequential(timm.layers.ScaledStdConv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 2, 2)),
         (3, 8, 8),
@@ -36,8 +41,12 @@ NETWORKS = {
     ),
     "computed weights": (Pruned, (6,), CPQConfig(first_last_bits=None)),
     "encoder": (_encoder, (5, 6), CPQConfig()),
-    "learned widths": (convnet, (3, 8, 8), CPQConfig(weight_bits=6, min_bits=2, learn_bits=True)),
-    "a scale a channel": (convnet, (3, 8, 8), CPQConfig(per_channel=True)),
+    "learned widths": (
+        _two_layers,
+        (3, 8, 8),
+        CPQConfig(weight_bits=6, min_bits=2, learn_bits=True, first_last_bits=None),
+    ),
+    "a scale a channel": (_two_layers, (3, 8, 8), CPQConfig(per_channel=True)),
 }
 
 
@@ -71,13 +80,20 @@ def _step(model, x, run):
     return out.detach(), x.grad, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False], ids=["automatic", "dynamic", "static"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_compiled_whole(name, dynamic):
+DYNAMIC = {"automatic": None, "dynamic": True, "static": False}
+QUICK = {
+    "layers": "static", "own forwards": "automatic", "computed weights": "automatic", "encoder": "automatic",
+    "learned widths": "automatic", "a scale a channel": "dynamic",
+}  # fmt: skip
+OTHERS = [(name, shapes) for name in NETWORKS for shapes in DYNAMIC if QUICK[name] != shapes]
+
+
+@pytest.mark.parametrize(("name", "shapes"), [*QUICK.items(), *thorough(*OTHERS)])
+def test_compiled_whole(name, shapes):
     model, shape = _attached(name)
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
-    compiled = torch.compile(twin, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(twin, backend="aot_eager", dynamic=DYNAMIC[shapes], fullgraph=True)
     for batch in (4, 3, 5):
         x = torch.randn(batch, *shape)
         own, other = _step(model, x, model), _step(twin, x, compiled)
@@ -104,7 +120,7 @@ def test_compiled_block_by_block():
 
 
 def test_compiled_before_its_ranges_are_known():
-    model, twin = (attach(convnet(), CPQConfig()).train() for _ in range(2))
+    model, twin = (attach(_two_layers(), CPQConfig()).train() for _ in range(2))
     twin.load_state_dict(model.state_dict())
     torch._dynamo.reset()
     compiled = torch.compile(twin, backend="aot_eager")
@@ -113,9 +129,9 @@ def test_compiled_before_its_ranges_are_known():
         torch.testing.assert_close(_step(twin, x, compiled), _step(model, x, model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", *thorough("reduce-overhead")])
 def test_compiled_by_inductor(mode):
-    model, shape = _attached("convolutions")
+    model, shape = _attached("layers")
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(twin, mode=mode)
@@ -125,13 +141,13 @@ def test_compiled_by_inductor(mode):
 
 
 def test_what_is_written_after_compilation_counts():
-    model, shape = _attached("convolutions")
+    model, shape = _attached("layers")
     torch._dynamo.reset()
     compiled = torch.compile(model.eval(), backend="aot_eager")
     x = torch.randn(4, *shape)
     before = compiled(x)
     with torch.no_grad():
-        nn.init.normal_(model[3].weight)
+        nn.init.normal_(model[0].weight)
     assert not compiled(x).equal(before)
     torch.testing.assert_close(compiled(x), model(x))
 

@@ -47,7 +47,7 @@ class Each(pl.Callback):
 def test_activations_are_learned_behind_a_full_precision_start(fit):
     module = Classifier()
     config = {"act_bits": 8, "learn_act_bits": True}
-    fit(module, callbacks(4.0, config, quantize_from=0.3, act_target=5.0), max_epochs=30)
+    fit(module, callbacks(4.0, config, quantize_from=0.3, act_target=5.0), max_epochs=12, limit_val_batches=0)
     assert abs(mean_width(module, "weight") - 4.0) <= 0.1
     # Activations of 192, 512 and 128 elements a sample.
     assert abs(mean_width(module, "activation") - 5.0) <= 0.15
@@ -74,9 +74,9 @@ def test_lookahead_learns_widths_too(fit):
     moved = []
     module = Classifier(make_optimizer=lambda parameters: Lookahead(torch.optim.SGD(parameters, lr=0.05)))
     note = Each(lambda trainer, pl_module: moved.append([float(logit.detach().sum()) for logit in logits(pl_module)]))
-    fit(module, [*callbacks(4.0), note], max_epochs=20)
+    fit(module, [*callbacks(4.0), note], max_epochs=10, limit_val_batches=0)
     assert abs(mean_width(module, "weight") - 4.0) <= 0.1
-    assert len({tuple(values) for values in moved[:20]}) == 20
+    assert len({tuple(values) for values in moved[:16]}) == 16
 
 
 def test_an_optimizer_without_step_hooks_is_named(fit):
@@ -92,7 +92,7 @@ def test_an_optimizer_without_step_hooks_is_named(fit):
     Bare.step.hooked = True  # torch then leaves the method as it is
     module = Classifier(make_optimizer=partial(Bare, lr=0.01))
     with pytest.warns(UserWarning, match="no gate has been updated"):
-        fit(module, callbacks(4.0), max_epochs=20)
+        fit(module, callbacks(4.0), max_epochs=12, limit_val_batches=0)
 
 
 @pytest.mark.parametrize("target", [3.5, *thorough(4.4)])
@@ -112,7 +112,7 @@ def test_a_teacher_without_gradients_neither_takes_bits_from_the_network_nor_lea
             return super().training_step(batch, batch_idx) + cross_entropy(self.net(batch[0]), wanted)
 
     module = Taught()
-    fit(module, callbacks(target), max_epochs=20)
+    fit(module, callbacks(target), max_epochs=10, limit_val_batches=0)
     assert mean_width(module.net, "weight") == pytest.approx(target, abs=0.1)
     assert mean_width(module.teacher, "weight") == pytest.approx(target, abs=0.1)
 
@@ -133,12 +133,12 @@ def test_layers_tied_to_an_end_stay_exempt_in_every_forward_and_resume(fit, tmp_
     settings = {"first_last_bits": 8}
     saver = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     module = Tied()
-    fit(module, [*callbacks(3.0, settings), saver], max_epochs=20, enable_checkpointing=True)
+    fit(module, [*callbacks(3.0, settings), saver], max_epochs=8, enable_checkpointing=True)
     first_or_last = [name for name, layer in quantized_layers(module) if layer.weight_quantizer.first_or_last]
     assert first_or_last == ["net.1", "net.5", "net.11"]
     widths = {name: q.decided_widths().tolist() for name, q in quantizers(module)}
     again = Tied()
-    fit(again, callbacks(3.0, settings), max_epochs=21, ckpt_path=next(tmp_path.glob("epoch=19*.ckpt")))
+    fit(again, callbacks(3.0, settings), max_epochs=9, ckpt_path=next(tmp_path.glob("epoch=7*.ckpt")))
     assert {name: q.decided_widths().tolist() for name, q in quantizers(again)} == widths
 
 
@@ -167,7 +167,7 @@ def test_widths_are_learned_where_calibration_before_training_fails(fit):
 
     module = Late()
     with pytest.warns(UserWarning, match="could not be calibrated"):
-        fit(module, callbacks(4.0, {"first_last_bits": 8}), max_epochs=20)
+        fit(module, callbacks(4.0, {"first_last_bits": 8}), max_epochs=8)
     assert not learning_quantizers(module)
     first_or_last = [name for name, q in quantizers(module) if q.first_or_last and q.kind == "weight"]
     assert first_or_last == ["net.0.weight_quantizer", "net.2.weight_quantizer"]
@@ -190,9 +190,9 @@ def test_a_run_resumed_with_another_budget_decides_anew(fit, tmp_path, target, f
 
 def test_another_budget_for_widths_that_are_fixed_is_named(fit, tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    fit(Classifier(), [*callbacks(4.0), saver], max_epochs=20, enable_checkpointing=True)
+    fit(Classifier(), [*callbacks(4.0), saver], max_epochs=8, enable_checkpointing=True)
     with pytest.warns(UserWarning, match=r"BitBudget comes too late.*fixed for 4 average bits"):
-        fit(Classifier(), callbacks(5.0), max_epochs=20, ckpt_path=next(tmp_path.glob("epoch=18*.ckpt")))
+        fit(Classifier(), callbacks(5.0), max_epochs=8, ckpt_path=next(tmp_path.glob("epoch=6*.ckpt")))
 
 
 class Backbone(Classifier):
@@ -218,10 +218,10 @@ def test_a_backbone_that_is_unfrozen_in_mid_run_keeps_its_gates_out_of_the_optim
     Resumed after it, Lightning's callback leaves the backbone frozen: there only the arrival is the same.
     """
     states = []
-    for resumed in (None, 2, 8):
+    for resumed in (None, 1, 5):
         torch.manual_seed(0)
         module = Backbone()
-        tune = BackboneFinetuning(unfreeze_backbone_at_epoch=4, lambda_func=lambda epoch: 1.0)
+        tune = BackboneFinetuning(unfreeze_backbone_at_epoch=3, lambda_func=lambda epoch: 1.0)
         own = callbacks(4.0, {"first_last_bits": None})
         saver = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
         seen = set()
@@ -236,7 +236,7 @@ def test_a_backbone_that_is_unfrozen_in_mid_run_keeps_its_gates_out_of_the_optim
             module,
             [*order, Each(note), *([] if resumed else [saver])],
             loaders=(data(shuffle=False), data(shuffle=False)),
-            max_epochs=20,
+            max_epochs=10,
             enable_checkpointing=not resumed,
             ckpt_path=path,
         )
@@ -275,7 +275,7 @@ def test_gates_of_an_optimizer_that_is_toggled_off_see_no_loss_of_the_other(fit)
             return [torch.optim.Adam(m.parameters(), lr=1e-3) for m in (self.generator, self.judge)]
 
     module = Adversarial()
-    fit(module, callbacks(4.0), max_epochs=20)
+    fit(module, callbacks(4.0), max_epochs=10)
     assert leaked
     assert max(leaked) == 0
     assert abs(mean_width(module, "weight") - 4.0) <= 0.1
@@ -359,5 +359,6 @@ def test_a_group_by_its_name_is_taken_too(fit):
 
 def test_the_trajectory_stays_short_however_often_is_logged(fit):
     both = callbacks(4.0)
-    fit(Classifier(), both, max_epochs=100, log_every_n_steps=1)
+    loaders = (data(2, count=32), None)
+    fit(Classifier(), both, max_epochs=25, log_every_n_steps=1, loaders=loaders)
     assert 150 < len(both[1].state_dict()["trajectory"]) <= 250

@@ -75,7 +75,7 @@ RUNS = {
 def test_at_an_absurd_rate_steps_move_within_the_bound_and_levels_stay_usable(fit, kind, lr_factor, learn):
     module, watch = RUNS[kind](), Watch()
     cpq = CPQCallback(LEARN if learn else CPQConfig(), lr_factor=lr_factor, table=False)
-    fit(module, [watch, cpq, *([BitBudget(4.0)] if learn else [])], max_epochs=15)
+    fit(module, [watch, cpq, *([BitBudget(4.0)] if learn else [])], max_epochs=8, limit_val_batches=0)
     assert 0.9 * BOUND < max(watch.moves) <= BOUND * (1 + 1e-4)
     assert all(value.isfinite().all() for value in module.state_dict().values())
     for record in levels(module):
@@ -94,7 +94,7 @@ def test_a_network_learns_at_a_rate_at_which_steps_would_run_away(fit):
 
 def test_lookahead_goes_back_among_values_that_were_within_the_bound(fit):
     module, watch = Classifier(lambda parameters: Lookahead(SGD(parameters), k=6)), Watch()
-    fit(module, [watch, CPQCallback(lr_factor=1e5, table=False)], max_epochs=10)
+    fit(module, [watch, CPQCallback(lr_factor=1e5, table=False)], max_epochs=5, limit_val_batches=0)
     assert max(move for i, move in enumerate(watch.moves, 1) if i % 6) <= BOUND * (1 + 1e-4)
     assert all(r.used_levels > 1 for r in levels(module) if r.kind == "weight")
 
@@ -106,7 +106,8 @@ def test_a_usual_run_is_the_same_to_the_bit(fit, kind, monkeypatch):
         monkeypatch.setattr("cpq_lightning.optim.update_clamp.UpdateClamp.__init__.__defaults__", (bound,))
         torch.manual_seed(3)
         module, watch = RUNS[kind](), Watch()
-        trainer = fit(module, [CPQCallback(LEARN, table=False), BitBudget(4.0), watch], max_epochs=10)
+        callbacks = [CPQCallback(LEARN, table=False), BitBudget(4.0), watch]
+        trainer = fit(module, callbacks, max_epochs=4, limit_val_batches=0)
         assert 0 < max(watch.moves) < BOUND
         (cpq,) = (c for c in trainer.callbacks if isinstance(c, CPQCallback))
         optimizers = [*trainer.optimizers, *(companion.optimizer for companion in cpq._companions)]

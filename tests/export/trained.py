@@ -15,7 +15,7 @@ NETWORKS = {
     "mobilenetv3_small_050": ({}, 64, 4e-3),
     "test_efficientnet": ({"act_layer": "relu6"}, 64, 3e-3),
     "convnext_atto": ({"depths": [1, 1, 2, 1]}, 64, 1e-3),
-    "vit_tiny_patch16_224": ({"img_size": 64, "depth": 4}, 64, 5e-4),
+    "vit_tiny_patch16_224": ({"img_size": 64, "depth": 2}, 64, 5e-4),
     "test_resnet": ({}, 32, 3e-3),
 }
 

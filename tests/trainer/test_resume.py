@@ -1,9 +1,6 @@
 """Runs that were stopped or killed end, resumed, bit for bit where the uninterrupted one does."""
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from benchmarks.lightning_matrix.common import Plain, data, trainer_in
+from benchmarks.lightning_matrix.worker import Kill
+from benchmarks.processes import run_processes
 from cpq_lightning.bitwidth.model_cost import learning_quantizers
 from cpq_lightning.callbacks import BitBudget
 from cpq_lightning.nn.state import read
@@ -30,7 +29,8 @@ def stateful():
 def run(folder, loader, *more, ckpt_path=None, **settings):
     torch.manual_seed(0)
     module = Plain(make_scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40))
-    trainer = trainer_in(folder, *more, quantize_from=QUANTIZE_FROM, enable_checkpointing=bool(more), **settings)
+    settings = {"max_epochs": 10, "enable_checkpointing": bool(more)} | settings
+    trainer = trainer_in(folder, *more, quantize_from=QUANTIZE_FROM, **settings)
     trainer.fit(module, loader, data(), ckpt_path=ckpt_path)
     return trainer, module
 
@@ -105,16 +105,8 @@ def test_no_warning_where_the_run_goes_on_exactly(whole, tmp_path, loader, path,
     assert not [w for w in recwarn if "sees other batches" in str(w.message)]
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-from benchmarks.lightning_matrix.worker import Kill
-from tests.trainer.test_resume import run, saver, stateful
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-run(folder, stateful(), Kill(int(sys.argv[2])), saver(folder))
-"""
+def killed(folder, step):
+    run(folder, stateful(), Kill(step), saver(folder))
 
 
 def saver(folder):
@@ -124,13 +116,7 @@ def saver(folder):
 # From no checkpoint at the last batch of an epoch: Lightning and torchdata lose an epoch there, without any callback.
 @pytest.mark.parametrize("step", [23, *thorough(7, 35)])
 def test_killed_in_the_middle_of_a_step_and_resumed_from_its_last_checkpoint(whole, tmp_path, step):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(step)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (done,) = run_processes(killed, tmp_path, step)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     path = tmp_path / "last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == step // 3 * 3
