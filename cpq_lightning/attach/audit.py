@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -97,7 +97,7 @@ class AuditReport:
         if self.never_called:
             messages.append(
                 f"{len(self.never_called)} quantizers were never called in {forward}: "
-                f"{_shortened(self.never_called)}. Their layers run in full precision or not "
+                f"{listed(self.never_called)}. Their layers run in full precision or not "
                 "at all; leave such layers out with ignore."
             )
         if self.unquantized:
@@ -106,25 +106,25 @@ class AuditReport:
                 for where, op, what in self.unquantized
             ]
             messages.append(
-                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_shortened(lines)}."
+                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {listed(lines)}."
             )
         if self.lookups:
             lines = [f"{where or 'the model itself'} (the weight of {layer})" for where, layer in self.lookups]
             messages.append(
                 f"{len(lines)} lookups in the weight of a quantized layer stayed in full precision in {forward}: "
-                f"{_shortened(lines)}. Tie weights before the model is quantized, and look rows up in the module that "
+                f"{listed(lines)}. Tie weights before the model is quantized, and look rows up in the module that "
                 "has the weight; or name that module in ignore."
             )
         if self.overlooked:
             messages.append(
                 f"attention=True: {len(self.overlooked)} products of two activations stayed unquantized, of modules "
                 "that multiplied nothing in the forward that the model was attached with: "
-                f"{_shortened(_where_and_what(self.overlooked))}. Give attach(..., "
+                f"{listed(_where_and_what(self.overlooked))}. Give attach(..., "
                 "example_inputs=...), or an example_input_array, with which these modules multiply too."
             )
         if self.activation_products:
             lines = _where_and_what(self.activation_products)
-            messages.append(f"{len(lines)} products of two activations are not quantized: {_shortened(lines)}.")
+            messages.append(f"{len(lines)} products of two activations are not quantized: {listed(lines)}.")
         return messages
 
 
@@ -132,9 +132,10 @@ def _where_and_what(products: list[tuple[str, str]]) -> list[str]:
     return [f"{module or 'the model itself'} ({op})" for module, op in products]
 
 
-def _shortened(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, at most ``most``, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class Audit(TorchFunctionMode, Watcher):

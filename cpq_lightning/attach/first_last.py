@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from cpq_lightning.attach.audit import listed
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.origin import attached_config
 from cpq_lightning.attach.patterns import names_of, overrides_of
@@ -78,9 +79,7 @@ def nothing_between(model: nn.Module) -> str | None:
     unused = [f"{name}={bits}" for name, bits in config_bits.items() if bits != config.first_last_bits]
     if not unused:
         return None
-    named = ", ".join(name or "the model itself" for name in first_or_last[:4]) + (
-        ", ..." if len(first_or_last) > 4 else ""
-    )
+    named = listed([name or "the model itself" for name in first_or_last])
     return (
         f"All {len(first_or_last)} quantized layers ({named}) are first or last ones, which have "
         f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(unused)}. Set first_last_bits=None, or "

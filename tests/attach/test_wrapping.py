@@ -176,7 +176,7 @@ FUNCTIONS = {
     "clipped_shares": INSIDE.clipped_shares,
     "settle_first_and_last": lambda model: INSIDE.settle_first_and_last(model, ["c", "a", "b"]),
     "coverage": covered,
-    "coverage_once_active": lambda model: INSIDE.coverage_once_active(model),
+    "recorded_coverage": lambda model: INSIDE.recorded_coverage(model, once_active=True),
     "detach": detached,
     "export_model": proved,
     "float_bytes": INSIDE.float_bytes,
