@@ -106,7 +106,7 @@ class CPQConfig:
         ValueError: a value is out of its range, or ``overrides`` has an unknown setting.
 
     Example:
-        >>> CPQConfig(weight_bits=4, overrides={"*.downsample.*": {"weight_bits": 8}}).for_layer([]).weight_bits
+        >>> CPQConfig(weight_bits=4, overrides={"*.downsample.*": {"weight_bits": 8}}).for_layer({}).weight_bits
         4
     """
 
@@ -270,12 +270,9 @@ class CPQConfig:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{argument}: {error}") from None
 
-    def for_layer(self, overrides: Sequence[Mapping[str, Any]]) -> CPQConfig:
-        """The settings of one layer: this config with the given overrides applied in order."""
-        merged: dict[str, Any] = {}
-        for settings in overrides:
-            merged.update(settings)
-        return dataclasses.replace(self, overrides={}, **{**_with_implied(self, merged), "attention": False})
+    def for_layer(self, overrides: Mapping[str, Any]) -> CPQConfig:
+        """The settings of one layer: this config with the given overrides."""
+        return dataclasses.replace(self, overrides={}, **{**_with_implied(self, overrides), "attention": False})
 
     def for_first_or_last(self) -> CPQConfig:
         """The settings of a first or last layer: a fixed width of ``first_last_bits``, without DropBits."""
