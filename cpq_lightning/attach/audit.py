@@ -341,7 +341,7 @@ class Audit(TorchFunctionMode, Watcher):
         return quantizer, "weight" if weight else "input"
 
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
+        operands = product_operands(func, args, kwargs)
         layer = self._module()
         self._count(func, operands[0], operands[1], out, layer)
         expected = ["input", "weight"]
@@ -360,22 +360,15 @@ class Audit(TorchFunctionMode, Watcher):
 
     def _multiplies_quantized(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether all operands of a product are quantized."""
-        if func in WITH_WEIGHT:
-            operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
-        elif func in WITHOUT_WEIGHT:
-            operands = product_operands(func, args, kwargs)
-        else:
-            return False
-        return all(map(self._is_quantized, operands))
+        known = func in WITH_WEIGHT or func in WITHOUT_WEIGHT
+        return known and all(map(self._is_quantized, product_operands(func, args, kwargs)))
 
     def _note_product(self, where: str, macs: int, quantized: bool) -> None:
         total, total_quantized = self.report.products.get(where, (0, 0))
         self.report.products[where] = (total + macs, total_quantized + macs * quantized)
 
-    def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
+    def _count(self, func: Any, input: Tensor, weight: Tensor, out: Tensor, layer: nn.Module | None) -> None:
         """Count the multiply-accumulates of a product with a quantized weight."""
-        if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-            return
         quantizer = self._quantized.get(weight)
         if quantizer is None and isinstance(layer, QuantizedLayer):
             quantizer = layer.weight_quantizer

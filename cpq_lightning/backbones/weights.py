@@ -19,7 +19,8 @@ _STATE_SUFFIXES = ("weight_quantizer.state", "input_quantizer.state")
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file by name: safetensors, or a file of ``torch.save``, read without unpickling code.
 
-    A checkpoint gives the tensors of its network (the averaged ones, if it contains an average).
+    A checkpoint gives the tensors of its network (the averaged ones, if it contains an average). Prefixes that
+    DistributedDataParallel and ``torch.compile`` add to names are removed.
 
     Raises:
         FileNotFoundError: there is no such file.

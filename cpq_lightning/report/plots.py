@@ -154,9 +154,7 @@ def _merge_bins(counts: list[int], levels: int, numel: int) -> list[int]:
 
 def _choose_layers(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     weights = [(layer["name"], layer["weight"]) for layer in manifest["layers"] if layer["name"] in known]
-    legible = [
-        w for w in weights if mean_over_channels(w[1]["bits"]) <= 4 and not isinstance(w[1]["bits"], list)
-    ] or weights
+    legible = [w for w in weights if not isinstance(w[1]["bits"], list) and w[1]["bits"] <= 4] or weights
     by_size = sorted(legible, key=lambda w: -w[1]["numel"])
     by_bits = sorted(by_size, key=lambda w: mean_over_channels(w[1]["bits"]))
     wanted = [*by_size[:3], by_bits[0], by_bits[-1], *by_size]

@@ -162,16 +162,14 @@ def _from_quantized_module(path: Path, settings: dict[str, Any]) -> nn.Module:
     return network
 
 
-def save_teacher(teacher: Teacher, folder: Path, mark: str) -> Path:
+def save_teacher(teacher: Teacher, folder: Path, mark: str) -> None:
     """Write a teacher's weights atomically, with an identifier that a resumed run checks.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    path = folder / TEACHER_FILE
-    with replacing(path) as temporary:
+    with replacing(folder / TEACHER_FILE) as temporary:
         torch.save({"mark": mark, "state_dict": teacher.network.state_dict()}, temporary)
-    return path
 
 
 def restored_teacher(network: nn.Module, saved: Path, mark: str, checkpoint: str | None) -> Teacher:

@@ -174,7 +174,7 @@ FUNCTIONS = {
     "calibrate": changed(lambda model: calibrate(model, [2 * X])),
     "call_projections": INSIDE.call_projections,
     "clipped_shares": INSIDE.clipped_shares,
-    "settle_first_and_last": lambda model: INSIDE.settle_first_and_last(model, ["c", "a", "b"]),
+    "settle_first_and_last": changed(lambda model: INSIDE.settle_first_and_last(model, ["c", "a", "b"])),
     "coverage": covered,
     "recorded_coverage": lambda model: INSIDE.recorded_coverage(model, once_active=True),
     "detach": detached,
