@@ -56,7 +56,7 @@ def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
             f"The checkpoint {path} has no quantizers: it is of a run without CPQCallback. Load it with "
             f"{module_class.__name__}.load_from_checkpoint, or give a checkpoint of the run that quantizes."
         )
-    config = _config_of(path, kwargs.get("weights_only"))
+    config = _config_in(path, kwargs.get("weights_only"))
     if config is not None:
         set_attached_config(module, config)
     return module
@@ -73,10 +73,9 @@ def take_settings(model: nn.Module, checkpoint: Mapping[str, Any]) -> str:
         A sentence about the settings that differ from the requested ones; empty if none differ, or if a config is not
         known.
     """
-    saved, asked = checkpoint.get(CHECKPOINT_KEY, {}).get("config"), attached_config(model)
-    if saved is None or asked is None:
+    config, asked = saved_config(checkpoint), attached_config(model)
+    if config is None or asked is None:
         return ""
-    config = CPQConfig(**saved)
     different = differences(asked, config, "in the checkpoint")
     if not different:
         return ""
@@ -86,6 +85,21 @@ def take_settings(model: nn.Module, checkpoint: Mapping[str, Any]) -> str:
         f"with the checkpoint's settings: {different}. Give the config of the checkpoint; to train with another one, "
         "start from its weights alone (its state_dict without the keys of quantizers) instead of resuming."
     )
+
+
+def saved_config(checkpoint: Mapping[str, Any]) -> CPQConfig | None:
+    """The config of the run that saved a Lightning checkpoint, from its content; ``None`` if it has none."""
+    settings = checkpoint.get(CHECKPOINT_KEY, {}).get("config")
+    return None if settings is None else CPQConfig(**settings)
+
+
+def named_backbone(content: Any) -> dict[str, Any] | None:
+    """The hyperparameters in the content of a checkpoint of a QuantizedModule with a named backbone; ``None`` for any
+    other content.
+    """
+    settings = content.get("hyper_parameters") if isinstance(content, dict) and "state_dict" in content else None
+    named = isinstance(settings, dict) and isinstance(settings.get("backbone"), str) and "backbone_args" in settings
+    return settings if named else None
 
 
 def differences(asked: CPQConfig, other: CPQConfig, where: str) -> str:
@@ -103,7 +117,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
-def _config_of(path: Any, weights_only: bool | None) -> CPQConfig | None:
+def _config_in(path: Any, weights_only: bool | None) -> CPQConfig | None:
     """The config of a checkpoint's run; ``None`` if the checkpoint is neither a file path nor seekable."""
     if hasattr(path, "read") and not (hasattr(path, "seek") and path.seekable()):
         return None
@@ -116,5 +130,4 @@ def _config_of(path: Any, weights_only: bool | None) -> CPQConfig | None:
     except pickle.UnpicklingError:
         # load_from_checkpoint has just unpickled the same file, by a choice of the class.
         content = torch.load(path, map_location="meta", weights_only=False)
-    settings = content.get(CHECKPOINT_KEY, {}).get("config")
-    return None if settings is None else CPQConfig(**settings)
+    return saved_config(content)

@@ -106,7 +106,7 @@ class CPQConfig:
         ValueError: a value is out of its range, or ``overrides`` has an unknown setting.
 
     Example:
-        >>> CPQConfig(weight_bits=4, overrides={"*.downsample.*": {"weight_bits": 8}}).for_layer([]).weight_bits
+        >>> CPQConfig(weight_bits=4, overrides={"*.downsample.*": {"weight_bits": 8}}).for_layer({}).weight_bits
         4
     """
 
@@ -135,16 +135,14 @@ class CPQConfig:
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)
-        if self.act_bits is not None:
-            check_bits("act_bits", self.act_bits)
-        if self.first_last_bits is not None:
-            check_bits("first_last_bits", self.first_last_bits)
-        if self.min_bits is not None:
-            check_bits("min_bits", self.min_bits)
-            if self.min_bits > self.weight_bits:
+        for name in ("act_bits", "first_last_bits", "min_bits", "min_act_bits"):
+            if getattr(self, name) is not None:
+                check_bits(name, getattr(self, name))
+        for narrowest, widest in (("min_bits", "weight_bits"), ("min_act_bits", "act_bits")):
+            low, high = getattr(self, narrowest), getattr(self, widest)
+            if low is not None and high is not None and low > high:
                 raise ValueError(
-                    f"min_bits must be at most weight_bits={self.weight_bits}, got {self.min_bits}: lower min_bits or "
-                    "raise weight_bits."
+                    f"{narrowest} must be at most {widest}={high}, got {low}: lower {narrowest} or raise {widest}."
                 )
         self._check_learning()
         for name, options in _CHOICES.items():
@@ -164,13 +162,6 @@ class CPQConfig:
         self._freeze_patterns()
 
     def _check_learning(self) -> None:
-        if self.min_act_bits is not None:
-            check_bits("min_act_bits", self.min_act_bits)
-            if self.act_bits is not None and self.min_act_bits > self.act_bits:
-                raise ValueError(
-                    f"min_act_bits must be at most act_bits={self.act_bits}, got {self.min_act_bits}: lower "
-                    "min_act_bits or raise act_bits."
-                )
         if self.learn_act_bits is True and self.act_bits is None:
             raise ValueError("learn_act_bits=True needs act_bits, the maximum width of activations.")
         if self.attention is True and self.act_bits is None:
@@ -270,12 +261,9 @@ class CPQConfig:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{argument}: {error}") from None
 
-    def for_layer(self, overrides: Sequence[Mapping[str, Any]]) -> CPQConfig:
-        """The settings of one layer: this config with the given overrides applied in order."""
-        merged: dict[str, Any] = {}
-        for settings in overrides:
-            merged.update(settings)
-        return dataclasses.replace(self, overrides={}, **{**_with_implied(self, merged), "attention": False})
+    def for_layer(self, overrides: Mapping[str, Any]) -> CPQConfig:
+        """The settings of one layer: this config with the given overrides."""
+        return dataclasses.replace(self, overrides={}, **{**_with_implied(self, overrides), "attention": False})
 
     def for_first_or_last(self) -> CPQConfig:
         """The settings of a first or last layer: a fixed width of ``first_last_bits``, without DropBits."""

@@ -150,35 +150,35 @@ def test_any_difference_makes_two_unequal():
         assert CPQConfig(**{name: value}, **others) != CPQConfig(**others), name
 
 
-def test_overrides_are_laid_over_in_turn_and_the_last_wins_setting_by_setting():
+def test_overrides_are_laid_over_setting_by_setting():
     config = CPQConfig(weight_bits=4, act_bits=4)
-    layer = config.for_layer([{"weight_bits": 8, "act_bits": 3}, {"weight_bits": 2, "per_channel": True}])
-    assert (layer.weight_bits, layer.act_bits, layer.per_channel) == (2, 3, True)
-    assert config.for_layer([]) == config
+    layer = config.for_layer({"weight_bits": 2, "per_channel": True})
+    assert (layer.weight_bits, layer.act_bits, layer.per_channel) == (2, 4, True)
+    assert config.for_layer({}) == config
     assert config == CPQConfig(weight_bits=4, act_bits=4)
 
 
 def test_a_layer_s_settings_hold_no_overrides_of_their_own():
     config = CPQConfig(overrides={"a": {"weight_bits": 8}})
-    assert config.for_layer([config.overrides["a"]]) == CPQConfig(weight_bits=8)
+    assert config.for_layer(config.overrides["a"]) == CPQConfig(weight_bits=8)
 
 
 def test_every_setting_of_a_layer_can_be_overridden():
     changes = {name: FULL[name] for name in LAYER_SETTINGS}
-    layer = CPQConfig(overrides={"a": changes}).for_layer([changes])
+    layer = CPQConfig(overrides={"a": changes}).for_layer(changes)
     assert {name: getattr(layer, name) for name in LAYER_SETTINGS} == changes
 
 
 def test_an_override_of_the_width_takes_the_general_floor_down_with_it():
     config = CPQConfig(weight_bits=6, min_bits=4, overrides={"a": {"weight_bits": 3}, "b": {"weight_bits": 8}})
-    narrow, wide = (config.for_layer([config.overrides[name]]) for name in "ab")
+    narrow, wide = (config.for_layer(config.overrides[name]) for name in "ab")
     assert (narrow.weight_bits, narrow.min_bits) == (3, 3)
     assert (wide.weight_bits, wide.min_bits) == (8, 4)
 
 
 def test_a_layer_whose_overrides_contradict_each_other_is_refused():
     with pytest.raises(ValueError, match="min_bits must be at most weight_bits=3"):
-        CPQConfig(weight_bits=8).for_layer([{"min_bits": 5}, {"weight_bits": 3}])
+        CPQConfig(weight_bits=8).for_layer({"min_bits": 5, "weight_bits": 3})
 
 
 @pytest.mark.parametrize("act_bits", [None, 4])
@@ -205,7 +205,7 @@ def test_learned_activations_have_a_floor_of_their_own():
     assert config.narrowest_act_bits == 2
     assert CPQConfig(act_bits=6, learn_act_bits=True, min_act_bits=3).narrowest_act_bits == 3
     assert CPQConfig(act_bits=6, min_act_bits=3).narrowest_act_bits == 6
-    assert config.for_layer([{"act_bits": None}]).learn_act_bits is False
+    assert config.for_layer({"act_bits": None}).learn_act_bits is False
 
 
 @pytest.mark.parametrize(

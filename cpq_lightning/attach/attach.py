@@ -114,12 +114,7 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
             tie(reader, shared[id(reader.tensor)])
         arrange(model)
     except Exception:
-        leave_tied(model, written=False)
-        for _, layer in list(quantized_layers(model)):
-            switch_back(layer, written=False)
-        for _, module in list(modules_with_products(model)):
-            leave_products(module)
-        undo_attach(model)
+        _leave_full_precision(model)
         raise
     set_attached_config(model, config)
     watch(model)
@@ -330,11 +325,16 @@ def full_precision_copy(model: M) -> M:
     A model that is not quantized is copied unchanged; of a wrapped model, the wrapped module is copied.
     """
     copy = copied(cast(M, unwrapped(model)))
-    leave_tied(copy, written=False)
-    for _, layer in list(quantized_layers(copy)):
-        switch_back(layer, written=False)
-    _remove_surroundings(copy)
+    _leave_full_precision(copy)
     return copy
+
+
+def _leave_full_precision(model: nn.Module) -> None:
+    """Remove all quantizers; the Parameters keep their full-precision weights."""
+    leave_tied(model, written=False)
+    for _, layer in list(quantized_layers(model)):
+        switch_back(layer, written=False)
+    _remove_surroundings(model)
 
 
 def set_active(model: nn.Module, active: bool) -> None:

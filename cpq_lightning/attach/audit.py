@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -97,7 +97,7 @@ class AuditReport:
         if self.never_called:
             messages.append(
                 f"{len(self.never_called)} quantizers were never called in {forward}: "
-                f"{_shortened(self.never_called)}. Their layers run in full precision or not "
+                f"{listed(self.never_called)}. Their layers run in full precision or not "
                 "at all; leave such layers out with ignore."
             )
         if self.unquantized:
@@ -106,25 +106,25 @@ class AuditReport:
                 for where, op, what in self.unquantized
             ]
             messages.append(
-                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {_shortened(lines)}."
+                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {listed(lines)}."
             )
         if self.lookups:
             lines = [f"{where or 'the model itself'} (the weight of {layer})" for where, layer in self.lookups]
             messages.append(
                 f"{len(lines)} lookups in the weight of a quantized layer stayed in full precision in {forward}: "
-                f"{_shortened(lines)}. Tie weights before the model is quantized, and look rows up in the module that "
+                f"{listed(lines)}. Tie weights before the model is quantized, and look rows up in the module that "
                 "has the weight; or name that module in ignore."
             )
         if self.overlooked:
             messages.append(
                 f"attention=True: {len(self.overlooked)} products of two activations stayed unquantized, of modules "
                 "that multiplied nothing in the forward that the model was attached with: "
-                f"{_shortened(_where_and_what(self.overlooked))}. Give attach(..., "
+                f"{listed(_where_and_what(self.overlooked))}. Give attach(..., "
                 "example_inputs=...), or an example_input_array, with which these modules multiply too."
             )
         if self.activation_products:
             lines = _where_and_what(self.activation_products)
-            messages.append(f"{len(lines)} products of two activations are not quantized: {_shortened(lines)}.")
+            messages.append(f"{len(lines)} products of two activations are not quantized: {listed(lines)}.")
         return messages
 
 
@@ -132,9 +132,10 @@ def _where_and_what(products: list[tuple[str, str]]) -> list[str]:
     return [f"{module or 'the model itself'} ({op})" for module, op in products]
 
 
-def _shortened(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, at most ``most``, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class Audit(TorchFunctionMode, Watcher):
@@ -340,7 +341,7 @@ class Audit(TorchFunctionMode, Watcher):
         return quantizer, "weight" if weight else "input"
 
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
+        operands = product_operands(func, args, kwargs)
         layer = self._module()
         self._count(func, operands[0], operands[1], out, layer)
         expected = ["input", "weight"]
@@ -359,22 +360,15 @@ class Audit(TorchFunctionMode, Watcher):
 
     def _multiplies_quantized(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether all operands of a product are quantized."""
-        if func in WITH_WEIGHT:
-            operands = [args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("input", "weight"))]
-        elif func in WITHOUT_WEIGHT:
-            operands = product_operands(func, args, kwargs)
-        else:
-            return False
-        return all(map(self._is_quantized, operands))
+        known = func in WITH_WEIGHT or func in WITHOUT_WEIGHT
+        return known and all(map(self._is_quantized, product_operands(func, args, kwargs)))
 
     def _note_product(self, where: str, macs: int, quantized: bool) -> None:
         total, total_quantized = self.report.products.get(where, (0, 0))
         self.report.products[where] = (total + macs, total_quantized + macs * quantized)
 
-    def _count(self, func: Any, input: Any, weight: Any, out: Tensor, layer: nn.Module | None) -> None:
+    def _count(self, func: Any, input: Tensor, weight: Tensor, out: Tensor, layer: nn.Module | None) -> None:
         """Count the multiply-accumulates of a product with a quantized weight."""
-        if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-            return
         quantizer = self._quantized.get(weight)
         if quantizer is None and isinstance(layer, QuantizedLayer):
             quantizer = layer.weight_quantizer

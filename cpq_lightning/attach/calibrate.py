@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.audit import Audit
-from cpq_lightning.attach.calls import as_batch_call
+from cpq_lightning.attach.calls import as_batch_call, restored
 from cpq_lightning.attach.first_forward import broadcast_report, record_forward, report_audit, set_audited
 from cpq_lightning.attach.first_last import settle_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
@@ -76,7 +76,8 @@ def calibrate(
     RangeTracker(inner).renew_weights(frozen=True)
     observed = [q for _, q in quantizers(inner) if q.kind == "activation" and q.active]
     observing = _Observing(observed)
-    with _buffers_and_rng_restored(inner), torch.no_grad(), _eager():
+    of_quantizers = {id(b) for _, q in quantizers(inner) for b in q.buffers()}
+    with restored(inner, [b for b in inner.buffers() if id(b) not in of_quantizers]), torch.no_grad(), _eager():
         set_audited(inner, inner.training)
         audit = Audit(inner)
 
@@ -158,21 +159,6 @@ def _call(model: nn.Module, batch: Any) -> Any:
         raise TypeError(f"batches: {error}: pass a function that runs one, calibrate(..., forward=...).") from None
     args, kwargs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, call)
     return model(*args, **kwargs)
-
-
-@contextmanager
-def _buffers_and_rng_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the model's buffers and the random state on exit."""
-    skip = {id(b) for _, q in quantizers(model) for b in q.buffers()}
-    saved = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in skip]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
 
 
 @contextmanager

@@ -1,12 +1,17 @@
-"""Calls of a model with a batch: its input is a tensor, a tuple, a list or a dict, alone or with targets beside it."""
+"""Calls of a model with a batch, whose input is a tensor, a tuple, a list or a dict; and calls that leave the model
+unchanged.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.wrapping import unwrapped
 
@@ -51,6 +56,53 @@ def as_batch_call(model: nn.Module, batch: Any) -> Call:
     if isinstance(batch, tuple | list):
         return _first_accepted(model, [((batch,), {}), (tuple(batch), {})])
     return _first_accepted(model, _as_mapping(model, batch))
+
+
+def copied_to(model: nn.Module, call: Call) -> Call:
+    """A call with copies of its tensors, on the device and in the floating-point type of a model's parameters."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def to_model(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(like.device, like.dtype if value.is_floating_point() else None, copy=True)
+
+    args, kwargs = tree_map(to_model, call)
+    return args, kwargs
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the modes on exit, without the modules' ``train`` methods, which may do more than that."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Set all modules to evaluation, as :func:`modes_restored` restores them."""
+    with modes_restored(model):
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def restored(model: nn.Module, buffers: Collection[Tensor]) -> Iterator[None]:
+    """Restore these buffers of a model, and the random state of its devices, on exit."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in buffers]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
 
 
 def _as_mapping(model: nn.Module, inputs: Any) -> list[Call]:

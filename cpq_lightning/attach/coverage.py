@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
-from cpq_lightning.attach.audit import Audit, AuditReport
-from cpq_lightning.attach.calls import as_call
+from cpq_lightning.attach.audit import Audit, AuditReport, listed
+from cpq_lightning.attach.calls import as_call, copied_to, in_evaluation, restored
 from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.attach.wrapping import unwrapped
@@ -22,8 +21,6 @@ from cpq_lightning.nn.watch import Watcher
 
 # Attribute of a module with the results of a forward.
 _FORWARD = "_cpq_forward"
-# The largest number of names in a sentence.
-_MAX_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,7 @@ class Coverage:
         if not self.left:
             return shares
         parts = [f"{name or 'the model itself'} ({_shares(left)})" for name, left in self.left.items()]
-        more = f" and {len(parts) - _MAX_NAMES} more" if len(parts) > _MAX_NAMES else ""
-        return f"{shares}; in full precision: {', '.join(parts[:_MAX_NAMES])}{more}"
+        return f"{shares}; in full precision: {listed(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The coverage as a dict for JSON."""
@@ -124,14 +120,14 @@ def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
     if example_inputs is not None:
         return _coverage(model, _by_module(model, _forward(model, example_inputs)))
-    shown = {module: module.__dict__[_FORWARD] for module in model.modules() if _FORWARD in module.__dict__}
-    if not shown:
+    recorded = recorded_coverage(model)
+    if recorded is None:
         raise ValueError(
             f"No forward of {type(model).__name__} was recorded: calibrate(model, batches) records one, and so does "
             "the first batch of training. Or give coverage(model, example_inputs=batch). Compiled code cannot be "
             "recorded: compile the model afterwards."
         )
-    return _coverage(model, shown)
+    return recorded
 
 
 def remember_products(model: nn.Module, report: AuditReport) -> None:
@@ -148,11 +144,14 @@ def forget_products(model: nn.Module) -> None:
         module.__dict__.pop(_FORWARD, None)
 
 
-def coverage_once_active(model: nn.Module) -> Coverage | None:
-    """:func:`coverage` as if all quantizers were active; ``None`` if no forward was recorded."""
+def recorded_coverage(model: nn.Module, once_active: bool = False) -> Coverage | None:
+    """:func:`coverage` by the last audited forward; ``None`` if no forward was recorded.
+
+    With ``once_active``, it is the coverage as if all quantizers were active.
+    """
     model = unwrapped(model)
     shown = {module: module.__dict__[_FORWARD] for module in model.modules() if _FORWARD in module.__dict__}
-    return _coverage(model, shown, once_active=True) if shown else None
+    return _coverage(model, shown, once_active) if shown else None
 
 
 @dataclass(frozen=True)
@@ -193,28 +192,11 @@ class _Passing(Watcher):
 
 
 def _forward(model: nn.Module, inputs: Any) -> AuditReport:
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-    def to_model(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().to(like.device, like.dtype if value.is_floating_point() else None)
-
-    args, kwargs = tree_map(to_model, as_call(model, inputs))
-    modes = {module: module.training for module in model.modules()}
-    states = [(b, b.clone()) for b in model.buffers()]
+    args, kwargs = copied_to(model, as_call(model, inputs))
     audit = Audit(model)
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), _Passing(), audit:
+    with in_evaluation(model), restored(model, [*model.buffers()]), torch.no_grad():
+        with torch.compiler.set_stance("force_eager"), _Passing(), audit:
             model(*args, **kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in states:
-                buffer.copy_(value)
     return audit.report
 
 

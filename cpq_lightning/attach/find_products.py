@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.audit import Audit
-from cpq_lightning.attach.calls import Call, as_call
+from cpq_lightning.attach.calls import Call, as_call, copied_to, in_evaluation, restored
 from cpq_lightning.attach.first_forward import auditable
 from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.attach.torch_ops import product_operands
@@ -98,34 +97,13 @@ def _products_of_backbone(name: str, backbone: nn.Module) -> dict[str, Products]
 
 
 def _products_of_forward(model: nn.Module, call: Call) -> dict[str, Products]:
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-    def to_model(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().to(like.device, like.dtype if value.is_floating_point() else None, copy=True)
-
-    args, kwargs = tree_map(to_model, call)
-    devices = [like.device] if like.is_cuda else []
-    with _in_evaluation(model), torch.no_grad(), torch.random.fork_rng(devices), _Finder(model) as finder:
+    args, kwargs = copied_to(model, call)
+    with in_evaluation(model), torch.no_grad(), restored(model, []), _Finder(model) as finder:
         finder.mark((args, kwargs), depending=True)
         model(*args, **kwargs)
     # Modules without a quantized product are kept too, so that their products do not count as their caller's.
     by_name = {name: products for name, products in finder.products.items() if products.plan}
     return by_name if any(any(products.plan) for products in by_name.values()) else {}
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Set the mode without the modules' ``train`` methods, which may do more than that."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Finder(Audit):

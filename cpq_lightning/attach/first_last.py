@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import nn
 
+from cpq_lightning.attach.audit import listed
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.attach.origin import attached_config
 from cpq_lightning.attach.patterns import names_of, overrides_of
@@ -25,34 +26,31 @@ def _weight_quantizer(layer: nn.Module) -> object:
     return cast(QuantizedLayer, layer).weight_quantizer
 
 
-def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
+def settle_first_and_last(model: nn.Module, order: list[str]) -> None:
     """Move ``first_last_bits`` to the layers that run first and last in a forward, unless timm names them.
+
+    The weight scales of layers whose width changes are fitted again; their activation scales are fitted by the next
+    calibration.
 
     Args:
         model: The model that was attached; if only a part of it was attached, nothing changes. No backward of an
             earlier forward may be pending, because activation checkpointing would recompute that forward at other
             widths.
         order: Names of the quantized layers in the order in which a forward called them.
-
-    Returns:
-        Names of the layers whose width changed. Their weight scales are fitted again; their activation scales are
-        fitted by the next calibration.
     """
     model = unwrapped(model)
     layers = dict(quantized_layers(model))
     called = [name for name in order if name in layers]
     config = attached_config(model)
     if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
-        return []
+        return
     first_last = first_and_last(model, list(layers), called)
     overrides = overrides_of(cast("dict[str, nn.Module]", layers), names_of(model), config, _weight_quantizer)
-    changed = []
     for name, layer in layers.items():
         settings, first_or_last = layer_settings(name, overrides[name], config, name in first_last)
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if first_or_last == weights.first_or_last:
             continue
-        changed.append(name)
         widths = {"bits": settings.weight_bits, "min_bits": settings.narrowest_bits}
         weights.configure(**widths, first_or_last=first_or_last)
         weights.fit_weight(layer.read_weight(), settled=weights.settled)
@@ -60,7 +58,6 @@ def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
             bits, narrowest = settings.act_bits, settings.narrowest_act_bits or settings.act_bits
             inputs.configure(bits=bits, min_bits=narrowest, first_or_last=first_or_last)
             inputs.refit_next()
-    return changed
 
 
 def nothing_between(model: nn.Module) -> str | None:
@@ -78,9 +75,7 @@ def nothing_between(model: nn.Module) -> str | None:
     unused = [f"{name}={bits}" for name, bits in config_bits.items() if bits != config.first_last_bits]
     if not unused:
         return None
-    named = ", ".join(name or "the model itself" for name in first_or_last[:4]) + (
-        ", ..." if len(first_or_last) > 4 else ""
-    )
+    named = listed([name or "the model itself" for name in first_or_last])
     return (
         f"All {len(first_or_last)} quantized layers ({named}) are first or last ones, which have "
         f"first_last_bits={config.first_last_bits}: no layer has {' or '.join(unused)}. Set first_last_bits=None, or "

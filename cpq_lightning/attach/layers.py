@@ -163,23 +163,24 @@ def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
     switch_class_back(layer)
 
 
+@torch.no_grad()
 def _write(layer: QuantizedLayer) -> None:
-    with torch.no_grad():
-        weight, quantizer = layer.read_weight(), layer.weight_quantizer
-        training = quantizer.training
-        quantizer.eval()
-        try:
-            value = quantizer(full_tensor(weight))
-            if isinstance(weight, DTensor):
-                value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            _write_parameter(layer, value)
-        finally:
-            quantizer.train(training)
-
-
-def _write_parameter(layer: QuantizedLayer, value: Tensor) -> None:
-    """Write a weight into the layer's Parameter, after removing what computes the weight."""
+    weight = layer.read_weight()
+    value = quantized_weight(layer.weight_quantizer, full_tensor(weight))
+    if isinstance(weight, DTensor):
+        value = distribute_tensor(value, weight.device_mesh, weight.placements)
     leave_computed(layer).copy_(value)
+
+
+@torch.no_grad()
+def quantized_weight(quantizer: Quantizer, weight: Tensor) -> Tensor:
+    """A weight as its quantizer quantizes it in evaluation."""
+    training = quantizer.training
+    quantizer.eval()
+    try:
+        return quantizer(weight)
+    finally:
+        quantizer.train(training)
 
 
 def is_attached(model: nn.Module) -> bool:

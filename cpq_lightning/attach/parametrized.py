@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from cpq_lightning.attach.calls import in_evaluation
 from cpq_lightning.attach.class_switch import original_class
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,14 +34,8 @@ def weight_now(layer: nn.Module) -> Tensor:
     if isinstance(hook, BasePruningMethod):
         return hook.apply_mask(layer)
     computed = layer._modules.get("parametrizations")
-    modes = {} if computed is None else {module: module.training for module in computed.modules()}
-    try:
-        for module in modes:
-            module.training = False
+    with nullcontext() if computed is None else in_evaluation(computed):
         return cast(Tensor, layer.weight)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def is_computed(layer: nn.Module) -> bool:

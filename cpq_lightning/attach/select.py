@@ -120,7 +120,7 @@ def layer_settings(name: str, overrides: Mapping[str, Any], config: CPQConfig, a
     if first_or_last:
         # A min_bits in overrides does not make a first or last layer drop bits.
         overrides = {key: value for key, value in overrides.items() if key != "min_bits"}
-    settings = (config.for_first_or_last() if at_end else config).for_layer([overrides])
+    settings = (config.for_first_or_last() if at_end else config).for_layer(overrides)
     return at_read_widths(settings, config, name), first_or_last
 
 

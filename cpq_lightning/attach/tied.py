@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cpq_lightning.attach.class_switch import switch_class, switch_class_back
-from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
+from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantized_weight
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.timm_layers import holds_weight
@@ -151,21 +151,12 @@ def source_of(reader: TiedReader, model: nn.Module) -> str | None:
     return None
 
 
+@torch.no_grad()
 def leave_tied(model: nn.Module, written: bool = True) -> None:
     """Undo :func:`tie`; ``written`` writes the quantized weight into the Parameter, unless a layer has done so."""
     for _, reader in list(tied_readers(model)):
         if written and source_of(reader, model) is None:
-            _write(reader)
+            weight = reader._parameters[reader.tied_name]
+            assert weight is not None
+            weight.copy_(quantized_weight(reader.weight_quantizer, weight))
         untie(reader)
-
-
-@torch.no_grad()
-def _write(reader: TiedReader) -> None:
-    weight, quantizer = reader._parameters[reader.tied_name], reader.weight_quantizer
-    assert isinstance(weight, Tensor)
-    training = quantizer.training
-    quantizer.eval()
-    try:
-        weight.copy_(quantizer(weight))
-    finally:
-        quantizer.train(training)

@@ -98,7 +98,8 @@ def multiply_accumulates(func: Any, args: tuple[Any, ...], operands: list[Tensor
 
 def product_operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that a call multiplies: two, or three for attention."""
-    if func is F.scaled_dot_product_attention:
-        return [args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key", "value"))]
+    if func in WITH_WEIGHT or func is F.scaled_dot_product_attention:
+        names = ("input", "weight") if func in WITH_WEIGHT else ("query", "key", "value")
+        return [args[i] if len(args) > i else kwargs[name] for i, name in enumerate(names)]
     leaves, _, indices = flat_operands(func, args, kwargs)
     return [leaves[index] for index in indices]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from timm.models import load_state_dict
 from torch import Tensor
 
 from cpq_lightning.nn.state import read
 
-_WRAPPER_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Parts of names in the state of a quantized module that a plain module does not have.
 _QUANTIZER_PARTS = {"weight_quantizer", "input_quantizer", "product_operands", "product_state"}
 _STATE_SUFFIXES = ("weight_quantizer.state", "input_quantizer.state")
@@ -21,7 +19,8 @@ _STATE_SUFFIXES = ("weight_quantizer.state", "input_quantizer.state")
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file by name: safetensors, or a file of ``torch.save``, read without unpickling code.
 
-    A checkpoint gives the tensors of its network (the averaged ones, if it contains an average).
+    A checkpoint gives the tensors of its network (the averaged ones, if it contains an average). Prefixes that
+    DistributedDataParallel and ``torch.compile`` add to names are removed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -31,19 +30,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: expected weights, such as resnet18.safetensors or last.ckpt.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = load_state_dict(str(path), weights_only=True)
     except (OSError, SafetensorError):
         raise ValueError(f"{path} is no safetensors file that can be read: is it complete?") from None
+    except AttributeError:
+        # The file holds another object than a mapping.
+        weights = {}
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read without unpickling code ({type(error).__name__}). Expected weights alone: "
             "torch.save(network.state_dict(), path), or safetensors."
         ) from None
-    key = next((k for k in _WRAPPER_KEYS if isinstance(content, dict) and isinstance(content.get(k), Mapping)), None)
-    weights = content if key is None else content[key]
-    tensors = {name: v for name, v in weights.items() if isinstance(v, Tensor)} if isinstance(weights, Mapping) else {}
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no tensors by name: expected a file of torch.save(network.state_dict(), path).")
     return tensors

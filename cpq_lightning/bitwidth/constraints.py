@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from cpq_lightning.attach.audit import listed
 from cpq_lightning.attach.layers import is_attached, quantizers
 from cpq_lightning.bitwidth.cost import WidthCost
 from cpq_lightning.bitwidth.gate_update import Budget
@@ -62,12 +63,11 @@ class Constraint:
         """A sentence on the decision: the widths changed to meet the target, the cost, and the rest of the target."""
         # Channels of one quantizer with the same change are listed together.
         counted = Counter((change["name"], change["before"], change["after"]) for change in moved)
-        listed = [
+        changes = [
             f"{f'{count} channels of ' if count > 1 else ''}{name} from {before} to {after} bits"
             for (name, before, after), count in counted.items()
         ]
-        more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
-        how = f"after changing {', '.join(listed[:_MAX_LISTED])}{more}" if listed else "as learned"
+        how = f"after changing {listed(changes, _MAX_LISTED)}" if changes else "as learned"
         spent = self.budget.cost.of_whole(widths)
         left = self.target - spent
         below = f", {left:.3g} below it" if left > 1e-9 * self.target else ""
@@ -175,18 +175,14 @@ def check_not_all_first_or_last(model: nn.Module) -> None:
         ValueError: All candidates are first or last layers. The message names them and ``first_last_bits``.
     """
     for kind in ("weight", "activation"):
-        candidates = [(name, q) for name, q in quantizers(model) if q.gates.learned and q.kind == kind]
-        if candidates and all(q.first_or_last for _, q in candidates):
+        candidates = {name: q for name, q in quantizers(model) if q.gates.learned and q.kind == kind}
+        if candidates and all(q.first_or_last for q in candidates.values()):
             raise ValueError(
                 f"BitBudget has no {kind} to learn a width of: all {len(candidates)} candidates "
-                f"({_listed(candidates)}) are first or last layers, at first_last_bits={candidates[0][1].bits}. "
+                f"({listed(list(candidates))}) are first or last layers, at "
+                f"first_last_bits={next(iter(candidates.values())).bits}. "
                 "Set first_last_bits=None in CPQConfig, or give these layers weight_bits in overrides."
             )
-
-
-def _listed(named: list[tuple[str, Quantizer]], maximum: int = 4) -> str:
-    more = f" and {len(named) - maximum} more" if len(named) > maximum else ""
-    return ", ".join(name for name, _ in named[:maximum]) + more
 
 
 def explain_nothing_to_learn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -112,11 +113,8 @@ def width_cost(model: nn.Module, learners: Sequence[Quantizer], unit: CostUnit) 
     Raises:
         ValueError: ``bops`` before a forward has counted the multiply-accumulates of each layer.
     """
-    first: dict[Quantizer, int] = {}
-    rows = 0
-    for quantizer in learners:
-        first[quantizer] = rows
-        rows += quantizer.gates.rows
+    *starts, rows = itertools.accumulate((q.gates.rows for q in learners), initial=0)
+    first = dict(zip(learners, starts, strict=True))
     terms: list[tuple[Tensor, Tensor, float | Tensor]] = []
     constant = 0.0
 

@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from cpq_lightning.attach.calls import modes_restored
 from cpq_lightning.bitwidth.model_cost import learning_quantizers
 from cpq_lightning.trainer import private
 from cpq_lightning.trainer.batches import keep_training_batches, training_batches
@@ -178,22 +178,16 @@ class BatchNormReestimation(Callback):
         shown = trainer.is_global_zero and bar is not None and not rich
         # Run compiled code eagerly: it would be compiled again in these modes for only a few batches.
         eager: Any = torch.compiler.set_stance("force_eager")
-        try:
-            with late_progress("Estimating batch norms", int(limit), shown) as advance, eager, torch.no_grad():
-                with _averaging(pl_module, norms), without_effects(trainer):
-                    seen = 0
-                    for batch in training_batches(trainer, int(limit)):
-                        with _evaluating(pl_module, norms):
-                            forward_training_step(trainer, batch)
-                        seen += 1
-                        advance()
-            if not seen:
-                raise ValueError("the training data gave no batch")
-        finally:
-            for module in pl_module.modules():
-                # After a forward, FSDP2 keeps the root unsharded until a backward.
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        with late_progress("Estimating batch norms", int(limit), shown) as advance, eager, torch.no_grad():
+            with _averaging(pl_module, norms), without_effects(trainer):
+                seen = 0
+                for batch in training_batches(trainer, int(limit)):
+                    with _evaluating(pl_module, norms):
+                        forward_training_step(trainer, batch)
+                    seen += 1
+                    advance()
+        if not seen:
+            raise ValueError("the training data gave no batch")
 
 
 def _check_order(trainer: Trainer, reestimation: Callback) -> None:
@@ -227,16 +221,15 @@ def _run_ends_here(trainer: Trainer) -> bool:
 @contextmanager
 def _as_in_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Set the stage and modes of training, also within a validation: batch augmentations read them."""
-    stage, modes = trainer.state.stage, [(m, m.training) for m in module.modules()]
-    if trainer.validating:
-        private.restore_training_mode(trainer, module)
-    trainer.training = True
-    try:
-        yield
-    finally:
-        trainer.state.stage = stage
-        for m, training in modes:
-            m.training = training
+    stage = trainer.state.stage
+    with modes_restored(module):
+        if trainer.validating:
+            private.restore_training_mode(trainer, module)
+        trainer.training = True
+        try:
+            yield
+        finally:
+            trainer.state.stage = stage
 
 
 @contextmanager
@@ -260,16 +253,12 @@ def _averaging(module: LightningModule, norms: Sequence[Any]) -> Iterator[None]:
 @contextmanager
 def _evaluating(module: nn.Module, norms: Sequence[Any]) -> Iterator[None]:
     """Put the network into evaluation mode, except for these batch norms."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    for norm in norms:
-        # Not by train(): batch norms of timm contain activations and dropout.
-        norm.training = True
-    try:
+    with modes_restored(module):
+        module.eval()
+        for norm in norms:
+            # Not by train(): batch norms of timm contain activations and dropout.
+            norm.training = True
         yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def _trains(module: nn.Module) -> bool:

@@ -228,10 +228,6 @@ class BitBudget(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "BitBudget had fixed the widths: it is not at the target")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning does not call teardown after an exception.
-        self.teardown(trainer, pl_module, "fit")
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:
             hook.remove()

@@ -92,10 +92,6 @@ class ClusterPull(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._strength_now = self.value(run_step(trainer))
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning does not call teardown after an exception.
-        self.teardown(trainer, pl_module, "fit")
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for pull in self._pulls:
             pull.remove()

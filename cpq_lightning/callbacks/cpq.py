@@ -16,7 +16,7 @@ from torch import nn
 from cpq_lightning.attach.attach import refit, set_active, set_noise_step
 from cpq_lightning.attach.audit import Audit, AuditReport
 from cpq_lightning.attach.calibrate import recording
-from cpq_lightning.attach.coverage import coverage_once_active, remember_products
+from cpq_lightning.attach.coverage import recorded_coverage, remember_products
 from cpq_lightning.attach.first_forward import (
     auditable,
     broadcast_report,
@@ -391,15 +391,11 @@ class CPQCallback(RangeHooks):
         if levels_file is not None:
             record_exports(content, levels_file, exports)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop_recording()
-        # Lightning does not call teardown after an exception.
-        self.teardown(trainer, pl_module, "fit")
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._take_back_ranges()
         self._forbid_evaluations_to_fit()
         self._stop_tracking()
+        self._stop_recording()
         # Lightning does not call on_train_batch_end for a batch that another callback has skipped.
         self._stop_audits()
         forget_configured(pl_module)
@@ -439,18 +435,17 @@ class CPQCallback(RangeHooks):
         audit.__exit__(None, None, None)
         if self._order_known:
             remember_products(pl_module, audit.report)
-            self._log_coverage(pl_module)
-            return
-        report = broadcast_report(audit.report)
-        settle_first_and_last(pl_module, report.order)
-        record_forward(pl_module, report)
-        if pl_module.trainer.is_global_zero:
-            report_audit(pl_module, report)
+        else:
+            report = broadcast_report(audit.report)
+            settle_first_and_last(pl_module, report.order)
+            record_forward(pl_module, report)
+            if pl_module.trainer.is_global_zero:
+                report_audit(pl_module, report)
         self._log_coverage(pl_module)
 
     def _log_coverage(self, pl_module: LightningModule) -> None:
         """Log the coverage once per fit, as soon as a forward has determined it."""
-        coverage = None if self._coverage_logged else coverage_once_active(pl_module)
+        coverage = None if self._coverage_logged else recorded_coverage(pl_module, once_active=True)
         if coverage is not None:
             self._coverage_logged = True
             from_start = f"run quantized from step {self.start_step} on" if self.start_step else "run quantized"

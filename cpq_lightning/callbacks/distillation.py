@@ -163,10 +163,6 @@ class DistillationCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.teardown(trainer, pl_module, "fit")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning does not call teardown after an exception.
-        self.teardown(trainer, pl_module, "fit")
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for undo in self._undo:
             undo()

@@ -18,7 +18,7 @@ from torch import nn
 
 from cpq_lightning.attach.calls import as_batch_call
 from cpq_lightning.attach.range_tracking import refit_rewritten
-from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint
+from cpq_lightning.checkpoint import CHECKPOINT_KEY, load_checkpoint, named_backbone
 from cpq_lightning.export.export import export_model
 from cpq_lightning.export.formats import Container, Format
 from cpq_lightning.export.sample_file import SAMPLES_FILE, read_samples
@@ -65,6 +65,8 @@ def export(
     try:
         if samples is not None and data is not None:
             raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
+        if not Path(ckpt).is_file():
+            raise FileNotFoundError(f"ckpt={ckpt} is no file: expected a checkpoint, such as last.ckpt.")
         trained = load_module(ckpt) if module is None else load_own(ckpt, module, module_args or {})
         # The last steps of training may have moved weights beyond their ranges.
         refit_rewritten(trained)
@@ -96,11 +98,8 @@ def load_module(path: str) -> QuantizedModule:
     """Load the module of a checkpoint; only tensors and plain values are unpickled.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint of a QuantizedModule with a named backbone.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"ckpt={path} is no file: expected a checkpoint, such as last.ckpt.")
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
@@ -108,8 +107,8 @@ def load_module(path: str) -> QuantizedModule:
             f"ckpt={path} is no checkpoint that can be read without unpickling code ({type(error).__name__}). Expected "
             "a checkpoint that a run of QuantizedModule has saved."
         ) from None
-    settings = content.get("hyper_parameters") if isinstance(content, dict) and "state_dict" in content else None
-    if not isinstance(settings, dict) or not settings.get("backbone"):
+    settings = named_backbone(content)
+    if settings is None:
         raise ValueError(
             f"ckpt={path} is no checkpoint of a QuantizedModule with a named backbone. For another LightningModule "
             "give its class: --module mypackage.Net. For a QuantizedModule around an nn.Module give that network: "
@@ -124,11 +123,8 @@ def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> Lightning
     """Load the module of a checkpoint, given its class path; only tensors and plain values are unpickled.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: there is no such class, the class cannot be built, or the checkpoint is of another class.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"ckpt={path} is no file: expected a checkpoint, such as last.ckpt.")
     # The installed command does not have the working directory in sys.path, as "python -m" does.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

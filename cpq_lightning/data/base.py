@@ -44,14 +44,13 @@ class ImageDataModule(LightningDataModule):
         cutmix: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("num_workers", num_workers)):
-            if value < (1 if name == "batch_size" else 0):
-                raise ValueError(f"{name} must be at least {1 if name == 'batch_size' else 0}, got {value}.")
+        given = {"batch_size": batch_size, "num_workers": num_workers, "mixup": mixup, "cutmix": cutmix}
+        for name, value in given.items():
+            least = 1 if name == "batch_size" else 0
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
-        for name, value in (("mixup", mixup), ("cutmix", cutmix)):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}.")
         if (mixup or cutmix) and batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs of images: batch_size must be even, got {batch_size}.")
         self.batch_size, self.val_fraction, self.num_workers, self.seed = batch_size, val_fraction, num_workers, seed

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms import v2
 
 from cpq_lightning.backbones.cifar import CIFAR_MEAN, CIFAR_STD
 from cpq_lightning.data.downloaded import DownloadedDataModule
@@ -19,13 +16,10 @@ class CIFAR10DataModule(DownloadedDataModule):
     Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
     """
 
-    title, dataset, size = "CIFAR-10", CIFAR10, 32
+    title, dataset, size, shift = "CIFAR-10", CIFAR10, 32, 8
     files = "the folder cifar-10-batches-py (or cifar-10-python.tar.gz, unpacked)"
     mean, std = CIFAR_MEAN, CIFAR_STD
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-    def augmentations(self) -> list[Any]:
-        return _shifted_and_mirrored(self.image_size)
 
 
 class CIFAR100DataModule(DownloadedDataModule):
@@ -36,7 +30,7 @@ class CIFAR100DataModule(DownloadedDataModule):
     Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
     """
 
-    title, dataset, size = "CIFAR-100", CIFAR100, 32
+    title, dataset, size, shift = "CIFAR-100", CIFAR100, 32, 8
     files = "the folder cifar-100-python (or cifar-100-python.tar.gz, unpacked)"
     # Mean and standard deviation of CIFAR-100's training images.
     mean, std = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -49,10 +43,3 @@ class CIFAR100DataModule(DownloadedDataModule):
     def class_names(self) -> list[str]:  # type: ignore[override]
         """Names of the classes, read from the data."""
         return self._load(False, None).classes  # type: ignore[attr-defined]
-
-    def augmentations(self) -> list[Any]:
-        return _shifted_and_mirrored(self.image_size)
-
-
-def _shifted_and_mirrored(size: int) -> list[Any]:
-    return [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 from urllib.error import URLError
@@ -39,6 +38,8 @@ class DownloadedDataModule(ImageDataModule):
     size: ClassVar[int]
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
+    # Training shifts images by up to their size divided by this number.
+    shift: ClassVar[int]
 
     def __init__(
         self,
@@ -58,10 +59,6 @@ class DownloadedDataModule(ImageDataModule):
         self.save_hyperparameters()
         self.root, self.image_size, self.download = root, image_size or self.size, download
 
-    @abstractmethod
-    def augmentations(self) -> list[Any]:
-        """The transforms of a training image that already has the right size."""
-
     def prepare_data(self) -> None:
         if not self.download:
             return
@@ -80,9 +77,11 @@ class DownloadedDataModule(ImageDataModule):
         return self._load(False, self._transform(False))
 
     def _transform(self, augmented: bool) -> v2.Compose:
-        scaled = [] if self.image_size == self.size else [v2.Resize(self.image_size)]
+        size = self.image_size
+        scaled = [] if size == self.size else [v2.Resize(size)]
+        moved = [v2.RandomCrop(size, padding=size // self.shift), v2.RandomHorizontalFlip()] if augmented else []
         tensors = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        return v2.Compose([*scaled, *(self.augmentations() if augmented else []), *tensors])
+        return v2.Compose([*scaled, *moved, *tensors])
 
     def _load(self, train: bool, transform: Any, download: bool = False) -> Dataset[Any]:
         try:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
-from torchvision.transforms import v2
 
 from cpq_lightning.data.downloaded import DownloadedDataModule
 
@@ -26,7 +24,7 @@ class FashionMNISTDataModule(DownloadedDataModule):
     Xiao, Rasul, Vollgraf, *Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms*, 2017.
     """
 
-    title, dataset, size = "Fashion-MNIST", FashionMNIST, 28
+    title, dataset, size, shift = "Fashion-MNIST", FashionMNIST, 28, 14
     files = "FashionMNIST/raw with the four files *-ubyte (on Debian: apt install dataset-fashion-mnist)"
     # Mean and standard deviation of the training images.
     mean, std = (0.2860,), (0.3530,)
@@ -46,6 +44,3 @@ class FashionMNISTDataModule(DownloadedDataModule):
                 for file in Path(unpacked).iterdir():
                     file.replace(folder / "raw" / file.name)
         super().prepare_data()
-
-    def augmentations(self) -> list[Any]:
-        return [v2.RandomCrop(self.image_size, padding=self.image_size // 14), v2.RandomHorizontalFlip()]

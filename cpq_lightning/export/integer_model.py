@@ -69,19 +69,28 @@ def with_input(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
 
-class IntegerLayer(nn.Module):
-    """Mixin in front of a layer's class that computes ``weight`` from integer codes in each forward."""
+class _Coded(nn.Module):
+    """Mixin in front of a module's class with a weight as integer codes and their scales."""
 
     base_class: ClassVar[type[nn.Module]]
     weight_codes: Tensor
     weight_step: Tensor
-    input_grid: InputGrid | None
     channel_dim: int
+
+    def decoded(self) -> Tensor:
+        """``codes · step``."""
+        return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
+
+
+class IntegerLayer(_Coded):
+    """Mixin in front of a layer's class that computes ``weight`` from integer codes in each forward."""
+
+    input_grid: InputGrid | None
 
     @property
     def weight(self) -> Tensor:
         """``codes · step``."""
-        return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
+        return self.decoded()
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.input_grid is not None:
@@ -89,22 +98,14 @@ class IntegerLayer(nn.Module):
         return super().forward(input, *args, **kwargs)
 
 
-class IntegerTable(nn.Module):
+class IntegerTable(_Coded):
     """Mixin in front of the class of a module whose Parameter is tied to a layer's weight, such as an embedding.
 
     The tied Parameter becomes a property of the module's new class, computed from the integer codes of the layer.
     """
 
-    base_class: ClassVar[type[nn.Module]]
-    weight_codes: Tensor
-    weight_step: Tensor
-    channel_dim: int
     # Name of the layer whose weight the module shares.
     source: str
-
-    def decoded(self) -> Tensor:
-        """``codes · step``."""
-        return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.base_class.forward is not nn.Embedding.forward or self.channel_dim != 0:

@@ -23,7 +23,7 @@ from cpq_lightning.report.levels import compact_manifest
 LEVELS_ENTRY = "levels.json"
 
 
-def write_program(model: nn.Module, path: str | Path, samples: Samples) -> Path:
+def write_program(model: nn.Module, path: str | Path, samples: Samples) -> None:
     """Write an attached model as a ``torch.export`` program with int8 weight codes and plain operations of torch.
 
     Args:
@@ -37,13 +37,11 @@ def write_program(model: nn.Module, path: str | Path, samples: Samples) -> Path:
         TypeError: ``torch.export`` cannot save the class of an argument.
         torch._dynamo.exc.UserError: ``torch.export`` cannot trace the forward.
     """
-    path = Path(path)
     if samples.form is not None:
         dump_spec(samples.form)
     program = trace(to_integer_model(model), samples)
-    with path.open("wb") as file:
+    with Path(path).open("wb") as file:
         torch.export.save(program, file, extra_files={LEVELS_ENTRY: json.dumps(compact_manifest(model))})
-    return path
 
 
 def trace(network: nn.Module, samples: Samples) -> ExportedProgram:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +40,8 @@ class AuxiliaryOptimizer:
         optimizer: The user's optimizer.
         parameters: The quantizers' parameters, one-dimensional and on one device.
         lr_factor: Learning rate relative to the user's.
-        grad_scale: Returns the factor by which gradients are scaled; ``None`` without a gradient scaler.
-        wrappers: Objects that stand in for the optimizer and define its methods themselves.
-        average: Averages a tensor over all processes in place; ``None`` if the gradients of these parameters are
-            averaged already.
-        kept_out: Parameters that may not be added to the user's optimizer; ``None`` means those of this one.
+        hook: Further arguments of the :class:`~cpq_lightning.optim.optimizer_hook.OptimizerHook` on the user's
+            optimizer.
     """
 
     def __init__(
@@ -52,10 +49,7 @@ class AuxiliaryOptimizer:
         optimizer: Optimizer,
         parameters: Iterable[nn.Parameter],
         lr_factor: float = 1.0,
-        grad_scale: Callable[[], float] | None = None,
-        wrappers: Iterable[Any] = (),
-        average: Callable[[Tensor], None] | None = None,
-        kept_out: Iterable[nn.Parameter] | None = None,
+        **hook: Any,
     ) -> None:
         self.parameters = list(parameters)
         self._user = optimizer
@@ -67,7 +61,7 @@ class AuxiliaryOptimizer:
         group = largest_group(optimizer)
         self._first_lr = float(group.get("initial_lr") or group.get("lr") or 0.0)
         UpdateClamp(self.optimizer, self.parameters)
-        self._hook = OptimizerHook(optimizer, self.parameters, self._step, grad_scale, wrappers, average, kept_out)
+        self._hook = OptimizerHook(optimizer, self.parameters, self._step, **hook)
         # Schedule-free optimizers train at other parameter values than they evaluate at.
         for mode in ("train", "eval"):
             if hasattr(self.optimizer, mode):

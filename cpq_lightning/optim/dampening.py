@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.sharding import full_tensor
-from cpq_lightning.optim.optimizer_hook import stepping
+from cpq_lightning.optim.optimizer_hook import has_skipped, stepping
 
 
 class Dampening:
@@ -39,9 +39,7 @@ class Dampening:
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         strength = self._strength()
-        # If 16-bit gradients overflow, a fused optimizer skips the update inside its step, but still runs its hooks.
-        overflow = getattr(optimizer, "found_inf", None)
-        if strength <= 0 or (overflow is not None and bool(overflow)):
+        if strength <= 0 or has_skipped(optimizer):
             return
         for weight in (p for group in optimizer.param_groups for p in group["params"]):
             quantizer = self._quantizers.get(id(weight))

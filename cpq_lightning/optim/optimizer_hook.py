@@ -116,9 +116,7 @@ class OptimizerHook:
     def _unscale(self, optimizer: Optimizer, gradients: Iterable[Tensor | None], scale: float) -> bool:
         """Divide the gradients by ``scale``; return whether they are finite and the step was not skipped."""
         present = [gradient.div_(scale) for gradient in gradients if gradient is not None]
-        # If 16-bit gradients overflow, a fused optimizer skips the update inside its step, but still runs its hooks.
-        overflow = getattr(optimizer, "found_inf", None)
-        if overflow is not None and bool(overflow):
+        if has_skipped(optimizer):
             return False
         return math.isfinite(float(torch.stack([gradient.abs().sum() for gradient in present]).sum()))
 
@@ -161,6 +159,14 @@ def average_gradients(parameters: Sequence[nn.Parameter], average: Callable[[Ten
         p.grad = grad.view_as(p).clone()
 
 
+def has_skipped(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's last step left its update out: if 16-bit gradients overflow, a fused optimizer does so
+    inside its step, and still runs its hooks.
+    """
+    overflow = getattr(optimizer, "found_inf", None)
+    return overflow is not None and bool(overflow)
+
+
 def nested(optimizer: Optimizer) -> Iterator[Optimizer]:
     """An optimizer and those that it wraps, from the outermost to the innermost."""
     visited: list[Optimizer] = []
@@ -181,13 +187,10 @@ def stepping(optimizer: Optimizer) -> Optimizer:
     """
     result = optimizer
     for inner in nested(optimizer):
-        if not _has_hooks(result) or _parameters(inner) == _parameters(optimizer):
+        has_hooks = getattr(type(result).step, "hooked", False)
+        if not has_hooks or _parameters(inner) == _parameters(optimizer):
             result = inner
     return result
-
-
-def _has_hooks(optimizer: Optimizer) -> bool:
-    return bool(getattr(type(optimizer).step, "hooked", False))
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

@@ -22,9 +22,9 @@ _MOMENTUM_NAMES = ("momentum_buffer", "exp_avg")
 
 
 class UpdateClamp:
-    """Clamps the update of some parameters of an optimizer; updates within ``bound`` stay bitwise unchanged.
+    """Clamps the update of some parameters of an optimizer; updates within :data:`BOUND` stay bitwise unchanged.
 
-    A larger update is cut off at ``bound``, and its momentum is divided by the same ratio. Otherwise a single gradient
+    A larger update is cut off at the bound, and its momentum is divided by the same ratio. Otherwise a single gradient
     that is a thousand times too large would keep the updates at the bound for dozens of steps. The operations are
     batched over all parameters, and nothing is copied from the device.
 
@@ -35,17 +35,15 @@ class UpdateClamp:
         optimizer: The optimizer of the parameters.
         parameters: One-dimensional parameters on one device. They are logarithms or logits, so that the bound is a
             relative one.
-        bound: Maximum change of each element in one update.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Iterable[Tensor], bound: float = BOUND) -> None:
+    def __init__(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         self.parameters = list(parameters)
-        self.bound = bound
         self._start: Tensor | None = None
         # With a closure also after its first call, whose forward may fit ranges again. Later calls are probes within
         # the update.
-        handle = before_update(optimizer, self._save_values)
-        self._handles = [handle, stepping(optimizer).register_step_post_hook(self._after)]
+        before_update(optimizer, self._save_values)
+        stepping(optimizer).register_step_post_hook(self._after)
 
     @torch.no_grad()
     def _save_values(self) -> None:
@@ -55,9 +53,9 @@ class UpdateClamp:
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self._start is not None
         now = torch.cat(self.parameters)
-        clamped = now.clamp(self._start - self.bound, self._start + self.bound)
+        clamped = now.clamp(self._start - BOUND, self._start + BOUND)
         # Ratio of the update to the bound: exactly 1 where nothing is cut off.
-        ratio = 1 + (now - clamped).abs() / self.bound
+        ratio = 1 + (now - clamped).abs() / BOUND
         sizes = [len(p) for p in self.parameters]
         torch._foreach_copy_(self.parameters, clamped.split(sizes))
         states = [optimizer.state.get(p, {}) for p in self.parameters]
@@ -66,8 +64,3 @@ class UpdateClamp:
             momenta = [(state[name], part) for state, part in pairs if isinstance(state.get(name), Tensor)]
             if momenta:
                 torch._foreach_div_([momentum for momentum, _ in momenta], [part for _, part in momenta])
-
-    def remove(self) -> None:
-        """Remove the hooks from the optimizer."""
-        for handle in self._handles:
-            handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -55,11 +56,8 @@ def byte_cost(
         architecture: As for :func:`packed_size`.
     """
     model = unwrapped(model)
-    first: dict[Quantizer, int] = {}
-    rows = 0
-    for quantizer in learners:
-        first[quantizer] = rows
-        rows += quantizer.gates.rows
+    *starts, rows = itertools.accumulate((q.gates.rows for q in learners), initial=0)
+    first = dict(zip(learners, starts, strict=True))
     header, layers = _header(model, architecture), dict(quantized_layers(model))
     varied: list[_Varied] = []
     for entry in header["layers"]:

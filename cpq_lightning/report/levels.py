@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpq_lightning.attach.coverage import coverage, coverage_once_active
+from cpq_lightning.attach.coverage import recorded_coverage
 from cpq_lightning.attach.layers import QuantizedLayer, bypassed, quantized_layers, quantizers
 from cpq_lightning.attach.levels_file import FORMAT
 from cpq_lightning.attach.origin import full_precision_layers, late_layers, late_message
@@ -86,12 +86,17 @@ class LevelsRecord:
     @property
     def mean_bits(self) -> float:
         """Width; the mean over the channels where widths are per channel."""
-        return sum(self.bits) / len(self.bits) if isinstance(self.bits, list) else self.bits
+        return mean_over_channels(self.bits)
 
     @property
     def computed_bits(self) -> float:
         """Width of the values that the layer multiplies: 32 while they are in full precision."""
         return self.mean_bits if self.quantizing else FULL_BITS
+
+
+def mean_over_channels(value: float | Sequence[float]) -> float:
+    """The mean of a list with one value per channel; a single value unchanged."""
+    return sum(value) / len(value) if isinstance(value, Sequence) else value
 
 
 def levels(model: nn.Module) -> list[LevelsRecord]:
@@ -242,11 +247,12 @@ def manifest(
             continue
         entry = by_layer.setdefault(record.name, {"name": values["name"], "weight": None, "activation": None})
         entry[record.kind] = {key: value for key, value in values.items() if key not in ("name", "kind")}
+    covered = recorded_coverage(model)
     content = {
         "format": FORMAT,
         "version": VERSION,
         "totals": totals(model, records, model if network is None else unwrapped(network), architecture),
-        "coverage": _coverage(model),
+        "coverage": None if covered is None else covered.to_dict(),
         "layers": list(by_layer.values()),
     }
     plain = [asdict(layer) for layer in full_precision_layers(model)]
@@ -276,10 +282,6 @@ def compact_manifest(model: nn.Module) -> dict[str, Any]:
     for layer in content["layers"]:
         layer["weight"].pop("level_shares")
     return content
-
-
-def _coverage(model: nn.Module) -> dict[str, Any] | None:
-    return None if coverage_once_active(model) is None else coverage(model).to_dict()
 
 
 def totals(

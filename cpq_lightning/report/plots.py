@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpq_lightning.files import write_atomically
+from cpq_lightning.report.levels import mean_over_channels
 
 TRAJECTORY_FILE = "trajectory.csv"
 _WEIGHTS, _ACTIVATIONS, _PALE, _DARK = "#2f6db3", "#d98032", "#c9c9c9", "#333333"
@@ -35,10 +36,6 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _mean(bits: Any) -> float:
-    return sum(bits) / len(bits) if isinstance(bits, list) else float(bits)
-
-
 def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
     """Plot, for each layer in execution order, the bits of the weight, the bits of the input, and the packed weight's
     size.
@@ -60,7 +57,7 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
             if values is None or not values["quantizing"]:
                 axis.text(0.1, row, "full precision", va="center", fontsize=7, color="grey")
                 continue
-            bits = _mean(values["bits"])
+            bits = mean_over_channels(values["bits"])
             axis.barh(row, bits, color=_PALE if values["first_or_last"] else color, height=0.78)
             axis.text(bits + 0.1, row, f"{bits:g}" if bits == int(bits) else f"{bits:.1f}", va="center", fontsize=8)
         key = "weight_bits_avg" if kind == "weight" else "act_bits_avg"
@@ -137,7 +134,7 @@ def draw_weight_histograms(histograms: Mapping[str, Any], manifest: Mapping[str,
         axis.set(xlim=(low - 0.8, high + 0.8), ylim=(0, 1.08 * highest or 1), yticks=[])
         if high - low <= 16:
             axis.set_xticks(range(low, high + 1))
-        width = f"{_mean(weight['bits']):g} bits" if weight["quantizing"] else "full precision"
+        width = f"{mean_over_channels(weight['bits']):g} bits" if weight["quantizing"] else "full precision"
         axis.set_title(f"{name}   {width}, {weight['numel']:,} weights", fontsize=9, loc="left")
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -157,9 +154,9 @@ def _merge_bins(counts: list[int], levels: int, numel: int) -> list[int]:
 
 def _choose_layers(manifest: Mapping[str, Any], known: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     weights = [(layer["name"], layer["weight"]) for layer in manifest["layers"] if layer["name"] in known]
-    legible = [w for w in weights if _mean(w[1]["bits"]) <= 4 and not isinstance(w[1]["bits"], list)] or weights
+    legible = [w for w in weights if not isinstance(w[1]["bits"], list) and w[1]["bits"] <= 4] or weights
     by_size = sorted(legible, key=lambda w: -w[1]["numel"])
-    by_bits = sorted(by_size, key=lambda w: _mean(w[1]["bits"]))
+    by_bits = sorted(by_size, key=lambda w: mean_over_channels(w[1]["bits"]))
     wanted = [*by_size[:3], by_bits[0], by_bits[-1], *by_size]
     names = list(dict.fromkeys(name for name, _ in wanted))[:_MAX_HISTOGRAMS]
     return [w for w in weights if w[0] in names]

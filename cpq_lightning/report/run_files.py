@@ -34,16 +34,12 @@ def write_csv(manifest: Mapping[str, Any], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for layer in manifest["layers"]:
-        for kind in ("weight", "activation"):
-            values = layer[kind]
-            if values is not None:
-                levels = values["high"] - values["low"] + 1
-                row = {**values, "layer": layer["name"], "kind": kind, "levels": levels}
-                writer.writerow({key: _cell(value) for key, value in row.items()})
-    for operand in manifest.get("products", ()):
-        row = {**operand, "layer": operand["name"], "kind": "operand", "levels": operand["high"] - operand["low"] + 1}
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+    rows = [(layer["name"], kind, layer[kind]) for layer in manifest["layers"] for kind in ("weight", "activation")]
+    rows += [(operand["name"], "operand", operand) for operand in manifest.get("products", ())]
+    for name, kind, values in rows:
+        if values is not None:
+            row = {**values, "layer": name, "kind": kind, "levels": values["high"] - values["low"] + 1}
+            writer.writerow({key: _cell(value) for key, value in row.items()})
     write_atomically(path, text.getvalue())
 
 

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cpq_lightning.attach.coverage import Coverage
+from cpq_lightning.report.levels import mean_over_channels
 from cpq_lightning.report.runs import BEFORE, FULL, QUANTIZED, Run
 
 LEFT_ALIGNED: dict[str, Any] = {
@@ -21,9 +22,9 @@ LEFT_ALIGNED: dict[str, Any] = {
 }
 
 
-def levels_table(manifest: Mapping[str, Any], title: str = "Learned levels") -> Table:
+def levels_table(manifest: Mapping[str, Any]) -> Table:
     """One row per layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
-    table = Table(title=title, caption=summary(manifest), **LEFT_ALIGNED)
+    table = Table(title="Learned levels", caption=summary(manifest), **LEFT_ALIGNED)
     table.add_column("layer", overflow="fold", min_width=16)
     for kind in ("weight", "input"):
         table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
@@ -70,19 +71,15 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
         return ["fp32", "", "", "", ""]
     used, error, scale = quantizer["used_levels"], quantizer["relative_error"], quantizer["scale"]
     clipped = quantizer.get("clipped")
-    shown = f"~{sum(scale) / len(scale):#.2g}" if isinstance(scale, list) else f"{scale:#.3g}"
+    bits, mean_bits, mean_scale = quantizer["bits"], mean_over_channels(quantizer["bits"]), mean_over_channels(scale)
     sign = "" if quantizer["signed"] else "u"
     return [
-        f"{sign}{_bits(quantizer['bits'])}",
-        shown,
+        f"{sign}~{mean_bits:.1f}" if isinstance(bits, list) else f"{sign}{bits}",
+        f"~{mean_scale:#.2g}" if isinstance(scale, list) else f"{scale:#.3g}",
         "" if used is None else f"{used}",
         "" if error is None else "<0.01%" if 0 < error < 5e-5 else f"{error:.2%}",
         "" if clipped is None else "0%" if clipped == 0 else "<0.1%" if clipped < 5e-4 else f"{clipped:.1%}",
     ]
-
-
-def _bits(bits: int | list[int]) -> str:
-    return f"~{sum(bits) / len(bits):.1f}" if isinstance(bits, list) else f"{bits}"
 
 
 def summary(manifest: Mapping[str, Any]) -> str:
@@ -93,14 +90,11 @@ def summary(manifest: Mapping[str, Any]) -> str:
     prefix = f"{averages} on average\n" if averages else ""
     covered = manifest.get("coverage")
     suffix = "" if covered is None else f"\n{Coverage.from_dict(covered).sentence()}"
-    if not any(quantizer["quantizing"] for layer in manifest["layers"] for quantizer in _quantizers(layer)):
+    sides = [layer[kind] for layer in manifest["layers"] for kind in ("weight", "activation")]
+    if not any(side["quantizing"] for side in sides if side is not None):
         return f"in full precision: {shown_bytes(full)} in float32{suffix}"
     sizes = f"{shown_bytes(size)} packed instead of {shown_bytes(full)} in float32"
     return f"{prefix}{sizes}, {full / size:.1f} times smaller{suffix}"
-
-
-def _quantizers(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [layer[kind] for kind in ("weight", "activation") if layer[kind] is not None]
 
 
 def shown_averages(weights: float | None, activations: float | None) -> str:

@@ -212,12 +212,18 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
 
 def begin_training(trainer: Trainer) -> None:
     """Draw the random numbers that :func:`read_training_ahead` used to set up the data; called when training starts."""
-    fetcher = private.training_fetcher(trainer)
-    prefetcher: Any = None if fetcher is None else private.loader_of(fetcher)
-    if isinstance(prefetcher, Prefetcher):
+    prefetcher = _prefetcher(trainer)
+    if prefetcher is not None:
         prefetcher.begin(may_start_over=not trainer.fit_loop.epoch_loop.restarting)
         _draw_again(prefetcher.setup_draw)
         prefetcher.setup_draw = None
+
+
+def _prefetcher(trainer: Trainer) -> Prefetcher | None:
+    """The prefetcher of the training batches, if there is one."""
+    fetcher = private.training_fetcher(trainer)
+    loader: Any = None if fetcher is None else private.loader_of(fetcher)
+    return loader if isinstance(loader, Prefetcher) else None
 
 
 def _readable_batches(trainer: Trainer, most: int) -> int:
@@ -238,9 +244,8 @@ def _readable_batches(trainer: Trainer, most: int) -> int:
 
 def correct_loader_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Store in a checkpoint the states of stateful loaders at training's position, without the batches read ahead."""
-    fetcher = private.training_fetcher(trainer)
-    prefetcher: Any = None if fetcher is None else private.loader_of(fetcher)
-    states = prefetcher.states() if isinstance(prefetcher, Prefetcher) else None
+    prefetcher = _prefetcher(trainer)
+    states = None if prefetcher is None else prefetcher.states()
     if states:
         checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
 
@@ -261,11 +266,10 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Any]:
     is read again, and the state of no loader or sampler changes. Otherwise they are the last training batches, which
     :func:`keep_training_batches` has kept.
     """
-    fetcher, training_loader = private.training_fetcher(trainer), private.training_loader(trainer)
-    if training_loader is None or fetcher is None:
+    prefetcher, training_loader = _prefetcher(trainer), private.training_loader(trainer)
+    if training_loader is None:
         return
-    prefetcher: Any = private.loader_of(fetcher)
-    kept = prefetcher.kept[-most:] if isinstance(prefetcher, Prefetcher) else []
+    kept = [] if prefetcher is None else prefetcher.kept[-most:]
     loader = None if kept else _independent(training_loader)
     with isolate_rng():
         for item in islice(iter(kept if loader is None else loader), most):

@@ -110,11 +110,6 @@ def run_calibration(
                 failed.append(error)
             if not failed:
                 raise MisconfigurationException(f"CPQCallback cannot calibrate: {error}") from error
-        finally:
-            for module in pl_module.modules():
-                # FSDP2 keeps the root unsharded after a forward until a backward; checkpoints are restored into shards.
-                if isinstance(module, FSDPModule):
-                    module.reshard()
     return failed[0] if failed else None
 
 
@@ -139,7 +134,7 @@ def forward_training_step(trainer: Trainer, batch: Any) -> None:
 
 @contextmanager
 def without_effects(trainer: Trainer) -> Iterator[None]:
-    """Run training steps without side effects: no logs, no updates, and metrics and attributes are restored."""
+    """Run training steps without side effects: no logs, no updates, and metrics, attributes and shards are restored."""
     module = trainer.lightning_module
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     silenced: list[tuple[Any, tuple[str, ...]]] = [
@@ -159,7 +154,7 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
             stack.callback(attributes.update, {n: attributes[n] for n in names if n in attributes})
             for name in names:
                 stack.callback(attributes.pop, name, None)
-                attributes[name] = _do_nothing
+                attributes[name] = lambda *args, **kwargs: None
         try:
             yield
         finally:
@@ -175,6 +170,10 @@ def without_effects(trainer: Trainer) -> Iterator[None]:
                     # Compare values: a write through ``.data`` does not change a tensor's version.
                     if not torch.equal(parameter, value):
                         parameter.copy_(value)
+            for part in module.modules():
+                # FSDP2 keeps the root unsharded after a forward until a backward; checkpoints are restored into shards.
+                if isinstance(part, FSDPModule):
+                    part.reshard()
 
 
 _CONTAINERS = (list, dict, set, deque)
@@ -204,10 +203,6 @@ def _restore_attributes(module: nn.Module, saved: dict[str, tuple[Any, Any]]) ->
         if content is not None:
             value.clear()
             value.extend(content) if isinstance(value, list | deque) else value.update(content)
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 @contextmanager

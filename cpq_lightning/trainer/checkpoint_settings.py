@@ -11,8 +11,7 @@ from torch import nn
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.attach.loading import explain_with
 from cpq_lightning.attach.origin import attached_config
-from cpq_lightning.checkpoint import CHECKPOINT_KEY, differences, take_settings
-from cpq_lightning.config import CPQConfig
+from cpq_lightning.checkpoint import differences, saved_config, take_settings
 from cpq_lightning.trainer import private
 
 if TYPE_CHECKING:
@@ -23,11 +22,10 @@ def explain_refusal(module: nn.Module) -> str:
     """How a module's settings differ from those of the checkpoint that its Trainer restores; empty if they agree."""
     trainer = private.trainer_of(module)
     checkpoint = None if trainer is None else private.loaded_checkpoint(trainer)
-    saved = (checkpoint or {}).get(CHECKPOINT_KEY, {}).get("config")
-    requested = attached_config(module)
+    saved, requested = saved_config(checkpoint or {}), attached_config(module)
     if saved is None or requested is None:
         return ""
-    difference = differences(requested, CPQConfig(**saved), "in the checkpoint")
+    difference = differences(requested, saved, "in the checkpoint")
     return f"They differ in {difference}." if difference else ""
 
 
@@ -47,7 +45,7 @@ class RequestedSettings:
 
     def compare(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Adopt the settings of the restored checkpoint, and warn if they differ from the module's."""
-        self._compared = bool(checkpoint.get(CHECKPOINT_KEY, {}).get("config"))
+        self._compared = saved_config(checkpoint) is not None
         message = take_settings(pl_module, checkpoint)
         if message:
             rank_zero_warn(message)

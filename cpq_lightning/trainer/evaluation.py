@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -29,7 +30,7 @@ class TemporaryRanges:
     """
 
     def __init__(self, kept: Iterable[Quantizer], missing: Iterable[Quantizer], reason: str) -> None:
-        self._saved = [(q, _copy(q.state_dict()), q.measured, q.fits_next) for q in kept]
+        self._saved = [(q, copy.deepcopy(q.state_dict()), q.measured, q.fits_next) for q in kept]
         self._waiting = list(missing)
         self._reason = reason
         self.before_batch()
@@ -46,7 +47,8 @@ class TemporaryRanges:
             return
         waiting, self._waiting = self._waiting, []
         if trainer.world_size > 1:
-            states: list[dict[str, Tensor]] = trainer.strategy.broadcast([_copy(q.state_dict()) for q in waiting])
+            own = [copy.deepcopy(q.state_dict()) for q in waiting]
+            states: list[dict[str, Tensor]] = trainer.strategy.broadcast(own)
             for quantizer, state in zip(waiting, states, strict=True):
                 quantizer.load_state_dict(state)
                 quantizer.fits_next = not quantizer.fitted
@@ -91,7 +93,3 @@ def use_temporary_ranges(trainer: Trainer, pl_module: LightningModule, quantize_
     )
     # The notes that a forward makes in a module without a fit must not last either, so restore all quantizers.
     return TemporaryRanges(all_quantizers, missing.values(), reason)
-
-
-def _copy(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}

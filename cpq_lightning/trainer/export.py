@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.audit import unaudited
-from cpq_lightning.attach.calls import as_call
+from cpq_lightning.attach.calls import as_call, in_evaluation
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.export.calls import named_outputs
 from cpq_lightning.export.export import export_model
@@ -166,22 +166,16 @@ def _example_obstacle(trainer: Trainer, pl_module: LightningModule) -> str | Non
     part, example = exported_part(pl_module), getattr(pl_module, "example_input_array", None)
     if example is None or recorded_samples(part) is not None or any(is_sharded(p) for p in part.parameters()):
         return None
-    modes = {module: module.training for module in part.modules()}
     try:
         args, kwargs = tree_map(
             lambda leaf: leaf.to(pl_module.device) if isinstance(leaf, torch.Tensor) else leaf, as_call(part, example)
         )
-        for module in modes:
-            module.training = False
         with torch.no_grad(), isolate_rng(), unaudited(), trainer.precision_plugin.forward_context():
-            with torch.compiler.set_stance("force_eager"):
+            with in_evaluation(part), torch.compiler.set_stance("force_eager"):
                 output = part(*args, **kwargs)
     except Exception:
         # The export reports this error, unless it is fixed by then.
         return None
-    finally:
-        for module, training in modes.items():
-            module.training = training
     try:
         named_outputs(output)
     except TypeError as error:

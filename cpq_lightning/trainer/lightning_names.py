@@ -56,6 +56,10 @@ class Callback(_Callback):
         names = inspect.signature(package_class).parameters
         return package_class(**{name: settings[name] for name in names if name in settings})
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        # Lightning does not call teardown after an exception.
+        self.teardown(trainer, pl_module, "fit")
+
 
 class MisconfigurationException(_MisconfigurationException):
     """Lightning's exception of this name, for both packages."""

@@ -60,7 +60,7 @@ def train_quantizers(
         wrappers = [private.optimizer_wrappers(trainer)[index]]
         if not range_parameters[index]:
             other_hooks.append(
-                OptimizerHook(optimizer, [], _do_nothing, wrappers=wrappers, kept_out=quantizer_parameters)
+                OptimizerHook(optimizer, [], lambda _: None, wrappers=wrappers, kept_out=quantizer_parameters)
             )
             continue
         auxiliary = AuxiliaryOptimizer(
@@ -112,10 +112,6 @@ def warn_of_left_out(companions: Sequence[AuxiliaryOptimizer], optimizers: Seque
             "Optimizer, which train the quantizers. Let its step be called through torch.optim.Optimizer, or wrap an "
             "optimizer whose step is."
         )
-
-
-def _do_nothing(gradients: list[Tensor | None]) -> None:
-    """Do nothing with the gradients."""
 
 
 def hook_optimizers(

@@ -15,6 +15,7 @@ from cpq_lightning.attach.attach import attach, full_precision_copy
 from cpq_lightning.attach.audit import unaudited
 from cpq_lightning.backbones.create import create_backbone, known_backbone
 from cpq_lightning.backbones.weights import plain_weights, read_weights, under_prefix
+from cpq_lightning.checkpoint import named_backbone
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.export.load import load_quantized
 from cpq_lightning.export.packed import KEY as PACKED_KEY
@@ -147,11 +148,7 @@ def _settings(path: Path) -> dict[str, Any] | None:
     except Exception:
         # The file may be of another type: reading its weights raises an error if it is not.
         return None
-    settings = content.get("hyper_parameters") if isinstance(content, dict) and "state_dict" in content else None
-    has_backbone = (
-        isinstance(settings, dict) and isinstance(settings.get("backbone"), str) and "backbone_args" in settings
-    )
-    return settings if has_backbone else None
+    return named_backbone(content)
 
 
 def _from_quantized_module(path: Path, settings: dict[str, Any]) -> nn.Module:
@@ -165,16 +162,14 @@ def _from_quantized_module(path: Path, settings: dict[str, Any]) -> nn.Module:
     return network
 
 
-def save_teacher(teacher: Teacher, folder: Path, mark: str) -> Path:
+def save_teacher(teacher: Teacher, folder: Path, mark: str) -> None:
     """Write a teacher's weights atomically, with an identifier that a resumed run checks.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    path = folder / TEACHER_FILE
-    with replacing(path) as temporary:
+    with replacing(folder / TEACHER_FILE) as temporary:
         torch.save({"mark": mark, "state_dict": teacher.network.state_dict()}, temporary)
-    return path
 
 
 def restored_teacher(network: nn.Module, saved: Path, mark: str, checkpoint: str | None) -> Teacher:

@@ -183,12 +183,3 @@ def test_nothing_is_read_back_from_the_device():
     for p in params:
         p.grad = torch.empty_like(p)
     optimizer.step(lambda: None)
-
-
-def test_removed_it_leaves_the_optimizer_as_it_was():
-    params = parameters()
-    optimizer = torch.optim.SGD(params, lr=1e3)
-    UpdateClamp(optimizer, params[1:]).remove()
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-    assert moves(run(optimizer, params), 2).max() > 1

@@ -60,6 +60,14 @@ def layer_of(node: ir.Node | None, role: str) -> str | None:
     return node.metadata_props.get(LAYER)
 
 
+def stored_levels(decode: ir.Node) -> Array:
+    """The stored codes that a DequantizeLinear reads, minus their zero point."""
+    codes, zero = (known(decode.inputs[i]).astype(np.int16) for i in (0, 2))
+    if zero.ndim:
+        zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(codes.ndim)])
+    return codes - zero
+
+
 def scaled_along(decode: ir.Node, axis: int) -> bool:
     """Whether a DequantizeLinear has a single scale, or one scale per index of this dimension.
 

@@ -36,8 +36,8 @@ def session(model: bytes, threads: int | None = None) -> onnxruntime.InferenceSe
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def seconds(one: onnxruntime.InferenceSession, inputs: Mapping[str, Any], runs: int = 3) -> float:
-    """Median time of a run, in seconds, without interference of other sessions and with a warm cache.
+def seconds(one: onnxruntime.InferenceSession, inputs: Mapping[str, Any]) -> float:
+    """Median time of three runs, in seconds, without interference of other sessions and with a warm cache.
 
     A pause of 0.1 s and one warm-up run come first.
     """
@@ -45,7 +45,7 @@ def seconds(one: onnxruntime.InferenceSession, inputs: Mapping[str, Any], runs: 
     time.sleep(0.1)
     one.run(None, inputs)
     times = []
-    for _ in range(runs):
+    for _ in range(3):
         start = time.perf_counter()
         one.run(None, inputs)
         times.append(time.perf_counter() - start)
@@ -121,10 +121,6 @@ def _as_weight(codes: Any, shape: Sequence[int]) -> Any:
     return np.ascontiguousarray(codes.reshape(*kernel, channels, out).transpose(3, 2, 0, 1))
 
 
-def _with_shapes(model: bytes) -> ir.Model:
-    return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(onnx.load_from_string(model)))
-
-
 class _InstrumentedGraph:
     """The graph with the codes of each input quantizer as further outputs and, optionally, the quantizers' inputs as
     further inputs.
@@ -137,7 +133,8 @@ class _InstrumentedGraph:
     """
 
     def __init__(self, model: bytes, replace: bool) -> None:
-        graph_model = _with_shapes(model)
+        with_shapes = onnx.shape_inference.infer_shapes(onnx.load_from_string(model))
+        graph_model = ir.serde.deserialize_model(with_shapes)
         graph = graph_model.graph
         edit = Editor(graph)
         self._inputs = [str(i.name) for i in graph.inputs]
@@ -204,7 +201,7 @@ class _InstrumentedGraph:
         levels = {}
         for (place, (_, zero, last)), codes in zip(self._places.items(), all_codes, strict=True):
             tensor = torch.from_numpy(np.asarray(codes)).short() - zero
-            levels[place] = _to_first(tensor) if last else tensor
+            levels[place] = tensor.permute(0, 3, 1, 2).contiguous() if last else tensor
         return levels
 
 
@@ -240,7 +237,3 @@ def _as_input(x: Tensor, rank: int, last: bool) -> Any:
     # In the graph, an input row of a linear layer is a matrix with one row.
     x = x.unsqueeze(1) if x.dim() == 2 and rank == 3 else x
     return (x.permute(0, 2, 3, 1).contiguous() if last else x).numpy()
-
-
-def _to_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2).contiguous()

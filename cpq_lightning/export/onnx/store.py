@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cpq_lightning.export.formats import Container
-from cpq_lightning.export.onnx.graph import Array, Editor, integer, known, layer_of, nodes, tidy
+from cpq_lightning.export.onnx.graph import Array, Editor, known, layer_of, nodes, stored_levels, tidy
 from cpq_lightning.export.onnx.pairs import cut_off
 from cpq_lightning.version import __version__
 
@@ -143,8 +143,5 @@ def stored_codes(graph: ir.Graph) -> dict[str, tuple[Array, ir.Node]]:
     by_layer: dict[str, tuple[Array, ir.Node]] = {}
     for layer, decode in _decoders(graph):
         if layer not in by_layer:
-            codes, zero = (known(value).astype(np.int16) for value in (decode.inputs[0], decode.inputs[2]))
-            if zero.ndim:
-                zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(codes.ndim)])
-            by_layer[layer] = (codes - zero, decode)
+            by_layer[layer] = (stored_levels(decode), decode)
     return by_layer

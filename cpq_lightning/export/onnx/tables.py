@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from cpq_lightning.export.onnx.graph import Editor, integer, known, layer_of, made_by, nodes, tidy
+from cpq_lightning.export.onnx.graph import Editor, known, layer_of, made_by, nodes, stored_levels, tidy
 from cpq_lightning.export.onnx.trace import TABLE
 
 
@@ -47,8 +47,5 @@ def read_codes_of_layers(model: ir.Model) -> None:
 
 def _is_transposed(decode: ir.Node, codes: np.ndarray) -> bool | None:
     """Whether a layer stores the transpose of ``codes``; ``None`` where it stores neither them nor their transpose."""
-    stored, zero = (known(decode.inputs[i]).astype(np.int16) for i in (0, 2))
-    if zero.ndim:
-        zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(stored.ndim)])
-    stored = stored - zero
+    stored = stored_levels(decode)
     return False if np.array_equal(stored, codes) else True if np.array_equal(stored.T, codes) else None
