@@ -1,4 +1,4 @@
-"""Networks by name: all of timm's, and two for images of 32 x 32 pixels that timm lacks."""
+"""Networks by name: timm's, and two that timm lacks. May import attach, optim, nn and below."""
 
 from cpq_lightning.backbones.create import check_name as check_name
 from cpq_lightning.backbones.create import create_backbone as create_backbone
