@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ import torch
 import yaml
 from typing_extensions import TypeAliasType
 
-from cpq_lightning.functional.categorical import Estimator
+from cpq_lightning.functional.categorical import ESTIMATORS, Estimator
 from cpq_lightning.functional.grid import check_bits
 
 Nesting = Literal["auto", "range", "resolution"]
@@ -147,7 +147,7 @@ class CPQConfig:
         self._check_learning()
         for name, options in _CHOICES.items():
             if getattr(self, name) not in options:
-                raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be one of {tuple(options)}, got {getattr(self, name)!r}.")
         for name in ("temperature", "keep_prob"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -337,10 +337,10 @@ LAYER_SETTINGS = (
 )  # fmt: skip
 # Settings of a weight: they must be equal in all layers that share it.
 WEIGHT_SETTINGS = tuple(s for s in LAYER_SETTINGS if "act_" not in s)
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, Collection[str]] = {
     "nesting": get_args(Nesting),
-    "weight_estimator": get_args(Estimator),
-    "act_estimator": get_args(Estimator),
+    "weight_estimator": ESTIMATORS,
+    "act_estimator": ESTIMATORS,
     "gate_sharing": get_args(GateSharing),
     "gate_estimator": get_args(GateEstimator),
     "weight_range": ("mse", "max"),

@@ -1,4 +1,4 @@
-"""Attach quantizers to any torch model: layer selection, calibration, range tracking, audits and coverage."""
+"""Model surgery: selects layers, attaches quantizers, calibrates, audits. May import optim, backbones, nn and below."""
 
 from cpq_lightning.attach.attach import attach as attach
 from cpq_lightning.attach.attach import detach as detach

@@ -1,1 +1,1 @@
-"""Networks by name: all of timm's, and two for images of 32 x 32 pixels that timm lacks."""
+"""Networks by name: timm's, and two that timm lacks. May import nn and below."""

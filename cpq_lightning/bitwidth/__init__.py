@@ -1,1 +1,1 @@
-"""Learned bit widths, without Lightning: cost models, gate statistics, the gate update and the search on a budget."""
+"""Learned widths: costs, constraints, gate statistics, the search. May import checkpoint and below."""

@@ -1,4 +1,4 @@
-"""Lightning callbacks, one per file. No callback imports another callback."""
+"""The public callbacks, one per file; none imports another. May import trainer and below."""
 
 from cpq_lightning.callbacks.batch_norm import BatchNormReestimation as BatchNormReestimation
 from cpq_lightning.callbacks.bit_budget import BitBudget as BitBudget

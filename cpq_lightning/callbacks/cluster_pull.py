@@ -33,7 +33,7 @@ class ClusterPull(Callback):
         start: Start of the dampening: a step count (int) or a fraction of the run (float).
         end: Point of full strength: a step count (int) or a fraction of the run (float).
         strength: The part of the distance to its grid point that a weight moves in one step, over 0 and at most 1.
-        shape: ``"linear"`` or ``"cosine"``.
+        shape: A shape of :func:`~cpq_lightning.functional.anneal` that may begin at 0.
 
     Raises:
         ValueError: a value is out of range, or ``start`` is after ``end``.

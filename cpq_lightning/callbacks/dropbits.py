@@ -21,7 +21,7 @@ class DropBitsSchedule(BufferSchedule):
         end: End of the annealing: a step count (int) or a fraction of the run (float).
         first: Keep probability until ``start``, over 0 and at most 1.
         last: Keep probability from ``end`` on, over 0 and at most 1.
-        shape: ``"linear"``, ``"cosine"`` or ``"exponential"``.
+        shape: A shape of :func:`~cpq_lightning.functional.anneal`.
 
     Raises:
         ValueError: a value is out of range, or ``start`` is after ``end``.

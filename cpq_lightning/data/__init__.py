@@ -1,4 +1,4 @@
-"""Data modules of the recipes, one data set per file."""
+"""Data modules of the recipes, one data set per file. May import module, callbacks and below."""
 
 from cpq_lightning.data.base import DataError as DataError
 from cpq_lightning.data.base import ImageDataModule as ImageDataModule

@@ -1,4 +1,4 @@
-"""Export of a trained model as a packed, an ONNX or a ``torch.export`` file, each verified in its runtime."""
+"""Export to files, each verified in its runtime; reading them back. May import report and below."""
 
 from cpq_lightning.export.export import Export as Export
 from cpq_lightning.export.export import export_model as export_model

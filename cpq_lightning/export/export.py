@@ -18,13 +18,10 @@ from cpq_lightning.attach.layers import bypassed, quantized_layers
 from cpq_lightning.attach.origin import full_precision_layers
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.export.calls import Constant, named_outputs
-from cpq_lightning.export.formats import CONTAINERS, SUFFIXES, Container, Format, check_formats
+from cpq_lightning.export.formats import CONTAINERS, FORMATS, Container, Format, Job, check_formats
 from cpq_lightning.export.integer_model import check_exportable, evaluated, uncalled
-from cpq_lightning.export.packed import write_packed
-from cpq_lightning.export.program import write_program
-from cpq_lightning.export.runtimes import PackedArtefact, ProgramArtefact
 from cpq_lightning.export.samples import Samples
-from cpq_lightning.export.verify import Artefact, MismatchError, Verification, verify
+from cpq_lightning.export.verify import MismatchError, Verification, verify
 from cpq_lightning.files import replacing
 from cpq_lightning.report.levels import full_precision_messages, manifest
 
@@ -153,20 +150,21 @@ def export_model(
     for message in full_precision_messages(model):
         log.warning("%s", message)
     samples = Samples.of(samples, model)
-    # The module of a packed file takes any arguments, so it has no constants.
-    constants = {} if format == "packed" else samples.places(model)[1]
+    # A module that is not traced takes any arguments, so it has no constants.
+    constants = samples.places(model)[1] if FORMATS[format].traces else {}
     if constants:
         log.warning(
             "Arguments that are no tensors are constants of the %s file: %s.",
             format,
             ", ".join(f"{name}={value!r}" for name, value in constants.items()),
         )
-    path = Path(folder) / f"{name}{SUFFIXES[format]}"
+    path = Path(folder) / f"{name}{FORMATS[format].suffix}"
     totals = manifest(model)["totals"]
     model = evaluated(model)
     with replacing(path) as temporary:
         try:
-            result = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
+            job = Job(model, temporary, samples, container, architecture)
+            result = _write_and_verify(job, format, verification)
         except MismatchError as error:
             raise MismatchError(f"{path} was not written, it would not be the trained model. {error}") from None
         measured = _time(model, temporary, samples) if latency and format == "onnx" else None
@@ -185,34 +183,22 @@ def export_model(
     )
 
 
-def _write_and_verify(
-    model: nn.Module,
-    path: Path,
-    format: Format,
-    samples: Samples,
-    container: Container,
-    architecture: Mapping[str, Any] | None,
-    verification: bool,
-) -> Verification | None:
-    if verification or format != "packed":
-        _check_forward(model, samples)
-    if format == "packed":
-        write_packed(model, path, architecture=architecture)
-    elif format == "torch":
-        write_program(model, path, samples)
-    else:
-        from cpq_lightning.export.onnx.write import write_onnx
-
-        write_onnx(model, path, samples, container=container, architecture=architecture)
-        try:
-            return verify(model, load_artefact(model, path, format), samples) if verification else None
-        except MismatchError as error:
-            if container != "int8":
-                raise
-            # The fastest form rounds biases. A network that amplifies this error gets the exact form.
-            log.warning("%s Written once more without integer biases, which is slower and exact.", error)
-        write_onnx(model, path, samples, container=container, architecture=architecture, round_biases=False)
-    return verify(model, load_artefact(model, path, format, architecture), samples) if verification else None
+def _write_and_verify(job: Job, format: Format, verification: bool) -> Verification | None:
+    kind = FORMATS[format]
+    if verification or kind.traces:
+        _check_forward(job.model, job.samples)
+    kind.write(job)
+    if not verification:
+        return None
+    try:
+        return verify(job.model, kind.load(job), job.samples)
+    except MismatchError as error:
+        if kind.write_exact is None or job.container != "int8":
+            raise
+        # The fastest form rounds biases. A network that amplifies this error gets the exact form.
+        log.warning("%s Written once more without integer biases, which is slower and exact.", error)
+    kind.write_exact(job)
+    return verify(job.model, kind.load(job), job.samples)
 
 
 @torch.no_grad()
@@ -230,19 +216,6 @@ def _check_forward(model: nn.Module, samples: Samples) -> None:
             f"each sample ({type(error).__name__}: {error})."
         ) from error
     named_outputs(output)
-
-
-def load_artefact(
-    model: nn.Module, path: Path, format: Format, architecture: Mapping[str, Any] | None = None
-) -> Artefact:
-    """Load a file of :func:`export_model` in its runtime."""
-    if format == "packed":
-        return PackedArtefact(path, None if architecture is not None else detach(evaluated(model)))
-    if format == "torch":
-        return ProgramArtefact(path)
-    from cpq_lightning.export.onnx.runtime import OnnxArtefact
-
-    return OnnxArtefact(path)
 
 
 def _time(model: nn.Module, path: Path, samples: Samples, budget: float = 3.0, max_runs: int = 100) -> Latency:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,16 @@ from cpq_lightning.export.samples import Samples
 from cpq_lightning.export.verify import Place
 
 
-class _InTorch:
-    """Base class of artefacts that PyTorch runs."""
+class InTorch:
+    """Base class of artefacts that PyTorch runs as a module; a subclass gives the codes and the grids."""
 
     module: nn.Module
+    runtime = f"PyTorch {torch.__version__}"
     tolerance = 1e-5
+
+    def grids(self) -> Iterator[tuple[str, nn.Module, InputGrid]]:
+        """The name, the module and the grid of each quantizer of an input."""
+        raise NotImplementedError
 
     def turned_by(self) -> Mapping[str, str]:
         return {}
@@ -38,16 +43,23 @@ class _InTorch:
         args, kwargs = batch.call()
         return flat_outputs(self.module(*args, **kwargs))
 
+    @torch.no_grad()
+    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
+        codes: dict[Place, Tensor] = {}
+        with ExitStack() as stack:
+            for name, module, grid in self.grids():
+                hook = _substitute(name, grid, given, codes)
+                stack.callback(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+            return codes, self.outputs(batch)
 
-class PackedArtefact(_InTorch):
+
+class PackedArtefact(InTorch):
     """A packed file, as :func:`~cpq_lightning.load_quantized` loads it.
 
     Args:
         path: The file.
         model: The network without quantization; required where the file names no architecture.
     """
-
-    runtime = f"PyTorch {torch.__version__}"
 
     def __init__(self, path: Path, model: nn.Module | None = None) -> None:
         content = read_packed(path)
@@ -57,16 +69,11 @@ class PackedArtefact(_InTorch):
     def weight_codes(self) -> dict[str, Tensor]:
         return self._codes
 
-    @torch.no_grad()
-    def codes(self, batch: Samples, given: Mapping[Place, Tensor]) -> tuple[dict[Place, Tensor], list[Tensor]]:
-        codes: dict[Place, Tensor] = {}
-        with ExitStack() as stack:
-            for name, layer in self.module.named_modules():
-                grid = layer._modules.get("input_grid")
-                if isinstance(grid, InputGrid):
-                    hook = _substitute(name, grid, given, codes)
-                    stack.callback(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-            return codes, self.outputs(batch)
+    def grids(self) -> Iterator[tuple[str, nn.Module, InputGrid]]:
+        for name, layer in self.module.named_modules():
+            grid = layer._modules.get("input_grid")
+            if isinstance(grid, InputGrid):
+                yield name, layer, grid
 
 
 def _substitute(name: str, grid: InputGrid, given: Mapping[Place, Tensor], codes: dict[Place, Tensor]) -> Any:
@@ -84,7 +91,7 @@ def _substitute(name: str, grid: InputGrid, given: Mapping[Place, Tensor], codes
     return hook
 
 
-class ProgramArtefact(_InTorch):
+class ProgramArtefact(InTorch):
     """A ``torch.export`` program."""
 
     runtime = f"torch.export of PyTorch {torch.__version__}"

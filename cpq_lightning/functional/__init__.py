@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the mathematics of CPQ and DropBits. The only dependency is torch."""
+"""The mathematics, as pure functions on tensors. May import files, extras, version; and torch alone."""
 
 from cpq_lightning.functional.attention import attention as attention
 from cpq_lightning.functional.categorical import Estimator as Estimator

@@ -29,7 +29,8 @@ the incoming gradient only.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +39,20 @@ from torch import Tensor
 from cpq_lightning.functional.grid import check_bits, nested_bounds
 from cpq_lightning.functional.mixture import (
     Mixture,
+    Surrogate,
     argmax_moments,
     expectation_moments,
     mask_derivatives,
-    mask_of,
-    mixture_mean,
 )
 from cpq_lightning.functional.modes import is_transformed
 from cpq_lightning.functional.truncated import PRECISIONS
 
 Estimator = Literal["argmax", "expectation"]
+# What each estimator differentiates. Saved states contain the position of a name: append new ones.
+ESTIMATORS: dict[Estimator, Surrogate] = {
+    "argmax": Surrogate(argmax_moments, partial(mask_derivatives, of_mean=False)),
+    "expectation": Surrogate(expectation_moments, partial(mask_derivatives, of_mean=True)),
+}
 
 # In units of the scale; exp(-_FAR) is far below the rounding error of float64.
 _FAR = 64
@@ -127,8 +132,8 @@ def _check(
     check_bits("min_bits", min_bits)
     if min_bits > bits:
         raise ValueError(f"min_bits must be at most bits={bits}, got {min_bits}.")
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator must be one of {get_args(Estimator)}, got {estimator!r}.")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {tuple(ESTIMATORS)}, got {estimator!r}.")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert it with x.float().")
     for name, value in (("step", step), ("sigma", sigma)):
@@ -242,21 +247,16 @@ def _slopes(
     m = _masks_or_none(None if masks is None else masks.detach(), u)
     n = _argmax_level(u, s, m, bounds)
     mixture = Mixture.of(u, s, m, bounds)
-    if estimator == "argmax":
-        k0, k1 = argmax_moments(u, s, n, mixture, None if m is None else mask_of(n, m, bounds))
-    else:
-        inner = [part.inner_boundaries(s) for part in mixture.parts]
-        mean = mixture_mean(n, mixture, inner)
-        k0, k1 = expectation_moments(n, mixture, inner, mean)
+    surrogate = ESTIMATORS[estimator]
+    k0, k1 = surrogate.moments(n, mixture)
 
     # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dstep = t/sigma, dz/dsigma = -z/sigma, and y is in units of the scale.
     d_x = -k0 / s
     d_step = n + (n * k0 + k1) / s
     d_sigma = -(k1 - torch.where(mixture.near, (u - n) * k0, 0.0)) / (s * s)
     d_masks = None
-    if m is not None and with_masks:
-        derivatives = mask_derivatives(u, s, n, mixture, m, bounds, of_mean=estimator == "expectation")
-        d_masks = [a * d for d in derivatives]
+    if m is not None and with_masks and surrogate.mask_derivatives is not None:
+        d_masks = [a * d for d in surrogate.mask_derivatives(n, mixture)]
     return _Slopes(n, d_x, d_step, d_sigma, d_masks)
 
 

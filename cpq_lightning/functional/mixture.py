@@ -1,4 +1,4 @@
-"""The categorical over a grid as a mixture of truncated logistics, and the derivatives of the two surrogates.
+"""The categorical over a grid as a mixture of truncated logistics, and the derivatives of the surrogates.
 
 A surrogate is the function that the backward differentiates in place of the argmax: ``n pi_n`` with constant ``n``
 (estimator ``argmax``), or the mean ``E`` (estimator ``expectation``).
@@ -7,8 +7,10 @@ A surrogate is the function that the backward differentiates in place of the arg
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +25,15 @@ _MAX_LOG_RATIO = {torch.float64: math.inf, torch.float32: 40.0}
 
 @dataclass
 class Mixture:
-    """One truncated logistic for each nested grid, with weights (m_k - m_(k+1)) M_k / Z."""
+    """One truncated logistic for each nested grid, with weights (m_k - m_(k+1)) M_k / Z.
 
+    ``u`` is x and ``s`` is sigma, both in units of the scale; ``masks`` and ``bounds`` are those of each nested grid.
+    """
+
+    u: Tensor
+    s: Tensor
+    masks: Tensor | None
+    bounds: list[tuple[int, int]]
     parts: list[Interval]
     weights: list[Tensor]
     log_z: Tensor
@@ -45,27 +54,41 @@ class Mixture:
         near = torch.zeros_like(u, dtype=torch.bool)
         for part, weight in zip(parts, weights, strict=True):
             near = near | ((part.y > eps) & (weight > eps))
-        return cls(parts, weights, log_z, near)
+        return cls(u, s, masks, bounds, parts, weights, log_z, near)
 
 
-def argmax_moments(u: Tensor, s: Tensor, n: Tensor, mixture: Mixture, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+class Surrogate(NamedTuple):
+    """The derivatives of a surrogate y, in units of the scale.
+
+    Attributes:
+        moments: Computes from the most probable level ``n`` and the mixture the moments ``k0 = sum_t dy/dz_t`` and
+            ``k1 = sum_t (t - n) dy/dz_t``, each in the shape of x.
+        mask_derivatives: Computes from the same two dy/dm for the mask of each nested grid; ``None`` means zero.
+    """
+
+    moments: Callable[[Tensor, Mixture], tuple[Tensor, Tensor]]
+    mask_derivatives: Callable[[Tensor, Mixture], list[Tensor]] | None = None
+
+
+def argmax_moments(n: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """Moments of y = n pi_n with a constant factor n: n pi_n (d log p_n - d log Z)."""
-    cell = Interval.of(u, s, n, n)
+    s = mixture.s
+    cell = Interval.of(mixture.u, s, n, n)
     k0, k1 = cell.moments()
     for part, weight in zip(mixture.parts, mixture.weights, strict=True):
         p0, p1 = part.moments()
         k0 = k0 - weight * p0
         k1 = k1 - weight * (p1 + (part.center - n) * p0)
     scale = n * torch.exp(cell.log_mass(s) - mixture.log_z)
-    if mask is not None:
-        scale = scale * mask
+    if mixture.masks is not None:
+        scale = scale * mask_of(n, mixture.masks, mixture.bounds)
     return torch.where(mixture.near, scale * k0, 0.0), scale * k1
 
 
-def expectation_moments(
-    n: Tensor, mixture: Mixture, inner: list[tuple[Tensor, Tensor, Tensor]], mean: Tensor
-) -> tuple[Tensor, Tensor]:
+def expectation_moments(n: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """Moments of y = E: in each component, the boundaries between its levels (weight -1) and its two edges."""
+    inner = [part.inner_boundaries(mixture.s) for part in mixture.parts]
+    mean = mixture_mean(n, mixture, inner)
     k0, k1 = torch.zeros_like(n), torch.zeros_like(n)
     for part, weight, (_, slope, slope_t) in zip(mixture.parts, mixture.weights, inner, strict=True):
         offset = part.side * (n + mean - part.center)
@@ -86,16 +109,7 @@ def mixture_mean(n: Tensor, mixture: Mixture, inner: list[tuple[Tensor, Tensor, 
     return mean
 
 
-def mask_derivatives(
-    u: Tensor,
-    s: Tensor,
-    n: Tensor,
-    mixture: Mixture,
-    masks: Tensor,
-    bounds: list[tuple[int, int]],
-    *,
-    of_mean: bool,
-) -> list[Tensor]:
+def mask_derivatives(n: Tensor, mixture: Mixture, *, of_mean: bool) -> list[Tensor]:
     """dy/dm for the mask of each width, for the mean E or for the argmax surrogate n pi_n.
 
     Let P be the mass of the levels that a bit adds, mu their mean level and W = m P/Z their weight. Then dE/dm =
@@ -104,6 +118,8 @@ def mask_derivatives(
     bit has all the weight. For the same reason the added levels are two intervals, one on each side of the narrower
     grid, and not the difference of two grids.
     """
+    u, s, masks, bounds = mixture.u, mixture.s, mixture.masks, mixture.bounds
+    assert masks is not None
     cap = _MAX_LOG_RATIO[u.dtype]
     shares, weights, means = [], [], []
     for pieces, mask in zip(_added_intervals(bounds), masks, strict=True):

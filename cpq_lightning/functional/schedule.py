@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
+
+def _exponential(t: float, first: float, last: float) -> float:
+    if first <= 0 or last <= 0:
+        raise ValueError(f"shape='exponential' needs values over 0, got {first} and {last}.")
+    return first * (last / first) ** t
+
+
 Shape = Literal["linear", "cosine", "exponential"]
+# The value of each shape at t, over 0 and below 1, from the first value and the last.
+SHAPES: dict[Shape, Callable[[float, float, float], float]] = {
+    "linear": lambda t, first, last: first + t * (last - first),
+    "cosine": lambda t, first, last: first + (1 - math.cos(math.pi * t)) / 2 * (last - first),
+    "exponential": _exponential,
+}
 
 
 def resolve_point(name: str, point: int | float, total_steps: float) -> int:
@@ -56,15 +70,9 @@ def anneal(step: int, start: int, end: int, first: float, last: float, shape: Sh
         >>> [anneal(s, 10, 20, 1.0, 0.5) for s in (0, 10, 15, 20, 99)]
         [1.0, 1.0, 0.75, 0.5, 0.5]
     """
-    if shape not in ("linear", "cosine", "exponential"):
-        raise ValueError(f"shape must be 'linear', 'cosine' or 'exponential', got {shape!r}.")
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {tuple(SHAPES)}, got {shape!r}.")
     t = 1.0 if step >= end else 0.0 if step <= start else (step - start) / (end - start)
     if t in (0.0, 1.0):
         return last if t else first
-    if shape == "exponential":
-        if first <= 0 or last <= 0:
-            raise ValueError(f"shape='exponential' needs values over 0, got {first} and {last}.")
-        return first * (last / first) ** t
-    if shape == "cosine":
-        t = (1 - math.cos(math.pi * t)) / 2
-    return first + t * (last - first)
+    return SHAPES[shape](t, first, last)

@@ -1,4 +1,4 @@
-"""Fused kernels for :mod:`cpq_lightning.functional`, which is the readable reference and the fallback."""
+"""Fused computations of what functional defines, for the CPU and CUDA. May import functional and below."""
 
 from cpq_lightning.kernels.cpu_build import use_kernels as use_kernels
 

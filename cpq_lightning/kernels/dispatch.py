@@ -15,6 +15,9 @@ from cpq_lightning.kernels import cpu_build as library
 from cpq_lightning.kernels import triton_kernels as gpu
 from cpq_lightning.kernels.layout import has_dense_rows
 
+# The estimators that kernels compute. Any other is computed in PyTorch operations.
+ESTIMATORS: tuple[Estimator, ...] = ("argmax", "expectation")
+
 
 class QuantGrid(NamedTuple):
     """A grid with all levels of its width (no bit is dropped), and a gradient estimator.

@@ -32,7 +32,8 @@ def quantize(
     """
     if masks is not None and _all_open(masks):
         masks = None
-    if masks is None and _by_rows(x, step, sigma) and kernel.has_kernel(x, step.numel()):
+    known = masks is None and estimator in kernel.ESTIMATORS
+    if known and _by_rows(x, step, sigma) and kernel.has_kernel(x, step.numel()):
         return quantize_to_grid(x, step, sigma, QuantGrid.of(bits, signed, estimator))
     settings = {"bits": bits, "min_bits": min_bits if masks is not None else bits, "signed": signed}
     return quantize_unchecked(x, step, sigma, masks, estimator=estimator, **settings)

@@ -1,4 +1,4 @@
-"""Quantizers as modules with their state. The mathematics is in :mod:`cpq_lightning.functional`."""
+"""Quantizers as modules, with their state in one tensor. May import config and below."""
 
 from cpq_lightning.nn.quantizer import Quantizer as Quantizer
 

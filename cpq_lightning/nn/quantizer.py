@@ -17,7 +17,7 @@ from cpq_lightning.functional.dropbits import expected_bits
 from cpq_lightning.functional.grid import along_channels, level_bounds
 from cpq_lightning.functional.modes import is_transformed
 from cpq_lightning.functional.resolution import quantize_resolution
-from cpq_lightning.kernels.dispatch import QuantGrid, has_kernel
+from cpq_lightning.kernels.dispatch import ESTIMATORS, QuantGrid, has_kernel
 from cpq_lightning.kernels.fused import quantize
 from cpq_lightning.kernels.product import Operand
 from cpq_lightning.kernels.widths import quantize_widths
@@ -531,7 +531,8 @@ class Quantizer(nn.Module):
         return not default_forward or any(map(bool, hooks)) or bool(_has_any_global_hook())
 
     def _has_kernel(self, x: Tensor, settings: Settings) -> bool:
-        return (settings.channels == 1 or settings.channel_dim == 0) and has_kernel(x, settings.channels)
+        known = settings.estimator in ESTIMATORS and (settings.channels == 1 or settings.channel_dim == 0)
+        return known and has_kernel(x, settings.channels)
 
     def _gates_learn(self, settings: Settings) -> bool:
         """Whether a forward gives the gates a gradient: not in evaluation, and not in a frozen layer."""

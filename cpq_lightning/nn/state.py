@@ -14,17 +14,19 @@ the quotient: an average of two states is then their mean with these weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 
+from cpq_lightning.functional.categorical import ESTIMATORS
+
 VERSION = 1
 Kind = Literal["weight", "activation"]
 
 _KINDS = ("weight", "activation")
-_ESTIMATORS = ("argmax", "expectation")
 _NESTINGS = ("range", "resolution")
 _RANGE_RULES = ("mse", "max")
 _SHARINGS = ("tensor", "channel", "element")
@@ -110,9 +112,9 @@ class Settings(NamedTuple):
     fitted: bool = False
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, Collection[str]] = {
     "kind": _KINDS,
-    "estimator": _ESTIMATORS,
+    "estimator": ESTIMATORS,
     "nesting": _NESTINGS,
     "range_rule": _RANGE_RULES,
     "gate_sharing": _SHARINGS,
@@ -319,12 +321,12 @@ def weight_of_pending(state: Tensor) -> Tensor:
 
 
 def _number(name: str, value: Any) -> int:
-    return _CHOICES[name].index(value) if name in _CHOICES else int(value)
+    return [*_CHOICES[name]].index(value) if name in _CHOICES else int(value)
 
 
 def _value(name: str, number: int) -> Any:
     if name in _CHOICES:
-        return _CHOICES[name][min(max(number, 0), len(_CHOICES[name]) - 1)]
+        return [*_CHOICES[name]][min(max(number, 0), len(_CHOICES[name]) - 1)]
     return bool(number) if name in _BOOLEANS else number
 
 

@@ -1,1 +1,1 @@
-"""Optimizer hooks that train the quantizers' parameters, which the user's optimizer does not contain."""
+"""Training of the quantizers' parameters, by hooks of optimizers. May import attach, backbones, nn and below."""

@@ -1,1 +1,1 @@
-"""The layout of the packed file, and its size before the file is written."""
+"""The layout of the packed file, and its size before it is written. May import bitwidth and below."""

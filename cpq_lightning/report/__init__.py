@@ -1,4 +1,4 @@
-"""Reports of a run: the levels of each layer as records, files, tables and plots, and a comparison of several runs."""
+"""Levels of each layer as records, files, tables and plots; comparison of runs. May import packing and below."""
 
 from cpq_lightning.report.levels import LevelsRecord as LevelsRecord
 from cpq_lightning.report.levels import levels as levels

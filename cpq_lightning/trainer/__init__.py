@@ -1,1 +1,1 @@
-"""Code that uses the internals of a Lightning Trainer, shared by the callbacks; not part of the public API."""
+"""What touches the inside of a Lightning Trainer, shared by callbacks; not public. May import export and below."""

@@ -9,6 +9,7 @@ from torch import nn
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, extras
 from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.export import export as shipping
+from cpq_lightning.export.formats import FORMATS, Job
 from cpq_lightning.export.integer_model import InputGrid
 from cpq_lightning.export.runtimes import PackedArtefact
 from cpq_lightning.export.samples import Samples
@@ -74,14 +75,14 @@ def spoil_head(artefact):
 )
 @pytest.mark.parametrize("format", ["packed"])
 def test_each_kind_of_difference_is_found_and_leaves_no_file(format, spoil, message, model, tmp_path, monkeypatch):
-    load = shipping.load_artefact
+    kind = FORMATS[format]
 
-    def spoiled(*args):
-        artefact = load(*args)
+    def spoiled(job):
+        artefact = kind.load(job)
         spoil(artefact)
         return artefact
 
-    monkeypatch.setattr(shipping, "load_artefact", spoiled)
+    monkeypatch.setitem(FORMATS, format, kind._replace(load=spoiled))
     (tmp_path / "model.safetensors").write_bytes(b"older")
     with pytest.raises(MismatchError, match=message) as raised:
         export_model(model, tmp_path, format=format, samples=X)
@@ -105,14 +106,14 @@ def test_a_changed_onnx_file_is_found(part, container, model, tmp_path):
     assert changed.data_type == tensor.data_type
     tensor.CopyFrom(changed)
     onnx.save(graph, path)
-    artefact = shipping.load_artefact(model, path, "onnx")
+    artefact = FORMATS["onnx"].load(Job(model, path, Samples.of(X)))
     with pytest.raises(MismatchError):
         verify(model, artefact, Samples.of(X))
 
 
 def test_a_program_with_other_codes_is_found(model, tmp_path):
     path = export_model(model, tmp_path, format="torch", samples=X).path
-    artefact = shipping.load_artefact(model, path, "torch")
+    artefact = FORMATS["torch"].load(Job(model, path, Samples.of(X)))
     verify(model, artefact, Samples.of(X))
     with torch.no_grad():
         artefact.program.state_dict["3.input_grid.step"].mul_(1.02)

@@ -1,1 +1,1 @@
-"""ONNX export: graphs of QuantizeLinear and DequantizeLinear for ONNX Runtime. It needs the extra ``onnx``."""
+"""The ONNX format. It needs the extra ``onnx``. May import what export may."""
