@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cpq_lightning.errors import UnreadableFileError
 from cpq_lightning.nn.state import read
 
 _WRAPPER_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -25,7 +26,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or holds no tensors by name.
+        UnreadableFileError: the file cannot be read, or holds no tensors by name.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,9 +36,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError):
-        raise ValueError(f"{path} is no safetensors file that can be read: is it complete?") from None
+        raise UnreadableFileError(f"{path} is no safetensors file that can be read: is it complete?") from None
     except Exception as error:
-        raise ValueError(
+        raise UnreadableFileError(
             f"{path} cannot be read without unpickling code ({type(error).__name__}). Expected weights alone: "
             "torch.save(network.state_dict(), path), or safetensors."
         ) from None
@@ -45,7 +46,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     weights = content if key is None else content[key]
     tensors = {name: v for name, v in weights.items() if isinstance(v, Tensor)} if isinstance(weights, Mapping) else {}
     if not tensors:
-        raise ValueError(f"{path} holds no tensors by name: expected a file of torch.save(network.state_dict(), path).")
+        raise UnreadableFileError(
+            f"{path} holds no tensors by name: expected a file of torch.save(network.state_dict(), path)."
+        )
     return tensors
 
 
