@@ -88,7 +88,7 @@ def export_model(
     name: str = "model",
     container: Container = "int8",
     architecture: Mapping[str, Any] | None = None,
-    verification: bool = True,
+    verify: bool = True,
     latency: bool = False,
 ) -> Export:
     """Write an attached model as one file, and verify that the file computes the same as the model.
@@ -111,7 +111,7 @@ def export_model(
         name: Name of the file without its suffix.
         container: ONNX only: ``"int8"`` for speed, ``"int4"`` for size.
         architecture: ``{"timm": name, "arguments": {...}}`` where timm builds the network.
-        verification: Whether to compare the file with the model.
+        verify: Whether to compare the file with the model.
         latency: ONNX only: whether to measure the latency of the file and of the full-precision network.
 
     Returns:
@@ -119,8 +119,9 @@ def export_model(
 
     Raises:
         MismatchError: the file does not compute what the model computes.
-        ValueError: the model cannot be exported, for example because layers were added after attach that its config
-            would quantize, or because weights were rewritten after their ranges were fitted; or an argument is wrong.
+        ExportError: the model cannot be exported, for example because layers were added after attach that its config
+            would quantize, or because weights were rewritten after their ranges were fitted.
+        ValueError: an argument is wrong.
         TypeError: the samples are no arguments of the forward, the samples contain a value that no file can take, or
             the model returns a value that no file can contain; the message names it.
         ImportError: the format needs packages that are not installed.
@@ -166,7 +167,7 @@ def export_model(
     model = evaluated(model)
     with replacing(path) as temporary:
         try:
-            result = _write_and_verify(model, temporary, format, samples, container, architecture, verification)
+            result = _write_and_verify(model, temporary, format, samples, container, architecture, verify)
         except MismatchError as error:
             raise MismatchError(f"{path} was not written, it would not be the trained model. {error}") from None
         measured = _time(model, temporary, samples) if latency and format == "onnx" else None
@@ -192,9 +193,9 @@ def _write_and_verify(
     samples: Samples,
     container: Container,
     architecture: Mapping[str, Any] | None,
-    verification: bool,
+    verified: bool,
 ) -> Verification | None:
-    if verification or format != "packed":
+    if verified or format != "packed":
         _check_forward(model, samples)
     if format == "packed":
         write_packed(model, path, architecture=architecture)
@@ -205,14 +206,14 @@ def _write_and_verify(
 
         write_onnx(model, path, samples, container=container, architecture=architecture)
         try:
-            return verify(model, load_artefact(model, path, format), samples) if verification else None
+            return verify(model, load_artefact(model, path, format), samples) if verified else None
         except MismatchError as error:
             if container != "int8":
                 raise
             # The fastest form rounds biases. A network that amplifies this error gets the exact form.
             log.warning("%s Written once more without integer biases, which is slower and exact.", error)
         write_onnx(model, path, samples, container=container, architecture=architecture, round_biases=False)
-    return verify(model, load_artefact(model, path, format, architecture), samples) if verification else None
+    return verify(model, load_artefact(model, path, format, architecture), samples) if verified else None
 
 
 @torch.no_grad()
