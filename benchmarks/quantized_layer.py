@@ -142,7 +142,7 @@ class LearnedStep(StepAtFirst):
         super().start(x)
         if self.least_error:
             flat = x.flatten()[:: max(1, x.numel() // _FITTED)]
-            self.log_scale.copy_(mse_scale(flat[None], self.bits, self.signed).log())
+            self.log_scale.copy_(mse_scale(flat[None], bits=self.bits, signed=self.signed).log())
 
     def quantize(self, x: Tensor) -> Tensor:
         factor = 1 / (x.numel() * max(1, self.high)) ** 0.5

@@ -9,6 +9,7 @@ from cpq_lightning.attach import detach as detach
 from cpq_lightning.attach import loading as loading
 from cpq_lightning.checkpoint import load_checkpoint as load_checkpoint
 from cpq_lightning.config import CPQConfig as CPQConfig
+from cpq_lightning.errors import CPQError as CPQError
 from cpq_lightning.export import export_model as export_model
 from cpq_lightning.export import load_quantized as load_quantized
 from cpq_lightning.report import levels as levels
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 # Without it `from cpq_lightning import *` would hand out the subpackage `nn` in place of torch's.
 __all__ = [
-    "CPQCallback", "CPQConfig", "QuantizedModule", "__version__", "attach", "calibrate", "coverage", "detach",
-    "export_model", "levels", "load_checkpoint", "load_quantized", "loading",
+    "CPQCallback", "CPQConfig", "CPQError", "QuantizedModule", "__version__", "attach", "calibrate", "coverage",
+    "detach", "export_model", "levels", "load_checkpoint", "load_quantized", "loading",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.loading import attaching
 from cpq_lightning.attach.origin import attached_config, set_attached_config
 from cpq_lightning.config import CPQConfig
+from cpq_lightning.errors import StateDictError
 
 # Key of this package's entry in a Lightning checkpoint.
 CHECKPOINT_KEY = "cpq_lightning"
@@ -44,7 +45,7 @@ def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
         The module.
 
     Raises:
-        ValueError: there are no quantizers in the checkpoint, or they do not fit the module.
+        StateDictError: there are no quantizers in the checkpoint, or they do not fit the module.
 
     Example:
         ``module = cpq_lightning.load_checkpoint(Net, "last.ckpt").eval()``
@@ -52,7 +53,7 @@ def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
     with attaching():
         module = module_class.load_from_checkpoint(path, **kwargs)
     if not is_attached(module):
-        raise ValueError(
+        raise StateDictError(
             f"The checkpoint {path} has no quantizers: it is of a run without CPQCallback. Load it with "
             f"{module_class.__name__}.load_from_checkpoint, or give a checkpoint of the run that quantizes."
         )

@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CPQConfig:
     """Settings of Cluster-Promoting Quantization.
 

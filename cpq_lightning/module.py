@@ -75,6 +75,7 @@ class QuantizedClassifier(_Base):
     def __init__(
         self,
         backbone: str | nn.Module,
+        *,
         num_classes: int | None = None,
         quantization: CPQConfig | None = CPQConfig(),  # noqa: B008 - frozen
         pretrained: bool | str = False,
@@ -137,11 +138,11 @@ class QuantizedClassifier(_Base):
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         added: list[Callback] = []
         if self.hparams["quantization"] is not None and not any(issubclass(c, CPQCallback) for c in present):
-            added.append(CPQCallback())
+            added.append(CPQCallback(monitor="val_acc"))
         teacher = self.hparams["teacher"]
         if teacher is not None and not any(issubclass(c, DistillationCallback) for c in present):
-            settings = (self.hparams[f"distillation_{name}"] for name in ("weight", "temperature"))
-            added.append(DistillationCallback(teacher, *settings, module="model"))
+            settings = {name: self.hparams[f"distillation_{name}"] for name in ("weight", "temperature")}
+            added.append(DistillationCallback(teacher, **settings, module="model"))
         return added
 
     def forward(self, images: Tensor) -> Tensor:

@@ -259,7 +259,7 @@ def net():
 TAKERS = {
     "CPQConfig.of": CPQConfig.of,
     "CPQCallback": lambda config: CPQCallback(config).config,
-    "QuantizedModule": lambda config: attached_config(QuantizedModule(net(), 4, config)),
+    "QuantizedModule": lambda config: attached_config(QuantizedModule(net(), num_classes=4, quantization=config)),
     "attach": lambda config: attached_config(attach(net(), config)),
     "with_levels_read": with_levels_read,
     "set_attached_config": lambda config: (set_attached_config(model := net(), config), attached_config(model))[1],

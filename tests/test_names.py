@@ -215,8 +215,9 @@ def journey(pl, tmp_path, fit):
 def test_all_callbacks_fit_resume_evaluate_and_export(pl, journey, tmp_path):
     def company():
         average = [] if journey.averaging is None else [journey.averaging(decay=0.9, update_starting_at_step=4)]
-        first = [CPQCallback(LEARNED, quantize_from=0.25, export=["packed"]), TemperatureSchedule(), ClusterPull(0.5)]
-        return [*first, BitBudget(4.0, freeze=16), DistillationCallback(), *average, BatchNormReestimation(2)]
+        first = [CPQCallback(LEARNED, quantize_from=0.25, export=["packed"]), TemperatureSchedule()]
+        first += [ClusterPull(start=0.5), BitBudget(4.0, freeze=16), DistillationCallback()]
+        return [*first, *average, BatchNormReestimation(2)]
 
     torch.manual_seed(3)
     whole = classifier(pl)

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import inspect
 import re
 import shutil
 import subprocess
@@ -13,7 +12,6 @@ import yaml
 
 import cpq_lightning
 import cpq_lightning.callbacks
-from cpq_lightning import CPQConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cpq_lightning"
@@ -91,20 +89,8 @@ def test_private_attributes_of_lightning_are_read_in_one_place():
         "_data_fetcher", "_combined_loader", "_data_source", "_lightning_optimizers", "_loaded_checkpoint",
         "_checkpoint_connector", "_logger_connector", "_batches_that_stepped", "_can_stop_early", "_module_mode",
         "_num_ready_batches_reached", "_state_dicts", "_on_before_batch_transfer", "_average_model",
+        "_results", "_forked_name",
     ))  # fmt: skip
     for path in PACKAGE.rglob("*.py"):
         if path.name != "private.py":
             assert not re.search(rf"[.\"']({names})\b", path.read_text()), path
-
-
-def test_fragments_have_the_defaults_of_their_callbacks():
-    """One way: what a fragment spells out is what the callback does without it. A budget has no default target."""
-    for path in (ROOT / "callbacks").glob("*.yaml"):
-        (entry,) = yaml.safe_load(path.read_text())["trainer"].values()
-        callback = getattr(cpq_lightning.callbacks, entry["class_path"].rsplit(".", 1)[-1])
-        parameters = inspect.signature(callback).parameters
-        for name, value in entry["init_args"].items():
-            default = parameters[name].default
-            if default is not inspect.Parameter.empty:
-                value = CPQConfig.of(value) if isinstance(default, CPQConfig) else value
-                assert value == default, f"{path.name}: {name}"

@@ -224,7 +224,7 @@ METHODS: dict[str, Method] = {
 # One thing changed each, against a base of its own.
 _PULLS = {
     f"ClusterPull from {start:g}, strength {strength:g}": partial(
-        _cpq, callbacks=lambda start=start, strength=strength: [ClusterPull(start, strength=strength)]
+        _cpq, callbacks=lambda start=start, strength=strength: [ClusterPull(start=start, strength=strength)]
     )
     for start, strength in ((0.5, 0.005), (0.85, 0.05))
 }

@@ -1,4 +1,4 @@
-"""Model surgery: selects layers, attaches quantizers, calibrates, audits. May import optim, backbones, nn and below."""
+"""Model surgery: selects layers, attaches quantizers, calibrates, audits. May import nn and below."""
 
 from cpq_lightning.attach.attach import attach as attach
 from cpq_lightning.attach.attach import detach as detach

@@ -20,11 +20,14 @@ from cpq_lightning.attach.first_last import settle_first_and_last
 from cpq_lightning.attach.layers import is_attached, quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import InputSampler, RangeTracker, outgrown, sampled_inputs
 from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.errors import CPQError
 from cpq_lightning.nn.observer import RangeObserver, Usage, UsageRecorder, pool
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.watch import Watcher
 
 M = TypeVar("M", bound=nn.Module)
+# Default of every setting of this name.
+CALIBRATION_BATCHES = 8
 log = logging.getLogger("cpq_lightning")
 
 
@@ -33,7 +36,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     forward: Callable[[Any], Any] | None = None,
-    most: int = 16,
+    calibration_batches: int = CALIBRATION_BATCHES,
 ) -> M:
     """Set the activation ranges of an attached model from a few batches.
 
@@ -51,19 +54,21 @@ def calibrate(
             its arguments by name; or, if it takes several, a tuple or list of them. The iterable is read once, and its
             batches are kept in memory.
         forward: A function that runs one batch, for other formats: ``lambda batch: model(*batch[0], **batch[1])``.
-        most: The largest number of batches to use.
+        calibration_batches: The largest number of batches to use.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is not attached, or there is no batch, or a batch is empty.
+        ValueError: the model is not attached, there is no batch, a batch is empty, or ``calibration_batches`` is below
+            1.
         TypeError: the forward does not accept such an input.
         FailedElsewhere: a forward failed in another process.
     """
     if not is_attached(model):
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
-    kept = list(itertools.islice(batches, most))
+    check_calibration_batches(calibration_batches)
+    kept = list(itertools.islice(batches, calibration_batches))
     if not kept:
         raise ValueError("calibrate got no batch: expected an iterable of at least one batch of training data.")
     run = forward or (lambda batch: _call(model, batch))
@@ -114,6 +119,16 @@ def calibrate(
     return model
 
 
+def check_calibration_batches(count: int) -> None:
+    """Check the setting ``calibration_batches``.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"calibration_batches must be at least 1, got {count}.")
+
+
 class _Observing(Watcher):
     """Pass activations in full precision, and observe their ranges."""
 
@@ -127,7 +142,7 @@ class _Observing(Watcher):
         return observer is not None
 
 
-class FailedElsewhere(RuntimeError):
+class FailedElsewhere(CPQError, RuntimeError):
     """An operation that all processes run together failed in another process."""
 
 

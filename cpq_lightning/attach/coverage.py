@@ -91,7 +91,7 @@ def _shares(left: Left) -> str:
     return ", ".join(f"{_percent(share)} of the {what}" for share, what in both if share) or "nothing of either"
 
 
-def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
+def coverage(model: nn.Module, *, example_inputs: Any = None) -> Coverage:
     r"""Measure how much of an attached model runs quantized.
 
     .. math:: \text{macs} = \sum_{p \in Q} m_p / \sum_p m_p
@@ -112,7 +112,7 @@ def coverage(model: nn.Module, example_inputs: Any = None) -> Coverage:
     Example:
         >>> from cpq_lightning import CPQConfig, attach
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), CPQConfig())
-        >>> coverage(model, torch.randn(2, 4))
+        >>> coverage(model, example_inputs=torch.randn(2, 4))
         Coverage(weights=1.0, macs=1.0, left={})
     """
     model = unwrapped(model)

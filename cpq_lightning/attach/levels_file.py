@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpq_lightning.config import CPQConfig
+from cpq_lightning.errors import UnreadableFileError
 
 FORMAT = "cpq-levels"
 
@@ -19,14 +20,14 @@ def read_levels(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a ``levels.json`` of this package.
+        UnreadableFileError: it is not a ``levels.json`` of this package.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): expected a levels.json as a fit writes it.") from None
+        raise UnreadableFileError(f"{path} is not JSON ({error}): expected a levels.json as a fit writes it.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is no levels.json: expected 'format': '{FORMAT}' in it.")
+        raise UnreadableFileError(f"{path} is no levels.json: expected 'format': '{FORMAT}' in it.")
     return content
 
 
@@ -44,8 +45,8 @@ def with_levels_read(config: CPQConfig | Mapping[str, Any]) -> CPQConfig:
         content = read_levels(config.levels_from)
     except OSError as error:
         raise ValueError(f"levels_from: {config.levels_from} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise ValueError(f"levels_from: {error}") from None
+    except UnreadableFileError as error:
+        raise UnreadableFileError(f"levels_from: {error}") from None
     widths = {
         layer["name"]: {kind: layer[kind] and layer[kind]["bits"] for kind in ("weight", "activation")}
         for layer in content["layers"]

@@ -18,6 +18,7 @@ from torch import nn
 
 from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.rebuild import attach_state, check_same_quantizers, plain_in, quantized_in
+from cpq_lightning.errors import StateDictError
 
 # Parts of ``state_dict`` names that only a quantized model has.
 _OF_QUANTIZERS = ("weight_quantizer", "input_quantizer", "product_operands", "product_state")
@@ -54,7 +55,7 @@ def loading() -> Iterator[None]:
     as usual. If loading fails, the module is left unchanged. A warning reports if no such state was loaded.
 
     Raises:
-        ValueError: from ``load_state_dict``, if a quantizer does not fit its layer.
+        StateDictError: from ``load_state_dict``, if a quantizer does not fit its layer.
 
     Example:
         ``with cpq_lightning.loading(): model = TheirModel.load("model.pt")``
@@ -103,7 +104,7 @@ def _load_state_dict_checked(self: nn.Module, state_dict: Mapping[str, Any], *ar
         check_same_quantizers(self, state_dict, args[0] if args else kwargs.get("strict", True), _explained(self))
         return _load_state_dict(self, state_dict, *args, **kwargs)
     if seen is None and is_attached(self):
-        raise RuntimeError(
+        raise StateDictError(
             "Load it within `with cpq_lightning.loading():`, which attaches what the state has, or quantize "
             f"{type(self).__name__} with the settings of the state (a Lightning checkpoint holds them under "
             f"'cpq_lightning'). This state_dict has quantizers that {type(self).__name__} lacks, in {len(names)} "
@@ -117,7 +118,7 @@ def _load_state_dict_checked(self: nn.Module, state_dict: Mapping[str, Any], *ar
                 f"Load it with `cpq_lightning.load_checkpoint({name}, path)`, or within "
                 "`with cpq_lightning.loading():`; give a Trainer the CPQCallback of the run"
             )
-        raise RuntimeError(
+        raise StateDictError(
             f"{remedy}. This state_dict is of a quantized model, and {name} has no quantizers in {len(names)} of the "
             f"modules that were quantized, such as {names[0]!r}: it would evaluate as another network. (For the "
             "full-precision weights alone, leave out the keys with '_quantizer.' and 'product_'.)"
@@ -145,7 +146,7 @@ def _load_full_precision(model: nn.Module, state: Mapping[str, Any], strict: boo
         listed = "".join(
             f"\n\t{what} in state_dict: {', '.join(map(repr, keys))}. " for what, keys in names.items() if keys
         )
-        raise RuntimeError(f"Error(s) in loading state_dict for {type(model).__name__}:{listed}")
+        raise StateDictError(f"Error(s) in loading state_dict for {type(model).__name__}:{listed}")
     warnings.warn(
         f"The state_dict is of a full-precision {type(model).__name__}: its weights were loaded, and the ranges of the "
         "quantizers are not known any more. The next fit or calibrate finds them.",

@@ -189,8 +189,8 @@ def _renewable(q: Quantizer, frozen: bool = False) -> bool:
 
 def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, signed: bool) -> list[Tensor]:
     if q.range_rule == "max":
-        return [max_scale(rows.amin(1), rows.amax(1), k, signed) for k in q.fitted_widths]
-    return [mse_scale(rows, k, signed, counts) for k in q.fitted_widths]
+        return [max_scale(rows.amin(1), rows.amax(1), bits=k, signed=signed) for k in q.fitted_widths]
+    return [mse_scale(rows, bits=k, signed=signed, counts=counts) for k in q.fitted_widths]
 
 
 def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, bool]:
@@ -205,7 +205,7 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, b
     step = q.step()
     if q.range_rule == "max":
         signed = q.signed or bool((low < -_NEGLIGIBLE * high.abs()).any())
-        full_range = max_scale(low, high, q.bits, signed)
+        full_range = max_scale(low, high, bits=q.bits, signed=signed)
         # The thresholds are wide, because the highest value differs between batches.
         return (nonzero > 0) & ((full_range > 1.25 * step) | (full_range < step / 2)), signed
     current = grid_errors(rows, counts, step[:, None], *level_bounds(q.bits, q.signed))[:, 0]
@@ -220,7 +220,7 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, b
 
 def _least_error(q: Quantizer, rows: Tensor, counts: Tensor | None, nonzero: Tensor, signed: bool) -> Tensor:
     """Approximate least squared error of each row at the quantizer's bits, and at least the rounding noise."""
-    candidates = max_scale(rows.amin(1), rows.amax(1), q.bits, signed)[:, None] * _CANDIDATES.to(rows)
+    candidates = max_scale(rows.amin(1), rows.amax(1), bits=q.bits, signed=signed)[:, None] * _CANDIDATES.to(rows)
     least, index = grid_errors(rows, counts, candidates, *level_bounds(q.bits, signed)).min(1)
     return torch.maximum(least, nonzero * candidates.gather(1, index[:, None])[:, 0].double().square() / 12)
 
@@ -301,7 +301,7 @@ def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, 
     current = clipped_share(rows, counts, step, low, high)
     signed = q.signed or bool((rows < 0).any())
     bits = int(q.decided_widths().max())
-    refitted = mse_scale(rows, bits, signed, counts)
+    refitted = mse_scale(rows, bits=bits, signed=signed, counts=counts)
     lowest, highest = (torch.tensor(float(bound), device=rows.device) for bound in level_bounds(bits, signed))
     return current, clipped_share(rows, counts, refitted, lowest, highest)
 

@@ -24,6 +24,7 @@ from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, u
 from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
 from cpq_lightning.attach.weight_readers import TiedReader
 from cpq_lightning.attach.wrapping import check_unspread, unwrapped
+from cpq_lightning.errors import StateDictError
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.state import layout_differences, read
 
@@ -88,12 +89,12 @@ def check_same_quantizers(model: nn.Module, state: Mapping[str, Any], strict: bo
     )
     model_name = type(model).__name__
     if other:
-        raise RuntimeError(
+        raise StateDictError(
             f"The quantizers of the state_dict differ from {len(other)} of {model_name}'s, such as {other[0]!r}: "
             f"{what}. {advice}"
         )
     if strict and missing:
-        raise RuntimeError(
+        raise StateDictError(
             f"The state_dict has nothing of {len(missing)} quantizers of {model_name}, such as {missing[0]!r}: their "
             f"weights or inputs were in full precision. {advice}"
         )
@@ -213,14 +214,14 @@ def _tied_in(model: nn.Module, name: str, state: Mapping[str, Any]) -> Tied | No
 
 def _check(layer: nn.Module, name: str, state: Mapping[str, Any], tied: Tied | None) -> None:
     if tied is None and not holds_weight(layer):
-        raise ValueError(
+        raise StateDictError(
             f"The state_dict has quantizers of the layer {name!r}, which is {type(layer).__name__} here, and not a "
             "convolution or linear layer with a weight: build the model as it was when it was saved."
         )
     weight = cast(Tensor, layer.weight) if tied is None else tied.tensor
     scales = state.get(_path(name, "weight_quantizer.log_scale"))
     if isinstance(scales, Tensor) and len(scales) not in (1, *weight.shape[:2]):
-        raise ValueError(
+        raise StateDictError(
             f"The state_dict has {len(scales)} scales of the layer {name!r}, one per channel, but its weight has the "
             f"shape {tuple(weight.shape)} here: build the model as it was when it was saved."
         )
@@ -230,7 +231,7 @@ def _build(layer: nn.Module, name: str, part: str, state: Mapping[str, Any]) -> 
     try:
         quantizer = Quantizer.from_state(_tensors(name, part, state))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"The state_dict's {_path(name, part)} cannot be read: {error}") from error
+        raise StateDictError(f"The state_dict's {_path(name, part)} cannot be read: {error}") from error
     like = next((t for t in layer.parameters() if not t.is_meta), None)
     return (quantizer if like is None else quantizer.to(like.device)).train(layer.training)
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor
 
+from cpq_lightning.errors import UnreadableFileError
 from cpq_lightning.nn.state import read
 
 # Parts of names in the state of a quantized module that a plain module does not have.
@@ -24,7 +25,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or holds no tensors by name.
+        UnreadableFileError: the file cannot be read, or holds no tensors by name.
     """
     path = Path(path)
     if not path.is_file():
@@ -32,18 +33,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         weights = load_state_dict(str(path), weights_only=True)
     except (OSError, SafetensorError):
-        raise ValueError(f"{path} is no safetensors file that can be read: is it complete?") from None
+        raise UnreadableFileError(f"{path} is no safetensors file that can be read: is it complete?") from None
     except AttributeError:
         # The file holds another object than a mapping.
         weights = {}
     except Exception as error:
-        raise ValueError(
+        raise UnreadableFileError(
             f"{path} cannot be read without unpickling code ({type(error).__name__}). Expected weights alone: "
             "torch.save(network.state_dict(), path), or safetensors."
         ) from None
     tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no tensors by name: expected a file of torch.save(network.state_dict(), path).")
+        raise UnreadableFileError(
+            f"{path} holds no tensors by name: expected a file of torch.save(network.state_dict(), path)."
+        )
     return tensors
 
 

@@ -57,7 +57,9 @@ class Constraint:
 
         The target falls geometrically, so that most of the descent is spent at low widths.
         """
-        return anneal(round(1e6 * progress), 0, 10**6, self.first, self.target, "exponential")
+        return anneal(
+            round(1e6 * progress), start=0, end=10**6, first=self.first, last=self.target, shape="exponential"
+        )
 
     def describe(self, widths: Tensor, moved: list[dict[str, Any]]) -> str:
         """A sentence on the decision: the widths changed to meet the target, the cost, and the rest of the target."""

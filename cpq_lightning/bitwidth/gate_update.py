@@ -133,7 +133,7 @@ class GateUpdate:
 
     def probabilities(self, theta: Tensor, noise: float, beta: float) -> Tensor:
         """``P(z > 0)``; 0 where a row has fewer gates."""
-        return torch.where(self.exists, open_probability(theta, noise, beta), 0.0)
+        return torch.where(self.exists, open_probability(theta, noise=noise, beta=beta), 0.0)
 
     def expected(self, noise: float, beta: float) -> Tensor:
         """Expected widths, shape (rows,)."""
@@ -209,7 +209,7 @@ class GateUpdate:
             mean = (share * widths).sum() / share.sum()
             gate = torch.arange(len(self.exists))[:, None]
             wanted = (mean.clamp(self.min_bits, self.max_bits) - self.min_bits - gate).clamp(_MIN_P, 1 - _MIN_P)
-            updated = theta + (logit_of(wanted, noise, beta) - theta).clamp(-rate, rate)
+            updated = theta + (logit_of(wanted, noise=noise, beta=beta) - theta).clamp(-rate, rate)
             theta = torch.where(~known & (unit > 0), updated, theta)
         return theta
 
@@ -264,7 +264,7 @@ class GateUpdate:
 
 
 def _logit_at(probability: float, noise: float, beta: float) -> Tensor:
-    return logit_of(torch.tensor(probability, dtype=torch.float64), noise, beta)
+    return logit_of(torch.tensor(probability, dtype=torch.float64), noise=noise, beta=beta)
 
 
 def _max_strength(mean: Tensor, scale: Tensor, price: Tensor) -> float:

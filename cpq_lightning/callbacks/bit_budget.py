@@ -25,12 +25,20 @@ from cpq_lightning.functional.schedule import resolve_point
 from cpq_lightning.optim.optimizer_hook import OptimizerHook
 from cpq_lightning.packing.size import byte_cost, packed_size
 from cpq_lightning.trainer import private
-from cpq_lightning.trainer.checks import Bests, last_saved, monitored_bests, quantization_start, warn_of_old_bests
+from cpq_lightning.trainer.checks import (
+    Bests,
+    last_saved,
+    monitored_bests,
+    monitored_metric,
+    quantization_start,
+    warn_of_old_bests,
+)
 from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException
 from cpq_lightning.trainer.loggers import log_widths
 from cpq_lightning.trainer.module_parts import exported_architecture, exported_part
 from cpq_lightning.trainer.optimizers import hook_optimizers
 from cpq_lightning.trainer.progress import run_folder, run_length, run_step
+from cpq_lightning.trainer.run_report import validation_metrics
 from cpq_lightning.trainer.trajectory import Trajectory
 from cpq_lightning.trainer.weight_averaging import share_with_averages
 
@@ -86,8 +94,8 @@ class BitBudget(Callback):
     def __init__(
         self,
         target: float,
-        unit: BudgetUnit = "bits",
         *,
+        unit: BudgetUnit = "bits",
         act_target: float | None = None,
         freeze: int | float | None = None,
     ) -> None:
@@ -200,8 +208,7 @@ class BitBudget(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "val" in k and v.numel() == 1}
-        self._trajectory.note_metrics(run_step(trainer), metrics)
+        self._trajectory.note_metrics(run_step(trainer), validation_metrics(trainer))
         if trainer.is_global_zero:
             log_widths(trainer, widths_by_name(pl_module), run_step(trainer))
 
@@ -223,7 +230,8 @@ class BitBudget(Callback):
         if not trainer.is_global_zero:
             return
         self._trajectory.note(run_step(trainer), self._values(pl_module), widths_by_name(pl_module))
-        self._trajectory.save(folder, last_saved(trainer))
+        monitor = monitored_metric(trainer, self._trajectory.metrics)
+        self._trajectory.save(folder, last_saved(trainer), monitor)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         warn_of_old_bests(trainer, self._bests, "BitBudget had fixed the widths: it is not at the target")

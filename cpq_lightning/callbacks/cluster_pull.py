@@ -46,6 +46,7 @@ class ClusterPull(Callback):
 
     def __init__(
         self,
+        *,
         start: int | float = 0.95,
         end: int | float = 1.0,
         strength: float = 0.1,
@@ -54,7 +55,7 @@ class ClusterPull(Callback):
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
             raise ValueError(f"strength must be a number over 0 and up to 1, got {strength!r}.")
         check_span(start, end)
-        anneal(1, 0, 2, 0.0, strength, shape)
+        anneal(1, start=0, end=2, first=0.0, last=strength, shape=shape)
         self.start, self.end, self.strength = start, end, strength
         self.shape: Shape = shape
         self._span = (0, 0)
@@ -63,7 +64,8 @@ class ClusterPull(Callback):
 
     def value(self, step: int) -> float:
         """The dampening strength ``c`` after the optimizer update of a step; valid once training has started."""
-        return anneal(step + 1, *self._span, 0.0, self.strength, self.shape)
+        start, end = self._span
+        return anneal(step + 1, start=start, end=end, first=0.0, last=self.strength, shape=self.shape)
 
     def pulled(self, pl_module: LightningModule) -> Mapping[int, Quantizer]:
         """The quantizer of each dampened weight, keyed by the weight's ``id``."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from cpq_lightning.attach.attach import refit, set_active, set_noise_step
 from cpq_lightning.attach.audit import Audit, AuditReport
-from cpq_lightning.attach.calibrate import recording
+from cpq_lightning.attach.calibrate import CALIBRATION_BATCHES, check_calibration_batches, recording
 from cpq_lightning.attach.coverage import recorded_coverage, remember_products
 from cpq_lightning.attach.first_forward import (
     auditable,
@@ -50,6 +50,7 @@ from cpq_lightning.trainer.checks import (
     check_unsharded,
     last_saved,
     monitored_bests,
+    monitored_metric,
     quantization_start,
     warn_of_old_bests,
 )
@@ -100,6 +101,9 @@ class CPQCallback(RangeHooks):
         levels_file: Name of the file in the run's folder. The same content is written there as CSV and, if matplotlib
             is installed, plots of the levels and weight histograms. ``None`` writes no file and logs no share of
             clipped values.
+        monitor: Name of the validation metric by which tables, plots and ``cpq report`` compare runs, written to
+            ``levels.json``. ``None`` is the first validation metric that a ModelCheckpoint or EarlyStopping of the
+            Trainer monitors; else the only metric of the validation; else none.
         table: Whether to print the tables at the end.
         export: Formats to export the model to at the end, into the run's folder; each file is verified first:
             ``"packed"``, ``"onnx"`` (needs the extra ``onnx``), ``"torch"``. If the forward takes or returns something
@@ -128,8 +132,9 @@ class CPQCallback(RangeHooks):
         *,
         quantize_from: int | float = 0,
         lr_factor: float = 1.0,
-        calibration_batches: int = 8,
+        calibration_batches: int = CALIBRATION_BATCHES,
         levels_file: str | None = "levels.json",
+        monitor: str | None = None,
         table: bool = True,
         export: Sequence[Format] = (),
         samples: int = 16,
@@ -138,8 +143,7 @@ class CPQCallback(RangeHooks):
         resolve_point("quantize_from", quantize_from, 1)
         if not lr_factor > 0:
             raise ValueError(f"lr_factor must be over 0, got {lr_factor}.")
-        if calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}.")
+        check_calibration_batches(calibration_batches)
         # A string is a sequence too: of its letters.
         formats: Any = (export,) if isinstance(export, str) else tuple(export)
         check_settings(formats, samples)
@@ -148,6 +152,7 @@ class CPQCallback(RangeHooks):
         self.lr_factor = lr_factor
         self.calibration_batches = calibration_batches
         self.levels_file = levels_file
+        self.monitor = monitor
         self.table = table
         self.export: tuple[Format, ...] = formats
         self.samples = samples
@@ -362,6 +367,12 @@ class CPQCallback(RangeHooks):
             rank_zero_warn(
                 f"The run has ended at step {run_step(trainer)}, before quantization was to begin at step "
                 f"{self.start_step}: the module is in full precision."
+            )
+        logged = sorted({name for metrics in self._metrics.values() for name in metrics})
+        if self.monitor is not None and self._metrics and monitored_metric(trainer, logged) is None:
+            rank_zero_warn(
+                f"monitor={self.monitor!r} names no metric of this run's validation, which logged {logged}: reports do "
+                "not compare this run with others."
             )
         if not (self.table or self.run_folder):
             return

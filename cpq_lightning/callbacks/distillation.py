@@ -18,7 +18,7 @@ from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.functional.distill import distillation_loss
 from cpq_lightning.trainer.checks import quantization_start
-from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException
+from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException, NotResumable
 from cpq_lightning.trainer.module_parts import part_with
 from cpq_lightning.trainer.progress import run_folder, run_step
 from cpq_lightning.trainer.teacher import (
@@ -70,6 +70,7 @@ class DistillationCallback(Callback):
     def __init__(
         self,
         teacher: str | nn.Module = "self",
+        *,
         weight: float = 0.5,
         temperature: float = 1.0,
         module: str | None = None,
@@ -142,7 +143,7 @@ class DistillationCallback(Callback):
             # Write it to this run's folder too: the previous folder may be deleted.
             self._save_copy(trainer)
         elif self._teacher is None and run_step(trainer) > self._start:
-            raise MisconfigurationException(
+            raise NotResumable(
                 f"teacher='self' is the network as it was when quantization began, at step {self._start}, and the run "
                 f"that is resumed at step {run_step(trainer)} kept no copy of it: give a checkpoint as teacher."
             )
@@ -262,7 +263,7 @@ class DistillationCallback(Callback):
         if not self._checked:
             self._checked = True
             warn_of_the_untrained(teacher_logits)
-        return distillation_loss(logits, teacher_logits, self.temperature)
+        return distillation_loss(logits, teacher_logits, temperature=self.temperature)
 
 
 def check_distillation(weight: float, temperature: float) -> None:

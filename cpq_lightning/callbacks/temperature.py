@@ -33,10 +33,11 @@ class TemperatureSchedule(BufferSchedule):
 
     def __init__(
         self,
+        *,
         start: int | float = 0.0,
         end: int | float = 1.0,
         first: float = 1.0,
         last: float = 0.5,
         shape: Shape = "linear",
     ) -> None:
-        super().__init__(start, end, first, last, shape)
+        super().__init__(start=start, end=end, first=first, last=last, shape=shape)

@@ -86,7 +86,7 @@ def export(
             name=name,
             container=container,
             architecture=exported_architecture(trained),
-            verification=verify,
+            verify=verify,
             latency=True,
         )
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

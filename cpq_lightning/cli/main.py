@@ -106,7 +106,7 @@ class CPQCLI(LightningCLI):
 
 
 def report(
-    runs: list[str], metric: str | None = None, levels_file: str = "levels.json", out: str | None = None
+    runs: list[str], *, metric: str | None = None, levels_file: str = "levels.json", out: str | None = None
 ) -> None:
     """Show one run again or compare several, and make their tables and pictures again.
 
@@ -116,21 +116,22 @@ def report(
     Args:
         runs: Folders of runs, each with its levels.json; a folder of runs, such as a Trainer's default_root_dir, stands
             for all runs in it.
-        metric: Metric by which to compare several runs; by default the first with 'acc' in its name, or the only one.
+        metric: Metric by which to compare runs, and to plot over a run; by default the one that the run has singled
+            out (CPQCallback's monitor), or its only one.
         levels_file: Name of the file with the levels, in place of levels.json.
         out: Folder for the files of a comparison; by default the folder that contains all runs.
     """
-    folders = expand_runs(runs, levels_file)
+    folders = expand_runs(runs, levels_file=levels_file)
     try:
         if len(folders) > 1:
-            compared, left_out = compare_runs(folders, metric, levels_file)
+            compared, left_out = compare_runs(folders, metric=metric, levels_file=levels_file)
             Console().print(runs_table(compared))
             for reason in left_out:
                 Console().print(f"left out: {reason}", soft_wrap=True)
             made = write_runs(compared, out or common_folder(folders))
         else:
             Console().print(levels_table(read_manifest(folders[0] / levels_file)))
-            made = write_report(folders[0], levels_file)
+            made = write_report(folders[0], metric=metric, levels_file=levels_file)
     except FileNotFoundError:
         missing = next(f for f in folders if not (f / levels_file).is_file()) / levels_file
         raise SystemExit(

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningDataModule
 from timm.data.mixup import Mixup
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from cpq_lightning.errors import CPQError
+
 
 class ImageDataModule(LightningDataModule):
     """Labelled images; a seed chooses the part that is for validation.
@@ -36,6 +38,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
+        *,
         batch_size: int = 64,
         val_fraction: float = 0.1,
         num_workers: int = 0,
@@ -129,7 +132,7 @@ def split(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]
     return order[: count - held_out], order[count - held_out :]
 
 
-class DataError(ValueError):
+class DataError(CPQError, ValueError):
     """The data or settings for them are wrong; the message says what to do."""
 
 

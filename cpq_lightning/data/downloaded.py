@@ -44,16 +44,20 @@ class DownloadedDataModule(ImageDataModule):
     def __init__(
         self,
         root: str = "data",
-        batch_size: int = 128,
+        *,
+        batch_size: int = 64,
         image_size: int | None = None,
         val_fraction: float = 0.1,
-        num_workers: int = 2,
+        num_workers: int = 4,
         seed: int = 0,
         download: bool = False,
         mixup: float = 0.0,
         cutmix: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, val_fraction, num_workers, seed, mixup, cutmix)
+        super().__init__(
+            batch_size=batch_size, val_fraction=val_fraction, num_workers=num_workers, seed=seed, mixup=mixup,
+            cutmix=cutmix,
+        )  # fmt: skip
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         self.save_hyperparameters()

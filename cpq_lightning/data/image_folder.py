@@ -52,6 +52,7 @@ class ImageFolderDataModule(ImageDataModule):
     def __init__(
         self,
         root: str = "data",
+        *,
         backbone: str | None = None,
         batch_size: int = 64,
         image_size: int | None = None,
@@ -62,7 +63,10 @@ class ImageFolderDataModule(ImageDataModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, val_fraction, num_workers, seed, mixup, cutmix)
+        super().__init__(
+            batch_size=batch_size, val_fraction=val_fraction, num_workers=num_workers, seed=seed, mixup=mixup,
+            cutmix=cutmix,
+        )  # fmt: skip
         if val_fraction == 0:
             raise ValueError("val_fraction must be over 0; where a folder root/val exists, it is used instead.")
         if image_size is not None and image_size < 1:

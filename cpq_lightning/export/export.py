@@ -85,7 +85,7 @@ def export_model(
     name: str = "model",
     container: Container = "int8",
     architecture: Mapping[str, Any] | None = None,
-    verification: bool = True,
+    verify: bool = True,
     latency: bool = False,
 ) -> Export:
     """Write an attached model as one file, and verify that the file computes the same as the model.
@@ -108,7 +108,7 @@ def export_model(
         name: Name of the file without its suffix.
         container: ONNX only: ``"int8"`` for speed, ``"int4"`` for size.
         architecture: ``{"timm": name, "arguments": {...}}`` where timm builds the network.
-        verification: Whether to compare the file with the model.
+        verify: Whether to compare the file with the model.
         latency: ONNX only: whether to measure the latency of the file and of the full-precision network.
 
     Returns:
@@ -116,8 +116,9 @@ def export_model(
 
     Raises:
         MismatchError: the file does not compute what the model computes.
-        ValueError: the model cannot be exported, for example because layers were added after attach that its config
-            would quantize, or because weights were rewritten after their ranges were fitted; or an argument is wrong.
+        ExportError: the model cannot be exported, for example because layers were added after attach that its config
+            would quantize, or because weights were rewritten after their ranges were fitted.
+        ValueError: an argument is wrong.
         TypeError: the samples are no arguments of the forward, the samples contain a value that no file can take, or
             the model returns a value that no file can contain; the message names it.
         ImportError: the format needs packages that are not installed.
@@ -164,7 +165,7 @@ def export_model(
     with replacing(path) as temporary:
         try:
             job = Job(model, temporary, samples, container, architecture)
-            result = _write_and_verify(job, format, verification)
+            result = _write_and_verify(job, format, verify)
         except MismatchError as error:
             raise MismatchError(f"{path} was not written, it would not be the trained model. {error}") from None
         measured = _time(model, temporary, samples) if latency and format == "onnx" else None
@@ -183,12 +184,12 @@ def export_model(
     )
 
 
-def _write_and_verify(job: Job, format: Format, verification: bool) -> Verification | None:
+def _write_and_verify(job: Job, format: Format, verified: bool) -> Verification | None:
     kind = FORMATS[format]
-    if verification or kind.traces:
+    if verified or kind.traces:
         _check_forward(job.model, job.samples)
     kind.write(job)
-    if not verification:
+    if not verified:
         return None
     try:
         return verify(job.model, kind.load(job), job.samples)

@@ -26,6 +26,7 @@ from cpq_lightning.attach.tied import source_of, tied_readers
 from cpq_lightning.attach.timm_layers import call_projections
 from cpq_lightning.attach.weight_readers import avoid_fused_paths
 from cpq_lightning.attach.wrapping import unwrapped
+from cpq_lightning.errors import ExportError
 from cpq_lightning.functional.grid import along_channels
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.sharding import is_sharded
@@ -237,31 +238,31 @@ def check_exportable(model: nn.Module) -> None:
     """Raise an error for a model that cannot be exported, without reading the shards of other processes.
 
     Raises:
-        ValueError: the model cannot be exported, see :func:`evaluated`.
+        ExportError: the model cannot be exported, see :func:`evaluated`.
     """
     if not is_attached(model):
-        raise ValueError(
+        raise ExportError(
             f"The model {type(model).__name__} is not quantized: expected one that attach(model, config) or "
             "CPQCallback has quantized, and that was trained after that."
         )
     if late := late_layers(model):
-        raise ValueError(late_message(model, late))
+        raise ExportError(late_message(model, late))
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
         if is_sharded(layer.weight):
-            raise ValueError(
+            raise ExportError(
                 f"The weight of layer {name!r} is sharded over processes: load a checkpoint of the run in one process "
                 "and export that model."
             )
         if not layer.weight_quantizer.active:
-            raise ValueError(
+            raise ExportError(
                 f"Quantization has not begun in layer {name!r}: the model is still in full precision. Export it "
                 "after the training step that quantize_from sets."
             )
         layer.fit_if_needed()
     stale = rewritten_weights(model)
     if stale and not is_training(model):
-        raise ValueError(
+        raise ExportError(
             f"The weights of {len(stale)} layers have been rewritten after their ranges were fitted: "
             f"{', '.join(stale)}. The error of their grids is at least four times that of newly fitted grids. Call "
             "calibrate(model, batches), which fits the ranges of weights and inputs again; or, if the inputs have not "
@@ -272,7 +273,7 @@ def check_exportable(model: nn.Module) -> None:
         refit_rewritten(model)
     unknown = uncalled(model)
     if unknown and len(unknown) == sum(1 for _ in quantized_inputs(model)):
-        raise ValueError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")
+        raise ExportError("The ranges of activations are not known: call calibrate(model, batches), or train, first.")
 
 
 def uncalled(model: nn.Module) -> list[str]:

@@ -42,7 +42,8 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> nn.Modul
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no packed file, is of a newer version, damaged or edited, or does not fit the network.
+        UnreadableFileError: the file is no packed file, is of a newer version, damaged or edited.
+        ValueError: the file does not fit the network.
 
     Example:
         ``load_quantized("resnet18.safetensors")(images)``

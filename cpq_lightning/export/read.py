@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cpq_lightning.attach.products import operand_names, operand_path
+from cpq_lightning.errors import UnreadableFileError
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.functional.grid import check_bits
 from cpq_lightning.packing.layout import CODES, DTYPES, FORMAT, KEY, VERSION, code_bytes, digest, digest_of_all, lengths
@@ -26,8 +27,8 @@ def read_packed(path: str | Path) -> PackedFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no packed file of cpq-lightning, is of a newer version, or is truncated, damaged or
-            edited; the message gives the reason.
+        UnreadableFileError: the file is no packed file of cpq-lightning, is of a newer version, or is truncated,
+            damaged or edited; the message gives the reason.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -36,7 +37,7 @@ def read_packed(path: str | Path) -> PackedFile:
     version = header.get("version")
     reader = _READERS.get(version) if type(version) is int else None
     if reader is None:
-        raise ValueError(
+        raise UnreadableFileError(
             f"{path} is of version {version} of the packed format, written by "
             f"{header.get('written_by', 'an unknown program')}; this cpq-lightning reads version "
             f"{', '.join(map(str, _READERS))}: install the version that wrote the file, or a newer one."
@@ -262,12 +263,14 @@ _READERS: dict[int, Callable[[dict[str, Any], _Described, bytes, Path], PackedFi
 }
 
 
-def _foreign(path: Path, reason: str) -> ValueError:
-    return ValueError(
+def _foreign(path: Path, reason: str) -> UnreadableFileError:
+    return UnreadableFileError(
         f"{path} is no packed model of cpq-lightning: {reason}. Expected a complete file of 'cpq export --format "
         "packed'."
     )
 
 
-def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged or was edited: {reason}. Export the model again, or copy the file again.")
+def _damaged(path: Path, reason: str) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{path} is damaged or was edited: {reason}. Export the model again, or copy the file again."
+    )

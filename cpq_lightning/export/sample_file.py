@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cpq_lightning.errors import UnreadableFileError
 from cpq_lightning.export.calls import TENSOR, Form, dump_spec, load_spec
 from cpq_lightning.export.samples import Samples
 from cpq_lightning.files import write_atomically
@@ -62,8 +63,8 @@ def read_samples(path: str | Path) -> Samples:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no file of samples, is of a newer version, or is truncated or damaged; the message gives
-            the reason.
+        UnreadableFileError: the file is no file of samples, is of a newer version, or is truncated or damaged; the
+            message gives the reason.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -83,7 +84,7 @@ def read_samples(path: str | Path) -> Samples:
     if known != _FORMAT:
         raise _refused(path, "its header is not that of samples")
     if version not in (1, _VERSION):
-        raise ValueError(
+        raise UnreadableFileError(
             f"samples={path} is of version {version} of the file of samples; this cpq-lightning reads up to "
             f"{_VERSION}: install the version that wrote the file, or a newer one."
         )
@@ -112,8 +113,8 @@ def _form_from_json(content: Any) -> Form:
     return Form(spec, tuple(leaves))
 
 
-def _refused(path: str | Path, reason: str) -> ValueError:
-    return ValueError(
+def _refused(path: str | Path, reason: str) -> UnreadableFileError:
+    return UnreadableFileError(
         f"samples={path} is no file of samples, or is damaged: {reason}. Expected the complete {SAMPLES_FILE} of a "
         "run's folder, or a file of cpq_lightning.export.write_samples."
     )

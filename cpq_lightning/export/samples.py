@@ -191,7 +191,7 @@ class _Recording:
 _recordings: WeakKeyDictionary[nn.Module, _Recording] = WeakKeyDictionary()
 
 
-def record_samples(model: nn.Module, most: int = 16, *, again: bool = False) -> None:
+def record_samples(model: nn.Module, most: int, *, again: bool = False) -> None:
     """Record at most ``most`` inputs in the next forward of the model, for :func:`recorded_samples`.
 
     Samples of an earlier run are deleted; where ``most`` is 0, nothing else is done. With ``again`` they are kept, and

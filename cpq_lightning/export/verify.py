@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.layers import read_layers
+from cpq_lightning.errors import ExportError
 from cpq_lightning.export.calls import flat_outputs
 from cpq_lightning.export.integer_model import evaluated, grid_of, input_of, quantized_inputs
 from cpq_lightning.export.samples import Samples
@@ -29,7 +30,7 @@ LEAST_AGREEMENT = 0.99
 _MAX_SAMPLES, _BATCH = 16, 8
 
 
-class MismatchError(ValueError):
+class MismatchError(ExportError):
     """An exported file does not compute what the trained model computes."""
 
 

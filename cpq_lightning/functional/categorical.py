@@ -67,7 +67,7 @@ def quantize(
     bits: int,
     min_bits: int | None = None,
     signed: bool = True,
-    estimator: Estimator = "argmax",
+    estimator: Estimator = "expectation",
 ) -> Tensor:
     """Fake-quantize to the most probable level, with the multi-class straight-through estimator as gradient.
 

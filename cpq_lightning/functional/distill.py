@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """``tau^2 · KL(softmax(t / tau) || softmax(s / tau))``, the mean over samples (and positions), in nats.
 
     The factor ``tau^2`` keeps the magnitude of the gradient about the same for every ``tau``. At ``tau = 1`` the

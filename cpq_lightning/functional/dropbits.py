@@ -17,7 +17,9 @@ GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3
 _THRESHOLD = math.log(-GAMMA / ZETA)
 
 
-def hard_concrete(logit: Tensor, uniform: Tensor, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
+def hard_concrete(
+    logit: Tensor, uniform: Tensor, *, noise: Tensor | float = 1.0, beta: Tensor | float = BETA
+) -> Tensor:
     """Sample gates ``z = clip(S((nu (log u - log(1-u)) + logit)/beta) (zeta - gamma) + gamma, 0, 1)``.
 
     Args:
@@ -34,12 +36,12 @@ def hard_concrete(logit: Tensor, uniform: Tensor, noise: Tensor | float = 1.0, b
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
-def open_probability(logit: Tensor, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
+def open_probability(logit: Tensor, *, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
     """``P(z > 0) = S((logit - beta log(-gamma/zeta)) / nu)``; arguments as for :func:`hard_concrete`."""
     return torch.sigmoid((logit - beta * _THRESHOLD) / noise)
 
 
-def logit_of(probability: Tensor, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
+def logit_of(probability: Tensor, *, noise: Tensor | float = 1.0, beta: Tensor | float = BETA) -> Tensor:
     """The logit at which a gate is open with the given probability: the inverse of :func:`open_probability`.
 
     Example:

@@ -17,7 +17,7 @@ _BLOCK, _DEVICE_BLOCK = 2**16, 2**24
 _SMALLEST = 1e-30
 
 
-def mse_scale(values: Tensor, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
+def mse_scale(values: Tensor, *, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
     """Least-squares scale ``argmin_a sum_i c_i (v_i - a clamp(round(v_i / a)))^2`` of each row.
 
     The search has three stages: scales from 1/256 to twice the minmax scale (small ones clip outliers), a finer search
@@ -59,7 +59,7 @@ def mse_scale(values: Tensor, bits: int, signed: bool, counts: Tensor | None = N
     return torch.where(empty, 1.0, step)
 
 
-def max_scale(lowest: Tensor, highest: Tensor, bits: int, signed: bool) -> Tensor:
+def max_scale(lowest: Tensor, highest: Tensor, *, bits: int, signed: bool) -> Tensor:
     """The minmax scale: the smallest one that clips no value from ``lowest`` to ``highest``; 1 if both are zero.
 
     Example:

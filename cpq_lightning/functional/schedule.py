@@ -57,7 +57,7 @@ def resolve_point(name: str, point: int | float, total_steps: float) -> int:
     return round(point * total_steps)
 
 
-def anneal(step: int, start: int, end: int, first: float, last: float, shape: Shape = "linear") -> float:
+def anneal(step: int, *, start: int, end: int, first: float, last: float, shape: Shape = "linear") -> float:
     """Value at ``step`` of a schedule that is ``first`` until ``start`` and ``last`` from ``end`` on.
 
     With ``t = (step - start)/(end - start)`` clamped to [0, 1]: linear is ``first + t (last - first)``, cosine
@@ -67,7 +67,7 @@ def anneal(step: int, start: int, end: int, first: float, last: float, shape: Sh
         ValueError: an unknown shape, or an exponential one whose values are not both over 0.
 
     Example:
-        >>> [anneal(s, 10, 20, 1.0, 0.5) for s in (0, 10, 15, 20, 99)]
+        >>> [anneal(s, start=10, end=20, first=1.0, last=0.5) for s in (0, 10, 15, 20, 99)]
         [1.0, 1.0, 0.75, 0.5, 0.5]
     """
     if shape not in SHAPES:

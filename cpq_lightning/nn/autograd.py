@@ -139,8 +139,9 @@ class SaliencyToGates(torch.autograd.Function):
         part, part_grad = x[index], grad_x[index]
         part_steps = steps if steps.shape[1] == 1 else steps[:, sampled]
         saliency = bit_saliency(
-            part, part_grad, part_steps, widths, signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block
-        )
+            part, part_grad, part_steps, widths,
+            signed=signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block,
+        )  # fmt: skip
         share = x.numel() / max(1, part.numel())
         grad_logits = torch.where(is_open, -share * saliency.clamp(min=_MIN_SALIENCY), 0.0)
         return grad, None, grad_logits, None, None, None, None, None, None

@@ -98,7 +98,7 @@ class Gates(nn.Module):
 
     def probabilities(self, count: int) -> Tensor:
         """``P(z > 0)`` of the first ``count`` gates, shape (count, rows)."""
-        return open_probability(self.logits(count), self.noise, self.beta)
+        return open_probability(self.logits(count), noise=self.noise, beta=self.beta)
 
     def open(self, count: int) -> Tensor:
         """The number of open gates in evaluation, shape (rows,), int64."""
@@ -156,7 +156,7 @@ class Gates(nn.Module):
         uniform = keyed_uniform((count, *shared), self.seed, step, self.key)
         if self.logit is None:
             return hard_concrete(logit_of(self.keep_prob), uniform)
-        return hard_concrete(self._shaped(self.logits(count), x), uniform, self.noise, self.beta)
+        return hard_concrete(self._shaped(self.logits(count), x), uniform, noise=self.noise, beta=self.beta)
 
     def _shaped(self, gates: Tensor, x: Tensor) -> Tensor:
         """Reshape (count, rows) to (count, *shape), with ``shape`` broadcastable to ``x``."""

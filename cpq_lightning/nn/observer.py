@@ -101,7 +101,7 @@ class RangeObserver:
             return None
         if rule == "max":
             signed = bool(low < -_NEGLIGIBLE * high.abs())
-            return [max_scale(low, high, bits, signed).reshape(1) for bits in widths], signed
+            return [max_scale(low, high, bits=bits, signed=signed).reshape(1) for bits in widths], signed
         centers, weights = bin_centers(low, high, BINS)[None], counts[None].double()
         grids = [signed for signed in (False, True) if signed or high > 0]
         exact = self._pooled_exact()
@@ -111,7 +111,7 @@ class RangeObserver:
             # Integers, masks and one-hot vectors have no error on such a grid; the histogram is too coarse to show it.
             exact_scales = [exact.get((signed, bits)) for bits in widths]
             fits[signed] = [
-                mse_scale(centers, bits, signed, weights) if step is None else step
+                mse_scale(centers, bits=bits, signed=signed, counts=weights) if step is None else step
                 for bits, step in zip(widths, exact_scales, strict=True)
             ]
             errors[signed] = sum(

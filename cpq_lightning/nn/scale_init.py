@@ -37,13 +37,13 @@ def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int]
         return None
     if rule == "max":
         low, high = rows.amin(1), rows.amax(1)
-        scales = [max_scale(low, high, bits, signed=True) for bits in widths]
+        scales = [max_scale(low, high, bits=bits, signed=True) for bits in widths]
     else:
         sample = rows[:, :: even_stride(rows.shape[1], _SAMPLE_SIZE)]
         if not sample.any(1).equal(known):
             # The sample misses the few nonzero values of a channel.
             sample = rows
-        scales = [mse_scale(sample, bits, signed=True) for bits in widths]
+        scales = [mse_scale(sample, bits=bits, signed=True) for bits in widths]
     return [torch.where(known, scale, scale[known].mean()) for scale in scales]
 
 

@@ -1,1 +1,1 @@
-"""Training of the quantizers' parameters, by hooks of optimizers. May import attach, backbones, nn and below."""
+"""Training of the quantizers' parameters, by hooks of optimizers. May import nn and below."""

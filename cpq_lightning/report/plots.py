@@ -12,6 +12,8 @@ from cpq_lightning.files import write_atomically
 from cpq_lightning.report.levels import mean_over_channels
 
 TRAJECTORY_FILE = "trajectory.csv"
+# Begins the columns of metrics in that file, whose names may be anything.
+METRIC_COLUMN = "metric:"
 _WEIGHTS, _ACTIVATIONS, _PALE, _DARK = "#2f6db3", "#d98032", "#c9c9c9", "#333333"
 # Number of layers in the figure of weight histograms.
 _MAX_HISTOGRAMS = 6
@@ -215,8 +217,11 @@ def _shown_bits(run: Any) -> str:
     return " ".join(f"{letter}{bits:.3g}" for letter, bits in parts if bits is not None)
 
 
-def draw_trajectory(folder: Path) -> Path | None:
-    """Plot the bits over the training steps from ``trajectory.csv``; ``None`` where the run wrote no such file.
+def draw_trajectory(folder: Path, monitor: str | None) -> Path | None:
+    """Plot the bits, and the metric ``monitor``, over the training steps from ``trajectory.csv``.
+
+    Returns:
+        The file; ``None`` where the run wrote no ``trajectory.csv``.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -232,14 +237,14 @@ def draw_trajectory(folder: Path) -> Path | None:
         return [x for x, _ in points], [y for _, y in points]
 
     columns = list(rows[0]) if rows else []
-    accuracy = [c for c in columns if "val" in c and "acc" in c and "top5" not in c]
+    metric = f"{METRIC_COLUMN}{monitor}" if f"{METRIC_COLUMN}{monitor}" in columns else None
     kinds = [
         ("weight", "expected_weight_bits", "weight_bits", _WEIGHTS),
         ("activation", "expected_act_bits", "act_bits", _ACTIVATIONS),
     ]
     panels = [k for k in kinds if k[1] in columns] or kinds[:1]
-    figure = _figure(figsize=(8.5, 2.9 * len(panels) + (1.7 if accuracy else 0.3)))
-    ratios = [3] * len(panels) + ([1.5] if accuracy else [])
+    figure = _figure(figsize=(8.5, 2.9 * len(panels) + (1.7 if metric else 0.3)))
+    ratios = [3] * len(panels) + ([1.5] if metric else [])
     axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
     for axis, (kind, expected, decided, color) in zip(axes, panels, strict=False):
         suffix = "weight_quantizer" if kind == "weight" else "input_quantizer"
@@ -253,9 +258,9 @@ def draw_trajectory(folder: Path) -> Path | None:
         axis.set_ylabel(f"bits of {kind}s", fontsize=9)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower left")
-    if accuracy:
-        axes[-1].plot(*series(accuracy[0]), color=_DARK, marker="o", ms=3, lw=1)
-        axes[-1].set_ylabel(accuracy[0], fontsize=9)
+    if metric:
+        axes[-1].plot(*series(metric), color=_DARK, marker="o", ms=3, lw=1)
+        axes[-1].set_ylabel(monitor, fontsize=9)
     axes[-1].set_xlabel("step", fontsize=9)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpq_lightning.attach.levels_file import read_levels
+from cpq_lightning.errors import UnreadableFileError
 from cpq_lightning.files import write_atomically
 from cpq_lightning.report.plots import draw_levels, draw_trajectory, draw_weight_histograms
 
@@ -54,28 +55,32 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no ``levels.json`` of cpq-lightning, or an entry is missing.
+        UnreadableFileError: the file is no ``levels.json`` of cpq-lightning, or an entry is missing.
     """
     content = read_levels(path)
     for layer in content.get("layers", ()):
         weight = layer.get("weight") or {}
         missing = [name for name in _REQUIRED if name not in weight]
         if missing:
-            raise ValueError(
+            raise UnreadableFileError(
                 f"{path} has no {', '.join(missing)} of the weight of layer {layer.get('name')!r}: expected an "
                 "unedited file that a fit of this version has written."
             )
     return content
 
 
-def write_report(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
-    """Do :func:`report_levels`, and make ``trajectory.png`` where the run wrote a ``trajectory.csv``."""
-    written = report_levels(folder, levels_file)
-    trajectory = draw_trajectory(Path(folder))
+def write_report(folder: str | Path, *, metric: str | None = None, levels_file: str = "levels.json") -> list[Path]:
+    """Do :func:`report_levels`, and make ``trajectory.png`` where the run wrote a ``trajectory.csv``.
+
+    The plot shows ``metric``; ``None`` is the metric that the run has singled out.
+    """
+    written = report_levels(folder, levels_file=levels_file)
+    run = read_manifest(Path(folder) / levels_file).get("run") or {}
+    trajectory = draw_trajectory(Path(folder), metric or run.get("monitor"))
     return written if trajectory is None else [*written, trajectory]
 
 
-def report_levels(folder: str | Path, levels_file: str = "levels.json") -> list[Path]:
+def report_levels(folder: str | Path, *, levels_file: str = "levels.json") -> list[Path]:
     """Make ``levels.csv``, ``levels.png`` and ``weight_histograms.png`` from the files of a run.
 
     Args:

@@ -52,7 +52,11 @@ class Run:
 
 
 def describe_run(
-    metrics: Mapping[str, Mapping[str, float]], model: str, data: str, before: int | None = None
+    metrics: Mapping[str, Mapping[str, float]],
+    model: str,
+    data: str,
+    before: int | None = None,
+    monitor: str | None = None,
 ) -> dict[str, Any]:
     """The entry ``run`` of ``levels.json``.
 
@@ -62,17 +66,20 @@ def describe_run(
         model: Name of the model.
         data: Name of the data.
         before: The training step of the metrics before quantization.
+        monitor: The metric by which reports compare runs; ``None`` if none is singled out.
     """
     measured = {state: dict(values) for state, values in metrics.items()}
-    return {"model": model, "data": data, "metrics": measured, "before_step": before if BEFORE in measured else None}
+    step = before if BEFORE in measured else None
+    return {"model": model, "data": data, "metrics": measured, "before_step": step, "monitor": monitor}
 
 
-def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "levels.json") -> Run:
+def read_run(folder: str | Path, *, metric: str | None = None, levels_file: str = "levels.json") -> Run:
     """Read the result of a run from its folder.
 
     Args:
         folder: The run's folder.
-        metric: Name of the metric; ``None`` is the first one with ``acc`` in its name, or the only one.
+        metric: Name of the metric; ``None`` is the one that the run has singled out (``CPQCallback(monitor=...)``), or
+            its only one.
         levels_file: Name of the levels file in the folder.
 
     Raises:
@@ -87,15 +94,20 @@ def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "
     run = content.get("run") or {}
     metrics = run.get("metrics") or {}
     known = sorted({name for values in metrics.values() for name in values})
-    chosen = metric or next((name for name in known if "acc" in name), known[0] if len(known) == 1 else None)
+    # Files of older versions have no "monitor".
+    chosen = metric or run.get("monitor") or (known[0] if len(known) == 1 else None)
     if not known:
         raise ValueError(
             f"{path} has no metrics: the run had no validation, or an older version, which did not store them, wrote "
             "the file."
         )
-    if chosen is None or chosen not in known:
-        problem = "has no metric with 'acc' in its name" if metric is None else f"has no metric {metric!r}"
-        raise ValueError(f"{path} {problem}: it has {known}. Name one with --metric.")
+    if chosen is None:
+        raise ValueError(
+            f"{path} singles out none of its metrics {known}: name one with --metric, and in later runs with "
+            "CPQCallback(monitor=...)."
+        )
+    if chosen not in known:
+        raise ValueError(f"{path} has no metric {chosen!r}: it has {known}. Name one with --metric.")
     totals = content["totals"]
     plain = FULL in metrics and QUANTIZED not in metrics
     state = FULL if plain else QUANTIZED
@@ -113,7 +125,7 @@ def read_run(folder: str | Path, metric: str | None = None, levels_file: str = "
     )
 
 
-def sibling_runs(folder: str | Path, metric: str | None = None, levels_file: str = "levels.json") -> list[Run]:
+def sibling_runs(folder: str | Path, *, metric: str | None = None, levels_file: str = "levels.json") -> list[Run]:
     """The runs of the same model on the same data in the sibling folders of a run, oldest first, and the run as the
     last one.
 
@@ -122,11 +134,11 @@ def sibling_runs(folder: str | Path, metric: str | None = None, levels_file: str
         ValueError: the file is no ``levels.json`` of cpq-lightning, or has no such metric.
     """
     folder = Path(folder).resolve()
-    this_run = read_run(folder, metric, levels_file)
+    this_run = read_run(folder, metric=metric, levels_file=levels_file)
     siblings = []
     for path in sorted(folder.parent.glob(f"*/{levels_file}"), key=lambda p: p.stat().st_mtime):
         try:
-            run = read_run(path.parent, metric, levels_file)
+            run = read_run(path.parent, metric=this_run.metric, levels_file=levels_file)
         except (OSError, KeyError, ValueError):
             # A sibling folder may have an unrelated file of this name.
             continue
@@ -135,7 +147,7 @@ def sibling_runs(folder: str | Path, metric: str | None = None, levels_file: str
     return [*siblings, this_run]
 
 
-def expand_runs(folders: Iterable[str | Path], levels_file: str = "levels.json") -> list[Path]:
+def expand_runs(folders: Iterable[str | Path], *, levels_file: str = "levels.json") -> list[Path]:
     """Replace folders that contain runs by the folders of these runs; each run occurs once.
 
     A folder without a levels file is searched up to 3 levels deep, and the runs at the first level that has any are
@@ -152,7 +164,7 @@ def expand_runs(folders: Iterable[str | Path], levels_file: str = "levels.json")
 
 
 def compare_runs(
-    folders: Sequence[Path], metric: str | None = None, levels_file: str = "levels.json"
+    folders: Sequence[Path], *, metric: str | None = None, levels_file: str = "levels.json"
 ) -> tuple[list[Run], list[str]]:
     """Read several runs with one metric; by default that of the first readable run. Names of runs are unique.
 
@@ -168,7 +180,7 @@ def compare_runs(
     shared = common_folder(folders)
     for folder in folders:
         try:
-            run = read_run(folder, metric, levels_file)
+            run = read_run(folder, metric=metric, levels_file=levels_file)
         except ValueError as error:
             reasons.append(str(error))
             continue

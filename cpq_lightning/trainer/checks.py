@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
@@ -91,6 +91,25 @@ def quantization_start(trainer: Trainer) -> int:
     # A run of unknown length is fine if no point is a fraction.
     length = run_length(trainer) if any(isinstance(point, float) and point for point in points) else math.inf
     return max((resolve_point("quantize_from", point, length) for point in points), default=0)
+
+
+def monitored_metric(trainer: Trainer, logged: Collection[str]) -> str | None:
+    """The metric by which reports compare runs; ``None`` if none is singled out.
+
+    That is ``CPQCallback(monitor=...)``; else what the first checkpoint or early-stopping callback monitors that
+    monitors a metric of the validation; else the only metric of the validation.
+
+    Args:
+        trainer: The trainer.
+        logged: Names of the metrics that validation has logged.
+    """
+    watching = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]
+    chosen = [c.monitor for c in _callbacks_named(trainer, "CPQCallback") if c.monitor is not None]
+    monitors = chosen or [getattr(c, "monitor", None) for c in watching]
+    # The metric is logged without the suffix too.
+    names = [name for m in monitors if m is not None for name in (m, m.removesuffix("_epoch")) if name in logged]
+    only = list(logged) if len(logged) == 1 and not chosen else []
+    return next(iter([*names, *only]), None)
 
 
 def counts_operations(trainer: Trainer) -> bool:

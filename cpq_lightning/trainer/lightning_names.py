@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch
 from lightning.fabric.utilities import exceptions
 
+from cpq_lightning.errors import CPQError, ResumeError
+
 _OTHER = "pytorch_lightning"
 PACKAGES = ("lightning", _OTHER, "lightning_fabric")
 
@@ -61,8 +63,12 @@ class Callback(_Callback):
         self.teardown(trainer, pl_module, "fit")
 
 
-class MisconfigurationException(_MisconfigurationException):
+class MisconfigurationException(CPQError, _MisconfigurationException):
     """Lightning's exception of this name, for both packages."""
+
+
+class NotResumable(ResumeError, MisconfigurationException):
+    """A run cannot be resumed from this checkpoint."""
 
 
 def is_a(thing: object, *names: str) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from cpq_lightning.optim.auxiliary import AuxiliaryOptimizer
 from cpq_lightning.optim.optimizer_hook import OptimizerHook
 from cpq_lightning.optim.param_groups import holds_parameters, release
 from cpq_lightning.trainer import private
+from cpq_lightning.trainer.lightning_names import NotResumable
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -86,12 +86,12 @@ def restore_auxiliary(companions: Sequence[AuxiliaryOptimizer], states: Sequence
     """Restore the auxiliary optimizers of a run from a checkpoint, if the checkpoint has their states.
 
     Raises:
-        MisconfigurationException: the checkpoint is of a run with other optimizers.
+        ResumeError: the checkpoint is of a run with other optimizers.
     """
     if not states or not companions:
         return
     if len(states) != len(companions):
-        raise MisconfigurationException(
+        raise NotResumable(
             f"The checkpoint has the state of {len(states)} optimizers of quantizers, and this run has "
             f"{len(companions)}, one for each optimizer that trains quantized layers: resume with the optimizers of "
             "the run that saved the checkpoint."
@@ -100,7 +100,7 @@ def restore_auxiliary(companions: Sequence[AuxiliaryOptimizer], states: Sequence
         try:
             auxiliary.load_state_dict(state)
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise NotResumable(str(error)) from error
 
 
 def warn_of_left_out(companions: Sequence[AuxiliaryOptimizer], optimizers: Sequence[Any]) -> None:

@@ -81,6 +81,14 @@ def training_source(trainer: Trainer) -> Any:
     return trainer.fit_loop._data_source
 
 
+def metrics_of_validation(trainer: Trainer) -> set[str]:
+    """Names of the metrics that the validation which ends now has logged, as ``callback_metrics`` has them."""
+    results: Any = trainer._results or {}
+    logged = [metric for metric in results.values() if metric.meta.on_epoch and not metric.has_reset]
+    # The first of both names: a metric that is logged in each step too has another with the suffix "_epoch".
+    return {results._forked_name(metric, False)[0] for metric in logged}
+
+
 def logged_step(trainer: Trainer) -> int:
     """The step that Lightning writes beside metrics that are logged now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

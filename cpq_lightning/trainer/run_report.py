@@ -15,7 +15,8 @@ from cpq_lightning.report.run_files import HISTOGRAMS_FILE, report_levels
 from cpq_lightning.report.runs import BEFORE, FULL, describe_run, sibling_runs
 from cpq_lightning.report.table import levels_table, metrics_table, runs_table
 from cpq_lightning.report.weight_histograms import write_weight_histograms
-from cpq_lightning.trainer.checks import last_saved
+from cpq_lightning.trainer import private
+from cpq_lightning.trainer.checks import last_saved, monitored_metric
 from cpq_lightning.trainer.loggers import log_pictures
 from cpq_lightning.trainer.module_parts import exported_architecture, exported_name, exported_part
 from cpq_lightning.trainer.progress import run_step
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """The metrics that the last validation has logged."""
-    metrics = trainer.callback_metrics.items()
-    values = {k: float(v) for k, v in metrics if v.numel() == 1 and not k.startswith("cpq/")}
-    return {k: v for k, v in values.items() if "val" in k} or values
+    """The metrics that the validation which ends now has logged."""
+    names = private.metrics_of_validation(trainer)
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if k in names and v.numel() == 1}
 
 
 def write_run_report(
@@ -82,8 +82,9 @@ def run_manifest(
     name = "" if data is None else f"{type(data).__name__} {root}".strip()
     if not all(q.active for _, q in quantizers(pl_module)):
         metrics = {FULL: metrics[BEFORE]} if BEFORE in metrics else {}
+    monitor = monitored_metric(trainer, {name for values in metrics.values() for name in values})
     content = manifest(pl_module, network=exported_part(pl_module), architecture=exported_architecture(pl_module))
-    return {**content, "run": describe_run(metrics, exported_name(pl_module), name, before)}
+    return {**content, "run": describe_run(metrics, exported_name(pl_module), name, before, monitor)}
 
 
 def record_exports(content: dict[str, Any], path: Path, exports: Sequence[Mapping[str, Any]]) -> None:
@@ -98,9 +99,9 @@ def record_exports(content: dict[str, Any], path: Path, exports: Sequence[Mappin
 def _print_runs(folder: Path, levels_file: str) -> None:
     """Print a table of the runs in sibling folders with the same model and data; this run is the last row."""
     try:
-        runs = sibling_runs(folder, None, levels_file)
+        runs = sibling_runs(folder, levels_file=levels_file)
     except (OSError, KeyError, ValueError):
-        # Without a validation or an accuracy, runs cannot be compared.
+        # Without a metric that is singled out, runs cannot be compared.
         return
     console = Console()
     console.print()
@@ -123,7 +124,7 @@ def _write_files(
         return
     rank_zero_info(f"Levels written to {path}")
     try:
-        log_pictures(trainer, report_levels(folder, path.name), run_step(trainer))
+        log_pictures(trainer, report_levels(folder, levels_file=path.name), run_step(trainer))
     except ImportError as error:
         rank_zero_info(f"Pictures were not drawn: {error}")
     except Exception as error:

@@ -66,12 +66,12 @@ class BufferSchedule(Callback):
 
     buffer: str
 
-    def __init__(self, start: int | float, end: int | float, first: float, last: float, shape: Shape) -> None:
+    def __init__(self, *, start: int | float, end: int | float, first: float, last: float, shape: Shape) -> None:
         check_span(start, end)
         for name, value in (("first", first), ("last", last)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
-        anneal(0, 0, 2, first, last, shape)
+        anneal(0, start=0, end=2, first=first, last=last, shape=shape)
         self.start, self.end = start, end
         self.first, self.last = first, last
         self.shape: Shape = shape
@@ -87,7 +87,8 @@ class BufferSchedule(Callback):
 
     def value(self, step: int) -> float:
         """The value at a step of the run; valid once training has started."""
-        return anneal(step, *self._span, self.first, self.last, self.shape)
+        start, end = self._span
+        return anneal(step, start=start, end=end, first=self.first, last=self.last, shape=self.shape)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._driven = [q for q in need_quantizers(self, pl_module) if self.drives(q)]

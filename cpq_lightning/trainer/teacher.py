@@ -21,7 +21,7 @@ from cpq_lightning.export.load import load_quantized
 from cpq_lightning.export.packed import KEY as PACKED_KEY
 from cpq_lightning.files import replacing
 from cpq_lightning.nn.sharding import is_sharded
-from cpq_lightning.trainer.lightning_names import MisconfigurationException
+from cpq_lightning.trainer.lightning_names import MisconfigurationException, NotResumable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -200,8 +200,8 @@ def restored_teacher(network: nn.Module, saved: Path, mark: str, checkpoint: str
             teacher.network.load_state_dict(content["state_dict"])
             return teacher
         except Exception as error:
-            raise MisconfigurationException(f"{place} cannot be read ({type(error).__name__}: {error}).") from error
-    raise MisconfigurationException(
+            raise NotResumable(f"{place} cannot be read ({type(error).__name__}: {error}).") from error
+    raise NotResumable(
         f"The teacher of this run is a copy of its network, and the file of the copy is neither next to {checkpoint} "
         f"nor at {saved}: restore the file, or give another teacher."
     )

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.files import write_atomically
-from cpq_lightning.report.plots import TRAJECTORY_FILE, draw_trajectory
+from cpq_lightning.report.plots import METRIC_COLUMN, TRAJECTORY_FILE, draw_trajectory
 from cpq_lightning.trainer.run_report import what_is_saved
 
 _MAX_ROWS = 250
@@ -37,7 +37,13 @@ class Trajectory:
     def note_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add validation metrics to the row of a step."""
         if metrics:
-            self._row(step).update(metrics)
+            self._row(step).update({f"{METRIC_COLUMN}{name}": value for name, value in metrics.items()})
+
+    @property
+    def metrics(self) -> set[str]:
+        """Names of the validation metrics."""
+        columns = {column for row in self.rows for column in row if column.startswith(METRIC_COLUMN)}
+        return {column.removeprefix(METRIC_COLUMN) for column in columns}
 
     def _row(self, step: int) -> dict[str, float]:
         if not self.rows or self.rows[-1]["step"] != step:
@@ -55,11 +61,11 @@ class Trajectory:
             writer.writerow({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
         write_atomically(path, text.getvalue())
 
-    def save(self, folder: Path, saved: str) -> None:
-        """Write and plot all rows in a run's folder; a failure only warns."""
+    def save(self, folder: Path, saved: str, monitor: str | None) -> None:
+        """Write and plot all rows in a run's folder, with the metric ``monitor``; a failure only warns."""
         try:
             self.write(folder / TRAJECTORY_FILE)
-            draw_trajectory(folder)
+            draw_trajectory(folder, monitor)
         except ImportError as error:
             rank_zero_info(f"The trajectory of the widths was not drawn: {error}")
         except Exception as error:

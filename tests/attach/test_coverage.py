@@ -84,7 +84,7 @@ def test_the_denominator_is_what_torch_counts_in_full_precision(name):
 def test_what_runs_and_what_is_left_is_everything(name):
     build, inputs = NETWORKS.get(name, (Words, TOKENS))
     model = attach(build().eval(), CPQConfig())
-    found = coverage(model, inputs)
+    found = coverage(model, example_inputs=inputs)
     assert found.weights + sum(part.weights for part in found.left.values()) == pytest.approx(1)
     assert found.macs + sum(part.macs for part in found.left.values()) == pytest.approx(1)
     calibrate(model, [inputs])
@@ -94,7 +94,7 @@ def test_what_runs_and_what_is_left_is_everything(name):
 
 def test_embeddings_recurrent_layers_and_attention_count_as_what_they_are():
     model = attach(Words().eval(), CPQConfig())
-    found = coverage(model, TOKENS)
+    found = coverage(model, example_inputs=TOKENS)
     matrices = {n: p.numel() for n, p in Words().named_parameters() if p.dim() > 1}
     for name, parameters in (
         ("embedding", ["embedding.weight"]),
@@ -116,16 +116,16 @@ def test_attention_true_covers_its_products():
     plain, with_products = copy.deepcopy(model), model
     attach(plain, CPQConfig())
     attach(with_products, CPQConfig(attention=True))
-    assert coverage(plain, IMAGES).macs < coverage(with_products, IMAGES).macs == 1
+    assert coverage(plain, example_inputs=IMAGES).macs < coverage(with_products, example_inputs=IMAGES).macs == 1
 
 
 def test_both_operands_have_to_be_quantized():
     model = attach(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), CPQConfig(act_bits=None))
-    found = coverage(model, torch.randn(3, 4))
+    found = coverage(model, example_inputs=torch.randn(3, 4))
     assert (found.weights, found.macs) == (1, 0)
     assert list(found.left) == ["0", "1"]
     ignored = attach(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), CPQConfig(ignore=["1"]))
-    found = coverage(ignored, torch.randn(3, 4))
+    found = coverage(ignored, example_inputs=torch.randn(3, 4))
     assert (found.weights, found.macs) == (pytest.approx(32 / 48), pytest.approx(32 / 48))
 
 
@@ -134,7 +134,7 @@ def test_it_changes_nothing_of_the_model():
     attach(model, CPQConfig()).train()
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
-    coverage(model, IMAGES)
+    coverage(model, example_inputs=IMAGES)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
@@ -186,9 +186,9 @@ def test_a_file_multiplies_in_full_precision_where_the_forward_does(tmp_path, fo
 
 def test_a_sentence_never_rounds_to_all_or_nothing():
     model = attach(Words().eval(), CPQConfig())
-    text = coverage(model, TOKENS).sentence()
+    text = coverage(model, example_inputs=TOKENS).sentence()
     assert text.startswith("26.7 % of the weights and ")
     assert "; in full precision: lstm (" in text
     big = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400), nn.Linear(400, 1))
-    text = coverage(attach(big, CPQConfig(ignore=["2"])), torch.randn(1, 400)).sentence()
+    text = coverage(attach(big, CPQConfig(ignore=["2"])), example_inputs=torch.randn(1, 400)).sentence()
     assert text.startswith("99.8 % of the weights and 99.8 % of the multiply-accumulates run quantized")

@@ -36,15 +36,15 @@ def test_checks_grow_rare():
     assert not is_due(-1)
 
 
-@pytest.mark.parametrize("config", [CPQConfig(8, act_bits=8), CPQConfig(8, act_bits=8, per_channel=True)])
-def test_a_head_that_starts_at_zero_learns(config):
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_head_that_starts_at_zero_learns(per_channel):
     """ViT's and Mixer's heads, adapters' second matrix, adaptive norms: zero by design."""
     losses = []
     for quantized in (False, True):
         model = net()
         nn.init.zeros_(model[4].weight)
         if quantized:
-            attach(model, config)
+            attach(model, CPQConfig(weight_bits=8, act_bits=8, per_channel=per_channel))
         losses.append(train(model, 100))
     assert losses[1] < 1.3 * losses[0] + 0.01
     weight = next(r for r in levels(model) if r.name == "4" and r.kind == "weight")
@@ -65,7 +65,7 @@ def test_a_weight_of_zeros_passes_as_it_is_until_it_is_none():
 
 
 def test_ranges_of_random_weights_follow_them():
-    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    model = calibrate(attach(net(), CPQConfig(weight_bits=8, act_bits=8)), [X])
     train(model, 150, 3e-2)
     with torch.no_grad():
         model.train()(X)
@@ -74,7 +74,7 @@ def test_ranges_of_random_weights_follow_them():
 
 
 def test_inputs_that_outgrow_their_range_get_another_one():
-    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    model = calibrate(attach(net(), CPQConfig(weight_bits=8, act_bits=8)), [X])
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     tracker = RangeTracker(model, [optimizer])
     del model.__dict__["_cpq_tracking"]
@@ -93,7 +93,7 @@ def test_inputs_that_outgrow_their_range_get_another_one():
 
 
 def test_a_loop_of_one_s_own_needs_no_tracker():
-    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    model = calibrate(attach(net(), CPQConfig(weight_bits=8, act_bits=8)), [X])
     before = float(model[0].input_quantizer.step())
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
     for _ in range(3):
@@ -105,7 +105,7 @@ def test_a_loop_of_one_s_own_needs_no_tracker():
 
 def test_a_resumed_loop_ends_as_the_uninterrupted_one():
     def run(stop=None, state=None):
-        model = attach(net(), CPQConfig(4, act_bits=4))
+        model = attach(net(), CPQConfig(weight_bits=4, act_bits=4))
         optimizer = torch.optim.Adam(model.parameters(), 3e-2)
         if state is not None:
             model.load_state_dict(state[0])
@@ -121,7 +121,7 @@ def test_a_resumed_loop_ends_as_the_uninterrupted_one():
 def test_a_trained_network_keeps_its_ranges():
     model = net()
     train(model, 200)
-    calibrate(attach(model, CPQConfig(4, act_bits=4)), [X])
+    calibrate(attach(model, CPQConfig(weight_bits=4, act_bits=4)), [X])
     starts = {name: q.start_scale.clone() for name, q in quantizers(model)}
     train(model, 50, 1e-3)
     kept = [q.start_scale.equal(starts[name]) for name, q in quantizers(model)]
@@ -163,7 +163,7 @@ def test_one_slightly_negative_value_costs_no_bit():
 
 
 def test_what_is_clipped_is_told_by_name():
-    model = calibrate(attach(net(), CPQConfig(8, act_bits=8)), [X])
+    model = calibrate(attach(net(), CPQConfig(weight_bits=8, act_bits=8)), [X])
     assert range_warnings(model) == []
     with torch.no_grad():
         model[2].weight[:4].mul_(10)
@@ -176,7 +176,7 @@ def test_what_is_clipped_is_told_by_name():
 def test_inputs_on_one_level_are_told_by_name():
     from cpq_lightning.attach.calibrate import recording
 
-    model = calibrate(attach(net(), CPQConfig(4, act_bits=4)), [X])
+    model = calibrate(attach(net(), CPQConfig(weight_bits=4, act_bits=4)), [X])
     with recording(model):
         model.eval()(X * 1e-4)
     [message] = range_warnings(model)

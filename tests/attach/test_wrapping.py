@@ -143,7 +143,7 @@ def detached(model):
 
 
 def covered(model):
-    return [INSIDE.coverage(model), INSIDE.coverage(model, X)]
+    return [INSIDE.coverage(model), INSIDE.coverage(model, example_inputs=X)]
 
 
 def remembered(model):

@@ -24,7 +24,7 @@ def _trainer(tmp_path, callback, **settings):
 
 def test_a_run_learns_its_operands_writes_them_and_restores_them(tmp_path):
     torch.manual_seed(0)
-    module = QuantizedModule("test_vit", 4, quantization=CONFIG, backbone_args=ARGUMENTS)
+    module = QuantizedModule("test_vit", num_classes=4, quantization=CONFIG, backbone_args=ARGUMENTS)
     trainer = _trainer(tmp_path, CPQCallback(CONFIG, export=["packed"]))
     trainer.fit(module, data(), data(shuffle=False))
     operands = dict(quantized_operands(module))

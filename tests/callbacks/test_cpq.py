@@ -1,10 +1,12 @@
 import copy
 import json
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -12,6 +14,8 @@ from torch import nn
 from cpq_lightning import CPQCallback, CPQConfig, attach, levels
 from cpq_lightning.attach.layers import is_attached, quantizers
 from cpq_lightning.callbacks import DropBitsSchedule, TemperatureSchedule
+from cpq_lightning.report import read_run
+from cpq_lightning.trainer.checks import monitored_metric
 from tests.models import Classifier, convnet, data, quantized_weight, run_of
 
 CONFIG = CPQConfig(weight_bits=4, act_bits=4, min_bits=3)
@@ -409,3 +413,57 @@ def test_table_at_fit_end_names_layers_and_both_accuracies(fit, capsys):
 def test_fast_dev_run_writes_nothing(fit, tmp_path):
     fit(Classifier(), [CPQCallback(table=False)], fast_dev_run=True)
     assert not list(tmp_path.iterdir())
+
+
+class Naming(Classifier):
+    """Logs metrics of these names in validation: 0, 1 and so on."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+
+    def validation_step(self, batch, batch_idx):
+        for value, name in enumerate(self.names):
+            self.log(name, float(value))
+
+
+def run_entry(fit, folder, names, **settings):
+    callback = CPQCallback(CONFIG, table=False, **settings)
+    fit(Naming(*names), [callback], max_epochs=1, logger=CSVLogger(folder))
+    return read_run(callback.run_folder), json.loads((callback.run_folder / "levels.json").read_text())["run"]
+
+
+@pytest.mark.parametrize("name", ["val_acc", "accuracy", "valid/f1"])
+def test_reports_are_the_same_whatever_metrics_are_called(fit, tmp_path, name):
+    run, entry = run_entry(fit, tmp_path, [name, "other"], monitor=name)
+    assert entry["metrics"] == {"quantized": {name: 0.0, "other": 1.0}}
+    assert (entry["monitor"], run.metric, run.value) == (name, name, 0.0)
+
+
+def test_a_monitor_that_no_validation_logs_is_named_with_those_that_are(fit, tmp_path):
+    with pytest.warns(UserWarning, match=r"monitor='f1' names no metric .*which logged \['a', 'b'\]"):
+        with pytest.raises(ValueError, match="singles out none"):
+            run_entry(fit, tmp_path, ["a", "b"], monitor="f1")
+
+
+@pytest.mark.parametrize(
+    ("own", "checkpoint", "stopping", "logged", "chosen"),
+    [
+        ("b", "a", "a", ["a", "b"], "b"),
+        ("c", "a", "a", ["a"], None),
+        (None, "a", "b", ["a", "b"], "a"),
+        (None, None, "b", ["a", "b"], "b"),
+        (None, "train_loss", "b", ["a", "b"], "b"),
+        (None, "a_epoch", None, ["a", "b"], "a"),
+        (None, None, None, ["a", "b"], None),
+        (None, "train_loss", None, ["a"], "a"),
+        (None, None, None, [], None),
+    ],
+)
+def test_the_metric_is_the_callback_s_else_a_monitored_one_else_the_only_one(own, checkpoint, stopping, logged, chosen):
+    trainer = SimpleNamespace(
+        callbacks=[CPQCallback(monitor=own)],
+        checkpoint_callbacks=[ModelCheckpoint(monitor=checkpoint)],
+        early_stopping_callbacks=[SimpleNamespace(monitor=stopping)],
+    )
+    assert monitored_metric(trainer, logged) == chosen

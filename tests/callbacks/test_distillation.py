@@ -56,7 +56,7 @@ def test_the_loss_is_the_weighted_sum(fit):
     # Before the first step both are the same network.
     student = plain.modules[0].train()
     images = IMAGES[:16]
-    distance = distillation_loss(student(images), teacher.eval()(images), 2.0)
+    distance = distillation_loss(student(images), teacher.eval()(images), temperature=2.0)
     assert taught.losses[0] == pytest.approx(0.75 * plain.losses[0] + 0.25 * distance.item(), rel=1e-5)
 
 

@@ -119,7 +119,7 @@ def test_images_are_prepared_as_the_backbone_expects_them(tmp_path):
     assert ready(vit).val_data[0][0].shape == (3, 384, 384)
     # ViT's augreg weights want (0.5, 0.5, 0.5), ResNet's ImageNet's mean.
     assert vit.val_data[0][0].mean() < resnet.val_data[0][0].mean()
-    small = ready(ImageFolderDataModule(str(root), "test_resnet", image_size=32, num_workers=0, batch_size=2))
+    small = ready(ImageFolderDataModule(str(root), backbone="test_resnet", image_size=32, num_workers=0, batch_size=2))
     assert small.train_data[0][0].shape == small.val_data[0][0].shape == (3, 32, 32)
 
 
@@ -175,7 +175,7 @@ def test_parts_without_one_to_train_on_are_no_classes(tmp_path):
 def test_a_misspelled_backbone_is_named(tmp_path):
     image_folder(tmp_path, count=2)
     with pytest.raises(ValueError, match="'resnt18' is no timm model"):
-        ready(ImageFolderDataModule(str(tmp_path), "resnt18", num_workers=0))
+        ready(ImageFolderDataModule(str(tmp_path), backbone="resnt18", num_workers=0))
 
 
 def test_other_classes_in_validation_are_refused(tmp_path):

@@ -58,7 +58,7 @@ def test_a_trained_network_ships_in_each_format(name, format, container, tmp_pat
 def test_a_packed_network_is_the_trained_one(name, tmp_path):
     model = network(name)
     path = export_model(
-        model, tmp_path, samples=samples(name), name=name, architecture=architecture(name), verification=False
+        model, tmp_path, samples=samples(name), name=name, architecture=architecture(name), verify=False
     ).path
     loaded, x = load_quantized(path), samples(name, 32)
     for layer_name, layer in quantized_layers(model):

@@ -344,7 +344,7 @@ known = {{"timm": "test_resnet", "arguments": {{"num_classes": 10}}}}
 print("ready", flush=True)
 while True:
     export_model(model, {str(tmp_path)!r}, name="net", architecture=known, samples=torch.zeros(1, 3, 32, 32),
-                 verification=False)
+                 verify=False)
 """
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

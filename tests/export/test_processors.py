@@ -62,7 +62,7 @@ def as_before(model, folder, monkeypatch):
     """A file whose weights are all signed, as they were once written; not verified."""
     with monkeypatch.context() as patch:
         patch.setattr(write, "use_unsigned_bytes", lambda graph: None)
-        return shipped(model, folder, name="signed", verification=False)
+        return shipped(model, folder, name="signed", verify=False)
 
 
 def initializers(graph):

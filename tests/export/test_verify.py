@@ -138,7 +138,7 @@ def test_synthetic_samples_are_called_so(model, tmp_path):
     console.print(export_table(written))
     assert not written.verification.real
     assert "of 16 synthetic samples" in console.export_text(clear=False)
-    written = export_model(model, tmp_path, samples=X, verification=False)
+    written = export_model(model, tmp_path, samples=X, verify=False)
     console.print(export_table(written))
     assert written.verification is None
     assert "switched off: the file was not compared with the trained model" in console.export_text()

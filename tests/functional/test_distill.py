@@ -11,7 +11,7 @@ def test_it_is_the_mean_divergence_times_the_temperature_squared(shape, temperat
     own, teacher = torch.randn(2, *shape, dtype=torch.float64)
     p, q = softmax(teacher / temperature, 1), softmax(own / temperature, 1)
     expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(distillation_loss(own, teacher, temperature), expected)
+    torch.testing.assert_close(distillation_loss(own, teacher, temperature=temperature), expected)
 
 
 def test_at_temperature_1_its_gradient_is_that_of_cross_entropy_with_the_teachers_probabilities():
@@ -20,7 +20,7 @@ def test_at_temperature_1_its_gradient_is_that_of_cross_entropy_with_the_teacher
     (gradient,) = torch.autograd.grad(distillation_loss(own, teacher), own)
     (expected,) = torch.autograd.grad(cross_entropy(own, softmax(teacher, 1).detach()), own)
     torch.testing.assert_close(gradient, expected)
-    assert torch.autograd.gradcheck(lambda x: distillation_loss(x, teacher.detach(), 2.0), own)
+    assert torch.autograd.gradcheck(lambda x: distillation_loss(x, teacher.detach(), temperature=2.0), own)
     distillation_loss(own, teacher).backward()
     assert teacher.grad is None
 
@@ -34,6 +34,6 @@ def test_half_precision_is_computed_in_float32():
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="temperature must be over 0, got 0"):
-        distillation_loss(torch.ones(2, 3), torch.ones(2, 3), 0)
+        distillation_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=0)
     with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2, 4\)"):
         distillation_loss(torch.ones(2, 3), torch.ones(2, 4))

@@ -357,15 +357,15 @@ temperatures = st.floats(0.05, 2)
 def test_gates_lie_between_zero_and_one_and_open_with_their_logit(low, high, noise, beta, seed):
     low, high = sorted((low, high))
     u = keyed_uniform((50,), seed, torch.tensor(0), 0).double()
-    below, above = (hard_concrete(torch.tensor(v, dtype=torch.float64), u, noise, beta) for v in (low, high))
+    below, above = (hard_concrete(torch.tensor(v, dtype=torch.float64), u, noise=noise, beta=beta) for v in (low, high))
     assert ((below >= 0) & (above <= 1) & (below <= above)).all()
 
 
 @examples(100)
 @given(st.lists(st.floats(0.001, 0.999), min_size=1, max_size=6), st.floats(0.05, 1), temperatures)
 def test_the_logit_of_a_probability_opens_with_it_and_evaluation_keeps_leading_gates(p, noise, beta):
-    p = torch.tensor(p, dtype=torch.float64)
-    torch.testing.assert_close(open_probability(logit_of(p, noise, beta), noise, beta), p, rtol=1e-9, atol=0)
+    p, gate = torch.tensor(p, dtype=torch.float64), {"noise": noise, "beta": beta}
+    torch.testing.assert_close(open_probability(logit_of(p, **gate), **gate), p, rtol=1e-9, atol=0)
     kept = open_gates(p)
     assert (kept.diff() <= 0).all()
     assert kept.sum() == next((i for i, v in enumerate(p.tolist()) if v < 0.5), len(p))
@@ -387,18 +387,18 @@ def rows(draw, least=0.0, most=LARGEST):
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
 
 
-grids = st.tuples(st.integers(1, 8), st.booleans())
+grids = st.fixed_dictionaries({"bits": st.integers(1, 8), "signed": st.booleans()})
 
 
 @examples(80)
 @given(rows(), grids, st.booleans())
-@example(torch.tensor([[3e38]]), (1, False), False)
+@example(torch.tensor([[3e38]]), {"bits": 1, "signed": False}, False)
 def test_fitted_steps_are_positive_and_finite_whatever_finite_values_they_are_fitted_to(values, grid, counted):
     counts = torch.arange(values.numel()).reshape(values.shape).double() if counted else None
-    step = mse_scale(values, *grid, counts)
+    step = mse_scale(values, **grid, counts=counts)
     assert (step.shape, step.dtype) == (values.shape[:1], torch.float32)
     assert ((step > 0) & step.isfinite()).all()
-    full = max_scale(values.amin(1), values.amax(1), *grid)
+    full = max_scale(values.amin(1), values.amax(1), **grid)
     assert ((full > 0) & full.isfinite()).all()
 
 
@@ -410,23 +410,23 @@ def squared_error(values, step, bits, signed):
 # Below 1e-30 a step is as good as zero, by design.
 @examples(80)
 @given(rows(least=2.0**-80), grids)
-@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e-25, (4, True))
-@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e25, (4, True))
+@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e-25, {"bits": 4, "signed": True})
+@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e25, {"bits": 4, "signed": True})
 def test_no_fitted_step_is_worse_than_the_one_that_clips_nothing(values, grid):
-    fitted = squared_error(values, mse_scale(values, *grid), *grid)
-    full = squared_error(values, max_scale(values.amin(1), values.amax(1), *grid), *grid)
+    fitted = squared_error(values, mse_scale(values, **grid), **grid)
+    full = squared_error(values, max_scale(values.amin(1), values.amax(1), **grid), **grid)
     assert (fitted <= full * (1 + 1e-5) + 1e-12 * values.double().square().sum(1)).all()
 
 
 @examples(50)
 @given(rows(least=2.0**-8, most=2.0**8), grids, st.integers(-75, 110))
-@example(torch.tensor([[2.0, 5.0]]), (1, False), -75)
-@example(torch.tensor([[2.0, 5.0]]), (1, False), 63)
+@example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "signed": False}, -75)
+@example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "signed": False}, 63)
 def test_a_fitted_step_scales_with_its_values(values, grid, power):
-    fitted = mse_scale(values, *grid)
+    fitted = mse_scale(values, **grid)
     # Where no value can be represented the step is 1, whatever the scale.
-    has_scale = max_scale(values.amin(1) * 2.0**-9, values.amax(1) * 2.0**-9, *grid) < 1
-    assert torch.equal(mse_scale(values * 2.0**power, *grid)[has_scale], (fitted * 2.0**power)[has_scale])
+    has_scale = max_scale(values.amin(1) * 2.0**-9, values.amax(1) * 2.0**-9, **grid) < 1
+    assert torch.equal(mse_scale(values * 2.0**power, **grid)[has_scale], (fitted * 2.0**power)[has_scale])
 
 
 @examples(100)

@@ -56,7 +56,7 @@ UNSIGNED = ["half normal", "mostly zero", "normal", "one outlier", "heavy tails"
 )
 def test_no_step_has_an_error_lower_by_more_than_a_percent(name, signed, bits):
     values = samples(name)
-    step = mse_scale(values[None], bits, signed)
+    step = mse_scale(values[None], bits=bits, signed=signed)
     assert step.shape == (1,)
     assert step.dtype == torch.float32
     assert step.isfinite().all()
@@ -69,7 +69,7 @@ def test_no_step_has_an_error_lower_by_more_than_a_percent(name, signed, bits):
 @pytest.mark.parametrize(("bits", "spacing"), [(2, 0.9957), (3, 0.5860), (4, 0.3352), (5, 0.1881)])
 def test_a_unit_normal_gets_nearly_the_spacing_of_the_literature(bits, spacing):
     values = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(2))
-    assert mse_scale(values, bits, signed=True).item() == pytest.approx(spacing, rel=0.06)
+    assert mse_scale(values, bits=bits, signed=True).item() == pytest.approx(spacing, rel=0.06)
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(1, True), (2, True), (3, True), (4, True), (2, False), (4, False)])
@@ -79,7 +79,7 @@ def test_a_unit_normal_gets_the_step_that_integration_gives(bits, signed):
     weight = torch.exp(-z * z / 2)
     steps = torch.linspace(0.1, 1.6, 1501, dtype=torch.float64)
     errors = torch.cat([error(z, chunk, bits, signed, weight) for chunk in steps.split(200)])
-    fitted = mse_scale(z.float()[None], bits, signed, weight[None])
+    fitted = mse_scale(z.float()[None], bits=bits, signed=signed, counts=weight[None])
     assert fitted.item() == pytest.approx(steps[errors.argmin()].item(), rel=0.02)
     assert error(z, fitted, bits, signed, weight).item() <= 1.002 * errors.min().item()
 
@@ -87,12 +87,12 @@ def test_a_unit_normal_gets_the_step_that_integration_gives(bits, signed):
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize("signed", [True, False])
 def test_zeros_get_a_step_of_one(bits, signed):
-    assert mse_scale(torch.zeros(2, 5), bits, signed).tolist() == [1, 1]
+    assert mse_scale(torch.zeros(2, 5), bits=bits, signed=signed).tolist() == [1, 1]
 
 
 def test_values_of_which_none_can_be_represented_get_a_step_of_one():
-    assert mse_scale(torch.rand(1, 9), 1, True).tolist() == [1]
-    assert mse_scale(-torch.rand(1, 9), 4, False).tolist() == [1]
+    assert mse_scale(torch.rand(1, 9), bits=1, signed=True).tolist() == [1]
+    assert mse_scale(-torch.rand(1, 9), bits=4, signed=False).tolist() == [1]
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(1, True), (1, False), (2, True), (3, False), (8, True), (8, False)])
@@ -100,21 +100,21 @@ def test_values_of_which_none_can_be_represented_get_a_step_of_one():
 def test_values_on_a_grid_that_they_fill_get_its_step(bits, signed, step):
     low, high = level_bounds(bits, signed)
     values = torch.arange(low, high + 1)[None] * step
-    fitted = mse_scale(values, bits, signed)
+    fitted = mse_scale(values, bits=bits, signed=signed)
     assert fitted.item() == pytest.approx(step, rel=1e-6)
 
 
 def test_rows_are_fitted_on_their_own():
     rows = torch.stack([samples("normal"), samples("half normal") * 50, torch.zeros(N), samples("tiny")])
-    together = mse_scale(rows, 4, True)
-    assert together.tolist() == [mse_scale(row[None], 4, True).item() for row in rows]
+    together = mse_scale(rows, bits=4, signed=True)
+    assert together.tolist() == [mse_scale(row[None], bits=4, signed=True).item() for row in rows]
 
 
 def test_the_step_scales_with_the_values():
     values = samples("heavy tails")[None]
-    one = mse_scale(values, 4, True)
+    one = mse_scale(values, bits=4, signed=True)
     for factor in (2.0**-40, 0.25, 2.0**30):
-        assert torch.equal(mse_scale(values * factor, 4, True), one * factor)
+        assert torch.equal(mse_scale(values * factor, bits=4, signed=True), one * factor)
 
 
 def test_counts_stand_for_repeated_values():
@@ -123,17 +123,17 @@ def test_counts_stand_for_repeated_values():
     # The search starts from the range of the values, so both ends must be in both sets.
     counts[values.argmin()] = counts[values.argmin()].clamp(min=1)
     counts[values.argmax()] = counts[values.argmax()].clamp(min=1)
-    weighted = mse_scale(values[None], 3, True, counts[None].double())
-    repeated = mse_scale(values.repeat_interleave(counts)[None], 3, True)
+    weighted = mse_scale(values[None], bits=3, signed=True, counts=counts[None].double())
+    repeated = mse_scale(values.repeat_interleave(counts)[None], bits=3, signed=True)
     assert weighted.item() == pytest.approx(repeated.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_any_floating_dtype_is_fitted_in_float32(dtype):
     values = samples("normal")[None].to(dtype)
-    step = mse_scale(values, 4, True)
+    step = mse_scale(values, bits=4, signed=True)
     assert step.dtype == torch.float32
-    assert torch.equal(step, mse_scale(values.float(), 4, True))
+    assert torch.equal(step, mse_scale(values.float(), bits=4, signed=True))
 
 
 def test_histograms_add_up_exactly():
@@ -174,6 +174,6 @@ def test_a_step_fitted_to_a_histogram_is_nearly_as_good_as_one_fitted_to_the_val
     values = samples("half normal").clamp(min=0.5) - 0.5
     low, high = values.aminmax()
     centers = bin_centers(low, high, 2**14)
-    step = mse_scale(centers[None], 4, False, histogram(values, low, high, 2**14)[None].double())
+    step = mse_scale(centers[None], bits=4, signed=False, counts=histogram(values, low, high, 2**14)[None].double())
     assert error(values, step, 4, False).item() <= 1.01 * dense_best(values, 4, False)
     assert math.isfinite(step.item())

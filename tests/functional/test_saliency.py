@@ -23,8 +23,8 @@ def test_it_is_the_square_of_the_gradient_along_the_residual_by_blocks(signed, c
     g = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(4, 6, 3, generator=g) for _ in range(2))
     steps = torch.rand(len(WIDTHS), channels, generator=g) + 0.1
-    found = bit_saliency(x, gradient, steps, WIDTHS, signed, channel_dim=1, blocks=1)
-    by_block = bit_saliency(x, gradient, steps, WIDTHS, signed, channel_dim=1, blocks=1, by_block=True)
+    found = bit_saliency(x, gradient, steps, WIDTHS, signed=signed, channel_dim=1, blocks=1)
+    by_block = bit_saliency(x, gradient, steps, WIDTHS, signed=signed, channel_dim=1, blocks=1, by_block=True)
     points = [rounded(x, a.reshape(-1, 1), bits, signed) for a, bits in zip(steps, WIDTHS, strict=True)]
     for k, (narrow, wide) in enumerate(itertools.pairwise(points)):
         expected = (gradient * (wide - narrow)).sum((0, 2)).square()
@@ -47,7 +47,7 @@ def test_it_tells_what_the_loss_rises_by_without_the_bit_where_the_model_explain
     for start in range(0, len(x), batch):
         rows = slice(start, start + batch)
         gradient = ((x[rows] @ weight[0] - y[rows])[:, None] * x[rows]).mean(0, keepdim=True)
-        found.append(bit_saliency(weight, gradient, steps, (4, 5), True))
+        found.append(bit_saliency(weight, gradient, steps, (4, 5), signed=True))
     estimate = batch / 2 * torch.stack(found).mean()
     assert estimate == pytest.approx(float(loss(rounded(weight, 0.5, 4)) - loss(weight)), rel=0.1)
 
@@ -55,7 +55,7 @@ def test_it_tells_what_the_loss_rises_by_without_the_bit_where_the_model_explain
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_it_is_computed_in_single_precision_of_values_without_dimensions_too(dtype):
     x, gradient = torch.tensor(0.7, dtype=dtype), torch.tensor(3.0, dtype=dtype)
-    found = bit_saliency(x, gradient, torch.tensor([[0.5], [0.35]]), (3, 4), True)
+    found = bit_saliency(x, gradient, torch.tensor([[0.5], [0.35]]), (3, 4), signed=True)
     assert found.dtype == torch.float32
     assert found.shape == (1, 1)
     assert float(found) == pytest.approx(0.6**2, rel=0.02)
@@ -65,7 +65,7 @@ def test_the_slope_of_the_expected_worth_is_its_derivative():
     g = torch.Generator().manual_seed(0)
     logit = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
     worth = torch.rand(5, 3, generator=g, dtype=torch.float64)
-    p = open_probability(logit, 0.7, 0.5)
+    p = open_probability(logit, noise=0.7, beta=0.5)
     (expected,) = torch.autograd.grad((p.cumprod(0) * worth).sum(), logit, retain_graph=True)
     torch.testing.assert_close(expected_slope(p.detach(), 0.7, worth), expected)
     (expected,) = torch.autograd.grad(expected_bits(p, 2).sum(), logit)

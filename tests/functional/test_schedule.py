@@ -54,13 +54,13 @@ VALUES = [
 
 @pytest.mark.parametrize(("shape", "step", "want"), VALUES)
 def test_values_between_ten_and_thirty_from_one_to_a_quarter(shape, step, want):
-    assert anneal(step, 10, 30, 1.0, 0.25, shape) == pytest.approx(want, rel=1e-12)
+    assert anneal(step, start=10, end=30, first=1.0, last=0.25, shape=shape) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("first", "last"), [(1.0, 0.1), (0.1, 1.0), (0.3, 0.3)])
 def test_every_shape_is_monotone_and_meets_both_ends_exactly(shape, first, last):
-    values = [anneal(step, 5, 42, first, last, shape) for step in range(60)]
+    values = [anneal(step, start=5, end=42, first=first, last=last, shape=shape) for step in range(60)]
     assert values[:6] == [first] * 6
     assert values[42:] == [last] * 18
     sign = 1 if last >= first else -1
@@ -71,21 +71,23 @@ def test_every_shape_is_monotone_and_meets_both_ends_exactly(shape, first, last)
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_schedule_without_a_length_jumps(shape):
-    assert [anneal(step, 10, 10, 1.0, 0.5, shape) for step in (9, 10, 11)] == [1.0, 0.5, 0.5]
-    assert anneal(0, 0, 0, 1.0, 0.5, shape) == 0.5
+    assert [anneal(step, start=10, end=10, first=1.0, last=0.5, shape=shape) for step in (9, 10, 11)] == [1.0, 0.5, 0.5]
+    assert anneal(0, start=0, end=0, first=1.0, last=0.5, shape=shape) == 0.5
 
 
 def test_linear_is_the_default():
-    assert anneal(13, 10, 30, 1.0, 0.25) == anneal(13, 10, 30, 1.0, 0.25, "linear")
+    settings = {"start": 10, "end": 30, "first": 1.0, "last": 0.25}
+    assert anneal(13, **settings) == anneal(13, **settings, shape="linear")
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"^shape must be one of .'linear', .*, got 'quadratic'"):
-        anneal(0, 0, 1, 1.0, 0.0, "quadratic")
+        anneal(0, start=0, end=1, first=1.0, last=0.0, shape="quadratic")
 
 
 @pytest.mark.parametrize(("first", "last"), [(1.0, 0.0), (0.0, 1.0), (-1.0, -0.5)])
 def test_exponential_through_zero_is_refused_and_linear_is_not(first, last):
+    settings = {"start": 0, "end": 10, "first": first, "last": last}
     with pytest.raises(ValueError, match=r"exponential.*over 0"):
-        anneal(5, 0, 10, first, last, "exponential")
-    assert anneal(5, 0, 10, first, last) == pytest.approx((first + last) / 2)
+        anneal(5, **settings, shape="exponential")
+    assert anneal(5, **settings) == pytest.approx((first + last) / 2)

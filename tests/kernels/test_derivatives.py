@@ -112,7 +112,7 @@ def test_a_second_derivative_holds_the_estimators_slopes(config):
 
 
 def test_a_gradient_penalty_is_near_that_of_full_precision():
-    model, x = quantized(*LINEAR, CPQConfig(8, 8))
+    model, x = quantized(*LINEAR, CPQConfig(weight_bits=8, act_bits=8))
     plain, _ = LINEAR[0](), torch.manual_seed(0)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if "quantizer" not in name})
     found, wanted = penalty(model, x), penalty(plain, x)

@@ -158,7 +158,7 @@ def test_every_channel_has_the_step_that_fits_it_best(channel_dim):
     out = q(weight).detach()
     for i in range(6):
         row = weight.select(channel_dim, i)
-        assert q.step()[i].item() == pytest.approx(mse_scale(row[None], 3, True).item(), rel=1e-6)
+        assert q.step()[i].item() == pytest.approx(mse_scale(row[None], bits=3, signed=True).item(), rel=1e-6)
         quantized = quantize(row, q.step()[i], sigma_of(q)[i], bits=3)
         torch.testing.assert_close(out.select(channel_dim, i), quantized.detach(), rtol=1e-6, atol=0)
 
@@ -167,7 +167,8 @@ def test_a_large_weight_is_fitted_on_a_sample_that_is_enough():
     weight = torch.randn(300, 1000)
     q = Quantizer("weight", CPQConfig(weight_bits=3), numel=weight.numel(), channels=300)
     got = (q(weight) - weight).square().sum().item()
-    assert got <= 1.01 * (weight - quantized_with(weight, mse_scale(weight.reshape(1, -1), 3, True), 3)).square().sum()
+    best = mse_scale(weight.reshape(1, -1), bits=3, signed=True)
+    assert got <= 1.01 * (weight - quantized_with(weight, best, 3)).square().sum()
 
 
 def quantized_with(values, step, bits):

@@ -18,7 +18,7 @@ def run(
     metrics = {state: {"val_loss": 0.5, "val_acc": value} for state, value in states.items() if value is not None}
     totals = {"weight_bits_avg": bits, "act_bits_avg": 4.0, "size_bytes": size, "fp32_bytes": 46_000_000}
     content = {"format": "cpq-levels", "version": 1, "totals": totals, "layers": []}
-    content |= {"run": {"model": model, "data": data, "metrics": metrics}} | more
+    content |= {"run": {"model": model, "data": data, "metrics": metrics, "monitor": "val_acc"}} | more
     (folder / "levels.json").write_text(json.dumps(content))
     return folder
 
@@ -27,7 +27,7 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     found = read_run(run(tmp_path / "version_3"))
     assert (found.name, found.model, found.metric) == ("version_3", "resnet18", "val_acc")
     assert (found.state, found.value, found.weight_bits, found.size_bytes) == ("quantized", 0.89, 3.0, 5_000_000)
-    assert read_run(tmp_path / "version_3", "val_loss").value == 0.5
+    assert read_run(tmp_path / "version_3", metric="val_loss").value == 0.5
 
 
 def test_a_run_that_was_never_quantized_takes_part_at_its_own_size(tmp_path):
@@ -37,7 +37,7 @@ def test_a_run_that_was_never_quantized_takes_part_at_its_own_size(tmp_path):
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no metric 'f1': it has \['val_acc', 'val_loss'\]"):
-        read_run(run(tmp_path / "a"), "f1")
+        read_run(run(tmp_path / "a"), metric="f1")
     with pytest.raises(ValueError, match="has no metrics"):
         read_run(run(tmp_path / "b", before=None, quantized=None))
     with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
@@ -68,7 +68,7 @@ def test_runs_are_compared_by_one_metric_under_names_of_their_own(tmp_path):
     a, b = run(tmp_path / "a" / "version_0"), run(tmp_path / "b" / "version_0", data="Flowers")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "levels.json").write_text(json.dumps({"format": "cpq-levels", "layers": [], "totals": {}}))
-    runs, left_out = compare_runs([a, b, tmp_path / "c"], "val_loss")
+    runs, left_out = compare_runs([a, b, tmp_path / "c"], metric="val_loss")
     assert [(r.name, r.metric, r.data) for r in runs] == [
         ("a/version_0", "val_loss", "Digits"), ("b/version_0", "val_loss", "Flowers"),
     ]  # fmt: skip
@@ -109,3 +109,12 @@ def test_the_only_metric_is_the_one_that_is_compared(tmp_path):
     metrics = {"quantized": {"val_loss": 0.25}}
     folder = run(tmp_path / "a", **{"run": {"model": "net", "data": "series", "metrics": metrics}})
     assert (read_run(folder).metric, read_run(folder).value) == ("val_loss", 0.25)
+
+
+@pytest.mark.parametrize("entry", [{}, {"monitor": None}], ids=["a file of an older version", "none"])
+def test_of_several_metrics_none_is_compared_unless_one_is_singled_out(tmp_path, entry):
+    metrics = {"quantized": {"val_loss": 0.25, "val_acc": 0.9}}
+    folder = run(tmp_path / "a", **{"run": {"model": "net", "data": "series", "metrics": metrics, **entry}})
+    with pytest.raises(ValueError, match=r"singles out none of its metrics \['val_acc', 'val_loss'\]: .*--metric"):
+        read_run(folder)
+    assert read_run(folder, metric="val_acc").value == 0.9

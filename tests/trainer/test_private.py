@@ -86,6 +86,31 @@ def test_training_source(fit):
     assert look.seen[0].instance is module
 
 
+def test_metrics_of_validation(fit):
+    class Logging(Classifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("f1", 1.0, on_step=True, on_epoch=True)
+            self.log("each step", 1.0, on_step=True, on_epoch=False)
+
+        def on_validation_epoch_end(self):
+            self.log("at the end", 1.0)
+            if self.current_epoch == 0:
+                self.log("once", 1.0)
+
+    def read(trainer):
+        return trainer.sanity_checking or (private.metrics_of_validation(trainer), {*trainer.callback_metrics})
+
+    for loaders, suffixes in ((data(), [""]), ([data(), data()], ["/dataloader_idx_0", "/dataloader_idx_1"])):
+        look = Look(read, "on_validation_end")
+        fit(Logging(), [look], loaders=(data(), loaders), max_epochs=2)
+        first, second = (found for found in look.seen if found is not True)
+        always = {"at the end", *(f"f1{suffix}" for suffix in suffixes)}
+        assert first[0] == {"once", *always} <= first[1]
+        assert second[0] == always <= second[1]
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert private.metrics_of_validation(trainer) == set()
+
+
 def test_logged_step(fit):
     assert seen(fit, private.logged_step, max_epochs=1) == [0, 1, 2, 3]
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
+from cpq_lightning.errors import ExportError
 from cpq_lightning.export.calls import forward_replaced, named_outputs
 from cpq_lightning.export.integer_model import (
     InputGrid,
@@ -210,7 +211,7 @@ def trace_plain(network: nn.Module, samples: Samples) -> ir.Model:
     graph = program.model.graph
     for value, tensor in zip(graph.inputs, pair.inputs, strict=True):
         if tensor.dim() and (value.shape is None or isinstance(value.shape[0], int)):
-            raise ValueError(
+            raise ExportError(
                 f"The forward of {type(network).__name__} works for one number of samples only, because it uses len(x) "
                 "or converts a size to a number: use x.shape[0], or x.flatten(1)."
             )

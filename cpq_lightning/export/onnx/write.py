@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
+from cpq_lightning.errors import ExportError
 from cpq_lightning.export.formats import Container
 from cpq_lightning.export.onnx.clips import merge_clips
 from cpq_lightning.export.onnx.integer import keep_biases, use_integer_kernels
@@ -68,7 +69,7 @@ def write_onnx(
     finish(graph, content)
     proto = ir.serde.serialize_model(graph)
     if proto.ByteSize() > _MAX_BYTES:
-        raise ValueError(
+        raise ExportError(
             f"The ONNX file would have {proto.ByteSize()} bytes, above the limit of 2 GB: use format='packed'."
         )
     onnx.checker.check_model(proto, full_check=True)
