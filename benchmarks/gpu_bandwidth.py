@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.train_step.results import commit
 from cpq_lightning.functional.grid import level_bounds
-from cpq_lightning.kernels import triton_kernels as gpu
+from cpq_lightning.kernels import cuda as gpu
 
 RESULT = Path(__file__).parent / "results" / "gpu_bandwidth.json"
 TARGET = 0.8

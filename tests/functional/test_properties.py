@@ -274,7 +274,7 @@ def test_by_resolution_gates_of_zero_and_one_give_each_element_the_quantizer_of_
         return out
 
     def nested(x, step, sigma):
-        return quantize_resolution(x, step, sigma, masks, scales=scales, **case.grid)
+        return quantize_resolution(x, step, sigma, masks, width_scales=scales, **case.grid)
 
     got = differentiate(nested, (x, step, sigma), upstream)
     want = differentiate(chosen, (x, step, sigma), upstream)

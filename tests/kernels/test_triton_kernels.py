@@ -20,7 +20,7 @@ import torch
 
 from cpq_lightning.functional.categorical import quantize_unchecked
 from cpq_lightning.functional.grid import level_bounds
-from cpq_lightning.kernels import triton_kernels as gpu
+from cpq_lightning.kernels import cuda as gpu
 
 # One process of pytest's asks the interpreter.
 pytestmark = pytest.mark.xdist_group("gpu")
@@ -306,6 +306,7 @@ def test_without_kernels_the_reason_is_in_words(module, name, value, words, monk
     gpu._tried.cache_clear()
     if module is sys.modules:
         gpu._kernels.cache_clear()
+        monkeypatch.delitem(module, "cpq_lightning.kernels.triton_kernels", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setitem(module, name, value)
@@ -324,16 +325,18 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch):
 
 
 def test_importing_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import cpq_lightning.kernels.triton_kernels"
+    code = "import sys; sys.modules['triton'] = None; import cpq_lightning.kernels.cuda"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 if TYPE_CHECKING:
     import triton.language as tl
 
+    from cpq_lightning.kernels.triton_kernels import _part
+
 
 def parts(out, length, programs, tiles, TILE):
-    row, first, count = gpu._part(length, programs, tiles, TILE)
+    row, first, count = _part(length, programs, tiles, TILE)
     out += 3 * tl.program_id(0)
     tl.store(out, row)
     tl.store(out + 1, first)
@@ -343,8 +346,7 @@ def parts(out, length, programs, tiles, TILE):
 def compute_parts(shape):
     import triton
 
-    globals()["tl"] = triton.language
-    gpu._kernels()
+    globals().update(tl=triton.language, _part=gpu._kernels()._part)
     steps = torch.empty(shape[0] if len(shape) > 1 else 1, device="meta")
     before, gpu._PROGRAMS = gpu._PROGRAMS, 50
     launch, options = gpu._division(torch.empty(shape, device="meta"), steps)

@@ -40,7 +40,7 @@ def test_functional_s_values_and_gradients(masks, dtype, rows):
             out = quantize_widths(own, a.reshape(-1), s.reshape(-1), m, scales.reshape(4, -1), rings)
         else:
             settings = {"bits": 5, "min_bits": 2, "signed": True, "estimator": "expectation"}
-            out = quantize_resolution(own, a, s, m, scales=scales, **settings)
+            out = quantize_resolution(own, a, s, m, width_scales=scales, **settings)
         out.backward(grad)
         results.append((out, own.grad, a.grad, s.grad, m.grad))
     (out, *own), (expected, *same) = results

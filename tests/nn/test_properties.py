@@ -59,8 +59,8 @@ def test_training_gives_a_finite_value_like_x_and_a_finite_gradient_to_x_and_to_
             assert gradients[name] is not None, name
             assert (gradients[name].shape, gradients[name].dtype) == (leaf.shape, leaf.dtype), name
             assert gradients[name].isfinite().all(), name
-    assert quantizer.step().isfinite().all()
-    assert (quantizer.step() > 0).all()
+    assert quantizer.scale().isfinite().all()
+    assert (quantizer.scale() > 0).all()
 
 
 @examples(60)
@@ -93,7 +93,7 @@ def test_what_a_quantizer_hands_on_meets_the_conditions_that_quantize_checks(cas
     quantizer, x = case.trained().train(training), case.x()
     # Of zeros alone there is no range: they are passed on as they are.
     assume(quantizer.fitted)
-    step, sigma = (quantizer.along_channels(t.detach(), x) for t in quantizer._step_and_sigma(quantizer.settings))
+    step, sigma = (quantizer.along_channels(t.detach(), x) for t in quantizer._scale_and_sigma(quantizer.settings))
     masks = quantizer._masks(x, quantizer.settings)
     min_bits = quantizer.bits if masks is None else quantizer.min_bits
     grid = {"bits": quantizer.bits, "signed": quantizer.signed, "estimator": quantizer.estimator}

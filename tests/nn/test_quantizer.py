@@ -59,22 +59,22 @@ def test_the_step_stays_positive_and_finite_wherever_an_update_throws_its_parame
     q = weight_quantizer(weight, per_channel=True)
     q.log_scale.data.fill_(log_scale)
     out = q(weight)
-    assert (q.step() > 0).all()
-    assert q.step().isfinite().all()
+    assert (q.scale() > 0).all()
+    assert q.scale().isfinite().all()
     assert out.isfinite().all()
-    factor = q.step() / q.start_scale
+    factor = q.scale() / q.start_scale
     assert ((factor >= 1 / 1001) & (factor <= 1001)).all()
 
 
 def test_a_small_move_of_the_parameter_is_a_relative_move_of_the_step():
     q = weight_quantizer(weights(), per_channel=True)
-    before = q.step().detach()
+    before = q.scale().detach()
     q.log_scale.data.add_(0.01)
-    torch.testing.assert_close(q.step().detach(), before * math.exp(0.01), rtol=1e-5, atol=0)
+    torch.testing.assert_close(q.scale().detach(), before * math.exp(0.01), rtol=1e-5, atol=0)
 
 
 def sigma_of(q):
-    return q._step_and_sigma(q.settings)[1].detach()
+    return q._scale_and_sigma(q.settings)[1].detach()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.01])
@@ -84,13 +84,13 @@ def test_the_noise_is_positive_and_at_most_the_step(temperature):
     for logit in (-math.inf, -1e9, -20.0, -1.0, 0.0, 3.0, 10.0, 17.0, 20.0, 1e9, math.inf):
         q.noise_logit.data.fill_(logit)
         assert (sigma_of(q) > 0).all()
-        assert (sigma_of(q) <= q.step()).all()
+        assert (sigma_of(q) <= q.scale()).all()
 
 
 def test_the_noise_starts_at_a_third_of_the_step_times_the_temperature():
     for temperature in (1.0, 0.25):
         q = weight_quantizer(weights(), temperature=temperature)
-        torch.testing.assert_close(sigma_of(q), q.step().detach() * temperature / 3, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sigma_of(q), q.scale().detach() * temperature / 3, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -111,7 +111,7 @@ def test_a_weight_of_zeros_is_quantized_to_zeros_with_finite_gradients():
     out = q(weight)
     out.sum().backward()
     assert not out.any()
-    assert (q.step() == 1).all()
+    assert (q.scale() == 1).all()
     assert all(p.grad.isfinite().all() for p in (weight, *q.parameters()))
 
 
@@ -142,7 +142,7 @@ def test_both_parameters_learn():
 def test_quantized_weights_lie_on_the_grid(bits, nesting, per_channel, estimator):
     weight = weights()
     q = weight_quantizer(weight, weight_bits=bits, nesting=nesting, per_channel=per_channel, weight_estimator=estimator)
-    step = q.step().detach().reshape(-1, 1, 1)
+    step = q.scale().detach().reshape(-1, 1, 1)
     assert len(step) == (6 if per_channel else 1)
     levels = (q(weight) / step).detach()
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
@@ -158,8 +158,8 @@ def test_every_channel_has_the_step_that_fits_it_best(channel_dim):
     out = q(weight).detach()
     for i in range(6):
         row = weight.select(channel_dim, i)
-        assert q.step()[i].item() == pytest.approx(mse_scale(row[None], 3, True).item(), rel=1e-6)
-        quantized = quantize(row, q.step()[i], sigma_of(q)[i], bits=3)
+        assert q.scale()[i].item() == pytest.approx(mse_scale(row[None], 3, True).item(), rel=1e-6)
+        quantized = quantize(row, q.scale()[i], sigma_of(q)[i], bits=3)
         torch.testing.assert_close(out.select(channel_dim, i), quantized.detach(), rtol=1e-6, atol=0)
 
 
@@ -179,7 +179,7 @@ def quantized_with(values, step, bits):
 def test_the_range_max_clips_no_weight_and_wastes_no_level(bits, per_channel):
     weight = weights()
     q = weight_quantizer(weight, weight_bits=bits, weight_range="max", per_channel=per_channel)
-    step = q.step().detach().reshape(-1, 1, 1)
+    step = q.scale().detach().reshape(-1, 1, 1)
     assert ((q(weight) - weight).abs() <= step * 0.5001).all()
     low, high = level_bounds(bits)
     levels = (q(weight) / step).detach().round()
@@ -194,7 +194,7 @@ def test_a_new_fit_forgets_what_was_learned():
     weight = weights() * 3
     q.fit_weight(weight)
     fresh = weight_quantizer(weight)
-    assert torch.equal(q.step(), fresh.step())
+    assert torch.equal(q.scale(), fresh.scale())
     assert torch.equal(sigma_of(q), sigma_of(fresh))
 
 
@@ -225,7 +225,7 @@ def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_step(batch
     assert q.signed is signed
     assert q.numel == 35
     assert (out - x).square().sum().item() <= 1.02 * least_error(x, bits, signed)
-    levels = (out / q.step()).detach()
+    levels = (out / q.scale()).detach()
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
     assert levels.min() >= level_bounds(bits, signed)[0]
 
@@ -256,8 +256,8 @@ def test_batches_seen_one_by_one_give_the_range_of_all_of_them_together(rule):
 def test_the_range_max_clips_no_activation(signed, low):
     x = torch.randn(100, 9) if signed else torch.rand(100, 9)
     q = act_quantizer(act_range="max")
-    levels = (q(x) / q.step()).round()
-    assert ((q(x) - x).abs() <= q.step() * 0.5001).all()
+    levels = (q(x) / q.scale()).round()
+    assert ((q(x) - x).abs() <= q.scale() * 0.5001).all()
     assert levels.min() == low or levels.max() == 7
 
 
@@ -267,8 +267,8 @@ def test_values_that_are_not_finite_do_not_spoil_the_range():
     clean, dirty = act_quantizer(), act_quantizer()
     clean(torch.cat([x, torch.zeros(1, 1).expand(1, 4)]))
     dirty(spoilt)
-    assert dirty.step().isfinite().all()
-    assert dirty.step().item() == pytest.approx(clean.step().item(), rel=0.05)
+    assert dirty.scale().isfinite().all()
+    assert dirty.scale().item() == pytest.approx(clean.scale().item(), rel=0.05)
 
 
 def test_a_quantizer_for_no_bits_is_refused():
@@ -347,7 +347,7 @@ def test_narrow_dtypes_leave_the_state_in_float32(narrow):
 def test_double_widens_the_state_and_the_values_survive_the_way_back():
     weight = weights()
     q = weight_quantizer(weight)
-    step = q.step().detach()
+    step = q.scale().detach()
     q.double()
     dtypes = {name: t.dtype for name, t in q.state_dict().items()}
     # The state is whole numbers and starting steps, read as float32.
@@ -357,9 +357,9 @@ def test_double_widens_the_state_and_the_values_survive_the_way_back():
     assert out.dtype == torch.float64
     out.sum().backward()
     assert q.log_scale.grad.dtype == torch.float64
-    torch.testing.assert_close(q.step().detach(), step.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(q.scale().detach(), step.double(), rtol=1e-6, atol=0)
     q.float()
-    torch.testing.assert_close(q.step().detach().float(), step, rtol=1e-6, atol=0)
+    torch.testing.assert_close(q.scale().detach().float(), step, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["deepcopy", "pickle"])
@@ -388,7 +388,7 @@ def test_evaluation_uses_all_bits_and_no_noise(nesting, sharing):
     weight = weights()
     settings = {"weight_bits": 4, "min_bits": 2, "nesting": nesting, "gate_sharing": sharing}
     q = weight_quantizer(weight, keep_prob=0.3, **settings).eval()
-    want = quantize(weight, q.step(), sigma_of(q), bits=4)
+    want = quantize(weight, q.scale(), sigma_of(q), bits=4)
     for step in range(5):
         q.noise_step.fill_(step)
         assert torch.equal(q(weight), want)

@@ -70,7 +70,7 @@ def test_each_width_has_the_step_that_fits_it_best(width):
     decide(q, width)
     step = mse_scale(WEIGHT.reshape(1, -1), width, True)
     torch.testing.assert_close(q.grid()[0], step, rtol=1e-5, atol=0)
-    doubled = q.step() * 2 ** (8 - width)
+    doubled = q.scale() * 2 ** (8 - width)
     error = (WEIGHT - q(WEIGHT)).square().sum()
     low, high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
     assert error < (WEIGHT - (WEIGHT / doubled).round().clamp(low, high) * doubled).square().sum()
