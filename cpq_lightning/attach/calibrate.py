@@ -33,7 +33,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     forward: Callable[[Any], Any] | None = None,
-    most: int = 16,
+    max_batches: int = 16,
 ) -> M:
     """Set the activation ranges of an attached model from a few batches.
 
@@ -51,7 +51,7 @@ def calibrate(
             its arguments by name; or, if it takes several, a tuple or list of them. The iterable is read once, and its
             batches are kept in memory.
         forward: A function that runs one batch, for other formats: ``lambda batch: model(*batch[0], **batch[1])``.
-        most: The largest number of batches to use.
+        max_batches: The largest number of batches to use.
 
     Returns:
         The model itself.
@@ -63,7 +63,7 @@ def calibrate(
     """
     if not is_attached(model):
         raise ValueError(f"The model {type(model).__name__} is not quantized: call attach(model, config) first.")
-    kept = list(itertools.islice(batches, most))
+    kept = list(itertools.islice(batches, max_batches))
     if not kept:
         raise ValueError("calibrate got no batch: expected an iterable of at least one batch of training data.")
     run = forward or (lambda batch: _call(model, batch))
@@ -96,7 +96,7 @@ def calibrate(
                 observer.close_range(quantizer.state.device)
             _run_on_all_processes(second_pass, inner)
     report = broadcast_report(audit.report)
-    settle_first_and_last(inner, report.order)
+    settle_first_and_last(inner, report.execution_order)
     record_forward(inner, report)
     for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)

@@ -25,14 +25,14 @@ def _weight_quantizer(layer: nn.Module) -> object:
     return cast(QuantizedLayer, layer).weight_quantizer
 
 
-def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
+def settle_first_and_last(model: nn.Module, execution_order: list[str]) -> list[str]:
     """Move ``first_last_bits`` to the layers that run first and last in a forward, unless timm names them.
 
     Args:
         model: The model that was attached; if only a part of it was attached, nothing changes. No backward of an
             earlier forward may be pending, because activation checkpointing would recompute that forward at other
             widths.
-        order: Names of the quantized layers in the order in which a forward called them.
+        execution_order: Names of the quantized layers in the order in which a forward called them.
 
     Returns:
         Names of the layers whose width changed. Their weight scales are fitted again; their activation scales are
@@ -40,7 +40,7 @@ def settle_first_and_last(model: nn.Module, order: list[str]) -> list[str]:
     """
     model = unwrapped(model)
     layers = dict(quantized_layers(model))
-    called = [name for name in order if name in layers]
+    called = [name for name in execution_order if name in layers]
     config = attached_config(model)
     if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
         return []

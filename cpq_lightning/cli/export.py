@@ -65,7 +65,7 @@ def export(
     try:
         if samples is not None and data is not None:
             raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
-        trained = load_module(ckpt) if module is None else load_own(ckpt, module, module_args or {})
+        trained = load_module(ckpt) if module is None else load_with_class(ckpt, module, module_args or {})
         # The last steps of training may have moved weights beyond their ranges.
         refit_rewritten(trained)
         network, name = exported_part(trained), exported_name(trained)
@@ -120,7 +120,7 @@ def load_module(path: str) -> QuantizedModule:
     return QuantizedModule.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
-def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> LightningModule:
+def load_with_class(path: str, class_path: str, arguments: dict[str, Any]) -> LightningModule:
     """Load the module of a checkpoint, given its class path; only tensors and plain values are unpickled.
 
     Raises:

@@ -27,7 +27,7 @@ class _InTorch:
     module: nn.Module
     tolerance = 1e-5
 
-    def turned_by(self) -> Mapping[str, str]:
+    def negated_by(self) -> Mapping[str, str]:
         return {}
 
     def remedy(self) -> None:

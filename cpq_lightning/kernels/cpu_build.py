@@ -169,10 +169,10 @@ def _cached(name: str, build: Callable[[Path], Path]) -> Path:
     # RuntimeError: there is no home folder.
     except (OSError, RuntimeError) as error:
         raise _NoCache(f"the cache cannot be made: {error}") from None
-    _check_own(folder, stat.S_ISDIR)
+    _check_owner(folder, stat.S_ISDIR)
     target = folder / name
     if os.path.lexists(target):
-        _check_own(target, stat.S_ISREG)
+        _check_owner(target, stat.S_ISREG)
         return target
     log.info("CPQ kernels are being built for this machine, once: about a second.")
     try:
@@ -187,7 +187,7 @@ def _cached(name: str, build: Callable[[Path], Path]) -> Path:
     return target
 
 
-def _check_own(path: Path, kind: Callable[[int], bool]) -> None:
+def _check_owner(path: Path, kind: Callable[[int], bool]) -> None:
     """Raise an error if another user owns the path or may write to it, and so may have put code there.
 
     Raises:

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: int) -> bool:
+def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, max_batches: int) -> bool:
     """Calibrate on the first training batches by running ``training_step``; training still gets these batches.
 
     Args:
         trainer: A trainer whose fit has begun.
         pl_module: The attached module.
-        most: Maximal number of batches.
+        max_batches: Maximal number of batches.
 
     Returns:
         Whether the calibration succeeded. If the run has no training data, the result is ``False``. If no batch can be
@@ -46,7 +46,7 @@ def calibrate_for_training(trainer: Trainer, pl_module: LightningModule, most: i
     Raises:
         MisconfigurationException: the calibration fails outside of ``training_step``.
     """
-    items = read_training_ahead(trainer, most)
+    items = read_training_ahead(trainer, max_batches)
     if items is None:
         return False
     takes_iterator = is_a(private.training_fetcher(trainer), "_DataLoaderIterDataFetcher")
@@ -104,7 +104,7 @@ def run_calibration(
 
         try:
             with isolate_rng(), without_effects(trainer):
-                calibrate(pl_module, range(len(items)), forward=forward, most=len(items))
+                calibrate(pl_module, range(len(items)), forward=forward, max_batches=len(items))
         except Exception as error:
             if isinstance(error, FailedElsewhere):
                 failed.append(error)
