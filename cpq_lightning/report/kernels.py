@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,10 +30,10 @@ def kernels_table(model: nn.Module, device: str) -> Table:
         table.add_column("\nkernel", no_wrap=True)
     table.add_column("\nnotes")
     notes: dict[str, int] = {}
+    # An input has a single scale, so that its shape and strides do not matter.
+    any_input = torch.empty(1, device="meta")
     for name, layer in quantized_layers(model):
-        # An input has a single scale, so that its shape and strides do not matter.
-        operands = {"weight": (layer.weight_quantizer, layer.read_weight())}
-        operands["input"] = layer.input_quantizer, torch.empty(1, device="meta")
+        operands = ("weight", layer.weight_quantizer, layer.read_weight()), ("input", layer.input_quantizer, any_input)
         cells, reasons = _cells(operands, device)
         table.add_row(name, *cells, _numbers(reasons, notes))
     for name, reason in full_precision_reasons(model).items():
@@ -40,9 +42,9 @@ def kernels_table(model: nn.Module, device: str) -> Table:
     return table
 
 
-def _cells(operands: dict[str, tuple[Quantizer | None, Tensor]], device: str) -> tuple[list[str], list[str]]:
+def _cells(operands: Sequence[tuple[str, Quantizer | None, Tensor]], device: str) -> tuple[list[str], list[str]]:
     cells, reasons = [], []
-    for kind, (quantizer, x) in operands.items():
+    for kind, quantizer, x in operands:
         if quantizer is None:
             cells += ["fp32", ""]
             reasons.append(f"{kind}: act_bits=None")
