@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.train_step.results import commit
 from cpq_lightning.functional.grid import level_bounds
-from cpq_lightning.kernels import triton_kernels as gpu
+from cpq_lightning.kernels import cuda as gpu
 
 RESULT = Path(__file__).parent / "results" / "gpu_bandwidth.json"
 TARGET = 0.8
@@ -39,19 +39,19 @@ ROW = 4096
 
 def variants(x: Tensor, grad: Tensor, rows: bool, noise: float) -> dict[str, tuple[int, Callable[[], Any]]]:
     """What is measured, and how many times it reads or writes a tensor like ``x``."""
-    step = torch.full((x.shape[0], 1) if rows else (1, 1), 0.3, device=x.device)
-    sigma = step * noise
+    scale = torch.full((x.shape[0], 1) if rows else (1, 1), 0.3, device=x.device)
+    sigma = scale * noise
     out = torch.empty_like(x)
-    found: dict[str, tuple[int, Callable[[], Any]]] = {COPY: (2, partial(out.copy_, x))}
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {COPY: (2, partial(out.copy_, x))}
     for bits in (2, 4, 8):
         # Values reach a little beyond the grid.
         bounds = level_bounds(bits, True)
         values = x * (0.3 * 2**bits / 4)
-        found[f"forward, {bits} bits"] = (2, partial(gpu.forward, values, step, *bounds))
+        calls[f"forward, {bits} bits"] = (2, partial(gpu.forward, values, scale, *bounds))
         for estimator in ("argmax", "expectation"):
-            call = partial(gpu.backward, values, grad, step, sigma, *bounds, estimator == "expectation")
-            found[f"backward, {estimator}, {bits} bits"] = (3, call)
-    return found
+            call = partial(gpu.backward, values, grad, scale, sigma, *bounds, estimator == "expectation")
+            calls[f"backward, {estimator}, {bits} bits"] = (3, call)
+    return calls
 
 
 def milliseconds(call: Callable[[], Any], sweep: Tensor) -> float:
@@ -71,13 +71,13 @@ def measure(rounds: int, noise: float) -> list[dict[str, Any]]:
     figures = []
     for size, (dtype, rows) in track(list(product(SIZES, product(DTYPES, (False, True)))), "Sizes"):
         x, grad = (torch.randn(size * 2**20 // ROW, ROW, device="cuda").to(DTYPES[dtype]) for _ in range(2))
-        found = variants(x, grad, rows, noise)
-        for _, call in found.values():
+        calls = variants(x, grad, rows, noise)
+        for _, call in calls.values():
             call()
             call()
-        times = [{name: milliseconds(call, sweep) for name, (_, call) in found.items()} for _ in range(rounds)]
-        for name, (passes, _) in found.items():
-            ratio = statistics.median(passes / t[name] / (found[COPY][0] / t[COPY]) for t in times)
+        times = [{name: milliseconds(call, sweep) for name, (_, call) in calls.items()} for _ in range(rounds)]
+        for name, (passes, _) in calls.items():
+            ratio = statistics.median(passes / t[name] / (calls[COPY][0] / t[COPY]) for t in times)
             taken = statistics.median(t[name] for t in times)
             figures.append(
                 {

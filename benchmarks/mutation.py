@@ -180,7 +180,7 @@ def tests_of(mutation: Mutation, recorded: dict[str, Any]) -> list[str]:
     contexts = lines.get(str(mutation.line))
     if contexts is not None and not contexts:
         # It runs while the package is imported.
-        contexts = sorted({context for found in lines.values() for context in found})
+        contexts = sorted({context for tests in lines.values() for context in tests})
     tests = set()
     for context in contexts or ():
         name, _, phase = context.rpartition("|")

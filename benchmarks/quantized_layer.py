@@ -59,11 +59,11 @@ class QuantizedLayer(nn.Module):
 
 def replace_layers(model: nn.Module, bits: Mapping[str, Bits], make: Callable[[Layer, Bits], nn.Module]) -> nn.Module:
     """Put what ``make`` makes of a layer and its widths in the place of each layer that ``bits`` names."""
-    for name, own in bits.items():
+    for name, width in bits.items():
         parent, _, leaf = name.rpartition(".")
         layer = model.get_submodule(name)
         assert isinstance(layer, Layer)
-        setattr(model.get_submodule(parent), leaf, make(layer, own))
+        setattr(model.get_submodule(parent), leaf, make(layer, width))
     return model
 
 

@@ -55,19 +55,19 @@ class Task(pl.LightningModule):
 
 def _digits(shape: tuple[int, ...]) -> tuple[TensorDataset, TensorDataset]:
     """Scikit-learn's handwritten digits in [0, 1]: four of five train."""
-    found = load_digits()
-    images = torch.tensor(found.data, dtype=torch.float32).reshape(-1, *shape) / 16
-    labels = torch.tensor(found.target)
-    held = torch.arange(len(images)) % 5 == 0
-    return TensorDataset(images[~held], labels[~held]), TensorDataset(images[held], labels[held])
+    digits = load_digits()
+    images = torch.tensor(digits.data, dtype=torch.float32).reshape(-1, *shape) / 16
+    labels = torch.tensor(digits.target)
+    held_out = torch.arange(len(images)) % 5 == 0
+    return TensorDataset(images[~held_out], labels[~held_out]), TensorDataset(images[held_out], labels[held_out])
 
 
 def _series() -> tuple[TensorDataset, TensorDataset]:
     """A noisy sine: the next 12 values from 36."""
     noise = torch.randn(4000, generator=torch.Generator().manual_seed(1))
     windows = (torch.sin(torch.arange(4000) / 4) + 0.1 * noise).unfold(0, 48, 1)
-    train, held = windows[:3000], windows[3100:]
-    return TensorDataset(train[:, :36], train[:, 36:]), TensorDataset(held[:, :36], held[:, 36:])
+    train, held_out = windows[:3000], windows[3100:]
+    return TensorDataset(train[:, :36], train[:, 36:]), TensorDataset(held_out[:, :36], held_out[:, 36:])
 
 
 def _convolutions() -> nn.Module:
@@ -106,7 +106,7 @@ def run(task: str, config: CPQConfig | None, seed: int) -> float:
     """The validation loss at the end of one run."""
     make, data, loss, rate, epochs = TASKS[task]
     torch.manual_seed(seed)
-    module, (train, held) = Task(make(), loss, rate), data()
+    module, (train, held_out) = Task(make(), loss, rate), data()
     order = torch.Generator().manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -117,29 +117,29 @@ def run(task: str, config: CPQConfig | None, seed: int) -> float:
         trainer.fit(
             module,
             DataLoader(train, 64, shuffle=True, generator=order),
-            DataLoader(held, len(held)),
+            DataLoader(held_out, len(held_out)),
         )
     return float(trainer.callback_metrics["val_loss"])
 
 
 def measure(tasks: list[str], seeds: int) -> dict[str, dict[str, list[float]]]:
     """Losses by task and configuration, one a seed; the configurations of a seed are trained in turn."""
-    found: dict[str, dict[str, list[float]]] = {task: {name: [] for name in CONFIGS} for task in tasks}
+    losses: dict[str, dict[str, list[float]]] = {task: {name: [] for name in CONFIGS} for task in tasks}
     for task in tasks:
         for seed in range(seeds):
             for name, config in CONFIGS.items():
-                found[task][name].append(run(task, config, seed))
-    return found
+                losses[task][name].append(run(task, config, seed))
+    return losses
 
 
 def table(losses: dict[str, dict[str, list[float]]]) -> str:
     """As the README has it: each loss, and its ratio to full precision's mean."""
     lines = [f"| validation loss | {' | '.join(CONFIGS)} |", f"| --- | {' | '.join('---:' for _ in CONFIGS)} |"]
-    for task, found in losses.items():
-        full = statistics.mean(found["full precision"])
+    for task, by_config in losses.items():
+        full = statistics.mean(by_config["full precision"])
         cells = []
         for name in CONFIGS:
-            mean, spread = statistics.mean(found[name]), statistics.stdev(found[name])
+            mean, spread = statistics.mean(by_config[name]), statistics.stdev(by_config[name])
             ratio = "" if name == "full precision" else f", {mean / full:.2f} times"
             cells.append(f"{mean:.4f} ± {spread:.4f}{ratio}")
         lines.append(f"| {task} | {' | '.join(cells)} |")

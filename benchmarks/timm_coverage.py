@@ -153,7 +153,7 @@ def _cover_attention(row: Row, model: nn.Module, images: Tensor) -> None:
     calibrate(attach(model, WITH_ATTENTION).train(), [images])
     # Such as rotary frequencies, which positions alone make.
     apart = {name for name, module in modules_with_products(model) if not any(module.product_plan)}
-    left = [found for found in _audited(model, images).activation_products if found[0] not in apart]
+    left = [product for product in _audited(model, images).activation_products if product[0] not in apart]
     if left:
         row.problems.append(f"attention=True leaves {left[:3]}")
     row.problems += _train(model, images, dict(quantized_operands(model)))
@@ -270,8 +270,8 @@ def _indifferent(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     return tuple(name for name, both in calls.items() if all(map(torch.allclose, *both)))
 
 
-def _compare(what: str, found: Tensor, expected: Tensor) -> Iterator[str]:
-    gap = float((found - expected).abs().max() / expected.abs().max())
+def _compare(what: str, actual: Tensor, expected: Tensor) -> Iterator[str]:
+    gap = float((actual - expected).abs().max() / expected.abs().max())
     if not gap <= TOLERANCE:
         yield f"{what} differs by {gap:.2g}"
 
@@ -287,8 +287,8 @@ def table(rows: Sequence[Row]) -> str:
         unquantized = f"{len(row.unquantized)} ({', '.join(kinds)})" if kinds else ""
         outcome = "; ".join(row.problems).replace("\n", " ").replace("|", "/") or "works"
         size = f"{row.parameters / 1e6:.2f} M | {'x'.join(map(str, row.image[1:]))} | {row.sites}"
-        found = f"{unquantized} | {row.products or ''} | {outcome}"
-        lines.append(f"| {row.module} | {row.model} | {size} | {found} | {row.seconds:.0f} |")
+        summary = f"{unquantized} | {row.products or ''} | {outcome}"
+        lines.append(f"| {row.module} | {row.model} | {size} | {summary} | {row.seconds:.0f} |")
     return "\n".join(lines)
 
 

@@ -28,8 +28,8 @@ LAYOUTS = ("contiguous", "channels_last", "permuted", "strided", "expanded")
 DENSE_LAYOUTS = ("contiguous", "channels_last", "permuted")
 GATES = ("between", "binary", "open", "shut")
 VALUES = ("spread", "halves", "far")
-# Powers of two that the step is drawn around: values of 8 bits, 64 steps beyond them, have room in the dtype.
-STEP_EXPONENTS = {torch.float64: 100, torch.float32: 30, torch.bfloat16: 30, torch.float16: 5}
+# Powers of two that the scale is drawn around: values of 8 bits, 64 scales beyond them, have room in the dtype.
+SCALE_EXPONENTS = {torch.float64: 100, torch.float32: 30, torch.bfloat16: 30, torch.float16: 5}
 
 
 def examples(count: int) -> settings:
@@ -98,18 +98,18 @@ class Case:
 
     shape: tuple[int, ...] = (1,)
     dtype: torch.dtype = torch.float32
-    # Of step, sigma and masks, which in a quantizer stay float32 whatever x is.
-    own_dtype: torch.dtype = torch.float32
+    # Of scale, sigma and masks, which in a quantizer stay float32 whatever x is.
+    parameter_dtype: torch.dtype = torch.float32
     bits: int = 1
     min_bits: int = 1
     signed: bool = True
     estimator: str = "argmax"
-    step_shape: tuple[int, ...] = ()
+    scale_shape: tuple[int, ...] = ()
     sigma_shape: tuple[int, ...] = ()
     mask_shape: tuple[int, ...] | None = None
     gates: str = "open"
     values: str = "spread"
-    # How narrow noise may be, in steps.
+    # How narrow noise may be, in scales.
     noise: float = 1 / 3
     exponent: int = 0
     layout: str = "contiguous"
@@ -122,23 +122,23 @@ class Case:
         return {"bits": self.bits, "min_bits": self.min_bits, "signed": self.signed, "estimator": self.estimator}
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """x, step, sigma and masks, laid out."""
+        """x, scale, sigma and masks, laid out."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def uniform(*shape):
             return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-        # Exact halves of a step need a step that the dtype holds with digits to spare.
+        # Exact halves of a scale need a scale that the dtype holds with digits to spare.
         spread = 0 if self.values == "halves" else 1
-        step = torch.exp2(self.exponent + spread * uniform(*self.step_shape)).to(self.own_dtype)
+        scale = torch.exp2(self.exponent + spread * uniform(*self.scale_shape)).to(self.parameter_dtype)
         noise = self.noise
         if self.dtype == torch.float64 and self.mask_shape is not None:
             # A closed ring's mask has derivatives up to exp(distance / sigma), which float64 does not hold at exp(40).
             noise = max(noise, (64 + 2**self.bits) / 600)
-        # A sigma has the smallest step of those that it broadcasts over.
-        smallest = step.double().min() if step.numel() else torch.ones(())
+        # A sigma has the smallest scale of those that it broadcasts over.
+        smallest = scale.double().min() if scale.numel() else torch.ones(())
         sigma = smallest * (noise + (1 - noise) * uniform(*self.sigma_shape))
-        sigma = sigma.to(self.own_dtype).clamp(max=smallest.to(self.own_dtype))
+        sigma = sigma.to(self.parameter_dtype).clamp(max=smallest.to(self.parameter_dtype))
         low, high = level_bounds(self.bits, self.signed)
         u = 1.5 * (low + uniform(*self.shape) * (high - low)) - 0.7
         if self.values == "halves":
@@ -147,7 +147,7 @@ class Case:
             # Out to where float32 no longer tells one level from the next; float16 ends at 65504.
             least, most = (-15, 5) if self.dtype == torch.float16 else (-10, 48)
             u = torch.exp2(least + uniform(*self.shape) * (most - least)) * u
-        x = (u * step.double()).to(self.dtype)
+        x = (u * scale.double()).to(self.dtype)
         masks = None
         if self.mask_shape is not None:
             gates = uniform(self.bits - self.min_bits, *self.mask_shape)
@@ -157,10 +157,10 @@ class Case:
                 "open": torch.ones_like(gates),
                 "shut": torch.zeros_like(gates),
             }[self.gates]
-            masks = lay_out(masks_from_gates(gates).to(self.own_dtype), self.layout, self.dim, first=1)
+            masks = lay_out(masks_from_gates(gates).to(self.parameter_dtype), self.layout, self.dim, first=1)
         return (
             lay_out(x, self.layout, self.dim),
-            lay_out(step, self.layout, self.dim),
+            lay_out(scale, self.layout, self.dim),
             lay_out(sigma, self.layout, self.dim),
             masks,
         )
@@ -186,20 +186,20 @@ def cases(
     """Cases; ``masks`` says whether there are any, ``None`` that it is drawn."""
     shape = draw(shapes(empty=empty))
     dtype = draw(st.sampled_from(dtypes))
-    # Gradients of step and sigma grow with the square of the levels over the noise, beyond what float16 has.
-    own_dtypes = (torch.float32,) if dtype == torch.float16 else (dtype, torch.float32)
+    # Gradients of scale and sigma grow with the square of the levels over the noise, beyond what float16 has.
+    parameter_dtypes = (torch.float32,) if dtype == torch.float16 else (dtype, torch.float32)
     width = draw(st.integers(1, bits))
     masked = draw(st.booleans()) if masks is None else masks
-    reach = STEP_EXPONENTS[dtype]
+    reach = SCALE_EXPONENTS[dtype]
     return Case(
         shape=shape,
         dtype=dtype,
-        own_dtype=draw(st.sampled_from(own_dtypes)) if dtype != torch.float64 else dtype,
+        parameter_dtype=draw(st.sampled_from(parameter_dtypes)) if dtype != torch.float64 else dtype,
         bits=width,
         min_bits=draw(st.integers(1, width)),
         signed=draw(st.booleans()),
         estimator=draw(st.sampled_from(ESTIMATORS)),
-        step_shape=draw(broadcasting(shape)),
+        scale_shape=draw(broadcasting(shape)),
         sigma_shape=draw(broadcasting(shape)),
         mask_shape=draw(broadcasting(shape)) if masked else None,
         gates=draw(st.sampled_from(gates)) if masked else "open",
@@ -294,7 +294,7 @@ def quantizer_cases(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS, empty: 
     # What is quantized as a weight multiplies: it has at least two dimensions.
     shape = draw(shapes(least=2, empty=False) if kind == "weight" else shapes(empty=empty))
     dtype = draw(st.sampled_from(DTYPES))
-    # What is quantized may end up a step further out: float16 needs room for it.
+    # What is quantized may end up a scale further out: float16 needs room for it.
     reach = 6 if dtype == torch.float16 else 40
     return QuantizerCase(
         kind=kind,

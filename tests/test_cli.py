@@ -14,6 +14,7 @@ from cpq_lightning import QuantizedModule, __version__, levels
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.cli.main import _shipped, main
 from cpq_lightning.extras import unmet
+from cpq_lightning.kernels.dispatch import choose
 from tests.marks import thorough
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,29 @@ def test_doctor_tells_which_computation_runs(cpq):
     lines = cpq("doctor").stdout.splitlines()
     assert lines[0] == f"cpq-lightning {__version__}"
     assert any(line.startswith("CPU: ") for line in lines)
+
+
+def test_doctor_names_the_kernel_of_each_layer_and_the_reason_against_a_faster_one(cpq):
+    settings = (
+        "--quantization.min_bits=2",
+        "--quantization.ignore=[conv1.0]",
+        "--quantization.overrides={fc: {act_bits: null}}",
+    )
+    result = cpq("doctor", "--model=test_resnet", *settings)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
+    assert rows["layer1.0.conv1"] == ["2-4", "functional", "4", choose(torch.empty(1)).implementation, "1"]
+    assert "masks" in " ".join(rows["1"])
+    assert rows["fc"][2:] == ["fp32", "2"]
+    assert rows["2"] == ["input:", "act_bits=None"]
+    assert rows["conv1.0"] == ["fp32", "fp32", "3"]
+    assert rows["3"] == ["ignore", "has", "'conv1.0'"]
+
+
+def test_doctor_answers_for_a_device_that_is_absent_and_refuses_what_it_cannot_answer(cpq):
+    assert "kernels for cpu do not run on xla" in cpq("doctor", "--model=test_resnet", "--device=xla").stdout
+    assert "'resnet81' is no timm model" in cpq("doctor", "--model=resnet81").stderr
+    assert "give a --model" in cpq("doctor", "--quantization.weight_bits=2").stderr
 
 
 def test_a_report_of_no_run_is_refused_in_a_sentence(tmp_path, cpq):

@@ -114,7 +114,7 @@ def test_plateau_scheduler_gets_a_monitor(fit):
 
     module = small(lr_scheduler=plateau)
     assert fit(module, [CPQCallback(table=False)], max_epochs=1).state.finished
-    assert all(torch.isfinite(q.step()).all() for _, q in quantizers(module))
+    assert all(torch.isfinite(q.scale()).all() for _, q in quantizers(module))
 
 
 @pytest.mark.parametrize(

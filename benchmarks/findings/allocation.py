@@ -43,9 +43,9 @@ def allocations(sizes: tuple[int, ...], average: float) -> Tensor:
 
 def random_levels(sizes: Mapping[str, int], average: float, seed: int) -> Levels:
     """One of all allocations of the average, each as likely as any other; another one for each seed."""
-    found = allocations(tuple(sizes.values()), average)
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return dict(zip(sizes, found[order[seed]].tolist(), strict=True))
+    widths_by_row = allocations(tuple(sizes.values()), average)
+    permutation = torch.randperm(len(widths_by_row), generator=torch.Generator().manual_seed(0))
+    return dict(zip(sizes, widths_by_row[permutation[seed]].tolist(), strict=True))
 
 
 def least_costly(costs: Mapping[str, list[float]], sizes: Mapping[str, int], average: float) -> Levels:
@@ -56,10 +56,10 @@ def least_costly(costs: Mapping[str, list[float]], sizes: Mapping[str, int], ave
         sizes: Weights of each layer.
         average: Bits of a weight, on average.
     """
-    found = allocations(tuple(sizes.values()), average)
+    widths_by_row = allocations(tuple(sizes.values()), average)
     table = torch.tensor([costs[name] for name in sizes], dtype=torch.float64)
-    total = table[torch.arange(len(sizes)), found - narrowest(average)].sum(1)
-    return dict(zip(sizes, found[total.argmin()].tolist(), strict=True))
+    total = table[torch.arange(len(sizes)), widths_by_row - narrowest(average)].sum(1)
+    return dict(zip(sizes, widths_by_row[total.argmin()].tolist(), strict=True))
 
 
 def squared_errors(weight: Tensor, low: int) -> list[float]:

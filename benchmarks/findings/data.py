@@ -26,10 +26,10 @@ def load(root: str, train: bool) -> tuple[Tensor, Tensor]:
     """
     known = FashionMNISTDataModule(root)
     known.prepare_data()
-    found: Any = known.training_data(augmented=False) if train else known.evaluation_data()
-    images = found.data[:, None].float() / 255
+    data_set: Any = known.training_data(augmented=False) if train else known.evaluation_data()
+    images = data_set.data[:, None].float() / 255
     images = (images - known.mean[0]) / known.std[0]
-    return images.to(memory_format=torch.channels_last), found.targets
+    return images.to(memory_format=torch.channels_last), data_set.targets
 
 
 class _Batches(IterableDataset[tuple[Tensor, Tensor]]):

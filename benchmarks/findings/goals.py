@@ -35,7 +35,7 @@ def _accuracies(rows: Rows, scale: str) -> Iterator[str]:
     others = [m for m in METHODS if m not in (FULL, DEFAULT, *AT_AVERAGES, *AT_FIXED, *AT_LEARNED)]
     for w, a in WIDTHS:
         ours = cell(rows, scale, DEFAULT, w, a)
-        theirs = [c for c in (cell(rows, scale, m, w, a) for m in others) if c and c.whole]
+        theirs = [c for c in (cell(rows, scale, m, w, a) for m in others) if c and c.complete]
         if ours is None or not theirs:
             continue
         best = max(theirs, key=lambda c: c.accuracy.mean)

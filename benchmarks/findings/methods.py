@@ -135,8 +135,8 @@ class _PeerPull(ClusterPull):
     """The same pull for layers that are not CPQ's."""
 
     def pulled(self, pl_module: LightningModule) -> Mapping[int, Any]:
-        found = [m for m in pl_module.modules() if isinstance(m, QuantizedLayer)]
-        return {id(layer.layer.weight): layer.weight_quantizer for layer in found}
+        layers = [m for m in pl_module.modules() if isinstance(m, QuantizedLayer)]
+        return {id(layer.layer.weight): layer.weight_quantizer for layer in layers}
 
 
 def _brevitas(task: Task) -> Made:
@@ -179,10 +179,10 @@ def _learned(
 ) -> Made:
     """Weights of 8 to 2 bits (to 1 where the average is 2); activations at theirs, or of that average too."""
     low = narrowest(task.weight_bits)
-    own = {"weight_bits": 8, "min_bits": low, "learn_bits": True, "act_bits": task.act_bits, **(settings or {})}
+    options = {"weight_bits": 8, "min_bits": low, "learn_bits": True, "act_bits": task.act_bits, **(settings or {})}
     budgets = {"act_target": float(task.act_bits)} if activations else {}
     beside = [_quiet(), BitBudget(task.weight_bits, **budgets, **(budget or {})), *callbacks()]
-    return Made(task.network, CPQConfig(**own), beside, patched())
+    return Made(task.network, CPQConfig(**options), beside, patched())
 
 
 def _median_gates() -> AbstractContextManager[Any]:

@@ -73,10 +73,10 @@ def rate_of(run: Run, rows: Rows) -> float | None:
     if run.rate is not None:
         return run.rate
     family = METHODS[run.method].family
-    found = searches(run.scale, family)
-    if any(search not in rows for search in found):
+    needed = searches(run.scale, family)
+    if any(search not in rows for search in needed):
         return None
-    sums = {rate: sum(rows[s]["val_accuracy"] for s in found if s.rate == rate) for rate in rates(family)}
+    sums = {rate: sum(rows[s]["val_accuracy"] for s in needed if s.rate == rate) for rate in rates(family)}
     return max(sums, key=lambda rate: sums[rate])
 
 

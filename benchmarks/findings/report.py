@@ -112,7 +112,7 @@ def _weights(network: str) -> int:
 
 def summary(rows: Rows) -> str:
     """The tables of the README: of each scale that has what they are about, then the levels of other networks."""
-    complete = [s for s in scales(rows) if all((c := cell(rows, s, m, 3, 3)) and c.whole for m in (LSQ, DEFAULT))]
+    complete = [s for s in scales(rows) if all((c := cell(rows, s, m, 3, 3)) and c.complete for m in (LSQ, DEFAULT))]
     if not complete:
         return _NOTHING
     text = []
@@ -139,8 +139,8 @@ def _by_width(rows: Rows, scale: str) -> str:
 
 
 def _head(rows: Rows, scale: str) -> str:
-    known, found = SCALES[scale], cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
-    full = "" if found is None else f"; full precision {_shown(found)}"
+    known, full_cell = SCALES[scale], cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
+    full = "" if full_cell is None else f"; full precision {_shown(full_cell)}"
     return f"{known.images:,} images, {_KINDS[known.network]}{full}.\n"
 
 
@@ -172,13 +172,13 @@ def _widths(rows: Rows, scale: str) -> str:
     text = ""
     for w, a in ((FULL_BITS, FULL_BITS), *WIDTHS):
         cells = [cell(rows, scale, method, w, a) for method in (FULL, *PEERS, *OURS, PULLED_LSQ)]
-        found = sorted((c for c in cells if c), key=lambda c: -c.accuracy.mean)
-        if not found:
+        ranked = sorted((c for c in cells if c), key=lambda c: -c.accuracy.mean)
+        if not ranked:
             continue
-        base = next((c for c in found if c.method == LSQ), None)
-        best = next((c for c in found if c.whole), None)
+        base = next((c for c in ranked if c.method == LSQ), None)
+        best = next((c for c in ranked if c.complete), None)
         lines = [[f"W{w}A{a}", "accuracy", "over LSQ", "over the best", "held-out", "weight error", "of LSQ's"]]
-        for c in found:
+        for c in ranked:
             own = [_over(c, base), _over(c, best), _held_out(c), _error(c), _ratio(c, base)]
             lines.append([_mark(c.method), _shown(c), *own])
         text += table(lines) + "\n"
@@ -203,29 +203,29 @@ def _averages(rows: Rows, scale: str, folder: Path) -> str:
         base = cell(rows, scale, LEARNED, w, a)
         if base is None:
             continue
-        found = {m: c for m in AT_AVERAGES if (c := cell(rows, scale, m, w, a))}
+        by_method = {m: c for m in AT_AVERAGES if (c := cell(rows, scale, m, w, a))}
         # Where there is no level of the average, the ones to its sides.
         for bits, m in product(sorted({math.floor(w), math.ceil(w)}), (LSQ, EXPECTATION, DEFAULT)):
             if c := cell(rows, scale, m, bits, a):
-                found[f"{m}, {bits} bits everywhere"] = c
+                by_method[f"{m}, {bits} bits everywhere"] = c
         if c := cell(rows, scale, FULL, FULL_BITS, FULL_BITS):
-            found[FULL] = c
+            by_method[FULL] = c
         lines = [
             [f"{w:g} bits on average, A{a}", "bits", "accuracy", "held-out", "learned over it", "as good or better on"]
         ]
-        for name, c in sorted(found.items(), key=lambda item: -item[1].accuracy.mean):
+        for name, c in sorted(by_method.items(), key=lambda item: -item[1].accuracy.mean):
             over = ["", ""] if c.method == LEARNED else [_difference(paired(base.by_seed, c.by_seed)), _wins(base, c)]
             lines.append([name, f"{c.bits:.2f}", _shown(c), _held_out(c), *over])
-        text += table(lines) + "\n" + _stakes(found)
+        text += table(lines) + "\n" + _stakes(by_method)
     if drawn := plots.draw_averages(rows, scale, folder / f"findings_levels_{scale}.png"):
         text += f"![Accuracy of ways to spend the same bits]({drawn.name})\n"
     return text
 
 
-def _stakes(found: Mapping[str, Cell]) -> str:
+def _stakes(by_method: Mapping[str, Cell]) -> str:
     """How much allocations can make a difference at all: by how much random ones differ."""
-    drawn, fixed = (found.get(method) for method in (RANDOM, BY_ERROR))
-    if not (drawn and drawn.whole and fixed and fixed.whole):
+    drawn, fixed = (by_method.get(method) for method in (RANDOM, BY_ERROR))
+    if not (drawn and drawn.complete and fixed and fixed.complete):
         return ""
     over = [statistics.stdev(c.by_seed.values()) for c in (drawn, fixed)]
     return (
@@ -236,21 +236,21 @@ def _stakes(found: Mapping[str, Cell]) -> str:
 
 def _allocation(rows: Rows, scale: str, folder: Path) -> str:
     w, a = TWO if SCALES[scale].network == "resnet" else THREE
-    found = (cell(rows, scale, method, w, a) for method in (LEARNED, UNDRAWN, DRAWN))
-    cells = [c for c in found if c and len(c.rows) > 1]
+    candidates = (cell(rows, scale, method, w, a) for method in (LEARNED, UNDRAWN, DRAWN))
+    cells = [c for c in candidates if c and len(c.rows) > 1]
     if not cells:
         return ""
     names = list(cells[0].rows[0]["levels"])
     bits = [[[row["levels"][name] for row in c.rows] for name in names] for c in cells]
     lines = [["layer", *(f"{c.method}{_partial(c)}" for c in cells)]]
     for i, name in enumerate(names):
-        own = [f"{statistics.mean(b[i]):.1f} ± {statistics.stdev(b[i]):.2f}" for b in bits]
-        lines.append([f"`{name}`", *own])
+        columns = [f"{statistics.mean(b[i]):.1f} ± {statistics.stdev(b[i]):.2f}" for b in bits]
+        lines.append([f"`{name}`", *columns])
     spread = [statistics.mean([statistics.variance(layer) for layer in b]) for b in bits]
     lines.append(["variance over seeds, mean of layers", *(f"{s:.2f}" for s in spread)])
     text = f"Bits of each layer at an average of {w:g}: mean over seeds ± standard deviation.\n\n" + table(lines)
     both = [c.method for c in cells[:2]] == [LEARNED, UNDRAWN]
-    if both and all(c.whole for c in cells[:2]) and spread[0] == 0 < spread[1]:
+    if both and all(c.complete for c in cells[:2]) and spread[0] == 0 < spread[1]:
         text += f"\nWith DropBits all seeds learn the same widths; without, the variance is {spread[1]:.2f}.\n"
     elif both and all(spread[:2]):
         low, high = variance_ratio(*spread[:2], *(len(names) * (len(c.rows) - 1) for c in cells[:2]))
@@ -267,8 +267,8 @@ def _ablations(rows: Rows, scale: str) -> str:
     for names, (w, a) in ((AT_FIXED, WIDTHS[0]), *((AT_LEARNED, average) for average in AVERAGES)):
         for base_name in dict.fromkeys(METHODS[name].base for name in names):
             base = cell(rows, scale, base_name, w, a)
-            own = [name for name in names if METHODS[name].base == base_name]
-            cells = [c for c in (cell(rows, scale, name, w, a) for name in own) if c]
+            variants = [name for name in names if METHODS[name].base == base_name]
+            cells = [c for c in (cell(rows, scale, name, w, a) for name in variants) if c]
             if base is None or not cells:
                 continue
             lines = [[f"{base_name}, W{w:g}A{a}", "bits", "accuracy", "over it", "held-out", "over it", "weight error"]]
@@ -297,12 +297,12 @@ def _rates(rows: Rows, scale: str) -> str:
 
 
 def _origin(rows: Rows) -> str:
-    found = list(rows.all())
-    if not found:
+    finished = list(rows.all())
+    if not finished:
         return _NOTHING
-    kept = {name: _enumerated(_distinct(r[name] for r in found)) for name in ("commit", "device")}
-    versions = _enumerated(_distinct(f"{k} {v}" for r in found for k, v in r["versions"].items()))
-    hours = sum(r["seconds"] for r in found) / 3600
+    kept = {name: _enumerated(_distinct(r[name] for r in finished)) for name in ("commit", "device")}
+    versions = _enumerated(_distinct(f"{k} {v}" for r in finished for k, v in r["versions"].items()))
+    hours = sum(r["seconds"] for r in finished) / 3600
     return (
         f"## Where the rows come from\n\nCommits {kept['commit']}; {kept['device']}; {versions}; {hours:.1f} hours of "
         "training in all. Each row has its own.\n"
@@ -322,7 +322,7 @@ def _mark(method: str) -> str:
 
 
 def _partial(c: Cell) -> str:
-    return "" if c.whole else f" ({c.accuracy.count} of {len(SEEDS)} seeds)"
+    return "" if c.complete else f" ({c.accuracy.count} of {len(SEEDS)} seeds)"
 
 
 def _shown(c: Cell | None) -> str:
@@ -330,8 +330,8 @@ def _shown(c: Cell | None) -> str:
 
 
 def _held_out(c: Cell) -> str:
-    found = estimate(list(c.held_out_by_seed.values()))
-    return "" if found is None else found.shown()
+    interval = estimate(list(c.held_out_by_seed.values()))
+    return "" if interval is None else interval.shown()
 
 
 def _error(c: Cell) -> str:

@@ -35,9 +35,9 @@ class Cell:
     @property
     def accuracy(self) -> Estimate:
         """In percent."""
-        found = estimate(list(self.by_seed.values()))
-        assert found is not None
-        return found
+        interval = estimate(list(self.by_seed.values()))
+        assert interval is not None
+        return interval
 
     @property
     def held_out_by_seed(self) -> dict[int, float]:
@@ -45,7 +45,7 @@ class Cell:
         return {row["seed"]: 100 * row["val_accuracy"] for row in self.rows if row["val_accuracy"] is not None}
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all seeds are done."""
         return len(self.rows) == len(SEEDS)
 
@@ -64,8 +64,8 @@ class Cell:
 def cell(rows: Rows, scale: str, method: str, weight_bits: float, act_bits: int) -> Cell | None:
     """A method at a width, without the search's runs; ``None`` if no seed is done."""
     runs = [Run(scale, method, weight_bits, act_bits, seed) for seed in SEEDS]
-    found = [rows[run] for run in runs if done(run, rows)]
-    return Cell(method, found) if found else None
+    finished = [rows[run] for run in runs if done(run, rows)]
+    return Cell(method, finished) if finished else None
 
 
 def by_average(rows: Rows, scale: str) -> tuple[list[tuple[float, int]], dict[str, list[Cell | None]]]:

@@ -113,7 +113,7 @@ def given_levels(run: Run, source: str, learned: Row | None, network: nn.Module,
             images, labels = load(root, True)
             count = SCALES[run.scale].images
             traces = hessian_traces(network, list(sizes), images[:count], labels[:count], run.seed)
-            errors = {name: [max(traces[name], 0.0) * e for e in own] for name, own in errors.items()}
+            errors = {name: [max(traces[name], 0.0) * e for e in layer_errors] for name, layer_errors in errors.items()}
         return least_costly(errors, sizes, run.weight_bits)
     return None
 
@@ -144,7 +144,7 @@ def train(run: Run, rate: float, start: Path, root: str, learned: Row | None = N
     validated = float(trainer.callback_metrics["val_acc"]) if data.holds_out else None
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
     errors = weight_errors(network)
-    found, average = widths(made, run)
+    weight_bits, average = widths(made, run)
     return {
         **run.to_dict(),
         "lr": rate,
@@ -154,7 +154,7 @@ def train(run: Run, rate: float, start: Path, root: str, learned: Row | None = N
         "mean_bits": average,
         "weight_error": errors.pop("all", None),
         "layer_errors": errors,
-        "levels": found,
+        "levels": weight_bits,
         "act_levels": widths(made, run, "activation")[0],
         "clusters": clusters(network),
         "config": None if made.config is None else made.config.to_dict(),
@@ -168,38 +168,40 @@ def widths(made: Made, run: Run, kind: str = "weight") -> tuple[dict[str, float]
     sizes = {name: weight.numel() for name, weight, _ in _weights(made.network)}
     records = [] if made.config is None else levels(made.network)
     bits = {record.name: record.mean_bits for record in records if record.kind == kind}
-    found = {name: float(bits.get(name, run.weight_bits if kind == "weight" else run.act_bits)) for name in sizes}
-    return found, average_bits((size, found[name]) for name, size in sizes.items()) or run.weight_bits
+    bits_by_name = {
+        name: float(bits.get(name, run.weight_bits if kind == "weight" else run.act_bits)) for name in sizes
+    }
+    return bits_by_name, average_bits((size, bits_by_name[name]) for name, size in sizes.items()) or run.weight_bits
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, weight, and what evaluation makes of it, of all quantized layers but the first and the last."""
     network.eval()
-    found = []
+    weights = []
     with torch.no_grad():
         for name, layer in network.named_modules():
             if isinstance(layer, CPQLayer):
-                found.append((name, layer.weight.detach(), layer.weight_quantizer(layer.weight).detach()))
+                weights.append((name, layer.weight.detach(), layer.weight_quantizer(layer.weight).detach()))
             elif isinstance(layer, QuantizedLayer):
-                found.append((name, *layer.weights()))
+                weights.append((name, *layer.weights()))
             elif hasattr(layer, "quant_weight"):
-                found.append((name, layer.weight.detach(), layer.quant_weight().value))
-    yield from found[1:-1]
+                weights.append((name, layer.weight.detach(), layer.quant_weight().value))
+    yield from weights[1:-1]
 
 
 def weight_errors(network: nn.Module) -> dict[str, float]:
     """``||w - q(w)||^2 / ||w||^2`` of each layer, and of all together as ``"all"``; empty in full precision."""
     errors, squared, power = {}, 0.0, 0.0
     for name, weight, quantized in _weights(network):
-        own, whole = float((weight - quantized).square().sum()), float(weight.square().sum())
-        errors[name] = own / whole
-        squared, power = squared + own, power + whole
+        error, layer_power = float((weight - quantized).square().sum()), float(weight.square().sum())
+        errors[name] = error / layer_power
+        squared, power = squared + error, power + layer_power
     return {**errors, "all": squared / power} if errors else {}
 
 
 def clusters(network: nn.Module) -> list[int]:
     """Counts of the largest layer's weights, in steps, from -3 to 3: the picture of the clusters."""
-    largest = max(_weights(network), key=lambda found: found[1].numel(), default=None)
+    largest = max(_weights(network), key=lambda row: row[1].numel(), default=None)
     if largest is None:
         return []
     _, weight, quantized = largest

@@ -183,9 +183,9 @@ def fit(folder: Path, module: LightningModule, *more: Callback, loader: Any = No
 def check(trainer: Trainer, module: nn.Module, target: float = TARGET) -> None:
     """What must hold after any run to its end: widths at the target, schedules at theirs, all steps trained."""
     assert trainer.state.finished
-    found = dict(quantizers(module))
-    assert len(found) == 10
-    for name, quantizer in found.items():
+    by_name = dict(quantizers(module))
+    assert len(by_name) == 10
+    for name, quantizer in by_name.items():
         assert quantizer.active, name
         assert quantizer.fitted, name
         # A range that was fitted anew behind the last step begins at 0, and keeps the noise that was learned, which
@@ -194,7 +194,7 @@ def check(trainer: Trainer, module: nn.Module, target: float = TARGET) -> None:
         assert any(float(p.abs().max()) > 1e-7 for p in learned), f"{name} has not been trained"
         assert abs(float(quantizer.temperature) - 0.5) < 0.05, name
         assert all(value.isfinite().all() for value in quantizer.state_dict().values()), name
-    dropped = found[next(name for name in found if name.endswith("net.3.weight_quantizer"))]
+    dropped = by_name[next(name for name in by_name if name.endswith("net.3.weight_quantizer"))]
     assert dropped.bits == 4
     assert float(dropped.keep_prob) > 0.95
     assert not learning_quantizers(module)

@@ -67,8 +67,8 @@ def finetuning(folder: Path) -> str:
             callback.config.overrides["*backbone.3"] = callback.config.overrides.pop("*net.3")
     trainer.fit(module, data(), data())
     assert not learning_quantizers(module)
-    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert not held & {id(p) for _, q in quantizers(module) for p in q.parameters()}
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not optimized & {id(p) for _, q in quantizers(module) for p in q.parameters()}
     assert all(float(q.log_scale.detach().abs().max()) > 0 for _, q in quantizers(module))
     return "widths are learned from the unfreezing on; no quantizer lands in the optimizer"
 
@@ -185,12 +185,12 @@ class Tunable(Plain):
 def lr_find(folder: Path) -> str:
     torch.manual_seed(0)
     trainer, module = trainer_in(folder), Tunable()
-    found = Tuner(trainer).lr_find(module, num_training=30)
-    assert found is not None
+    finder = Tuner(trainer).lr_find(module, num_training=30)
+    assert finder is not None
     assert module.lr != 1e-3
     trainer.fit(module, val_dataloaders=data())
     check(trainer, module)
-    return f"{len(found.results['lr'])} rates tried on the quantized network; the run after it starts afresh"
+    return f"{len(finder.results['lr'])} rates tried on the quantized network; the run after it starts afresh"
 
 
 @cell("Tuner", "scale_batch_size, then fit")
@@ -207,13 +207,13 @@ def scale_batch_size(folder: Path) -> str:
 def _finders(folder: Path, first: bool) -> str:
     torch.manual_seed(0)
     module = Tunable()
-    own = callbacks()
-    found: list[Callback] = [
+    ours = callbacks()
+    tuners: list[Callback] = [
         BatchSizeFinder(steps_per_trial=2, max_trials=1, init_val=8),
         LearningRateFinder(num_training_steps=10),
     ]
     trainer = Trainer(
-        callbacks=[*own, *found] if first else [*found, *own], max_epochs=6, accelerator="cpu", logger=False,
+        callbacks=[*ours, *tuners] if first else [*tuners, *ours], max_epochs=6, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, log_every_n_steps=1,
     )  # fmt: skip

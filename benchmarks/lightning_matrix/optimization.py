@@ -87,9 +87,9 @@ class Norms(Callback):
         self.norms: list[float] = []
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if held:
-            self.norms.append(float(torch.stack([g.norm() for g in held]).norm()))
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            self.norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
 
 
 @cell("gradients", "gradient_clip_val=0.1, by norm")
@@ -105,8 +105,8 @@ def clip_norm(folder: Path) -> str:
 def clip_value(folder: Path) -> str:
     class Largest(Norms):
         def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-            held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.norms += [float(g.abs().max()) for g in held]
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.norms += [float(g.abs().max()) for g in gradients]
 
     largest = Largest()
     fit(folder, Plain(), largest, gradient_clip_val=0.01, gradient_clip_algorithm="value")
@@ -124,11 +124,11 @@ class Manual(Plain):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
-        held = optimizers if isinstance(optimizers, list) else [optimizers]
-        for optimizer in held:
+        made = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer in made:
             optimizer.zero_grad()
         self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
-        for optimizer in held:
+        for optimizer in made:
             self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
             optimizer.step()
 
@@ -148,11 +148,11 @@ def manual(folder: Path) -> str:
 def several(folder: Path) -> str:
     module = Manual(2)
     trainer = fit(folder, module)
-    held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    optimized = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
     beside = [{id(p) for p in companion.parameters} for companion in trainer.callbacks[0]._companions]  # type: ignore[attr-defined]
-    own = [id(p) for _, q in quantizers(module) for p in q.range_parameters()]
-    assert not held & set(own)
-    assert all(sum(p in ids for ids in beside) == 1 for p in own)
+    of_quantizers = [id(p) for _, q in quantizers(module) for p in q.range_parameters()]
+    assert not optimized & set(of_quantizers)
+    assert all(sum(p in ids for ids in beside) == 1 for p in of_quantizers)
     return "each quantizer beside exactly one of them, its layer's"
 
 
@@ -233,7 +233,7 @@ def _scheduled(folder: Path, name: str, interval: str) -> str:
     fit(folder, Plain(make_scheduler=_SCHEDULERS[name], interval=interval), ratios, max_epochs=6)
     model = [round(rate, 9) for rate, _ in ratios.seen]
     assert len(set(model)) > 1, "the scheduler has not moved the rate"
-    assert {round(own / rate, 6) for rate, own in ratios.seen if rate} == {0.5}
+    assert {round(ours / rate, 6) for rate, ours in ratios.seen if rate} == {0.5}
     return f"{len(set(model))} rates, the quantizers' always lr_factor times it"
 
 

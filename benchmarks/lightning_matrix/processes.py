@@ -109,10 +109,10 @@ def fsdp2(folder: Path) -> str:
 
 @cell("processes", "FSDP1")
 def fsdp1(folder: Path) -> str:
-    trainer, own = trainer_in(folder), CPQCallback()
-    trainer.callbacks = [own]  # type: ignore[attr-defined]
+    trainer, callback = trainer_in(folder), CPQCallback()
+    trainer.callbacks = [callback]  # type: ignore[attr-defined]
     # Lightning refuses to construct this strategy without a GPU, so another strategy's object gets its class.
     trainer.strategy.__class__ = FSDPStrategy
     with pytest.raises(MisconfigurationException, match="ModelParallelStrategy"):
-        own.setup(trainer, Plain(), "fit")
+        callback.setup(trainer, Plain(), "fit")
     return "refused, naming ModelParallelStrategy"

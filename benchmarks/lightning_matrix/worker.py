@@ -22,7 +22,7 @@ from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.nn.sharding import full_tensor
 
 # Batch norm's running statistics are each process's own until the next forward hands the first one's on.
-_OWN = ("running_mean", "running_var", "num_batches_tracked")
+_PER_RANK = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Same(pl.Callback):
@@ -50,7 +50,7 @@ class Same(pl.Callback):
     def compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, value in pl_module.state_dict().items():
             sharded = isinstance(value, torch.distributed.tensor.DTensor)
-            if sharded or name.endswith(_OWN) or trainer.world_size == 1:
+            if sharded or name.endswith(_PER_RANK) or trainer.world_size == 1:
                 continue
             gathered: Any = trainer.strategy.all_gather(value.clone())
             assert all(torch.equal(gathered[0], other) for other in gathered[1:]), name
@@ -76,8 +76,8 @@ class Unnormed(Plain):
 
     def train_dataloader(self) -> DataLoader[Any]:
         # Lightning's own sampler would shuffle: each batch of one process is split over the two here.
-        own = Subset(data().dataset, range(self.trainer.global_rank, 64, self.devices))
-        return DataLoader(own, 16 // self.devices)
+        part = Subset(data().dataset, range(self.trainer.global_rank, 64, self.devices))
+        return DataLoader(part, 16 // self.devices)
 
 
 class Kill(pl.Callback):
@@ -98,10 +98,10 @@ def saver(folder: Path, **settings: Any) -> ModelCheckpoint:
 def run(folder: Path, strategy: Any, module: pl.LightningModule, **settings: Any) -> pl.Trainer:
     """A run on two processes, its learned widths and all."""
     torch.manual_seed(0)
-    own = [Same(folder), saver(folder, every_n_epochs=1)]
+    added = [Same(folder), saver(folder, every_n_epochs=1)]
     path = settings.pop("ckpt_path", None)
     trainer = trainer_in(
-        folder, *own, quantize_from=0.2, strategy=strategy, devices=2, enable_checkpointing=True, **settings
+        folder, *added, quantize_from=0.2, strategy=strategy, devices=2, enable_checkpointing=True, **settings
     )
     trainer.fit(module, data(batch_size=8), data(), ckpt_path=path)
     check(trainer, module)

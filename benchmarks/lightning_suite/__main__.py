@@ -42,32 +42,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (tests / "tests_pytorch").is_dir():
         parser.error(f"{tests / 'tests_pytorch'} is no folder: expected a checkout of Lightning's repository.")
     records = chosen.records or Path(tempfile.mkdtemp())
-    found = {}
+    by_variant = {}
     for name in ("without", "with"):
         record = records / f"{name}.jsonl"
         if not record.is_file():
             _run(tests, record, name == "with", chosen.workers)
-        found[name] = outcomes(record)
-    return compare(found["without"], found["with"])
+        by_variant[name] = outcomes(record)
+    return compare(by_variant["without"], by_variant["with"])
 
 
 def _run(tests: Path, record: Path, with_callback: bool, workers: int) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
-    own = {RECORD: str(record.resolve()), WITH_CALLBACK: "1" if with_callback else "", "OMP_NUM_THREADS": "1"}
+    variables = {RECORD: str(record.resolve()), WITH_CALLBACK: "1" if with_callback else "", "OMP_NUM_THREADS": "1"}
     paths = os.pathsep.join([str(ROOT), str(tests)])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.lightning_suite.plugin", "-n", str(workers)]
     command += ["--timeout", "300", "-p", "no:cacheprovider", *(f"tests_pytorch/{folder}" for folder in FOLDERS)]
-    subprocess.run(command, cwd=tests, env={**os.environ, **own, "PYTHONPATH": paths}, check=False)
+    subprocess.run(command, cwd=tests, env={**os.environ, **variables, "PYTHONPATH": paths}, check=False)
 
 
 def outcomes(record: Path) -> dict[str, tuple[str, str]]:
     """The outcome of each test's call, and what it said."""
-    found = {}
+    rows = {}
     for line in record.read_text().splitlines():
         row = json.loads(line)
         if row["when"] == "call":
-            found[row["test"].removeprefix("tests/")] = (row["outcome"], row["said"])
-    return found
+            rows[row["test"].removeprefix("tests/")] = (row["outcome"], row["said"])
+    return rows
 
 
 def asserted(said: str) -> str:

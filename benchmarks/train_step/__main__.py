@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Peers warn of what they import.
     warnings.simplefilter("ignore")
     if options.alone:
-        print(m.own_peak(VARIANTS[options.alone], setting))
+        print(m.peak_of_this_process(VARIANTS[options.alone], setting))
         return
     try:
         wanted, variants = selected(options, console.print)
@@ -67,18 +67,18 @@ def main(arguments: list[str] | None = None) -> None:
         figures = m.measure(wanted, variants, setting, options.rounds, not options.no_peaks)
     console.print(describe(), soft_wrap=True)
     console.print(table.terminal(figures, setting))
-    results.save(figures, setting, _told(arguments), options.results)
+    results.save(figures, setting, _without_paths(arguments), options.results)
 
 
-def _told(arguments: list[str]) -> list[str]:
+def _without_paths(arguments: list[str]) -> list[str]:
     """The arguments without a place on this machine."""
-    told = list(arguments)
+    kept = list(arguments)
     for index, word in enumerate(arguments):
         if word == "--results":
-            told[index : index + 2] = [""] * 2
+            kept[index : index + 2] = [""] * 2
         elif word.startswith("--results="):
-            told[index] = ""
-    return [word for word in told if word]
+            kept[index] = ""
+    return [word for word in kept if word]
 
 
 if __name__ == "__main__":

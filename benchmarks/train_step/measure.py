@@ -81,8 +81,8 @@ class Step:
         self.learning = Learning(self.model) if variant.learns else None
         # As in a fit with BitBudget: the gates are in no optimizer.
         self.beside = [q.gates.logit for _, q in quantizers(self.model) if q.gates.logit is not None]
-        own = {id(p) for p in self.beside}
-        self.optimizer = torch.optim.SGD((p for p in self.model.parameters() if id(p) not in own), 1e-4, momentum=0.9)
+        gates = {id(p) for p in self.beside}
+        self.optimizer = torch.optim.SGD((p for p in self.model.parameters() if id(p) not in gates), 1e-4, momentum=0.9)
         self.forward: Callable[[Tensor], Tensor] = self.model
         # What torch.compile did in each step: seconds, frames compiled, graph breaks.
         self.compilations: list[tuple[float, int, int]] = []
@@ -161,7 +161,7 @@ def peak_memory(name: str, setting: Setting) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def own_peak(variant: Variant, setting: Setting) -> float:
+def peak_of_this_process(variant: Variant, setting: Setting) -> float:
     """What :func:`peak_memory` asks a process for."""
     # What is imported and started once, in a step of a network that is too small to count.
     Step(variant, replace(setting, model="test_resnet", size=32, batch=2))()
@@ -241,7 +241,7 @@ def _figure(
         if partner not in taken:
             continue
         # Rounds that both took part in, the first ones.
-        ratios = [own / other for own, other in zip(taken[name], taken[partner], strict=False)]
+        ratios = [seconds / other for seconds, other in zip(taken[name], taken[partner], strict=False)]
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
         figure["against"][partner] = {
             "seconds": median,

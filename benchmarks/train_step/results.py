@@ -49,9 +49,9 @@ def save(figures: Figures, setting: Setting, arguments: Sequence[str], path: Pat
     """
     known = load(path)
     run = describe_run(setting, arguments)
-    own = known["figures"].setdefault(setting.name, {})
+    of_setting = known["figures"].setdefault(setting.name, {})
     for name, figure in figures.items():
-        own[name] = {**figure, "run": run["time"]}
+        of_setting[name] = {**figure, "run": run["time"]}
     known["runs"][run["time"]] = run
     used = {figure["run"] for variants in known["figures"].values() for figure in variants.values()}
     known["runs"] = {time: run for time, run in sorted(known["runs"].items()) if time in used}
@@ -104,10 +104,10 @@ def processor() -> str:
 
 def versions() -> dict[str, str]:
     """Of the packages that figures depend on, as far as they are installed."""
-    found = {}
+    by_package = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return by_package

@@ -72,7 +72,7 @@ class AuditReport:
         overlooked: Entries of ``activation_products`` that ``attention=True`` should have quantized, but whose modules
             multiplied nothing in the forward that ``attach`` ran.
         lookups: ``(module, layer)`` of each lookup, in full precision, in the weight of a quantized layer.
-        order: Names of the quantized layers in the order of their first calls.
+        execution_order: Names of the quantized layers in the order of their first calls.
         macs: Multiply-accumulates of one sample, by name of the weight quantizer, or of the quantizer of a product's
             left operand; a layer that is called twice counts once.
         numel: Elements of one sample, by name of the activation quantizer that quantizes them.
@@ -85,7 +85,7 @@ class AuditReport:
     activation_products: list[tuple[str, str]] = field(default_factory=list)
     overlooked: list[tuple[str, str]] = field(default_factory=list)
     lookups: list[tuple[str, str]] = field(default_factory=list)
-    order: list[str] = field(default_factory=list)
+    execution_order: list[str] = field(default_factory=list)
     macs: dict[str, int] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
     weights: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
@@ -198,8 +198,8 @@ class Audit(TorchFunctionMode, Watcher):
 
     def on_layer(self, layer: nn.Module) -> None:
         name = self._names.get(layer)
-        if name is not None and name not in self.report.order:
-            self.report.order.append(name)
+        if name is not None and name not in self.report.execution_order:
+            self.report.execution_order.append(name)
 
     def on_quantized(self, quantizer: Quantizer, x: Tensor, out: Tensor | None) -> None:
         if quantizer not in self._names or _UNAUDITED.get():

@@ -102,7 +102,7 @@ def calibrate(
                 observer.close_range(quantizer.state.device)
             _run_on_all_processes(second_pass, inner)
     report = broadcast_report(audit.report)
-    settle_first_and_last(inner, report.order)
+    settle_first_and_last(inner, report.execution_order)
     record_forward(inner, report)
     for quantizer, observer in observing.observers.items():
         quantizer.fit_activation(observer)

@@ -91,7 +91,7 @@ def record_forward(model: nn.Module, report: AuditReport, counts: bool = True) -
     remember_products(model, report)
     modules = dict(model.named_modules())
     facts: dict[Quantizer, dict[str, int]] = {}
-    for index, name in enumerate(report.order, start=1):
+    for index, name in enumerate(report.execution_order, start=1):
         layer = modules.get(name)
         if isinstance(layer, QuantizedLayer):
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
@@ -114,7 +114,7 @@ def record_uncalled(model: nn.Module, report: AuditReport) -> None:
         return
     last = max(layer.weight_quantizer.execution_index for layer in known)
     modules = dict(model.named_modules())
-    new = [modules[name] for name in report.order if modules.get(name) not in known]
+    new = [modules[name] for name in report.execution_order if modules.get(name) not in known]
     for index, layer in enumerate((m for m in new if isinstance(m, QuantizedLayer)), start=last + 1):
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None and not quantizer.execution_index:
@@ -176,7 +176,7 @@ def _start(model: nn.Module, args: Any) -> None:
             _warn_of_tracing(model)
         return
     if model.training and torch.is_grad_enabled():
-        _apply_shown_order(model)
+        _apply_execution_order(model)
         if _TRACKING in model.__dict__:
             model.__dict__[_TRACKING].before_forward()
     watched = any(isinstance(watcher, Audit) for watcher in watchers())
@@ -216,7 +216,7 @@ def _finish(model: nn.Module, args: Any, output: Any) -> None:
     report_audit(model, audit.report, evaluation=not model.training)
 
 
-def _apply_shown_order(model: nn.Module) -> None:
+def _apply_execution_order(model: nn.Module) -> None:
     """Move ``first_last_bits`` to the layers that the first forward in training showed as first and last.
 
     A weight that has been updated proves that the backward is over, so that forward is not recomputed.
@@ -227,7 +227,7 @@ def _apply_shown_order(model: nn.Module) -> None:
     report, versions = shown
     if _versions(model) != versions:
         del model.__dict__[_SHOWN]
-        settle_first_and_last(model, report.order)
+        settle_first_and_last(model, report.execution_order)
         record_forward(model, report)
 
 

@@ -26,7 +26,7 @@ def _weight_quantizer(layer: nn.Module) -> object:
     return cast(QuantizedLayer, layer).weight_quantizer
 
 
-def settle_first_and_last(model: nn.Module, order: list[str]) -> None:
+def settle_first_and_last(model: nn.Module, execution_order: list[str]) -> None:
     """Move ``first_last_bits`` to the layers that run first and last in a forward, unless timm names them.
 
     The weight scales of layers whose width changes are fitted again; their activation scales are fitted by the next
@@ -36,11 +36,11 @@ def settle_first_and_last(model: nn.Module, order: list[str]) -> None:
         model: The model that was attached; if only a part of it was attached, nothing changes. No backward of an
             earlier forward may be pending, because activation checkpointing would recompute that forward at other
             widths.
-        order: Names of the quantized layers in the order in which a forward called them.
+        execution_order: Names of the quantized layers in the order in which a forward called them.
     """
     model = unwrapped(model)
     layers = dict(quantized_layers(model))
-    called = [name for name in order if name in layers]
+    called = [name for name in execution_order if name in layers]
     config = attached_config(model)
     if config is None or config.first_last_bits is None or not called or _decided(layers.values()):
         return

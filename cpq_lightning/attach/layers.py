@@ -84,7 +84,7 @@ class QuantizedLayer(Switched):
                 _per_dimension(v, dimensions) for v in (self.stride, self.padding, self.dilation)
             )
             convolution = Convolution(stride, padding, dilation, self.groups)
-        if x.ring is not None or weight.ring is not None:
+        if x.grid is not None or weight.grid is not None:
             watching = watchers()
             if not watching:
                 return product(x, weight, bias, convolution)

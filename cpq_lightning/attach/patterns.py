@@ -46,7 +46,7 @@ def is_ignored(layer: nn.Module, names: Names, config: CPQConfig) -> bool:
     return any(_matches_any_name(pattern, layer, names) for pattern in config.ignore)
 
 
-def own_overrides(layer: nn.Module, names: Names, config: CPQConfig) -> dict[str, Any]:
+def layer_overrides(layer: nn.Module, names: Names, config: CPQConfig) -> dict[str, Any]:
     """The ``overrides`` of one layer; if several patterns match, the last one wins for each setting."""
     merged: dict[str, Any] = {}
     for pattern, settings in config.overrides.items():
@@ -69,7 +69,7 @@ def overrides_of(
     Raises:
         ValueError: layers that share a weight get different settings for it.
     """
-    overrides = {name: own_overrides(layer, names, config) for name, layer in layers.items()}
+    overrides = {name: layer_overrides(layer, names, config) for name, layer in layers.items()}
     for shared in shared_by(layers, weight_of):
         agreed: dict[str, Any] = {}
         set_by: dict[str, str] = {}

@@ -202,13 +202,13 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, b
     nonzero = rows.ne(0).double() if counts is None else counts * rows.ne(0)
     nonzero = nonzero.sum(1, dtype=torch.float64)
     low, high = rows.amin(1), rows.amax(1)
-    step = q.step()
+    scale = q.scale()
     if q.range_rule == "max":
         signed = q.signed or bool((low < -_NEGLIGIBLE * high.abs()).any())
         full_range = max_scale(low, high, bits=q.bits, signed=signed)
         # The thresholds are wide, because the highest value differs between batches.
-        return (nonzero > 0) & ((full_range > 1.25 * step) | (full_range < step / 2)), signed
-    current = grid_errors(rows, counts, step[:, None], *level_bounds(q.bits, q.signed))[:, 0]
+        return (nonzero > 0) & ((full_range > 1.25 * scale) | (full_range < scale / 2)), signed
+    current = grid_errors(rows, counts, scale[:, None], *level_bounds(q.bits, q.signed))[:, 0]
     best, signed = _least_error(q, rows, counts, nonzero, q.signed), q.signed
     if not signed and bool((low < 0).any()):
         with_negatives = _least_error(q, rows, counts, nonzero, True)

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from cpq_lightning.attach.levels_file import at_read_widths, read_weight_widths
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.attach.parametrized import weight_now
-from cpq_lightning.attach.patterns import check_patterns, is_ignored, names_of, overrides_of, own_overrides, shared_by
+from cpq_lightning.attach.patterns import check_patterns, is_ignored, layer_overrides, names_of, overrides_of, shared_by
 from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.attach.timm_layers import shared_weight, weight_parameters
 from cpq_lightning.config import CPQConfig
@@ -100,7 +100,7 @@ def chosen_operands(
     chosen: dict[str, dict[str, CPQConfig]] = {}
     for name, plan in products.items():
         module = model.get_submodule(name)
-        settings, _ = layer_settings(name, own_overrides(module, names, config), config, at_end=False)
+        settings, _ = layer_settings(name, layer_overrides(module, names, config), config, at_end=False)
         if settings.act_bits is None or is_ignored(module, names, config):
             continue
         chosen[name] = {}
@@ -189,11 +189,13 @@ def first_and_last(model: nn.Module, names: list[str], called: list[str] | None 
     The set also has the last layer that trains, and layers that share a weight with one of these.
     """
     timm_first, timm_last = timm_first_and_last(model, names)
-    order = called or names
+    execution_order = called or names
     weights = {name: shared_weight(model.get_submodule(name)) for name in names}
     # If a teacher runs after the network that trains, the network's last layer is still a last layer.
-    trained = [name for name in order if any(p.requires_grad for p in weight_parameters(model.get_submodule(name)))]
-    first_last = (timm_first or {order[0]}) | (timm_last or {order[-1], *trained[-1:]})
+    trained = [
+        name for name in execution_order if any(p.requires_grad for p in weight_parameters(model.get_submodule(name)))
+    ]
+    first_last = (timm_first or {execution_order[0]}) | (timm_last or {execution_order[-1], *trained[-1:]})
     # Layers that share a weight share its width.
     shared = {id(weights[name]) for name in first_last}
     return {name for name in names if id(weights[name]) in shared}

@@ -61,16 +61,16 @@ class Constraint:
             round(1e6 * progress), start=0, end=10**6, first=self.first, last=self.target, shape="exponential"
         )
 
-    def describe(self, widths: Tensor, moved: list[dict[str, Any]]) -> str:
+    def describe(self, widths: Tensor, changes: list[dict[str, Any]]) -> str:
         """A sentence on the decision: the widths changed to meet the target, the cost, and the rest of the target."""
         # Channels of one quantizer with the same change are listed together.
-        counted = Counter((change["name"], change["before"], change["after"]) for change in moved)
-        changes = [
+        counted = Counter((change["name"], change["before"], change["after"]) for change in changes)
+        described = [
             f"{f'{count} channels of ' if count > 1 else ''}{name} from {before} to {after} bits"
             for (name, before, after), count in counted.items()
         ]
-        how = f"after changing {listed(changes, _MAX_LISTED)}" if changes else "as learned"
-        spent = self.budget.cost.of_whole(widths)
+        how = f"after changing {listed(described, _MAX_LISTED)}" if described else "as learned"
+        spent = self.budget.cost.of_integer_widths(widths)
         left = self.target - spent
         below = f", {left:.3g} below it" if left > 1e-9 * self.target else ""
         return (
@@ -84,7 +84,7 @@ class Constraint:
         Raises:
             ValueError: The target is out of reach. The message gives the reachable range.
         """
-        low, high = (self.budget.cost.of_whole(widths) for widths in (narrowest, widest))
+        low, high = (self.budget.cost.of_integer_widths(widths) for widths in (narrowest, widest))
         if not low <= self.target * (1 + _ROUNDING) or self.target > high + self.tolerance:
             raise ValueError(
                 f"BitBudget: the target of {_figures(self.target)} {self._description} is out of reach: the learned "

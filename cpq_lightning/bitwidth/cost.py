@@ -56,7 +56,7 @@ class WidthCost:
         padded = _padded(widths)
         return self.constant + float((self.coefficients * padded[self.left] * padded[self.right]).sum())
 
-    def of_whole(self, widths: Tensor) -> float:
+    def of_integer_widths(self, widths: Tensor) -> float:
         """The exact cost of integer widths, shape (n,), float64."""
         return self(widths) if self.exact is None else self.exact(widths)
 

@@ -31,8 +31,8 @@ class GateStatistics:
         for name in self._NAMES:
             setattr(self, name, torch.zeros(shape, dtype=torch.float64))
 
-    def update(self, gradient: Tensor, came: Tensor) -> Tensor:
-        """Add the gradients of one step; ``came``, one value a row, is 0 where there was no gradient.
+    def update(self, gradient: Tensor, has_grad: Tensor) -> Tensor:
+        """Add the gradients of one step; ``has_grad``, one value a row, is 0 where there was no gradient.
 
         Returns:
             Which rows had a usable gradient, bool.
@@ -72,11 +72,11 @@ class ConcreteStatistics(GateStatistics):
     square: Tensor
     count: Tensor
 
-    def update(self, gradient: Tensor, came: Tensor) -> Tensor:
-        self.count += came
-        self.mean.lerp_(gradient, (came * (1 - _MOMENTUM)).expand_as(gradient))
-        self.square.lerp_(gradient.square(), (came * (1 - _VARIANCE)).expand_as(gradient))
-        return came > 0
+    def update(self, gradient: Tensor, has_grad: Tensor) -> Tensor:
+        self.count += has_grad
+        self.mean.lerp_(gradient, (has_grad * (1 - _MOMENTUM)).expand_as(gradient))
+        self.square.lerp_(gradient.square(), (has_grad * (1 - _VARIANCE)).expand_as(gradient))
+        return has_grad > 0
 
     def of(self, open_now: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         count = self.count.clamp(min=1)
@@ -100,10 +100,10 @@ class CurvatureStatistics(GateStatistics):
     share: Tensor
     count: Tensor
 
-    def update(self, gradient: Tensor, came: Tensor) -> Tensor:
-        was_open = (gradient < 0) * came
+    def update(self, gradient: Tensor, has_grad: Tensor) -> Tensor:
+        was_open = (gradient < 0) * has_grad
         # A zero (a skipped layer, dropped samples) would dominate a mean of logarithms: it only lowers the share.
-        salient = (gradient < -_ZERO_SALIENCY) * came
+        salient = (gradient < -_ZERO_SALIENCY) * has_grad
         self.count += was_open
         self.told += salient
         self.share.lerp_(salient, was_open * (1 - _DECAY))

@@ -95,7 +95,7 @@ class _Limit:
 
     def room(self, widths: Tensor) -> float:
         """The target minus the cost of ``widths``; negative above the target."""
-        room = self.target - (self.cost.of_whole(widths) if self.exact else self.cost(widths))
+        room = self.target - (self.cost.of_integer_widths(widths) if self.exact else self.cost(widths))
         return 0.0 if abs(room) <= self._rounding else room
 
     @property

@@ -164,7 +164,7 @@ class CPQCallback(RangeHooks):
         self._quantizers: list[Quantizer] = []
         self._layers: set[str] = set()
         self._audit: Audit | None = None
-        self._audited = self._order_known = False
+        self._audited = self._execution_order_known = False
         # Audit of the first forward in evaluation, and its report.
         self._evaluated: AuditReport | None = None
         self._evaluation_audit: Audit | None = None
@@ -242,7 +242,7 @@ class CPQCallback(RangeHooks):
         begin_training(trainer)
         self._first_step = trainer.global_step
         # The resumed run stored the execution order in its first batch, so the coverage can be logged now.
-        self._order_known = self._resumed and any(q.execution_index for q in self._quantizers)
+        self._execution_order_known = self._resumed and any(q.execution_index for q in self._quantizers)
         quiet = not (self.levels_file or self.export) or getattr(trainer, "fast_dev_run", False)
         self.run_folder = None if quiet else run_folder(trainer)
         if self.run_folder is not None:
@@ -444,11 +444,11 @@ class CPQCallback(RangeHooks):
             return
         audit, self._audit, self._audited = self._audit, None, True
         audit.__exit__(None, None, None)
-        if self._order_known:
+        if self._execution_order_known:
             remember_products(pl_module, audit.report)
         else:
             report = broadcast_report(audit.report)
-            settle_first_and_last(pl_module, report.order)
+            settle_first_and_last(pl_module, report.execution_order)
             record_forward(pl_module, report)
             if pl_module.trainer.is_global_zero:
                 report_audit(pl_module, report)

@@ -67,7 +67,7 @@ def export(
             raise ValueError(f"samples={samples} and data={data} both give samples of the input: leave one out.")
         if not Path(ckpt).is_file():
             raise FileNotFoundError(f"ckpt={ckpt} is no file: expected a checkpoint, such as last.ckpt.")
-        trained = load_module(ckpt) if module is None else load_own(ckpt, module, module_args or {})
+        trained = load_module(ckpt) if module is None else load_with_class(ckpt, module, module_args or {})
         # The last steps of training may have moved weights beyond their ranges.
         refit_rewritten(trained)
         network, name = exported_part(trained), exported_name(trained)
@@ -119,7 +119,7 @@ def load_module(path: str) -> QuantizedModule:
     return QuantizedModule.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
-def load_own(path: str, class_path: str, arguments: dict[str, Any]) -> LightningModule:
+def load_with_class(path: str, class_path: str, arguments: dict[str, Any]) -> LightningModule:
     """Load the module of a checkpoint, given its class path; only tensors and plain values are unpickled.
 
     Raises:

@@ -17,11 +17,15 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
+from cpq_lightning.attach.attach import attach
+from cpq_lightning.backbones import create_backbone
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.cli.export import export, fill_in
+from cpq_lightning.config import CPQConfig
 from cpq_lightning.data import DataError
 from cpq_lightning.kernels.dispatch import describe
 from cpq_lightning.module import QuantizedModule
+from cpq_lightning.report.kernels import kernels_table
 from cpq_lightning.report.run_files import read_manifest, write_report
 from cpq_lightning.report.runs import common_folder, compare_runs, expand_runs, write_runs
 from cpq_lightning.report.table import levels_table, runs_table
@@ -143,12 +147,36 @@ def report(
     Console().print("\n".join(["", *(f"made {file}" for file in made)]), soft_wrap=True)
 
 
-def doctor() -> None:
-    """Show versions, devices, and which kernels the quantizers use on this machine."""
+def doctor(
+    model: str | None = None,
+    quantization: CPQConfig = CPQConfig(),  # noqa: B008 - frozen
+    device: str = "cpu",
+) -> None:
+    """Show versions, devices, and which kernels the quantizers use on this machine.
+
+    With a model, a table gives the bits and the kernel of each of its layers in training, why no faster kernel
+    quantizes it, and the layers that stay in full precision.
+
+    Args:
+        model: Name of a timm model, or of another backbone of QuantizedModule.
+        quantization: What to quantize, and how; the settings, or a file of them.
+        device: Type of the device that the model trains on, such as cpu or cuda.
+    """
     lines = [f"{name} {version(name)}" for name in ("cpq-lightning", "torch", "lightning", "timm")]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines += [f"{torch.get_num_threads()} CPU threads", ", ".join(gpus) or "no GPU", describe()]
     Console().print("\n".join(lines), soft_wrap=True, highlight=False)
+    if model is None:
+        if (quantization, device) != (CPQConfig().to_dict(), "cpu"):
+            raise SystemExit("cpq doctor: --quantization and --device say how a model is trained: give a --model too.")
+        return
+    try:
+        # On the meta device the network has no weights: nothing is computed.
+        with torch.device("meta"):
+            network = attach(create_backbone(model), quantization)
+    except (ConnectionError, TypeError, ValueError) as error:
+        raise SystemExit(f"cpq doctor: {error}") from None
+    Console().print(kernels_table(network, device))
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {"export": export, "report": report, "doctor": doctor}

@@ -127,9 +127,9 @@ def split(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]
         >>> [len(part) for part in split(10, 0.2, seed=0)]
         [8, 2]
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(count - 1, max(1, round(count * fraction)))
-    return order[: count - held_out], order[count - held_out :]
+    return permutation[: count - held_out], permutation[count - held_out :]
 
 
 class DataError(CPQError, ValueError):

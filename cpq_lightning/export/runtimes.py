@@ -32,7 +32,7 @@ class InTorch:
         """The name, the module and the grid of each quantizer of an input."""
         raise NotImplementedError
 
-    def turned_by(self) -> Mapping[str, str]:
+    def negated_by(self) -> Mapping[str, str]:
         return {}
 
     def remedy(self) -> None:

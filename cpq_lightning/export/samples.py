@@ -83,9 +83,9 @@ class Samples:
         """Two samples for a trace: torch would treat a batch size of one as a constant."""
         return self._map(lambda t: t[:2] if len(t) > 1 else t.repeat(2, *[1] * (t.dim() - 1)))
 
-    def first(self, most: int) -> Samples:
-        """The first ``most`` samples, or all where there are fewer."""
-        return self._map(lambda t: t[:most])
+    def first(self, count: int) -> Samples:
+        """The first ``count`` samples, or all where there are fewer."""
+        return self._map(lambda t: t[:count])
 
     def batches(self, size: int) -> list[Samples]:
         """The samples in batches of at most ``size``."""
@@ -191,18 +191,18 @@ class _Recording:
 _recordings: WeakKeyDictionary[nn.Module, _Recording] = WeakKeyDictionary()
 
 
-def record_samples(model: nn.Module, most: int, *, again: bool = False) -> None:
-    """Record at most ``most`` inputs in the next forward of the model, for :func:`recorded_samples`.
+def record_samples(model: nn.Module, max_samples: int, *, again: bool = False) -> None:
+    """Record at most ``max_samples`` inputs in the next forward of the model, for :func:`recorded_samples`.
 
-    Samples of an earlier run are deleted; where ``most`` is 0, nothing else is done. With ``again`` they are kept, and
-    recording starts only where there are none.
+    Samples of an earlier run are deleted; where ``max_samples`` is 0, nothing else is done. With ``again`` they are
+    kept, and recording starts only where there are none.
     """
     model = unwrapped(model)
     if not again:
         _recordings.pop(model, None)
-    if not most or recorded_samples(model) is not None:
+    if not max_samples or recorded_samples(model) is not None:
         return
-    _recordings.setdefault(model, _Recording(most))
+    _recordings.setdefault(model, _Recording(max_samples))
     if _record not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_record, with_kwargs=True)  # type: ignore[arg-type]
         model.register_forward_hook(_check_output)  # type: ignore[arg-type]

@@ -40,13 +40,13 @@ def _verification(result: Verification | None) -> list[tuple[str, str]]:
     if result is None:
         return [("verification", "switched off: the file was not compared with the trained model")]
     kind = "" if result.real else "synthetic "
-    where = f" (at {result.moved_at})" if result.moved else ""
+    where = f" (at {result.mismatched_at})" if result.mismatched else ""
     rows = [
         ("verified in", result.runtime),
         ("weight codes", f"equal in {result.weights} of {result.weights} layers"),
         (
             "activation codes",
-            f"at most {result.moved:.3%} of a quantizer's codes differ{where}, {result.activations} compared",
+            f"at most {result.mismatched:.3%} of a quantizer's codes differ{where}, {result.activations} compared",
         ),
     ]
     if result.agreement is not None:

@@ -23,7 +23,7 @@ from cpq_lightning.report.levels import weight_codes
 Place = tuple[str, int]
 # Largest share of a layer's activation codes that may differ, by one level: runtimes round values halfway between two
 # levels differently.
-MOST_MOVED = 1e-3
+MAX_MISMATCHED = 1e-3
 # Smallest share of samples with the same class.
 LEAST_AGREEMENT = 0.99
 # Number of samples for the comparison of layers, whose activations are kept in memory, and the batch size.
@@ -46,7 +46,7 @@ class Artefact(Protocol):
         """The stored codes of each layer's weight, in the shape of the weight."""
         ...
 
-    def turned_by(self) -> Mapping[str, str]:
+    def negated_by(self) -> Mapping[str, str]:
         """Names of folded batch norms by the name of their layer: where the gain is negative, the codes are negated."""
         ...
 
@@ -79,8 +79,8 @@ class Verification:
         real: Whether the samples are data; ``False`` for random numbers.
         weights: Number of layers; the weight codes of all of them are equal.
         activations: Number of quantizers with compared codes; each quantizes the values of the trained model.
-        moved: The largest share of codes of one quantizer that differ, all by one level.
-        moved_at: The layer with this largest share.
+        mismatched: The largest share of codes of one quantizer that differ, all by one level.
+        mismatched_at: The layer with this largest share.
         agreement: Share of rows with the largest entry in the same column (for a classifier: the same class), over all
             outputs of shape (samples, columns). ``None`` where no output has that shape.
         largest_difference: The largest absolute difference of two numbers in the outputs.
@@ -91,8 +91,8 @@ class Verification:
     real: bool
     weights: int
     activations: int
-    moved: float
-    moved_at: str
+    mismatched: float
+    mismatched_at: str
     agreement: float | None
     largest_difference: float
 
@@ -128,13 +128,13 @@ class Reference:
         args, kwargs = batch.call()
         return flat_outputs(self.model(*args, **kwargs))
 
-    def weight_codes(self, turned_by: Mapping[str, str]) -> dict[str, Tensor]:
+    def weight_codes(self, negated_by: Mapping[str, str]) -> dict[str, Tensor]:
         """The codes of each layer's weight, negated where the gain of a folded batch norm is negative."""
         codes_by_layer = {}
         for name, layer in read_layers(self.model):
             codes = weight_codes(layer)
-            if name in turned_by:
-                gain: Tensor | None = self.model.get_submodule(turned_by[name]).weight  # type: ignore[assignment]
+            if name in negated_by:
+                gain: Tensor | None = self.model.get_submodule(negated_by[name]).weight  # type: ignore[assignment]
                 dim = layer.weight_quantizer.channel_dim
                 sign = torch.ones(codes.shape[dim]) if gain is None else gain.detach().sign()
                 codes = codes * along_channels(sign.to(codes.dtype), codes.dim(), dim)
@@ -200,7 +200,7 @@ def _fault(reference: Reference, artefact: Artefact, samples: Samples, weights: 
 
 
 def _compare_computed(reference: Reference, artefact: Artefact, samples: Samples, weights: int) -> Verification:
-    moved, moved_at, quantizers = _compare_layers(reference, artefact, samples)
+    mismatched, mismatched_at, quantizers = _compare_layers(reference, artefact, samples)
     agreement, largest = _compare_outputs(reference, artefact, samples)
     if agreement is not None and agreement < LEAST_AGREEMENT:
         raise MismatchError(
@@ -209,12 +209,12 @@ def _compare_computed(reference: Reference, artefact: Artefact, samples: Samples
             f"(largest difference of outputs {largest:.3g}). {_first_difference(reference, artefact, samples)}"
         )
     return Verification(
-        artefact.runtime, len(samples), samples.real, weights, quantizers, moved, moved_at, agreement, largest
+        artefact.runtime, len(samples), samples.real, weights, quantizers, mismatched, mismatched_at, agreement, largest
     )
 
 
 def _compare_weights(reference: Reference, artefact: Artefact) -> int:
-    expected, actual = reference.weight_codes(artefact.turned_by()), artefact.weight_codes()
+    expected, actual = reference.weight_codes(artefact.negated_by()), artefact.weight_codes()
     for name, codes in expected.items():
         if name not in actual:
             raise MismatchError(f"The file has no weight codes of layer {name!r}.")
@@ -250,10 +250,10 @@ def _compare_layers(reference: Reference, artefact: Artefact, samples: Samples) 
         _compare_last_part(trace.outputs, outputs, artefact.tolerance)
     shares = {place: different[place] / elements[place] for place in different}
     for place, share in shares.items():
-        if share > MOST_MOVED and different[place] > 1:
+        if share > MAX_MISMATCHED and different[place] > 1:
             raise MismatchError(
                 f"{share:.2%} of the activation codes of layer {place[0]!r} differ, computed from the trained model's "
-                f"values; at most {MOST_MOVED:.1%} expected."
+                f"values; at most {MAX_MISMATCHED:.1%} expected."
             )
     worst = max(shares, key=lambda place: shares[place], default=("", 0))
     return shares.get(worst, 0.0), worst[0], len(shares)
@@ -309,7 +309,7 @@ def _first_difference(reference: Reference, artefact: Artefact, samples: Samples
         actual = _codes_of_call(place, all_codes)
         assert actual is not None
         share = float((expected != actual.reshape(expected.shape)).float().mean())
-        if share > MOST_MOVED:
+        if share > MAX_MISMATCHED:
             return f"The first difference is at the input of layer {place[0]!r}, where {share:.2%} of the codes differ."
     return (
         "At most 0.1 % of the activation codes of each layer differ: the difference is after the last quantized input."

@@ -20,7 +20,7 @@ widest, so
 is a sum of non-negative terms, one for each nested grid, and the mean ``E = sum_n n pi_n`` is the same mixture of the
 means of truncated logistics (one component: ``truncated.py``; the mixture: ``mixture.py``). Every derivative is
 computed from two moments over the cell boundaries ``t``, ``k0 = sum_t dy/dz_t`` and ``k1 = sum_t (t - n) dy/dz_t`` with
-``z_t = (t - u) / s`` and ``u = x / a``. The chain rule to ``x``, ``step`` and ``sigma`` is then the same three lines
+``z_t = (t - u) / s`` and ``u = x / a``. The chain rule to ``x``, ``scale`` and ``sigma`` is then the same three lines
 for both estimators.
 
 The estimator's derivatives are surrogates, so a double backward treats them as constants: second derivatives come from
@@ -60,7 +60,7 @@ _FAR = 64
 
 def quantize(
     x: Tensor,
-    step: Tensor,
+    scale: Tensor,
     sigma: Tensor,
     masks: Tensor | None = None,
     *,
@@ -71,15 +71,15 @@ def quantize(
 ) -> Tensor:
     """Fake-quantize to the most probable level, with the multi-class straight-through estimator as gradient.
 
-    Forward: ``x_hat = step * argmax_n pi_n``; with all masks 1 that is ``step * clamp(round(x / step))``.
-    Backward: ``x_hat = sum_n r_n step n`` with ``r`` the one-hot argmax. ``argmax`` (the paper's, as we read it) passes
-    the gradient in ``r`` to the chosen ``pi`` only, ``expectation`` (ours) to every ``pi``, which gives the gradient of
-    ``E[step n]``. ``step`` also receives the direct term ``n``.
+    Forward: ``x_hat = scale * argmax_n pi_n``; with all masks 1 that is ``scale * clamp(round(x / scale))``.
+    Backward: ``x_hat = sum_n r_n scale n`` with ``r`` the one-hot argmax. ``argmax`` (the paper's, as we read it)
+    passes the gradient in ``r`` to the chosen ``pi`` only, ``expectation`` (ours) to every ``pi``, which gives the
+    gradient of ``E[scale n]``. ``scale`` also receives the direct term ``n``.
 
     Args:
         x: Full-precision values, any shape, any floating dtype. Float16 and bfloat16 are computed in float32.
-        step: The scale (distance between neighbouring levels), > 0, in the unit of ``x``; broadcasts to ``x``.
-        sigma: Scale parameter of the logistic noise, in the unit of ``x``, ``0 < sigma <= step``; broadcasts to ``x``.
+        scale: The scale (distance between neighbouring levels), > 0, in the unit of ``x``; broadcasts to ``x``.
+        sigma: Scale parameter of the logistic noise, in the unit of ``x``, ``0 < sigma <= scale``; broadcasts to ``x``.
         masks: DropBits masks in [0, 1], shape ``(bits - min_bits + 1, *shape)`` with ``shape`` broadcasting to ``x``:
             one for each width from ``min_bits`` to ``bits``, in this order. The mask of a width multiplies the levels
             that the width adds. The first one is 1 and they do not increase. ``None`` means all 1.
@@ -94,7 +94,7 @@ def quantize(
     Raises:
         TypeError: ``x`` is not floating point, or ``bits`` is not a whole number.
         ValueError: a width outside 1-8, ``min_bits > bits``, an unknown estimator, a shape that does not broadcast to
-            ``x``, masks of the wrong count or order, ``step <= 0``, or ``sigma`` outside ``(0, step]``.
+            ``x``, masks of the wrong count or order, ``scale <= 0``, or ``sigma`` outside ``(0, scale]``.
 
     Example:
         >>> x = torch.tensor([-0.9, 0.1, 0.26, 2.0])
@@ -102,13 +102,13 @@ def quantize(
         tensor([-1.0000,  0.0000,  0.2500,  0.7500])
     """
     min_bits = bits if min_bits is None else min_bits
-    _check(x, step, sigma, masks, bits, min_bits, estimator)
-    return quantize_unchecked(x, step, sigma, masks, bits=bits, min_bits=min_bits, signed=signed, estimator=estimator)
+    _check(x, scale, sigma, masks, bits, min_bits, estimator)
+    return quantize_unchecked(x, scale, sigma, masks, bits=bits, min_bits=min_bits, signed=signed, estimator=estimator)
 
 
 def quantize_unchecked(
     x: Tensor,
-    step: Tensor,
+    scale: Tensor,
     sigma: Tensor,
     masks: Tensor | None,
     *,
@@ -120,13 +120,13 @@ def quantize_unchecked(
     """:func:`quantize` without checks of its arguments: causes no host-device synchronization."""
     if is_transformed():
         if torch._C._is_tracing():
-            return _nearest(x, step, sigma, masks, bits, min_bits, signed)
-        return _linear(x, step, sigma, masks, bits, min_bits, signed, estimator)
-    return _Quantize.apply(x, step, sigma, masks, bits, min_bits, signed, estimator)  # type: ignore[no-any-return]
+            return _nearest(x, scale, sigma, masks, bits, min_bits, signed)
+        return _linear(x, scale, sigma, masks, bits, min_bits, signed, estimator)
+    return _Quantize.apply(x, scale, sigma, masks, bits, min_bits, signed, estimator)  # type: ignore[no-any-return]
 
 
 def _check(
-    x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, estimator: str
+    x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, estimator: str
 ) -> None:
     check_bits("bits", bits)
     check_bits("min_bits", min_bits)
@@ -136,7 +136,7 @@ def _check(
         raise ValueError(f"estimator must be one of {tuple(ESTIMATORS)}, got {estimator!r}.")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert it with x.float().")
-    for name, value in (("step", step), ("sigma", sigma)):
+    for name, value in (("scale", scale), ("sigma", sigma)):
         if not _broadcasts(value.shape, x.shape):
             raise ValueError(f"{name} must broadcast to x of shape {tuple(x.shape)}, got {tuple(value.shape)}.")
     if masks is not None:
@@ -149,12 +149,12 @@ def _check(
     if torch.compiler.is_compiling():
         return
     with torch.no_grad():
-        if not (step > 0).all():
-            raise ValueError(f"step must be positive everywhere, got a minimum of {step.min().item():.4g}.")
-        if not ((sigma > 0) & (sigma <= step)).all():
+        if not (scale > 0).all():
+            raise ValueError(f"scale must be positive everywhere, got a minimum of {scale.min().item():.4g}.")
+        if not ((sigma > 0) & (sigma <= scale)).all():
             raise ValueError(
-                "sigma must be positive and at most step everywhere: clamp it with torch.minimum(sigma, step). Got "
-                f"sigma up to {sigma.max().item():.4g} and step from {step.min().item():.4g} on."
+                "sigma must be positive and at most scale everywhere: clamp it with torch.minimum(sigma, scale). Got "
+                f"sigma up to {sigma.max().item():.4g} and scale from {scale.min().item():.4g} on."
             )
         if masks is not None and not ((masks[0] == 1).all() and (masks[1:] <= masks[:-1]).all() and (masks >= 0).all()):
             raise ValueError(
@@ -175,7 +175,7 @@ class _Quantize(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        step: Tensor,
+        scale: Tensor,
         sigma: Tensor,
         masks: Tensor | None,
         bits: int,
@@ -183,40 +183,40 @@ class _Quantize(torch.autograd.Function):
         signed: bool,
         estimator: Estimator,
     ) -> Tensor:
-        ctx.save_for_backward(x, step, sigma, masks)
+        ctx.save_for_backward(x, scale, sigma, masks)
         ctx.grid = (bits, min_bits, signed, estimator)
-        return _nearest(x, step, sigma, masks, bits, min_bits, signed)
+        return _nearest(x, scale, sigma, masks, bits, min_bits, signed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, sigma, masks = ctx.saved_tensors
+        x, scale, sigma, masks = ctx.saved_tensors
         with_masks = ctx.needs_input_grad[3]
-        slopes = _slopes(x, step, sigma, masks, *ctx.grid, with_masks=with_masks)
+        slopes = _slopes(x, scale, sigma, masks, *ctx.grid, with_masks=with_masks)
         d_masks = None
         if with_masks and slopes.masks is None:
             d_masks = torch.zeros_like(masks)
         elif slopes.masks is not None:
             g = _in_float(grad)
             d_masks = torch.stack([_reduce(g * d, like) for d, like in zip(slopes.masks, masks, strict=True)])
-        return (*_vector_jacobian(grad, slopes, x, step, sigma), d_masks, None, None, None, None)
+        return (*_vector_jacobian(grad, slopes, x, scale, sigma), d_masks, None, None, None, None)
 
 
 def _nearest(
-    x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, signed: bool
+    x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, signed: bool
 ) -> Tensor:
     """The most probable level times the scale."""
     bounds = nested_bounds(bits, min_bits, signed)
-    a = _in_float(step)
+    a = _in_float(scale)
     u = _in_scale_units(x, a, bounds)
     n = _argmax_level(u, _in_float(sigma) / a, _masks_or_none(masks, u), bounds)
     return (n * a).to(x.dtype)
 
 
 def quantize_backward(
-    grad: Tensor, x: Tensor, step: Tensor, sigma: Tensor, *, bits: int, signed: bool, estimator: Estimator
+    grad: Tensor, x: Tensor, scale: Tensor, sigma: Tensor, *, bits: int, signed: bool, estimator: Estimator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`quantize` without masks in x, step and sigma: linear and differentiable in ``grad``."""
-    return _vector_jacobian(grad, _slopes(x, step, sigma, None, bits, bits, signed, estimator), x, step, sigma)
+    """Gradients of :func:`quantize` without masks in x, scale and sigma: linear and differentiable in ``grad``."""
+    return _vector_jacobian(grad, _slopes(x, scale, sigma, None, bits, bits, signed, estimator), x, scale, sigma)
 
 
 class _Slopes(NamedTuple):
@@ -224,14 +224,14 @@ class _Slopes(NamedTuple):
 
     level: Tensor
     x: Tensor
-    step: Tensor
+    scale: Tensor
     sigma: Tensor
     masks: list[Tensor] | None
 
 
 def _slopes(
     x: Tensor,
-    step: Tensor,
+    scale: Tensor,
     sigma: Tensor,
     masks: Tensor | None,
     bits: int,
@@ -240,9 +240,9 @@ def _slopes(
     estimator: Estimator,
     with_masks: bool = False,
 ) -> _Slopes:
-    x, step, sigma = x.detach(), step.detach(), sigma.detach()
+    x, scale, sigma = x.detach(), scale.detach(), sigma.detach()
     bounds = nested_bounds(bits, min_bits, signed)
-    a = _in_float(step)
+    a = _in_float(scale)
     u, s = _in_scale_units(x, a, bounds), _in_float(sigma) / a
     m = _masks_or_none(None if masks is None else masks.detach(), u)
     n = _argmax_level(u, s, m, bounds)
@@ -250,31 +250,31 @@ def _slopes(
     surrogate = ESTIMATORS[estimator]
     k0, k1 = surrogate.moments(n, mixture)
 
-    # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dstep = t/sigma, dz/dsigma = -z/sigma, and y is in units of the scale.
+    # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dscale = t/sigma, dz/dsigma = -z/sigma, and y is in units of the scale.
     d_x = -k0 / s
-    d_step = n + (n * k0 + k1) / s
+    d_scale = n + (n * k0 + k1) / s
     d_sigma = -(k1 - torch.where(mixture.near, (u - n) * k0, 0.0)) / (s * s)
     d_masks = None
     if m is not None and with_masks and surrogate.mask_derivatives is not None:
         d_masks = [a * d for d in surrogate.mask_derivatives(n, mixture)]
-    return _Slopes(n, d_x, d_step, d_sigma, d_masks)
+    return _Slopes(n, d_x, d_scale, d_sigma, d_masks)
 
 
 def _vector_jacobian(grad: Tensor, slopes: _Slopes, *likes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     g = _in_float(grad)
-    d_x, d_step, d_sigma = (_reduce(g * d, like) for d, like in zip(slopes[1:4], likes, strict=True))
-    return d_x, d_step, d_sigma
+    d_x, d_scale, d_sigma = (_reduce(g * d, like) for d, like in zip(slopes[1:4], likes, strict=True))
+    return d_x, d_scale, d_sigma
 
 
-def _linear(x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, *grid: Any) -> Tensor:
+def _linear(x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, *grid: Any) -> Tensor:
     """:class:`_Quantize` in PyTorch operations, for ``torch.func`` and forward mode: the value, plus each derivative
     times a zero that carries the gradient.
     """
-    slopes = _slopes(x, step, sigma, masks, *grid, with_masks=masks is not None)
-    zero = slopes.x * _zero_of(x) + slopes.step * _zero_of(step) + slopes.sigma * _zero_of(sigma)
+    slopes = _slopes(x, scale, sigma, masks, *grid, with_masks=masks is not None)
+    zero = slopes.x * _zero_of(x) + slopes.scale * _zero_of(scale) + slopes.sigma * _zero_of(sigma)
     if masks is not None and slopes.masks is not None:
         zero = sum((d * _zero_of(m) for d, m in zip(slopes.masks, masks.unbind(), strict=True)), start=zero)
-    return (slopes.level * _in_float(step.detach())).to(x.dtype) + zero.to(x.dtype)
+    return (slopes.level * _in_float(scale.detach())).to(x.dtype) + zero.to(x.dtype)
 
 
 def _zero_of(t: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ def mse_scale(values: Tensor, *, bits: int, signed: bool, counts: Tensor | None 
     powers = torch.tensor([1.0, 2.0]).to(full).expand(len(full), 2)
     fine = torch.cat([(kept[:, :, None] * around).flatten(1), kept, full[:, None], powers], 1)
     best = fine.gather(1, grid_errors(values, counts, fine, low, high).argmin(1, keepdim=True))[:, 0]
-    step = _alternate(values, counts, best, low, high).ldexp(exponent).clamp(max=torch.finfo(torch.float32).max)
-    return torch.where(empty, 1.0, step)
+    scale = _alternate(values, counts, best, low, high).ldexp(exponent).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(empty, 1.0, scale)
 
 
 def max_scale(lowest: Tensor, highest: Tensor, *, bits: int, signed: bool) -> Tensor:
@@ -66,8 +66,8 @@ def max_scale(lowest: Tensor, highest: Tensor, *, bits: int, signed: bool) -> Te
         >>> max_scale(torch.tensor(-4.0), torch.tensor(1.0), bits=3, signed=True)
         tensor(1.)
     """
-    step = _full_range(lowest, highest, *level_bounds(bits, signed))
-    return torch.where(step >= _SMALLEST, step, 1.0)
+    scale = _full_range(lowest, highest, *level_bounds(bits, signed))
+    return torch.where(scale >= _SMALLEST, scale, 1.0)
 
 
 def _full_range(lowest: Tensor, highest: Tensor, low: int, high: int) -> Tensor:
@@ -75,61 +75,61 @@ def _full_range(lowest: Tensor, highest: Tensor, low: int, high: int) -> Tensor:
     return torch.stack(sides).amax(0).clamp(min=0)
 
 
-def _alternate(values: Tensor, counts: Tensor | None, step: Tensor, low: int, high: int) -> Tensor:
+def _alternate(values: Tensor, counts: Tensor | None, scale: Tensor, low: int, high: int) -> Tensor:
     """For fixed levels n, the error is least at a = sum c v n / sum c n^2. Neither half of a round increases it."""
     for _ in range(_ROUNDS):
-        n = (values / step[:, None]).round().clamp(low, high)
+        n = (values / scale[:, None]).round().clamp(low, high)
         weighted = n if counts is None else n * counts
         power = (weighted * n).sum(1, dtype=torch.float64)
-        better = ((weighted * values).sum(1, dtype=torch.float64) / power).to(step.dtype)
-        step = torch.where((power > 0) & (better > 0), better, step)
-    return step
+        better = ((weighted * values).sum(1, dtype=torch.float64) / power).to(scale.dtype)
+        scale = torch.where((power > 0) & (better > 0), better, scale)
+    return scale
 
 
-def grid_errors(values: Tensor, counts: Tensor | None, steps: Tensor, low: int, high: int) -> Tensor:
+def grid_errors(values: Tensor, counts: Tensor | None, scales: Tensor, low: int, high: int) -> Tensor:
     """Squared errors ``sum_i c_i (v_i - a clamp(round(v_i / a), low, high))^2`` of each row at each of its scales.
 
     Args:
         values: Shape ``(rows, n)``.
         counts: Weights ``c``, same shape; ``None`` means 1.
-        steps: Scales ``a``, shape ``(rows, scales)``.
+        scales: Scales ``a``, shape ``(rows, scales)``.
         low: Lowest level.
         high: Highest level.
 
     Returns:
-        Shape of ``steps``, float64.
+        Shape of ``scales``, float64.
     """
-    total = torch.zeros_like(steps, dtype=torch.float64)
+    total = torch.zeros_like(scales, dtype=torch.float64)
     block = _BLOCK if values.is_cpu else _DEVICE_BLOCK
     length = max(1, block // max(1, len(values)))
     for start in range(0, values.shape[1], length):
         part = values[:, None, start : start + length]
         count = None if counts is None else counts[:, None, start : start + length]
         size = max(1, block // max(1, part.numel()))
-        for first in range(0, steps.shape[1], size):
-            step = steps[:, first : first + size, None]
-            error = (part / step).round_().clamp_(low, high).mul_(step).sub_(part).square_()
+        for first in range(0, scales.shape[1], size):
+            scale = scales[:, first : first + size, None]
+            error = (part / scale).round_().clamp_(low, high).mul_(scale).sub_(part).square_()
             weighted = error if count is None else error * count
             total[:, first : first + size] += weighted.sum(2, dtype=torch.float64)
     return total
 
 
-def clipped_share(values: Tensor, counts: Tensor | None, step: Tensor, low: Tensor, high: Tensor) -> float:
+def clipped_share(values: Tensor, counts: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> float:
     """The fraction of values that the grid clips: they lie more than half a scale beyond its lowest or highest level.
 
     Args:
         values: Shape ``(rows, n)``.
         counts: How often each value occurs, same shape; ``None`` means once.
-        step: The scale of each row, or one for all.
-        low: Lowest level, same shape as ``step``.
-        high: Highest level, same shape as ``step``.
+        scale: The scale of each row, or one for all.
+        low: Lowest level, same shape as ``scale``.
+        high: Highest level, same shape as ``scale``.
 
     Example:
         >>> one = torch.ones(1)
         >>> clipped_share(torch.tensor([[0.0, 1.4, 1.6, 9.0]]), None, one, 0 * one, one)
         0.5
     """
-    levels = values / step[..., None]
+    levels = values / scale[..., None]
     outside = (levels > high[..., None] + 0.5) | (levels < low[..., None] - 0.5)
     weights = torch.ones_like(values, dtype=torch.float64) if counts is None else counts.double()
     return float((outside * weights).sum() / weights.sum().clamp(min=1))

@@ -17,7 +17,7 @@ from cpq_lightning.functional.modes import is_transformed
 
 def quantize_resolution(
     x: Tensor,
-    step: Tensor,
+    scale: Tensor,
     sigma: Tensor,
     masks: Tensor | None,
     *,
@@ -25,10 +25,10 @@ def quantize_resolution(
     min_bits: int,
     signed: bool,
     estimator: Estimator,
-    scales: Tensor | None = None,
+    width_scales: Tensor | None = None,
     one_width: Callable[..., Tensor] = quantize_unchecked,
 ) -> Tensor:
-    """``q_min(x) + sum_k m_k (q_k(x) - q_(k-1)(x))`` with ``q_k`` the k-bit CPQ quantizer of scale ``step · scale_k``.
+    """``q_min(x) + sum_k m_k (q_k(x) - q_(k-1)(x))`` with ``q_k`` the k-bit CPQ quantizer of scale ``scale · r_k``.
 
     If all masks are 0 or 1, the result lies on the grid of the widest open width, and the gradient in a mask is the
     residual that its bit adds. On a CPU, a ``q_k`` with weight 0 in the result is not computed, so gates of 0 and 1
@@ -37,14 +37,14 @@ def quantize_resolution(
 
     Args:
         x: Full-precision values.
-        step: Scale of the widest grid; broadcasts to ``x``. The noise of ``q_k`` grows in proportion to its scale.
-        sigma: Scale parameter of the noise of the widest grid, ``0 < sigma <= step``.
+        scale: Scale of the widest grid; broadcasts to ``x``. The noise of ``q_k`` grows in proportion to its scale.
+        sigma: Scale parameter of the noise of the widest grid, ``0 < sigma <= scale``.
         masks: As for :func:`~cpq_lightning.functional.quantize`; ``None`` means all 1.
         bits: Widest width.
         min_bits: Narrowest width.
         signed: Whether the grid has negative levels.
         estimator: ``"argmax"`` or ``"expectation"``.
-        scales: ``scale_k`` of each width from ``min_bits`` to ``bits``, shape ``(widths, *shape)`` with ``shape``
+        width_scales: ``r_k`` of each width from ``min_bits`` to ``bits``, shape ``(widths, *shape)`` with ``shape``
             broadcasting to ``x``; ``None`` means ``2^(bits-k)``, which keeps the range exactly.
         one_width: Function that computes ``q_k``, with the signature of
             :func:`~cpq_lightning.functional.categorical.quantize_unchecked`.
@@ -54,11 +54,11 @@ def quantize_resolution(
     """
 
     def quantize_at(k: int, rows: tuple[int, Tensor] | None = None) -> Tensor:
-        scale = 2.0 ** (bits - k) if scales is None else scales[k - min_bits]
-        values, step_k, sigma_k = x, step * scale, sigma * scale
+        width_scale = 2.0 ** (bits - k) if width_scales is None else width_scales[k - min_bits]
+        values, scale_k, sigma_k = x, scale * width_scale, sigma * width_scale
         if rows is not None:
-            values, step_k, sigma_k = (_rows(tensor, *rows) for tensor in (values, step_k, sigma_k))
-        return one_width(values, step_k, sigma_k, None, bits=k, min_bits=k, signed=signed, estimator=estimator)
+            values, scale_k, sigma_k = (_rows(tensor, *rows) for tensor in (values, scale_k, sigma_k))
+        return one_width(values, scale_k, sigma_k, None, bits=k, min_bits=k, signed=signed, estimator=estimator)
 
     if masks is None:
         return quantize_at(bits)

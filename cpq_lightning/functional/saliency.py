@@ -20,7 +20,7 @@ from cpq_lightning.functional.grid import level_bounds
 def bit_saliency(
     x: Tensor,
     gradient: Tensor,
-    steps: Tensor,
+    scales: Tensor,
     widths: Sequence[int],
     *,
     signed: bool,
@@ -41,7 +41,7 @@ def bit_saliency(
     Args:
         x: The tensor that is quantized, of any shape and unit.
         gradient: Gradient of the loss in the quantized values, same shape as ``x``.
-        steps: Scale of each width, shape (widths, 1) or (widths, channels), in the unit of ``x``.
+        scales: Scale of each width, shape (widths, 1) or (widths, channels), in the unit of ``x``.
         widths: Widths in bits, the narrowest first.
         signed: Whether the grids have negative levels.
         channel_dim: The dimension of ``x`` along which scales per channel vary.
@@ -59,11 +59,11 @@ def bit_saliency(
     x, gradient = torch.atleast_1d(x.float()), torch.atleast_1d(gradient.float())
     ones = [1] * x.dim()
     shape = list(ones)
-    if steps.shape[1] > 1:
+    if scales.shape[1] > 1:
         shape[channel_dim] = -1
-    a = steps.reshape(len(steps), *shape)
+    a = scales.reshape(len(scales), *shape)
     bounds = torch.tensor([level_bounds(bits, signed) for bits in widths], device=x.device, dtype=x.dtype)
-    low, high = bounds.reshape(len(steps), 2, *ones).unbind(1)
+    low, high = bounds.reshape(len(scales), 2, *ones).unbind(1)
     # Errors (minus x) instead of quantized values: differences of their sums lose fewer digits.
     products = gradient * ((x / a).round().clamp(low, high) * a - x)
     within = [d + 1 for d in range(x.dim()) if d != blocks % x.dim()]

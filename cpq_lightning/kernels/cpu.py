@@ -17,20 +17,20 @@ _CHUNK = 2**16
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """``step * clamp(round(x / step), low, high)``, in the memory format of x.
+def forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """``scale * clamp(round(x / scale), low, high)``, in the memory format of x.
 
     Args:
         x: Float32 or bfloat16, any shape.
-        step: The scale, float32: one value, or one for each row (dimension 0) of an x whose rows are contiguous and in
+        scale: The scale, float32: one value, or one for each row (dimension 0) of an x whose rows are contiguous and in
             order in memory.
         low: Lowest level.
         high: Highest level.
     """
-    dense, steps = dense_in_memory(x), step.contiguous()
+    dense, scales = dense_in_memory(x), scale.contiguous()
     out = torch.empty_like(dense)
     _library().cpq_forward(
-        dense.data_ptr(), steps.data_ptr(), out.data_ptr(), x.numel(), x.numel() // step.numel(), _CHUNK, low, high,
+        dense.data_ptr(), scales.data_ptr(), out.data_ptr(), x.numel(), x.numel() // scale.numel(), _CHUNK, low, high,
         x.dtype == torch.bfloat16,
     )  # fmt: skip
     return out
@@ -39,20 +39,20 @@ def forward(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 def backward(
     x: Tensor,
     grad: Tensor,
-    step: Tensor,
+    scale: Tensor,
     sigma: Tensor,
     low: int,
     high: int,
     expectation: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, step and sigma, from the gradient with respect to the forward's result.
+    """Gradients with respect to x, scale and sigma, from the gradient with respect to the forward's result.
 
     Args:
         x: As in :func:`forward`.
         grad: The incoming gradient, same shape and dtype as x.
-        step: As in :func:`forward`.
-        sigma: Scale parameter of the noise, same shape as step.
+        scale: As in :func:`forward`.
+        sigma: Scale parameter of the noise, same shape as scale.
         low: Lowest level.
         high: Highest level.
         expectation: Whether the estimator is ``expectation``; ``False`` means ``argmax``.
@@ -66,33 +66,33 @@ def backward(
     same_strides = grad.stride() == dense.stride()
     g = grad if same_strides else torch.empty_like(dense).copy_(grad)
     dx = g if overwrite or not same_strides else torch.empty_like(dense)
-    steps, sigmas = step.contiguous(), sigma.contiguous()
-    d_step, d_sigma = torch.empty_like(steps), torch.empty_like(steps)
+    scales, sigmas = scale.contiguous(), sigma.contiguous()
+    d_scale, d_sigma = torch.empty_like(scales), torch.empty_like(scales)
     succeeded = _library().cpq_backward(
-        dense.data_ptr(), g.data_ptr(), steps.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), d_step.data_ptr(),
-        d_sigma.data_ptr(), x.numel(), x.numel() // step.numel(), _CHUNK, low, high, expectation,
+        dense.data_ptr(), g.data_ptr(), scales.data_ptr(), sigmas.data_ptr(), dx.data_ptr(), d_scale.data_ptr(),
+        d_sigma.data_ptr(), x.numel(), x.numel() // scale.numel(), _CHUNK, low, high, expectation,
         x.dtype == torch.bfloat16,
     )  # fmt: skip
     if not succeeded:
-        raise MemoryError(f"Out of memory for the sums of the gradients in the scales of {step.numel()} rows.")
-    return dx, d_step, d_sigma
+        raise MemoryError(f"Out of memory for the sums of the gradients in the scales of {scale.numel()} rows.")
+    return dx, d_scale, d_sigma
 
 
 def chain(
-    d_step: Tensor, d_sigma: Tensor, saved: tuple[Tensor, ...], root: float, noise_min: float
+    d_scale: Tensor, d_sigma: Tensor, saved: tuple[Tensor, ...], root: float, noise_min: float
 ) -> tuple[Tensor, Tensor]:
-    """Chain rule from the gradients with respect to step and sigma to those with respect to ``log_scale`` and
+    """Chain rule from the gradients with respect to scale and sigma to those with respect to ``log_scale`` and
     ``noise_logit``.
 
     Args:
-        d_step: Gradient in the step, float32, one-dimensional.
+        d_scale: Gradient in the scale, float32, one-dimensional.
         d_sigma: Gradient in sigma, same shape.
-        saved: Start, bend, step, p and sigma, each of the shape of d_step, and temperature, one value.
+        saved: Start, bend, scale, p and sigma, each of the shape of d_scale, and temperature, one value.
         root: The square root in LSQ's gradient scale.
         noise_min: The smallest noise, in units of the scale.
     """
     d_log_scale, d_logit = torch.empty_like(saved[0]), torch.empty_like(saved[0])
-    tensors = [t.contiguous() for t in (d_step, d_sigma, *saved)]
+    tensors = [t.contiguous() for t in (d_scale, d_sigma, *saved)]
     pointers = [t.data_ptr() for t in (*tensors, d_log_scale, d_logit)]
     _library().cpq_chain(*pointers, len(d_log_scale), root, noise_min)
     return d_log_scale, d_logit

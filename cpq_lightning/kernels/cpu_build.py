@@ -28,6 +28,7 @@ log = logging.getLogger("cpq_lightning")
 _FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _pointer, _count, _number, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SOURCES = ("quantize.c", "moments.h", "vectors.h")
+SWITCHED_OFF = "kernels are switched off"
 _enabled = os.environ.get("CPQ_KERNELS", "").lower() not in ("0", "off", "false", "no")
 
 
@@ -59,6 +60,12 @@ def library() -> ctypes.CDLL | None:
     return built() if _enabled else None
 
 
+def unavailable() -> str | None:
+    """Reason why the compiled kernels cannot be used, or ``None``."""
+    result = _library() if _enabled else SWITCHED_OFF
+    return result if isinstance(result, str) else None
+
+
 def built() -> ctypes.CDLL | None:
     """The compiled kernels, even if switched off: the backward of their forward needs them."""
     result = _library()
@@ -67,9 +74,7 @@ def built() -> ctypes.CDLL | None:
 
 def describe() -> str:
     """Which computation runs on the CPU, and why, in one line."""
-    if not _enabled:
-        return "CPU: functional, in PyTorch operations (kernels are switched off)"
-    result = _library()
+    result = _library() if _enabled else SWITCHED_OFF
     if isinstance(result, str):
         return f"CPU: functional, in PyTorch operations ({result})"
     if result.alone:
@@ -164,10 +169,10 @@ def _cached(name: str, build: Callable[[Path], Path]) -> Path:
     # RuntimeError: there is no home folder.
     except (OSError, RuntimeError) as error:
         raise _NoCache(f"the cache cannot be made: {error}") from None
-    _check_own(folder, stat.S_ISDIR)
+    _check_owner(folder, stat.S_ISDIR)
     target = folder / name
     if os.path.lexists(target):
-        _check_own(target, stat.S_ISREG)
+        _check_owner(target, stat.S_ISREG)
         return target
     log.info("CPQ kernels are being built for this machine, once: about a second.")
     try:
@@ -182,7 +187,7 @@ def _cached(name: str, build: Callable[[Path], Path]) -> Path:
     return target
 
 
-def _check_own(path: Path, kind: Callable[[int], bool]) -> None:
+def _check_owner(path: Path, kind: Callable[[int], bool]) -> None:
     """Raise an error if another user owns the path or may write to it, and so may have put code there.
 
     Raises:

@@ -15,7 +15,7 @@ from cpq_lightning.kernels.dispatch import QuantGrid
 
 def quantize(
     x: Tensor,
-    step: Tensor,
+    scale: Tensor,
     sigma: Tensor,
     masks: Tensor | None,
     *,
@@ -32,18 +32,16 @@ def quantize(
     """
     if masks is not None and _all_open(masks):
         masks = None
-    known = masks is None and estimator in kernel.ESTIMATORS
-    if known and _by_rows(x, step, sigma) and kernel.has_kernel(x, step.numel()):
-        return quantize_to_grid(x, step, sigma, QuantGrid.of(bits, signed, estimator))
+    scales_fit = scale.dtype == sigma.dtype == torch.float32 and scale.shape == sigma.shape
+    if scales_fit and kernel.has_kernel(x, scale.numel(), _scale_dim(x, scale), masks is not None, estimator):
+        return quantize_to_grid(x, scale, sigma, QuantGrid.of(bits, signed, estimator))
     settings = {"bits": bits, "min_bits": min_bits if masks is not None else bits, "signed": signed}
-    return quantize_unchecked(x, step, sigma, masks, estimator=estimator, **settings)
+    return quantize_unchecked(x, scale, sigma, masks, estimator=estimator, **settings)
 
 
-def _by_rows(x: Tensor, step: Tensor, sigma: Tensor) -> bool:
-    """Whether there is one scale, or one for each row, in float32."""
-    if step.dtype != torch.float32 or sigma.dtype != torch.float32 or step.shape != sigma.shape:
-        return False
-    return step.numel() == 1 or (step.dim() == x.dim() and step.shape[0] == step.numel())
+def _scale_dim(x: Tensor, scale: Tensor) -> int:
+    """0 if the scales lie along dimension 0, else -1."""
+    return 0 if scale.dim() == x.dim() and scale.shape[:1].numel() == scale.numel() else -1
 
 
 def _all_open(masks: Tensor) -> bool:
@@ -53,31 +51,31 @@ def _all_open(masks: Tensor) -> bool:
     return bool((masks == 1).all())
 
 
-def quantize_to_grid(x: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid) -> Tensor:
-    """:func:`quantize` to the grid ``ring`` for an x that has a kernel, with one scale or one for each row."""
-    return _Fused.apply(x, step, sigma, ring)  # type: ignore[no-any-return]
+def quantize_to_grid(x: Tensor, scale: Tensor, sigma: Tensor, grid: QuantGrid) -> Tensor:
+    """:func:`quantize` to the grid ``grid`` for an x that has a kernel, with one scale or one for each row."""
+    return _Fused.apply(x, scale, sigma, grid)  # type: ignore[no-any-return]
 
 
 def backward_again(
-    x: Tensor, grad: Tensor, step: Tensor, sigma: Tensor, ring: QuantGrid
+    x: Tensor, grad: Tensor, scale: Tensor, sigma: Tensor, grid: QuantGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`cpq_lightning.kernels.dispatch.backward` in PyTorch operations, differentiable in ``grad``."""
     rows = [-1, *[1] * (x.dim() - 1)] if x.dim() else []
-    d_x, *others = quantize_backward(grad, x, step.reshape(rows), sigma.reshape(rows), **ring.settings)
-    d_step, d_sigma = (d.reshape(step.shape) for d in others)
-    return d_x, d_step, d_sigma
+    d_x, *others = quantize_backward(grad, x, scale.reshape(rows), sigma.reshape(rows), **grid.settings)
+    d_scale, d_sigma = (d.reshape(scale.shape) for d in others)
+    return d_x, d_scale, d_sigma
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, grid: QuantGrid) -> Tensor:
-        ctx.save_for_backward(x, step, sigma)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, sigma: Tensor, grid: QuantGrid) -> Tensor:
+        ctx.save_for_backward(x, scale, sigma)
         ctx.grid = grid
-        return kernel.forward(x, step, grid)
+        return kernel.forward(x, scale, grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, sigma = ctx.saved_tensors
+        x, scale, sigma = ctx.saved_tensors
         if is_differentiated_again(grad):
-            return *backward_again(x, grad, step, sigma, ctx.grid), None
-        return *kernel.backward(x, grad, step, sigma, ctx.grid), None
+            return *backward_again(x, grad, scale, sigma, ctx.grid), None
+        return *kernel.backward(x, grad, scale, sigma, ctx.grid), None

@@ -40,9 +40,9 @@ INLINE moments direct(vf v, vf below, vf above, float s, int reach, int expectat
         vf tl = 1.0f / (1.0f + y * left), tr = 1.0f / (y + right);
         vf mc = tr - left * tl, imc = 1.0f / mc;
         vf cl = left * tl * tl * imc, ch = right * tr * tr * imc;
-        vf scale = mc * im;
-        out.k0 = pick(far, splat(0.0f), scale * side * ((ch - cl) - (edge_high - edge_low)));
-        out.k1 = scale * (0.5f * (ch + cl) - (edge_high * (hi + 0.5f) - edge_low * (lo - 0.5f)));
+        vf factor = mc * im;
+        out.k0 = pick(far, splat(0.0f), factor * side * ((ch - cl) - (edge_high - edge_low)));
+        out.k1 = factor * (0.5f * (ch + cl) - (edge_high * (hi + 0.5f) - edge_low * (lo - 0.5f)));
     } else {
         vf mean = s_low * at_most(-lo, splat((float)reach)) - r_high * at_most(hi, splat((float)reach));
         vf slope = {0}, slope_t = {0};
@@ -162,14 +162,14 @@ INLINE vf look(const float *entries, vi index, int all) {
 #endif
 }
 
-typedef struct { vf dx, dstep, dsigma; } grads;
+typedef struct { vf dx, dscale, dsigma; } grads;
 
-/* The chain rule from k0 and off = k1 - v k0 to x, step and sigma. */
+/* The chain rule from k0 and off = k1 - v k0 to x, scale and sigma. */
 INLINE grads chained(vf u, vf n, vf k0, vf off, float s) {
     float is = 1.0f / s;
     grads out;
     out.dx = -k0 * is;
-    out.dstep = n + (u * k0 + off) * is;
+    out.dscale = n + (u * k0 + off) * is;
     out.dsigma = -off * (is * is);
     return out;
 }
@@ -186,7 +186,7 @@ INLINE grads derive(vf x, float a, float s, float low, float high, int reach, in
 /* Vectors computed together, so that their chains of multiplications run in parallel. */
 #define SIDE 2
 INLINE void look_up(const vf *x, float a, float s, float low, float high, int expectation, const table *t,
-                    int all, int whole, grads *out) {
+                    int all, int single, grads *out) {
     vf u[SIDE], n[SIDE], z[SIDE], k0[SIDE], off[SIDE];
     vi index[SIDE], mirror[SIDE];
     /* Grids have an even number of levels: no cell is in the middle. */
@@ -199,7 +199,7 @@ INLINE void look_up(const vf *x, float a, float s, float low, float high, int ex
         mirror[h] = ~(vi)from_middle & INT32_MIN;
         v = (vf)((vi)v ^ mirror[h]);
         vf cell = at_most(furthest - magnitude(from_middle), splat(t->inside + t->outside));
-        if (whole) {
+        if (single) {
             index[h] = __builtin_convertvector(cell, vi);
             z[h] = 2 * v;
         } else {

@@ -16,7 +16,7 @@ from cpq_lightning.kernels.fused import backward_again, quantize_to_grid
 
 
 def quantize_widths(
-    x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor, scales: Tensor, rings: Sequence[QuantGrid]
+    x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor, width_scales: Tensor, grids: Sequence[QuantGrid]
 ) -> Tensor:
     """:func:`cpq_lightning.functional.quantize_resolution` for masks that the full tensor shares, on a CPU.
 
@@ -25,46 +25,52 @@ def quantize_widths(
 
     Args:
         x: A tensor for which :func:`~cpq_lightning.kernels.dispatch.has_kernel` returns ``True``.
-        step: Scale of the widest grid, one value or one for each row.
-        sigma: Scale parameter of the noise of the widest grid, same shape as ``step``.
+        scale: Scale of the widest grid, one value or one for each row.
+        sigma: Scale parameter of the noise of the widest grid, same shape as ``scale``.
         masks: One value for each width, the narrowest first.
-        scales: Scale of each width divided by that of the widest, shape (widths, 1 or rows).
-        rings: The grid of each width.
+        width_scales: Scale of each width divided by that of the widest, shape (widths, 1 or rows).
+        grids: The grid of each width.
     """
     shares = shares_from_masks(masks.reshape(-1))
-    return _Widths.apply(x, step, sigma, shares, scales, tuple(rings))  # type: ignore[no-any-return]
+    return _Widths.apply(x, scale, sigma, shares, width_scales, tuple(grids))  # type: ignore[no-any-return]
 
 
 class _Widths(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, sigma: Tensor, shares: Tensor, scales: Tensor, grids: tuple[QuantGrid, ...]
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        sigma: Tensor,
+        shares: Tensor,
+        width_scales: Tensor,
+        grids: tuple[QuantGrid, ...],
     ) -> Tensor:
-        ctx.save_for_backward(x, step, sigma, scales, shares)
+        ctx.save_for_backward(x, scale, sigma, width_scales, shares)
         used = [(k, share) for k, share in enumerate(shares.to(x.dtype).tolist()) if share]
         ctx.settings = grids, used, len(shares)
-        terms = (_times(kernel.forward(x, step * scales[k], grids[k]), share) for k, share in used)
+        terms = (_times(kernel.forward(x, scale * width_scales[k], grids[k]), share) for k, share in used)
         return _sum(terms)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, sigma, scales, shares = ctx.saved_tensors
+        x, scale, sigma, width_scales, shares = ctx.saved_tensors
         grids, used, widths = ctx.settings
         d_shares = grad.new_zeros(widths)
-        d_x, d_step, d_sigma = [], torch.zeros_like(step), torch.zeros_like(sigma)
+        d_x, d_scale, d_sigma = [], torch.zeros_like(scale), torch.zeros_like(sigma)
         again = is_differentiated_again(grad)
         for k, share in used:
-            step_and_sigma = step * scales[k], sigma * scales[k]
+            scale_and_sigma = scale * width_scales[k], sigma * width_scales[k]
             if ctx.needs_input_grad[3]:
-                d_shares[k] = torch.sum(grad * quantize_to_grid(x, *step_and_sigma, grids[k]))
+                d_shares[k] = torch.sum(grad * quantize_to_grid(x, *scale_and_sigma, grids[k]))
             run = backward_again if again else kernel.backward
-            d_x_k, d_step_k, d_sigma_k = run(x, grad, *step_and_sigma, grids[k])
+            d_x_k, d_scale_k, d_sigma_k = run(x, grad, *scale_and_sigma, grids[k])
             # In a double backward, the tensor instead of its value: these gradients have a derivative in the share.
             factor = shares[k] if again else share
             d_x.append(d_x_k * factor if again else _times(d_x_k, share))
-            d_step += d_step_k * scales[k] * factor
-            d_sigma += d_sigma_k * scales[k] * factor
-        return _sum(d_x), d_step, d_sigma, d_shares, None, None
+            d_scale += d_scale_k * width_scales[k] * factor
+            d_sigma += d_sigma_k * width_scales[k] * factor
+        return _sum(d_x), d_scale, d_sigma, d_shares, None, None
 
 
 def _times(term: Tensor, share: float) -> Tensor:

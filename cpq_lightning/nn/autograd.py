@@ -23,7 +23,7 @@ def _constants() -> tuple[float, float]:
     return 6.907755278982137, 0.02
 
 
-STEP_REACH, NOISE_MIN = _constants()
+SCALE_REACH, NOISE_MIN = _constants()
 # Saliency reported for a bit that nothing depends on: below any other, but above the 0 of a closed gate.
 _MIN_SALIENCY = 1e-30
 # Number of samples of a batch from which the bit saliency of an activation is estimated.
@@ -38,10 +38,10 @@ def noise_logit(s: float) -> float:
     return math.log(p / (1 - p))
 
 
-class StepAndSigma(torch.autograd.Function):
-    """The scale (``step``) and the noise ``sigma`` of a quantizer from its two parameters, as one autograd node.
+class ScaleAndSigma(torch.autograd.Function):
+    """The scale and the noise ``sigma`` of a quantizer from its two parameters, as one autograd node.
 
-    ``step = start exp(R tanh(log_scale / R))`` and ``sigma = step s T``, with ``s`` from NOISE_MIN to 1 by a sigmoid.
+    ``scale = start exp(R tanh(log_scale / R))`` and ``sigma = scale s T``, with ``s`` from NOISE_MIN to 1 by a sigmoid.
     Gradients are multiplied by ``1 / (start root)``, with ``root`` the square root in LSQ's gradient scale: see
     :class:`~cpq_lightning.nn.Quantizer`.
     """
@@ -50,48 +50,48 @@ class StepAndSigma(torch.autograd.Function):
     def forward(
         ctx: Any, log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
     ) -> tuple[Tensor, Tensor]:
-        bend, step, p, sigma = _step_and_sigma(log_scale, noise_logit, start, temperature)
-        ctx.save_for_backward(log_scale, noise_logit, start, bend, step, p, sigma, temperature)
+        bend, scale, p, sigma = _scale_and_sigma(log_scale, noise_logit, start, temperature)
+        ctx.save_for_backward(log_scale, noise_logit, start, bend, scale, p, sigma, temperature)
         ctx.root = root
-        return step, sigma
+        return scale, sigma
 
     @staticmethod
-    def backward(ctx: Any, d_step: Tensor, d_sigma: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_scale: Tensor, d_sigma: Tensor) -> tuple[Tensor | None, ...]:
         log_scale, noise_logit, *saved = ctx.saved_tensors
-        start, bend, step, p, sigma, temperature = saved
-        again = is_differentiated_again(d_step)
+        start, bend, scale, p, sigma, temperature = saved
+        again = is_differentiated_again(d_scale)
         # A third-party mixed precision may have cast the parameters.
-        are_float32 = all(t.is_cpu and t.dtype == torch.float32 for t in (d_step, d_sigma, *saved))
+        are_float32 = all(t.is_cpu and t.dtype == torch.float32 for t in (d_scale, d_sigma, *saved))
         if are_float32 and not again and not torch.compiler.is_compiling() and has_kernel(start, 1):
-            return *chain(d_step, d_sigma, tuple(saved), ctx.root, NOISE_MIN), None, None, None
+            return *chain(d_scale, d_sigma, tuple(saved), ctx.root, NOISE_MIN), None, None, None
         if again:
             parameters = _scaled(log_scale, noise_logit, start, ctx.root)
-            bend, step, p, sigma = _step_and_sigma(*parameters, start, temperature)
-        scale = 1 / (start * ctx.root)
-        d_log_scale = (d_step * step + d_sigma * sigma) * (1 - bend * bend) * scale
-        d_logit = d_sigma * step * temperature * (p * (1 - p)) * ((1 - _constants()[1]) * scale)
+            bend, scale, p, sigma = _scale_and_sigma(*parameters, start, temperature)
+        factor = 1 / (start * ctx.root)
+        d_log_scale = (d_scale * scale + d_sigma * sigma) * (1 - bend * bend) * factor
+        d_logit = d_sigma * scale * temperature * (p * (1 - p)) * ((1 - _constants()[1]) * factor)
         return d_log_scale, d_logit, None, None, None
 
 
-def step_and_sigma(
+def scale_and_sigma(
     log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
 ) -> tuple[Tensor, Tensor]:
-    """Apply :class:`StepAndSigma`; under ``torch.func`` its equations in differentiable operations."""
+    """Apply :class:`ScaleAndSigma`; under ``torch.func`` its equations in differentiable operations."""
     if not is_transformed():
-        return StepAndSigma.apply(log_scale, noise_logit, start, temperature, root)  # type: ignore[no-any-return]
-    _, step, _, sigma = _step_and_sigma(*_scaled(log_scale, noise_logit, start, root), start, temperature)
-    return step, sigma
+        return ScaleAndSigma.apply(log_scale, noise_logit, start, temperature, root)  # type: ignore[no-any-return]
+    _, scale, _, sigma = _scale_and_sigma(*_scaled(log_scale, noise_logit, start, root), start, temperature)
+    return scale, sigma
 
 
-def _step_and_sigma(
+def _scale_and_sigma(
     log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tanh in the scale, the scale, the sigmoid in sigma, and sigma."""
     reach, noise_min = _constants()
     bend = torch.tanh(log_scale / reach)
-    step = start * torch.exp(reach * bend)
+    scale = start * torch.exp(reach * bend)
     p = torch.sigmoid(noise_logit)
-    return bend, step, p, step * (noise_min + (1 - noise_min) * p) * temperature
+    return bend, scale, p, scale * (noise_min + (1 - noise_min) * p) * temperature
 
 
 def _scaled(log_scale: Tensor, noise_logit: Tensor, start: Tensor, root: float) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class SaliencyToGates(torch.autograd.Function):
         x: The tensor before quantization.
         logits: Logits of the gates, shape (gates, rows).
         is_open: Whether each gate was open, broadcast to the logits.
-        steps: Scale of each width, the narrowest first, shape (gates + 1, 1 or channels).
+        scales: Scale of each width, the narrowest first, shape (gates + 1, 1 or channels).
         widths: Bits of each width.
         signed: Whether the grids have negative levels.
         channel_dim: Dimension of the channels.
@@ -121,25 +121,25 @@ class SaliencyToGates(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, logits: Tensor, is_open: Tensor, steps: Tensor,
+        ctx: Any, out: Tensor, x: Tensor, logits: Tensor, is_open: Tensor, scales: Tensor,
         widths: tuple[int, ...], signed: bool, channel_dim: int, samples: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, is_open, steps)
+        ctx.save_for_backward(x, is_open, scales)
         ctx.settings = widths, signed, channel_dim, samples, logits.shape[1] > 1
         return out[...]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, is_open, steps = ctx.saved_tensors
+        x, is_open, scales = ctx.saved_tensors
         widths, signed, channel_dim, samples, by_block = ctx.settings
         x, grad_x = torch.atleast_1d(x), torch.atleast_1d(grad.detach())
         blocks = 0 if samples else channel_dim % x.dim()
         sampled = slice(None, None, 1 if by_block else _stride(x, blocks, samples))
         index = (*[slice(None)] * blocks, sampled)
         part, part_grad = x[index], grad_x[index]
-        part_steps = steps if steps.shape[1] == 1 else steps[:, sampled]
+        part_scales = scales if scales.shape[1] == 1 else scales[:, sampled]
         saliency = bit_saliency(
-            part, part_grad, part_steps, widths,
+            part, part_grad, part_scales, widths,
             signed=signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block,
         )  # fmt: skip
         share = x.numel() / max(1, part.numel())

@@ -115,7 +115,7 @@ class Gates(nn.Module):
         return masks_from_gates(self._shaped(open_gates(self.probabilities(count)), x))
 
     def with_saliency(
-        self, out: Tensor, x: Tensor, masks: Tensor, steps: Tensor, min_bits: int, signed: bool, samples: bool
+        self, out: Tensor, x: Tensor, masks: Tensor, scales: Tensor, min_bits: int, signed: bool, samples: bool
     ) -> Tensor:
         """``out``, with a backward pass that gives the logits the saliency of their bits.
 
@@ -123,14 +123,14 @@ class Gates(nn.Module):
             out: The quantized tensor.
             x: The tensor before quantization.
             masks: The masks used for ``out``.
-            steps: Scale of each width, the narrowest first, shape (widths, 1 or channels).
+            scales: Scale of each width, the narrowest first, shape (widths, 1 or channels).
             min_bits: The narrowest width.
             signed: Whether the grids have negative levels.
             samples: Whether ``x`` is a batch of samples instead of a weight.
         """
         if not torch.is_grad_enabled():
             return out
-        logits, widths = self.logits(len(steps) - 1), tuple(range(min_bits, min_bits + len(steps)))
+        logits, widths = self.logits(len(scales) - 1), tuple(range(min_bits, min_bits + len(scales)))
         sampled = masks[1:].reshape(len(masks) - 1, -1)
         if sampled.shape[1] == self.rows:
             is_open = sampled >= 0.5
@@ -138,7 +138,7 @@ class Gates(nn.Module):
             # With one gate for each element, some gates of a bit are always open.
             is_open = sampled.new_ones((len(sampled), 1), dtype=torch.bool)
         return SaliencyToGates.apply(  # type: ignore[no-any-return]
-            out, x.detach(), logits, is_open, steps, widths, signed, self.channel_dim, samples
+            out, x.detach(), logits, is_open, scales, widths, signed, self.channel_dim, samples
         )
 
     def fixed_masks(self, x: Tensor, gates_open: Tensor, count: int) -> Tensor:

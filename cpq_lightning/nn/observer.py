@@ -111,12 +111,12 @@ class RangeObserver:
             # Integers, masks and one-hot vectors have no error on such a grid; the histogram is too coarse to show it.
             exact_scales = [exact.get((signed, bits)) for bits in widths]
             fits[signed] = [
-                mse_scale(centers, bits=bits, signed=signed, counts=weights) if step is None else step
-                for bits, step in zip(widths, exact_scales, strict=True)
+                mse_scale(centers, bits=bits, signed=signed, counts=weights) if scale is None else scale
+                for bits, scale in zip(widths, exact_scales, strict=True)
             ]
             errors[signed] = sum(
-                math.log(_MIN_ERROR if exact_scale is not None else _error(centers, weights, step, bits, signed))
-                for bits, step, exact_scale in zip(widths, fits[signed], exact_scales, strict=True)
+                math.log(_MIN_ERROR if exact_scale is not None else _error(centers, weights, scale, bits, signed))
+                for bits, scale, exact_scale in zip(widths, fits[signed], exact_scales, strict=True)
             )
         signed = min(grids, key=lambda kind: errors[kind])
         return fits[signed], signed
@@ -143,9 +143,9 @@ def _power_of_two_scales(low: Tensor, high: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _error(values: Tensor, counts: Tensor, step: Tensor, bits: int, signed: bool) -> float:
+def _error(values: Tensor, counts: Tensor, scale: Tensor, bits: int, signed: bool) -> float:
     """Squared error relative to that of an all-zero output, at least ``_MIN_ERROR``."""
-    quantized = (values / step[:, None]).round().clamp(*level_bounds(bits, signed)) * step[:, None]
+    quantized = (values / scale[:, None]).round().clamp(*level_bounds(bits, signed)) * scale[:, None]
     error = ((values - quantized).double().square() * counts).sum() / (values.double().square() * counts).sum()
     return max(float(error), _MIN_ERROR)
 
@@ -176,14 +176,14 @@ class UsageRecorder:
         self.power = 0.0
         self.clipped = 0
 
-    def update(self, x: Tensor, quantized: Tensor, step: Tensor) -> None:
+    def update(self, x: Tensor, quantized: Tensor, scale: Tensor) -> None:
         """Add one batch and its quantized values."""
         x, quantized = x.detach().float(), quantized.detach().float()
-        level = (quantized / step).round().long().flatten() - self.low
+        level = (quantized / scale).round().long().flatten() - self.low
         self.counts += torch.bincount(level.clamp(0, len(self.counts) - 1), minlength=len(self.counts)).cpu()
         self.error += float((x - quantized).square().sum(dtype=torch.float64))
         self.power += float(x.square().sum(dtype=torch.float64))
-        self.clipped += int(((x / step > self.high + 0.5) | (x / step < self.low - 0.5)).sum())
+        self.clipped += int(((x / scale > self.high + 0.5) | (x / scale < self.low - 0.5)).sum())
 
     @property
     def used_levels(self) -> int:

@@ -17,11 +17,11 @@ from cpq_lightning.functional.dropbits import expected_bits
 from cpq_lightning.functional.grid import along_channels, level_bounds
 from cpq_lightning.functional.modes import is_transformed
 from cpq_lightning.functional.resolution import quantize_resolution
-from cpq_lightning.kernels.dispatch import ESTIMATORS, QuantGrid, has_kernel
+from cpq_lightning.kernels.dispatch import Choice, QuantGrid, choose, has_kernel
 from cpq_lightning.kernels.fused import quantize
 from cpq_lightning.kernels.product import Operand
 from cpq_lightning.kernels.widths import quantize_widths
-from cpq_lightning.nn.autograd import STEP_REACH, Connect, noise_logit, step_and_sigma
+from cpq_lightning.nn.autograd import SCALE_REACH, Connect, noise_logit, scale_and_sigma
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.observer import RangeObserver, Usage
 from cpq_lightning.nn.scale_init import weight_scales
@@ -49,9 +49,9 @@ _LEVEL_BOUNDS = {signed: [level_bounds(k, signed) for k in range(1, 9)] for sign
 class Quantizer(nn.Module):
     """Quantizes a weight or an activation with a learned scale and learned noise.
 
-    The scale, called ``step`` in code, is ``step = start · exp(R tanh(log_scale / R))`` with ``R = log 1000``. Any
+    The scale (the papers' step size) is ``scale = start · exp(R tanh(log_scale / R))`` with ``R = log 1000``. Any
     update of the parameter ``log_scale`` thus keeps it positive and finite, and the learning rate acts on its
-    logarithm. The noise is ``sigma = T · step · s`` with ``s`` in (0.02, 1), a sigmoid of the parameter
+    logarithm. The noise is ``sigma = T · scale · s`` with ``s`` in (0.02, 1), a sigmoid of the parameter
     ``noise_logit``. Both parameters stay float32 and one-dimensional, with one value or one for each channel.
 
     All other state lies in the buffer ``state`` (:mod:`cpq_lightning.nn.state`): the settings, the initial scales, and
@@ -387,11 +387,11 @@ class Quantizer(nn.Module):
         """Fixed widths, one or one for each channel, int64; in use only if ``fixed``."""
         return (self.state[self._places.widths] / self.state[:1]).round().long()
 
-    def step(self) -> Tensor:
+    def scale(self) -> Tensor:
         """Scale of the widest grid, shape (1,) or (channels,), in the unit of the quantized tensor."""
-        return self.start_scale * torch.exp(STEP_REACH * torch.tanh(self.log_scale / STEP_REACH))
+        return self.start_scale * torch.exp(SCALE_REACH * torch.tanh(self.log_scale / SCALE_REACH))
 
-    def _step_and_sigma(self, settings: Settings) -> tuple[Tensor, Tensor]:
+    def _scale_and_sigma(self, settings: Settings) -> tuple[Tensor, Tensor]:
         """The scale and sigma. Their gradients are multiplied by LSQ's gradient scale 1/sqrt(numel · highest level)
         (Esser et al., ICLR 2020, section 2.2) and divided by the initial scale.
 
@@ -401,7 +401,7 @@ class Quantizer(nn.Module):
         """
         highest = level_bounds(settings.bits, settings.signed)[1]
         root = math.sqrt(max(1, settings.numel // settings.channels) * max(1, highest))
-        return step_and_sigma(self.log_scale, self.noise_logit, self._start(), self.temperature, root)
+        return scale_and_sigma(self.log_scale, self.noise_logit, self._start(), self.temperature, root)
 
     def decided_widths(self) -> Tensor:
         """The widths in evaluation, int64: one, or one for each channel."""
@@ -433,8 +433,8 @@ class Quantizer(nn.Module):
 
     def nearest(self, x: Tensor) -> Tensor:
         """``x`` quantized as in evaluation: the nearest grid points, in the unit of ``x``."""
-        step, codes = self._scale_and_levels(x)
-        return (step * codes).to(x.dtype)
+        scale, codes = self._scale_and_levels(x)
+        return (scale * codes).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         """The levels of ``x`` in evaluation, as integers in float32."""
@@ -442,18 +442,18 @@ class Quantizer(nn.Module):
 
     def _scale_and_levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scale, broadcastable to ``x``, and the levels."""
-        step, low, high = (along_channels(t, x.dim(), self.channel_dim) for t in self.grid())
-        return step, torch.minimum(torch.maximum((x.float() / step).round(), low), high)
+        scale, low, high = (along_channels(t, x.dim(), self.channel_dim) for t in self.grid())
+        return scale, torch.minimum(torch.maximum((x.float() / scale).round(), low), high)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scale, lowest and highest level in evaluation, each with one value or one for each channel."""
         widths = self.decided_widths()
         bounds = torch.tensor(_LEVEL_BOUNDS[self.signed], device=widths.device)[widths - 1]
-        step = self.step()
+        scale = self.scale()
         if self.nesting == "resolution":
-            scale = self.width_scale.expand(-1, max(len(widths), len(step)))
-            step = step * scale.gather(0, (widths - 1).expand(scale.shape[1])[None])[0]
-        return step, bounds[:, 0], bounds[:, 1]
+            width_scale = self.width_scale.expand(-1, max(len(widths), len(scale)))
+            scale = scale * width_scale.gather(0, (widths - 1).expand(width_scale.shape[1])[None])[0]
+        return scale, bounds[:, 0], bounds[:, 1]
 
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """Reshape one value for each channel to broadcast to the weight."""
@@ -471,10 +471,10 @@ class Quantizer(nn.Module):
         if settings is None:
             return self._notify_watchers(x, Connect.of(x, *self.parameters()))
         masks = self._masks(x, settings)
-        step, sigma = self._step_and_sigma(settings)
-        out = self._quantize(x, step, sigma, masks, settings)
+        scale, sigma = self._scale_and_sigma(settings)
+        out = self._quantize(x, scale, sigma, masks, settings)
         if masks is not None and self._gates_learn(settings) and settings.gate_estimator == "curvature":
-            out = self._with_saliency(out, x, masks, step, settings)
+            out = self._with_saliency(out, x, masks, scale, settings)
         elif self.gates.logit is not None and not self._gates_learn(settings):
             out = Connect.of(out, self.gates.logit)
         return self._notify_watchers(x, out)
@@ -489,18 +489,17 @@ class Quantizer(nn.Module):
         if self._has_hooks:
             return Operand(self(x))
         settings = self.settings
-        gated = settings.fixed or (_has_gates(settings) and (self.training or self.gates.learned))
-        if gated or not self._has_kernel(x, settings):
+        if self._is_masked(settings) or not self._has_kernel(x, settings):
             return Operand(self(x))
         ready = self._ready(x)
         if ready is None:
             return Operand(self._notify_watchers(x, Connect.of(x, *self.parameters())))
-        step, sigma = self._step_and_sigma(ready)
+        scale, sigma = self._scale_and_sigma(ready)
         if self.gates.logit is not None:
-            step = Connect.of(step, self.gates.logit)
+            scale = Connect.of(scale, self.gates.logit)
         for watcher in watchers():
             watcher.on_quantized(self, x, None)
-        return Operand(x, step, sigma, QuantGrid.of(ready.bits, ready.signed, cast(Estimator, ready.estimator)))
+        return Operand(x, scale, sigma, QuantGrid.of(ready.bits, ready.signed, cast(Estimator, ready.estimator)))
 
     def _ready(self, x: Tensor) -> Settings | None:
         """The settings, after a fit of the range where needed; ``None`` if ``x`` is not quantized."""
@@ -530,24 +529,41 @@ class Quantizer(nn.Module):
         default_forward = type(self).forward is Quantizer.forward and "forward" not in self.__dict__
         return not default_forward or any(map(bool, hooks)) or bool(_has_any_global_hook())
 
+    def implementation(self, x: Tensor, device: str | None = None) -> Choice:
+        """The implementation that a forward on a tensor like ``x`` runs, and the reasons against the others.
+
+        Nothing is computed. Where DropBits draws gates, the answer is that for a draw that drops a bit.
+
+        Args:
+            x: A tensor of the dtype, shape and strides in question; on the meta device if ``device`` is given.
+            device: Type of the device in question, such as ``"cuda"``; ``None`` means that of ``x``.
+        """
+        settings = self.settings
+        # With nesting by resolution, each width is quantized without masks.
+        masked = self._is_masked(settings) and settings.nesting == "range"
+        return choose(x, settings.channels, settings.channel_dim, masked, settings.estimator, device)
+
     def _has_kernel(self, x: Tensor, settings: Settings) -> bool:
-        known = settings.estimator in ESTIMATORS and (settings.channels == 1 or settings.channel_dim == 0)
-        return known and has_kernel(x, settings.channels)
+        return has_kernel(x, settings.channels, settings.channel_dim, estimator=settings.estimator)
+
+    def _is_masked(self, settings: Settings) -> bool:
+        """Whether a forward has masks of the bits."""
+        return settings.fixed or (_has_gates(settings) and (self.training or self.gates.learned))
 
     def _gates_learn(self, settings: Settings) -> bool:
         """Whether a forward gives the gates a gradient: not in evaluation, and not in a frozen layer."""
         return _has_gates(settings) and self.gates.learned and self.training and self.log_scale.requires_grad
 
     def _masks(self, x: Tensor, settings: Settings) -> Tensor | None:
+        if not self._is_masked(settings):
+            return None
         count = settings.bits - settings.min_bits
         if settings.fixed:
             return self.gates.fixed_masks(x, self.widths - settings.min_bits, count)
-        if _has_gates(settings) and (self.training or self.gates.learned):
-            # If the optimizer is toggled off or the layer is frozen, neither the scale nor the gates are trained.
-            return self.gates.masks(x, count, with_gradient=self._gates_learn(settings))
-        return None
+        # If the optimizer is toggled off or the layer is frozen, neither the scale nor the gates are trained.
+        return self.gates.masks(x, count, with_gradient=self._gates_learn(settings))
 
-    def _with_saliency(self, out: Tensor, x: Tensor, masks: Tensor, step: Tensor, settings: Settings) -> Tensor:
+    def _with_saliency(self, out: Tensor, x: Tensor, masks: Tensor, scale: Tensor, settings: Settings) -> Tensor:
         """``out``, with a backward pass that gives the gates the saliency of their bits."""
         if is_transformed():
             raise RuntimeError(
@@ -555,13 +571,13 @@ class Quantizer(nn.Module):
                 "loss.backward() while they are learned, call the model in evaluation (model.eval()), or learn them "
                 "with CPQConfig(gate_estimator='concrete')."
             )
-        scales = self.width_scale[settings.min_bits - 1 : settings.bits]
-        steps = step.detach() * (scales if settings.nesting == "resolution" else torch.ones_like(scales))
+        width_scales = self.width_scale[settings.min_bits - 1 : settings.bits]
+        scales = scale.detach() * (width_scales if settings.nesting == "resolution" else torch.ones_like(width_scales))
         return self.gates.with_saliency(
-            out, x, masks, steps, settings.min_bits, settings.signed, samples=settings.kind != "weight"
+            out, x, masks, scales, settings.min_bits, settings.signed, samples=settings.kind != "weight"
         )
 
-    def _quantize(self, x: Tensor, step: Tensor, sigma: Tensor, masks: Tensor | None, settings: Settings) -> Tensor:
+    def _quantize(self, x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, settings: Settings) -> Tensor:
         bits, signed, estimator = settings.bits, settings.signed, cast(Estimator, settings.estimator)
         widths = range(settings.min_bits, bits + 1)
         # The sampled widths are read on the host; on a GPU or in compiled code that costs more than it saves.
@@ -569,8 +585,8 @@ class Quantizer(nn.Module):
         by_tensor = masks is not None and masks.numel() == len(masks) and settings.nesting == "resolution"
         if masks is not None and by_tensor and readable and self._has_kernel(x, settings):
             grids = [QuantGrid.of(k, signed, estimator) for k in widths]
-            return quantize_widths(x, step, sigma, masks, self.width_scale[widths[0] - 1 : bits], grids)
-        step, sigma = self.along_channels(step, x), self.along_channels(sigma, x)
+            return quantize_widths(x, scale, sigma, masks, self.width_scale[widths[0] - 1 : bits], grids)
+        scale, sigma = self.along_channels(scale, x), self.along_channels(sigma, x)
         options: dict[str, Any] = {
             "bits": bits,
             "min_bits": settings.min_bits if masks is not None else bits,
@@ -578,9 +594,9 @@ class Quantizer(nn.Module):
             "estimator": estimator,
         }
         if settings.nesting == "range" or masks is None:
-            return quantize(x, step, sigma, masks, **options)
-        scales = torch.stack([self.along_channels(s, x) for s in self.width_scale[widths[0] - 1 : bits]])
-        return quantize_resolution(x, step, sigma, masks, scales=scales, one_width=quantize, **options)
+            return quantize(x, scale, sigma, masks, **options)
+        width_scales = torch.stack([self.along_channels(s, x) for s in self.width_scale[widths[0] - 1 : bits]])
+        return quantize_resolution(x, scale, sigma, masks, width_scales=width_scales, one_width=quantize, **options)
 
     # Ranges ---------------------------------------------------------------------------------------------------------
 

@@ -47,11 +47,11 @@ def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int]
     return [torch.where(known, scale, scale[known].mean()) for scale in scales]
 
 
-def even_stride(n: int, most: int) -> int:
-    """A stride that samples about ``most`` of n values evenly. It has no factor 2, 3, 5 or 7: a multiple of the kernel
-    size would sample a single kernel position.
+def even_stride(n: int, max_samples: int) -> int:
+    """A stride that samples about ``max_samples`` of n values evenly. It has no factor 2, 3, 5 or 7: a multiple of the
+    kernel size would sample a single kernel position.
     """
-    stride = max(1, -(-n // most))
+    stride = max(1, -(-n // max_samples))
     while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):
         stride += 1
     return stride

@@ -48,7 +48,7 @@ class Settings(NamedTuple):
         min_bits: Narrowest width.
         signed: Whether the grid has negative levels.
         zero_point: Zero point, minus the lowest level, of a grid that is neither signed nor unsigned; 0 in version 1.
-        half_step: Whether levels lie at half-integer multiples of the scale; 0 in version 1.
+        half_integer: Whether levels lie at half-integer multiples of the scale; 0 in version 1.
         group_size: Number of inputs that share a scale; 0, which means all, in version 1.
         active: Whether the quantizer is active; an inactive one returns its input.
         settled: Whether the range was fitted to the tensor that is trained, and not only when layers were attached.
@@ -83,7 +83,7 @@ class Settings(NamedTuple):
     min_bits: int = 4
     signed: bool = True
     zero_point: int = 0
-    half_step: bool = False
+    half_integer: bool = False
     group_size: int = 0
     active: bool = True
     settled: bool = False

@@ -65,18 +65,18 @@ class Prefetcher:
         loader: Any = private.loader_of(fetcher)
         return loader if isinstance(loader, Prefetcher) else cls(fetcher)
 
-    def read_ahead(self, most: int, own: _LoaderRandomness) -> list[Item]:
-        """Read up to ``most`` batches that the loop will get first, including those in the fetcher's buffer.
+    def read_ahead(self, max_batches: int, randomness: _LoaderRandomness) -> list[Item]:
+        """Read up to ``max_batches`` batches that the loop will get first, including those in the fetcher's buffer.
 
         Args:
-            most: Maximal number of batches.
-            own: The loaders' generators and workers, recorded before the setup of the data.
+            max_batches: Maximal number of batches.
+            randomness: The loaders' generators and workers, recorded before the setup of the data.
         """
         self._ahead = True
-        own.follow(self._loader.flattened)
+        randomness.follow(self._loader.flattened)
         with isolate_rng():
             self._states = self._states or [self._loader_states()]
-            while len(self._items) < most and self._end is None:
+            while len(self._items) < max_batches and self._end is None:
                 before = private.collect_rng_states()
                 try:
                     item = next(self._source)
@@ -86,9 +86,9 @@ class Prefetcher:
                 self._items.append(item)
                 self._draws.append((before, private.collect_rng_states()))
                 self._states.append(self._loader_states())
-        own.give_back()
-        self._randomness = own
-        return [item for item in self._items[:most] if item[0] is not None]
+        randomness.give_back()
+        self._randomness = randomness
+        return [item for item in self._items[:max_batches] if item[0] is not None]
 
     def begin(self, may_start_over: bool) -> None:
         """Prepare for the start of training, before training gets the batches that were read ahead.
@@ -109,10 +109,10 @@ class Prefetcher:
             self._ahead = False
             self._source = iter(self._loader)
 
-    def keep(self, most: int) -> None:
-        """Keep copies of the last ``most`` batches that the loop gets, for :attr:`kept`."""
+    def keep(self, max_batches: int) -> None:
+        """Keep copies of the last ``max_batches`` batches that the loop gets, for :attr:`kept`."""
         if self._kept is None:
-            self._kept = deque((copied(item) for item in self._items[: self._fetched]), most)
+            self._kept = deque((copied(item) for item in self._items[: self._fetched]), max_batches)
 
     @property
     def kept(self) -> list[Item]:
@@ -174,15 +174,15 @@ class Prefetcher:
         self._fetched = self._next = 0
 
 
-def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
+def read_training_ahead(trainer: Trainer, max_batches: int) -> list[Item] | None:
     """Read the first training batches; training still gets them.
 
     Args:
         trainer: A trainer whose fit has begun.
-        most: Maximal number of batches.
+        max_batches: Maximal number of batches.
 
     Returns:
-        The batches. There are fewer than ``most`` if the data or the Trainer's limits end earlier, and none if
+        The batches. There are fewer than ``max_batches`` if the data or the Trainer's limits end earlier, and none if
         ``training_step`` takes the iterator itself. ``None`` if the run has no training data.
     """
     loop = trainer.fit_loop
@@ -203,7 +203,7 @@ def read_training_ahead(trainer: Trainer, most: int) -> list[Item] | None:
         # In a later fit of a Trainer, the loop starts the data again, and some loaders count the starts.
         iter(fetcher)
     prefetcher = Prefetcher.of(fetcher)
-    items = prefetcher.read_ahead(_readable_batches(trainer, most), randomness)
+    items = prefetcher.read_ahead(_readable_batches(trainer, max_batches), randomness)
     # Without calibration, the data are set up after the sanity check, which starts with these random numbers.
     private.set_rng_states(before)
     prefetcher.setup_draw = setup_draw
@@ -226,10 +226,10 @@ def _prefetcher(trainer: Trainer) -> Prefetcher | None:
     return loader if isinstance(loader, Prefetcher) else None
 
 
-def _readable_batches(trainer: Trainer, most: int) -> int:
-    """The number of batches that training will certainly read, at most ``most``."""
+def _readable_batches(trainer: Trainer, max_batches: int) -> int:
+    """The number of batches that training will certainly read, at most ``max_batches``."""
     loop = trainer.fit_loop
-    limits: list[float] = [most, loop.max_batches]
+    limits: list[float] = [max_batches, loop.max_batches]
     if loop.epoch_loop.restarting and loop.max_batches > loop.epoch_loop.batch_progress.current.ready:
         limits.append(loop.max_batches - loop.epoch_loop.batch_progress.current.ready)
     steps = loop.max_steps - trainer.global_step
@@ -250,17 +250,17 @@ def correct_loader_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
 
 
-def keep_training_batches(trainer: Trainer, most: int) -> None:
+def keep_training_batches(trainer: Trainer, max_batches: int) -> None:
     """Keep copies of the last training batches if :func:`training_batches` cannot read any without side effects."""
     fetcher, loader = private.training_fetcher(trainer), private.training_loader(trainer)
     if fetcher is None or loader is None or is_a(fetcher, "_DataLoaderIterDataFetcher"):
         return
     if _independent(loader) is None:
-        Prefetcher.of(fetcher).keep(most)
+        Prefetcher.of(fetcher).keep(max_batches)
 
 
-def training_batches(trainer: Trainer, most: int) -> Iterator[Any]:
-    """Yield up to ``most`` batches of the training data after training, on the device, as training gets them.
+def training_batches(trainer: Trainer, max_batches: int) -> Iterator[Any]:
+    """Yield up to ``max_batches`` batches of the training data after training, on the device, as training gets them.
 
     If all loaders are PyTorch's, with samplers that can be copied, the batches are those of another epoch: the data set
     is read again, and the state of no loader or sampler changes. Otherwise they are the last training batches, which
@@ -269,10 +269,10 @@ def training_batches(trainer: Trainer, most: int) -> Iterator[Any]:
     prefetcher, training_loader = _prefetcher(trainer), private.training_loader(trainer)
     if training_loader is None:
         return
-    kept = [] if prefetcher is None else prefetcher.kept[-most:]
+    kept = [] if prefetcher is None else prefetcher.kept[-max_batches:]
     loader = None if kept else _independent(training_loader)
     with isolate_rng():
-        for item in islice(iter(kept if loader is None else loader), most):
+        for item in islice(iter(kept if loader is None else loader), max_batches):
             if item[0] is not None:
                 yield on_device(trainer, copied(item))
 

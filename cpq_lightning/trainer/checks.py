@@ -22,20 +22,20 @@ _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 Bests: TypeAlias = dict[str, list[Any]]
 
 
-def check_callbacks(trainer: Trainer, own: Callback) -> None:
+def check_callbacks(trainer: Trainer, checked: Callback) -> None:
     """Refuse a second callback of the same type, an averaging callback before this one, and FSDP1.
 
     Raises:
         MisconfigurationException: the message says what to change.
     """
-    name = type(own).__name__
+    name = type(checked).__name__
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if sum(isinstance(c, type(own)) for c in callbacks) > 1:
+    if sum(isinstance(c, type(checked)) for c in callbacks) > 1:
         raise MisconfigurationException(
             f"The Trainer has more than one {name}: keep one, and give settings of single layers through "
             "CPQConfig(overrides=...)."
         )
-    for callback in callbacks[: callbacks.index(own)]:
+    for callback in callbacks[: callbacks.index(checked)]:
         if is_a(callback, *_AVERAGING):
             raise MisconfigurationException(
                 f"{type(callback).__name__} stands before {name}, which must prepare the model that is averaged: put "

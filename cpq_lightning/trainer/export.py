@@ -56,26 +56,26 @@ class RunSamples:
 
     def __init__(self) -> None:
         self._parts: list[nn.Module] = []
-        self._most = 0
+        self._max_samples = 0
         # Whether the samples are not written yet, and whether exports that will fail have not been reported yet.
         self._unwritten = self._unreported = False
 
-    def begin(self, pl_module: LightningModule, most: int) -> None:
+    def begin(self, pl_module: LightningModule, max_samples: int) -> None:
         """Start a fit, without the samples of an earlier fit.
 
         Args:
             pl_module: The module.
             most: Maximal number of samples; 0 records none.
         """
-        self._parts, self._most = exported_candidates(pl_module), most
-        self._unwritten = self._unreported = bool(most)
+        self._parts, self._max_samples = exported_candidates(pl_module), max_samples
+        self._unwritten = self._unreported = bool(max_samples)
         for part in self._parts:
             record_samples(part, 0)
 
     def listen(self) -> None:
         """Record samples in the next forward."""
         for part in self._parts:
-            record_samples(part, self._most, again=True)
+            record_samples(part, self._max_samples, again=True)
 
     def pause(self) -> None:
         """Remove the hooks, because Lightning's model summary runs a forward on an example that is not data."""

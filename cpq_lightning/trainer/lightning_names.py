@@ -79,10 +79,10 @@ def is_a(thing: object, *names: str) -> bool:
 def _add_bases(package: ModuleType) -> None:
     """Add the other package's classes to the bases of the classes here; this includes existing callbacks."""
     other_exception = import_module(f"{package.__name__}.utilities.exceptions").MisconfigurationException
-    for own, base in ((Callback, package.Callback), (MisconfigurationException, other_exception)):
+    for cls, base in ((Callback, package.Callback), (MisconfigurationException, other_exception)):
         # If one package name is an alias of the other, both classes are the same.
-        if not issubclass(own, base):
-            own.__bases__ = (*own.__bases__, base)
+        if not issubclass(cls, base):
+            cls.__bases__ = (*cls.__bases__, base)
 
 
 class _OtherFinder(MetaPathFinder):

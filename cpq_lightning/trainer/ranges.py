@@ -161,6 +161,6 @@ class RangeHooks(Callback):
 
 def _needs_calibration(trainer: Trainer, all_quantizers: Sequence[Quantizer], resumed: bool) -> bool:
     # Learned widths need the first and last layer, and the layers' multiply-accumulates, before training.
-    needs_order = counts_operations(trainer) or any(q.gates.learned for q in all_quantizers)
-    order_missing = needs_order and not any(q.execution_index for q in all_quantizers)
-    return order_missing or lacks_ranges(all_quantizers, resumed)
+    needs_execution_order = counts_operations(trainer) or any(q.gates.learned for q in all_quantizers)
+    lacks_execution_order = needs_execution_order and not any(q.execution_index for q in all_quantizers)
+    return lacks_execution_order or lacks_ranges(all_quantizers, resumed)

@@ -54,7 +54,7 @@ def test_a_quiet_model_says_nothing_and_its_order_is_known():
         warnings.simplefilter("error")
         model(torch.randn(2, 3, 8, 8))
     assert audit.report.messages() == []
-    assert audit.report.order == ["0", "3", "6"]
+    assert audit.report.execution_order == ["0", "3", "6"]
 
 
 def test_layers_left_out_by_the_config_are_not_reported():

@@ -17,7 +17,7 @@ def test_ranges_cover_all_batches():
     one = calibrate(attach(convnet()), [small])
     torch.manual_seed(0)
     both = calibrate(attach(convnet()), [small, large])
-    assert both[0].input_quantizer.step() > 4 * one[0].input_quantizer.step()
+    assert both[0].input_quantizer.scale() > 4 * one[0].input_quantizer.scale()
 
 
 def test_ranges_do_not_depend_on_how_samples_are_batched():

@@ -78,12 +78,12 @@ def test_inputs_that_outgrow_their_range_get_another_one():
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     tracker = RangeTracker(model, [optimizer])
     del model.__dict__["_cpq_tracking"]
-    before = float(model[0].input_quantizer.step())
+    before = float(model[0].input_quantizer.scale())
     tracker.before_batch(0)
     model.train()(30 * X).sum().backward()
     optimizer.step()
     assert "0.input_quantizer" in tracker.after_step(0)
-    assert float(model[0].input_quantizer.step()) > 10 * before
+    assert float(model[0].input_quantizer.scale()) > 10 * before
     # Layers behind it see what it passes on from the next step on.
     for step in range(1, 5):
         tracker.before_batch(step)
@@ -94,13 +94,13 @@ def test_inputs_that_outgrow_their_range_get_another_one():
 
 def test_a_loop_of_one_s_own_needs_no_tracker():
     model = calibrate(attach(net(), CPQConfig(weight_bits=8, act_bits=8)), [X])
-    before = float(model[0].input_quantizer.step())
+    before = float(model[0].input_quantizer.scale())
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
     for _ in range(3):
         optimizer.zero_grad()
         model.train()(30 * X).sum().backward()
         optimizer.step()
-    assert float(model[0].input_quantizer.step()) > 10 * before
+    assert float(model[0].input_quantizer.scale()) > 10 * before
 
 
 def test_a_resumed_loop_ends_as_the_uninterrupted_one():

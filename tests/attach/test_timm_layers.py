@@ -224,7 +224,7 @@ def test_a_standardized_weight_has_no_more_values_a_channel_than_levels():
 def test_experts_of_a_conditional_convolution_may_have_steps_of_their_own():
     torch.manual_seed(0)
     net = attach(Routed(), CPQConfig(per_channel=True, first_last_bits=None))
-    assert len(net.conv.weight_quantizer.step()) == 4
+    assert len(net.conv.weight_quantizer.scale()) == 4
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_tiny_patch16_dinov3_qkvb", "swinv2_tiny_window8_256"])

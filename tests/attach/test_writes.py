@@ -88,9 +88,9 @@ def test_what_is_written_counts(name, trained):
     weight = layer.weight
     # Near what was written, to within the grid's error, and not to what was there.
     assert not quantized_weight(layer).equal(before)
-    low, high = (float(bound) * float(layer.weight_quantizer.step()) for bound in layer.weight_quantizer.grid()[1:])
+    low, high = (float(bound) * float(layer.weight_quantizer.scale()) for bound in layer.weight_quantizer.grid()[1:])
     clipped = weight.detach().clamp(low, high)
-    assert float((quantized_weight(layer) - clipped).abs().max()) <= 0.51 * float(layer.weight_quantizer.step())
+    assert float((quantized_weight(layer) - clipped).abs().max()) <= 0.51 * float(layer.weight_quantizer.scale())
 
 
 @pytest.mark.parametrize("make", [lambda: Gain(8, 8), lambda: nn.ConvTranspose1d(8, 8, 1)], ids=["Gain", "transposed"])

@@ -147,7 +147,7 @@ def test_learned_widths(fit):
         trainer = fit(module, [CPQCallback(config, table=False), BitBudget(4.0), DistillationCallback()], max_epochs=4)
     assert abs(float(trainer.callback_metrics["cpq/weight_bits"]) - 4) <= 0.05
     assert float(trainer.callback_metrics["cpq/distillation"]) > 0
-    assert all(torch.isfinite(q.step()).all() for _, q in quantizers(module))
+    assert all(torch.isfinite(q.scale()).all() for _, q in quantizers(module))
 
 
 def test_in_company(fit):

@@ -45,7 +45,7 @@ def test_a_trained_network_ships_in_each_format(name, format, container, tmp_pat
     layers = len(list(quantized_layers(model)))
     assert (proof.weights, proof.activations) == (layers, layers)
     assert proof.agreement >= 0.99
-    assert proof.moved <= 1e-3
+    assert proof.mismatched <= 1e-3
     assert proof.real
     assert written.file_bytes == written.path.stat().st_size
     # A program holds its graph as text, which of a small network is more than its weights.

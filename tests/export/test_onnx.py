@@ -69,7 +69,7 @@ def test_a_norm_becomes_scale_and_bias_and_codes_stay(container, tmp_path):
     found = OnnxArtefact(written.path)
     sign = torch.tensor([1, 1, -1, 0]).reshape(4, 1, 1, 1)
     assert torch.equal(found.weight_codes()["0"].short(), codes * sign)
-    assert found.turned_by() == {"0": "1"}
+    assert found.negated_by() == {"0": "1"}
     gain = (model[1].weight / (model[1].running_var + model[1].eps).sqrt()).detach()
     step = model[0].weight_quantizer.grid()[0].detach()
     expected = step * torch.where(gain == 0, 1.0, gain.abs())
@@ -167,7 +167,7 @@ def test_a_relu_before_a_quantizer_is_part_of_it(tmp_path):
         graph, written = shipped(model, images(), tmp_path)
         found = kinds(graph)
         assert found["Relu"] == clips
-        assert written.verification.moved <= 2e-4
+        assert written.verification.mismatched <= 2e-4
         # One Clip of codes for each quantizer, none of floats.
         assert found["Clip"] == 2
 
@@ -227,10 +227,10 @@ def test_codes_are_shifted_up_under_an_integer_bias_and_compare_equal(tmp_path):
 
 
 def test_no_integer_bias_where_its_rounding_would_move_codes(tmp_path, monkeypatch):
-    monkeypatch.setattr(integer, "_MOST_MOVED", 0.0)
+    monkeypatch.setattr(integer, "_MAX_CHANGED", 0.0)
     _, written = shipped(residual(), images(), tmp_path)
     assert optimized(written.path, tmp_path)["QLinearConv"] == 0
-    assert written.verification.moved <= 2e-4
+    assert written.verification.mismatched <= 2e-4
 
 
 def test_no_transposition_between_products(tmp_path):
@@ -370,7 +370,7 @@ def test_a_weight_that_two_kinds_of_layers_share(tmp_path):
         for container in ("int8", "int4"):
             graph, written = shipped(model, images(), tmp_path / first, config, container=container)
             np.testing.assert_allclose(run(graph, images()), model(images()).detach(), rtol=1e-2, atol=5e-2)
-            assert written.verification.moved <= 1e-3
+            assert written.verification.mismatched <= 1e-3
             detach(model)
 
 

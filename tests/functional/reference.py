@@ -6,17 +6,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def reference(x, step, sigma, masks=None, *, bits, min_bits=None, signed=True, estimator="argmax"):
+def reference(x, scale, sigma, masks=None, *, bits, min_bits=None, signed=True, estimator="argmax"):
     """What ``quantize`` must give, for ``x`` within about 1.5 times the grid (far outside, exponentials overflow)."""
     min_bits = bits if min_bits is None else min_bits
     levels = grid(bits, signed)
-    ring = ring_of(levels, min_bits, signed)
+    grid_index = grid_index_of(levels, min_bits, signed)
     if masks is None:
         masks = torch.ones(bits - min_bits + 1, dtype=x.dtype)
     per_element = masks.reshape(*_aligned(masks, x)).expand(-1, *x.shape)
-    m = per_element[ring].movedim(0, -1)
+    m = per_element[grid_index].movedim(0, -1)
 
-    u, s = (x / step).unsqueeze(-1), (sigma / step).unsqueeze(-1)
+    u, s = (x / scale).unsqueeze(-1), (sigma / scale).unsqueeze(-1)
     upper, lower = (levels + 0.5 - u) / s, (levels - 0.5 - u) / s
     # log(S(B) - S(A)) = log S(B) + log S(-A) + log(1 - exp(A - B)), here minus its largest kept value, which cancels.
     log_p = torch.nn.functional.logsigmoid(upper) + torch.nn.functional.logsigmoid(-lower)
@@ -28,23 +28,23 @@ def reference(x, step, sigma, masks=None, *, bits, min_bits=None, signed=True, e
     chosen = pi.detach().argmax(-1, keepdim=True)
     n = levels[chosen].squeeze(-1)
     surrogate = n * pi.gather(-1, chosen).squeeze(-1) if estimator == "argmax" else (levels * pi).sum(-1)
-    # The chosen point itself, and the surrogate's derivative times a step that is held.
-    return step * n + step.detach() * (surrogate - surrogate.detach())
+    # The chosen point itself, and the surrogate's derivative times a scale that is constant.
+    return scale * n + scale.detach() * (surrogate - surrogate.detach())
 
 
 def grid(bits, signed):
-    """All levels, in steps."""
+    """All levels, in scales."""
     levels = torch.arange(2**bits, dtype=torch.float64)
     return levels - 2 ** (bits - 1) if signed else levels
 
 
-def ring_of(levels, min_bits, signed):
+def grid_index_of(levels, min_bits, signed):
     """Index of the ring that each level lies in: how many bits over ``min_bits`` it takes to write it."""
-    ring = torch.zeros(len(levels), dtype=torch.long)
+    grid_index = torch.zeros(len(levels), dtype=torch.long)
     for i, level in enumerate(levels):
-        while not _fits(level, min_bits + int(ring[i]), signed):
-            ring[i] += 1
-    return ring
+        while not _fits(level, min_bits + int(grid_index[i]), signed):
+            grid_index[i] += 1
+    return grid_index
 
 
 def _fits(level, bits, signed):
@@ -73,26 +73,26 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def exact(x, step, sigma, masks, *, bits, min_bits, signed):
-    """Value of one element and, by estimator, its gradients in x, step, sigma and each mask, all given as floats.
+def exact(x, scale, sigma, masks, *, bits, min_bits, signed):
+    """Value of one element and, by estimator, its gradients in x, scale, sigma and each mask, all given as floats.
 
     Central differences with digits to spare: right however far out x is and however little mass a ring holds.
     """
-    values = [Decimal(v) for v in (x, step, sigma, *masks)]
+    values = [Decimal(v) for v in (x, scale, sigma, *masks)]
     levels = [int(level) for level in grid(bits, signed)]
-    rings = ring_of(levels, min_bits, signed).tolist()
-    # The largest exponent, in decimal digits: masses are that small, and derivatives of closed rings that large.
-    digits = int(max(abs(x / step - level) + 1 for level in levels) * step / sigma / 2.3)
+    grid_indices = grid_index_of(levels, min_bits, signed).tolist()
+    # The largest exponent, in decimal digits: masses are that small, and derivatives of closed grids that large.
+    digits = int(max(abs(x / scale - level) + 1 for level in levels) * scale / sigma / 2.3)
     with localcontext() as context:
         context.prec = 100 + 3 * digits
         context.Emin, context.Emax = -(10**9), 10**9
         h = Decimal(10) ** (-30 - digits)
-        pi = _probabilities(levels, rings, values)
+        pi = _probabilities(levels, grid_indices, values)
         chosen = max(range(len(levels)), key=lambda i: pi[i])
         gradients = {"argmax": [], "expectation": []}
         for i in range(len(values)):
             up, down = (
-                _probabilities(levels, rings, [v + sign * h * (j == i) for j, v in enumerate(values)])
+                _probabilities(levels, grid_indices, [v + sign * h * (j == i) for j, v in enumerate(values)])
                 for sign in (1, -1)
             )
             slopes = [n * (p - q) / (2 * h) for n, p, q in zip(levels, up, down, strict=True)]
@@ -102,9 +102,9 @@ def exact(x, step, sigma, masks, *, bits, min_bits, signed):
         return float(levels[chosen] * values[1]), gradients
 
 
-def _probabilities(levels, rings, values):
-    x, step, sigma, *masks = values
-    above = [1 / (1 + ((x - (levels[0] + i - Decimal("0.5")) * step) / sigma).exp()) for i in range(len(levels) + 1)]
-    mass = [masks[ring] * (above[i + 1] - above[i]) for i, ring in enumerate(rings)]
+def _probabilities(levels, grid_indices, values):
+    x, scale, sigma, *masks = values
+    above = [1 / (1 + ((x - (levels[0] + i - Decimal("0.5")) * scale) / sigma).exp()) for i in range(len(levels) + 1)]
+    mass = [masks[grid_index] * (above[i + 1] - above[i]) for i, grid_index in enumerate(grid_indices)]
     total = sum(mass)
     return [m / total for m in mass]

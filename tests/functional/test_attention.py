@@ -30,8 +30,8 @@ def test_it_is_torchs_attention(mask, scale):
 def test_causal_and_grouped_heads_are_torchs():
     q, k, v = _qkv(kv_heads=2)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    found = attention(q, k, v, is_causal=True, enable_gqa=True, operands=PLAIN)
-    torch.testing.assert_close(found, expected)
+    actual = attention(q, k, v, is_causal=True, enable_gqa=True, operands=PLAIN)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_dropout_drops_attention_weights():
@@ -61,15 +61,15 @@ def test_a_query_that_sees_no_key_attends_to_nothing():
     hidden = torch.ones(5, 7, dtype=torch.bool)
     hidden[2] = False
     for mask in (hidden, torch.zeros(5, 7).double().masked_fill(~hidden, -torch.inf)):
-        found = attention(q, k, v, mask, operands=PLAIN)
-        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        assert not found[:, :, 2].any()
+        actual = attention(q, k, v, mask, operands=PLAIN)
+        torch.testing.assert_close(actual, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        assert not actual[:, :, 2].any()
 
 
 def test_a_mask_of_another_type_is_taken():
     q, k, v = _qkv(dtype=torch.bfloat16)
     mask = torch.randn(5, 7)
-    found = attention(q, k, v, mask, operands=PLAIN)
-    assert found.dtype == torch.bfloat16
+    actual = attention(q, k, v, mask, operands=PLAIN)
+    assert actual.dtype == torch.bfloat16
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)

@@ -8,28 +8,28 @@ from cpq_lightning.functional.distill import distillation_loss
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3, 4)])
 def test_it_is_the_mean_divergence_times_the_temperature_squared(shape, temperature):
-    own, teacher = torch.randn(2, *shape, dtype=torch.float64)
-    p, q = softmax(teacher / temperature, 1), softmax(own / temperature, 1)
+    student, teacher = torch.randn(2, *shape, dtype=torch.float64)
+    p, q = softmax(teacher / temperature, 1), softmax(student / temperature, 1)
     expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(distillation_loss(own, teacher, temperature=temperature), expected)
+    torch.testing.assert_close(distillation_loss(student, teacher, temperature=temperature), expected)
 
 
 def test_at_temperature_1_its_gradient_is_that_of_cross_entropy_with_the_teachers_probabilities():
-    own = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    student = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(distillation_loss(own, teacher), own)
-    (expected,) = torch.autograd.grad(cross_entropy(own, softmax(teacher, 1).detach()), own)
+    (gradient,) = torch.autograd.grad(distillation_loss(student, teacher), student)
+    (expected,) = torch.autograd.grad(cross_entropy(student, softmax(teacher, 1).detach()), student)
     torch.testing.assert_close(gradient, expected)
-    assert torch.autograd.gradcheck(lambda x: distillation_loss(x, teacher.detach(), temperature=2.0), own)
-    distillation_loss(own, teacher).backward()
+    assert torch.autograd.gradcheck(lambda x: distillation_loss(x, teacher.detach(), temperature=2.0), student)
+    distillation_loss(student, teacher).backward()
     assert teacher.grad is None
 
 
 def test_half_precision_is_computed_in_float32():
-    own, teacher = torch.randn(2, 6, 5)
-    loss = distillation_loss(own.bfloat16(), teacher.bfloat16())
+    student, teacher = torch.randn(2, 6, 5)
+    loss = distillation_loss(student.bfloat16(), teacher.bfloat16())
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, distillation_loss(own.bfloat16().float(), teacher.bfloat16().float()))
+    torch.testing.assert_close(loss, distillation_loss(student.bfloat16().float(), teacher.bfloat16().float()))
 
 
 def test_bad_arguments():

@@ -24,7 +24,7 @@ from cpq_lightning.functional.resolution import quantize_resolution
 from tests.functional.reference import reference
 from tests.strategies import DENSE_LAYOUTS, Case, cases, contiguous, examples, layout, shapes
 
-NAMES = ("value", "x", "step", "sigma", "masks")
+NAMES = ("value", "x", "scale", "sigma", "masks")
 # Of the largest entry: another layout adds and vectorizes in another order; halves round the result.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 # Gates of 0 and 1 leave one grid to each element; what lies between them weighs grids against each other.
@@ -41,11 +41,11 @@ def differentiate(function, tensors, upstream, **settings):
 
 def settled(case, tensors):
     """Where gates between 0 and 1 decide for a level by more than rounding: 1, else 0."""
-    x, step, sigma, masks = tensors
+    x, scale, sigma, masks = tensors
     if masks is None or case.gates in DECIDED:
         return torch.ones_like(x)
     levels = [
-        quantize(x, step, sigma, torch.cat([masks[:1], (masks[1:] * factor).clamp(max=1)]), **case.grid)
+        quantize(x, scale, sigma, torch.cat([masks[:1], (masks[1:] * factor).clamp(max=1)]), **case.grid)
         for factor in (1 - 1e-3, 1, 1 + 1e-3)
     ]
     return ((levels[0] == levels[1]) & (levels[1] == levels[2])).to(x.dtype)
@@ -66,12 +66,12 @@ def open_widths(case, masks):
     return (case.min_bits - 1 + (masks > 0).sum(0)).expand(case.shape)
 
 
-def rounded(x, step, widths, signed):
+def rounded(x, scale, widths, signed):
     """Rounding to the grid of each element's width, halves in float32."""
     wide = x if x.dtype == torch.float64 else x.float()
-    step = step if step.dtype == torch.float64 else step.float()
+    scale = scale if scale.dtype == torch.float64 else scale.float()
     bounds = torch.tensor([level_bounds(k, signed) for k in range(1, 9)]).to(wide.dtype)[widths - 1]
-    return ((wide / step).round().clamp(bounds[..., 0], bounds[..., 1]) * step).to(x.dtype)
+    return ((wide / scale).round().clamp(bounds[..., 0], bounds[..., 1]) * scale).to(x.dtype)
 
 
 def tells_levels_apart(case):
@@ -111,29 +111,29 @@ def test_values_and_gradients_are_finite_and_have_the_shape_and_dtype_of_what_th
 @examples(200)
 @given(cases(gates=DECIDED))
 @example(Case(shape=(50,), bits=4, min_bits=2, mask_shape=(), values="halves", seed=1))
-def test_with_gates_of_zero_and_one_it_rounds_to_the_grid_of_the_open_rings(case):
-    x, step, sigma, masks = case.tensors()
-    want = rounded(x, step, open_widths(case, masks), case.signed)
-    assert torch.equal(quantize(x, step, sigma, masks, **case.grid), want)
+def test_with_gates_of_zero_and_one_it_rounds_to_the_grid_of_the_open_grids(case):
+    x, scale, sigma, masks = case.tensors()
+    want = rounded(x, scale, open_widths(case, masks), case.signed)
+    assert torch.equal(quantize(x, scale, sigma, masks, **case.grid), want)
 
 
 @examples(100)
 @given(cases(gates=("between",), masks=True))
-def test_with_gates_between_every_value_is_a_level_of_an_open_ring(case):
+def test_with_gates_between_every_value_is_a_level_of_an_open_grid(case):
     assume(tells_levels_apart(case))
-    x, step, sigma, masks = case.tensors()
-    out = quantize(x, step, sigma, masks, **case.grid)
+    x, scale, sigma, masks = case.tensors()
+    out = quantize(x, scale, sigma, masks, **case.grid)
     # Rounding to that grid finds a value that is on it.
-    assert torch.equal(rounded(out, step, open_widths(case, masks), case.signed), out)
+    assert torch.equal(rounded(out, scale, open_widths(case, masks), case.signed), out)
 
 
 @examples(150)
 @given(cases(gates=DECIDED))
 def test_quantizing_what_is_quantized_changes_nothing(case):
     assume(tells_levels_apart(case))
-    x, step, sigma, masks = case.tensors()
-    once = quantize(x, step, sigma, masks, **case.grid)
-    assert torch.equal(quantize(once, step, sigma, masks, **case.grid), once)
+    x, scale, sigma, masks = case.tensors()
+    once = quantize(x, scale, sigma, masks, **case.grid)
+    assert torch.equal(quantize(once, scale, sigma, masks, **case.grid), once)
 
 
 @examples(100)
@@ -142,10 +142,10 @@ def test_quantizing_what_is_quantized_changes_nothing(case):
 def test_dense_layouts_are_kept(case):
     x, *others = case.tensors()
     # Gates that are drawn lie in the standard layout, whatever that of x is.
-    for step, sigma, masks in (others, contiguous(others)):
-        assert layout(quantize(x, step, sigma, masks, **case.grid)) == layout(x)
+    for scale, sigma, masks in (others, contiguous(others)):
+        assert layout(quantize(x, scale, sigma, masks, **case.grid)) == layout(x)
         if masks is not None:
-            assert layout(quantize_resolution(x, step, sigma, masks, **case.grid)) == layout(x)
+            assert layout(quantize_resolution(x, scale, sigma, masks, **case.grid)) == layout(x)
 
 
 @examples(100)
@@ -153,10 +153,10 @@ def test_dense_layouts_are_kept(case):
 def test_elements_do_not_see_each_other(case, seed):
     """Any order of the elements gives each its own value and gradients; what broadcasts, those of its copies' sum."""
     tensors = case.tensors()
-    x, step, sigma, masks = tensors
+    x, scale, sigma, masks = tensors
     n, order = x.numel(), torch.randperm(x.numel(), generator=torch.Generator().manual_seed(seed))
     upstream = case.upstream() * settled(case, tensors)
-    single = [t.expand(case.shape).reshape(-1)[order] for t in (x, step, sigma)]
+    single = [t.expand(case.shape).reshape(-1)[order] for t in (x, scale, sigma)]
     single.append(None if masks is None else spread(masks, case.shape).reshape(len(masks), n)[:, order])
     got = differentiate(quantize, tensors, upstream, **case.grid)
     each = differentiate(quantize, single, upstream.reshape(-1)[order], **case.grid)
@@ -187,12 +187,12 @@ def assert_sums(name, reduced, single):
 
 @examples(100)
 @given(cases(dtypes=(torch.float32, torch.float64)), st.integers(-30, 30))
-def test_powers_of_two_scale_the_value_and_leave_the_gradients_of_x_step_and_sigma(case, power):
-    x, step, sigma, masks = case.tensors()
+def test_powers_of_two_scale_the_value_and_leave_the_gradients_of_x_scale_and_sigma(case, power):
+    x, scale, sigma, masks = case.tensors()
     factor = 2.0**power
     upstream = case.upstream()
-    plain = differentiate(quantize, (x, step, sigma, masks), upstream, **case.grid)
-    scaled = differentiate(quantize, (x * factor, step * factor, sigma * factor, masks), upstream, **case.grid)
+    plain = differentiate(quantize, (x, scale, sigma, masks), upstream, **case.grid)
+    scaled = differentiate(quantize, (x * factor, scale * factor, sigma * factor, masks), upstream, **case.grid)
     assert torch.equal(scaled[0], plain[0] * factor)
     assert_alike(scaled[1:4], plain[1:4], NAMES[1:4])
     if masks is not None:
@@ -202,33 +202,33 @@ def test_powers_of_two_scale_the_value_and_leave_the_gradients_of_x_step_and_sig
 @examples(60)
 @given(cases(masks=False))
 def test_negation_commutes_as_far_as_the_grid_is_symmetric(case):
-    x, step, sigma, _ = case.tensors()
+    x, scale, sigma, _ = case.tensors()
     high = level_bounds(case.bits)[1]
-    x = torch.minimum(torch.maximum(x, -high * step), high * step).to(x.dtype)
+    x = torch.minimum(torch.maximum(x, -high * scale), high * scale).to(x.dtype)
     grid = {**case.grid, "signed": True}
-    assert torch.equal(quantize(-x, step, sigma, **grid), -quantize(x, step, sigma, **grid))
+    assert torch.equal(quantize(-x, scale, sigma, **grid), -quantize(x, scale, sigma, **grid))
 
 
 @examples(100)
 @given(cases(dtypes=(torch.float64,), layouts=("contiguous",), empty=False))
 def test_a_larger_x_is_never_quantized_to_less(case):
     """The most probable level of a family with monotone likelihood ratios does not fall, whatever the masks."""
-    x, step, sigma, masks = case.tensors()
+    x, scale, sigma, masks = case.tensors()
     masks = None if masks is None else masks.reshape(len(masks), -1)[:, :1]
-    x, step, sigma = x.flatten().sort().values, step.flatten()[:1], sigma.min()
-    sigma = torch.minimum(sigma, step)
-    out = quantize(x, step, sigma, masks, **case.grid)
+    x, scale, sigma = x.flatten().sort().values, scale.flatten()[:1], sigma.min()
+    sigma = torch.minimum(sigma, scale)
+    out = quantize(x, scale, sigma, masks, **case.grid)
     assert (out.diff() >= 0).all()
 
 
 @examples(120)
 @given(cases(dtypes=(torch.float64,), values=("spread",), gates=("between", "binary")))
-def test_values_and_gradients_agree_with_the_whole_grid_written_out(case):
-    x, step, sigma, masks = replace(case, exponent=0).tensors()
+def test_values_and_gradients_agree_with_the_full_grid_written_out(case):
+    x, scale, sigma, masks = replace(case, exponent=0).tensors()
     # The reference's own exponentials, not the quantizer's, need wide noise on wide grids.
     least = 1.5 * 2**case.bits / 600
-    sigma = torch.maximum(sigma, least * smallest(step)).clamp(max=smallest(step))
-    tensors = (x, step, sigma, masks)
+    sigma = torch.maximum(sigma, least * smallest(scale)).clamp(max=smallest(scale))
+    tensors = (x, scale, sigma, masks)
     upstream = case.upstream() * settled(case, tensors)
     got = differentiate(quantize, tensors, upstream, **case.grid)
     want = differentiate(reference, tensors, upstream, **case.grid)
@@ -239,45 +239,45 @@ def test_values_and_gradients_agree_with_the_whole_grid_written_out(case):
         assert_alike(got[4:], want[4:], NAMES[4:], least=1e-10)
 
 
-def smallest(step):
-    return step.min() if step.numel() else step.new_ones(())
+def smallest(scale):
+    return scale.min() if scale.numel() else scale.new_ones(())
 
 
 # Nesting by resolution -----------------------------------------------------------------------------------------------
 
 
-def at_width(case, x, step, sigma, width, scales=None):
+def at_width(case, x, scale, sigma, width, width_scales=None):
     """The single quantizer of one width."""
-    scale = 2.0 ** (case.bits - width) if scales is None else scales[width - case.min_bits]
+    factor = 2.0 ** (case.bits - width) if width_scales is None else width_scales[width - case.min_bits]
     grid = {"bits": width, "signed": case.signed, "estimator": case.estimator}
-    return quantize(x, step * scale, sigma * scale, **grid)
+    return quantize(x, scale * factor, sigma * factor, **grid)
 
 
 @examples(80)
 @given(cases(gates=DECIDED, masks=True), st.booleans())
-@example(Case(shape=(2, 3), bits=2, step_shape=(3,), mask_shape=(1, 3), gates="binary", seed=1), False)
+@example(Case(shape=(2, 3), bits=2, scale_shape=(3,), mask_shape=(1, 3), gates="binary", seed=1), False)
 @example(Case(shape=(0,), mask_shape=(0,)), False)
 def test_by_resolution_gates_of_zero_and_one_give_each_element_the_quantizer_of_its_width(case, fitted):
-    x, step, sigma, masks = case.tensors()
-    scales = None
+    x, scale, sigma, masks = case.tensors()
+    width_scales = None
     if fitted:
         # Steps that were fitted to each width, at ratios that no power of two has.
-        scales = torch.linspace(2.7, 1.0, len(masks)).to(step.dtype).reshape(-1, *[1] * max(x.dim(), 1))
-        scales = scales if x.dim() else scales[:, 0]
+        width_scales = torch.linspace(2.7, 1.0, len(masks)).to(scale.dtype).reshape(-1, *[1] * max(x.dim(), 1))
+        width_scales = width_scales if x.dim() else width_scales[:, 0]
     widths = open_widths(case, masks)
     upstream = case.upstream()
 
-    def chosen(x, step, sigma):
+    def chosen(x, scale, sigma):
         out = torch.zeros_like(x)
         for k in range(case.min_bits, case.bits + 1):
-            out = torch.where(widths == k, at_width(case, x, step, sigma, k, scales), out)
+            out = torch.where(widths == k, at_width(case, x, scale, sigma, k, width_scales), out)
         return out
 
-    def nested(x, step, sigma):
-        return quantize_resolution(x, step, sigma, masks, scales=scales, **case.grid)
+    def nested(x, scale, sigma):
+        return quantize_resolution(x, scale, sigma, masks, width_scales=width_scales, **case.grid)
 
-    got = differentiate(nested, (x, step, sigma), upstream)
-    want = differentiate(chosen, (x, step, sigma), upstream)
+    got = differentiate(nested, (x, scale, sigma), upstream)
+    want = differentiate(chosen, (x, scale, sigma), upstream)
     assert (got[0].shape, got[0].dtype) == (x.shape, x.dtype)
     assert torch.equal(got[0], want[0])
     assert_alike(got[1:], want[1:], NAMES[1:4])
@@ -287,22 +287,22 @@ def test_by_resolution_gates_of_zero_and_one_give_each_element_the_quantizer_of_
 @given(cases(gates=("between",), masks=True))
 @example(Case(shape=(0,), bits=2, mask_shape=(0,), gates="between"))
 def test_by_resolution_gates_between_weigh_the_residuals_that_bits_add(case):
-    x, step, sigma, masks = case.tensors()
+    x, scale, sigma, masks = case.tensors()
     upstream = case.upstream()
 
-    def ladder(x, step, sigma, masks):
-        values = [at_width(case, x, step, sigma, k) for k in range(case.min_bits, case.bits + 1)]
+    def ladder(x, scale, sigma, masks):
+        values = [at_width(case, x, scale, sigma, k) for k in range(case.min_bits, case.bits + 1)]
         out = values[0]
         for mask, lower, upper in zip(masks[1:], values[:-1], values[1:], strict=True):
             out = out + mask.to(x.dtype) * (upper - lower)
         return out
 
-    got = differentiate(quantize_resolution, (x, step, sigma, masks), upstream, **case.grid)
-    want = differentiate(ladder, (x, step, sigma, masks), upstream)
-    for name, g, t in zip(NAMES, got, (x, x, step, sigma, masks), strict=True):
+    got = differentiate(quantize_resolution, (x, scale, sigma, masks), upstream, **case.grid)
+    want = differentiate(ladder, (x, scale, sigma, masks), upstream)
+    for name, g, t in zip(NAMES, got, (x, x, scale, sigma, masks), strict=True):
         assert (g.shape, g.dtype) == (t.shape, t.dtype), name
         assert g.isfinite().all(), name
-    if case.dtype == case.own_dtype and case.dtype != torch.bfloat16:
+    if case.dtype == case.parameter_dtype and case.dtype != torch.bfloat16:
         assert_alike(got[:4], want[:4], NAMES[:4])
 
 
@@ -324,14 +324,14 @@ seeds = st.integers(-(2**63), 2**63 - 1)
 
 @examples(100)
 @given(shapes(), seeds, seeds, st.integers(0, 2**32 - 1))
-def test_noise_lies_between_zero_and_one_and_depends_on_its_counters_only(shape, seed, step, key):
-    u = keyed_uniform(shape, seed, torch.tensor([step]), key)
+def test_noise_lies_between_zero_and_one_and_depends_on_its_counters_only(shape, seed, scale, key):
+    u = keyed_uniform(shape, seed, torch.tensor([scale]), key)
     assert (u.shape, u.dtype) == (shape, torch.float32)
     assert ((u > 0) & (u < 1)).all()
     torch.rand(3)
-    assert torch.equal(keyed_uniform(shape, seed, torch.tensor(step), key), u)
+    assert torch.equal(keyed_uniform(shape, seed, torch.tensor(scale), key), u)
     # A longer row of elements begins with a shorter one.
-    assert torch.equal(keyed_uniform((u.numel() + 1,), seed, torch.tensor([step]), key)[:-1], u.flatten())
+    assert torch.equal(keyed_uniform((u.numel() + 1,), seed, torch.tensor([scale]), key)[:-1], u.flatten())
 
 
 @examples(100)
@@ -371,16 +371,16 @@ def test_the_logit_of_a_probability_opens_with_it_and_evaluation_keeps_leading_g
     assert kept.sum() == next((i for i, v in enumerate(p.tolist()) if v < 0.5), len(p))
 
 
-# Starting steps ------------------------------------------------------------------------------------------------------
+# Starting scales ------------------------------------------------------------------------------------------------------
 
 
 LARGEST = torch.finfo(torch.float32).max
 
 
 @st.composite
-def rows(draw, least=0.0, most=LARGEST):
+def rows(draw, least=0.0, highest=LARGEST):
     """Rows of finite float32 numbers, some of them dead channels."""
-    magnitudes = st.floats(least, most, width=32)
+    magnitudes = st.floats(least, highest, width=32)
     number = st.one_of(magnitudes, magnitudes.map(lambda v: -v), st.just(0.0))
     n = draw(st.integers(1, 6))
     row = st.one_of(st.lists(number, min_size=n, max_size=n), st.just([0.0] * n))
@@ -393,38 +393,38 @@ grids = st.fixed_dictionaries({"bits": st.integers(1, 8), "signed": st.booleans(
 @examples(80)
 @given(rows(), grids, st.booleans())
 @example(torch.tensor([[3e38]]), {"bits": 1, "signed": False}, False)
-def test_fitted_steps_are_positive_and_finite_whatever_finite_values_they_are_fitted_to(values, grid, counted):
+def test_fitted_scales_are_positive_and_finite_whatever_finite_values_they_are_fitted_to(values, grid, counted):
     counts = torch.arange(values.numel()).reshape(values.shape).double() if counted else None
-    step = mse_scale(values, **grid, counts=counts)
-    assert (step.shape, step.dtype) == (values.shape[:1], torch.float32)
-    assert ((step > 0) & step.isfinite()).all()
+    scale = mse_scale(values, **grid, counts=counts)
+    assert (scale.shape, scale.dtype) == (values.shape[:1], torch.float32)
+    assert ((scale > 0) & scale.isfinite()).all()
     full = max_scale(values.amin(1), values.amax(1), **grid)
     assert ((full > 0) & full.isfinite()).all()
 
 
-def squared_error(values, step, bits, signed):
-    values, step = values.double(), step.double()[:, None]
-    return (values - (values / step).round().clamp(*level_bounds(bits, signed)) * step).square().sum(1)
+def squared_error(values, scale, bits, signed):
+    values, scale = values.double(), scale.double()[:, None]
+    return (values - (values / scale).round().clamp(*level_bounds(bits, signed)) * scale).square().sum(1)
 
 
-# Below 1e-30 a step is as good as zero, by design.
+# Below 1e-30 a scale is as good as zero, by design.
 @examples(80)
 @given(rows(least=2.0**-80), grids)
 @example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e-25, {"bits": 4, "signed": True})
 @example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e25, {"bits": 4, "signed": True})
-def test_no_fitted_step_is_worse_than_the_one_that_clips_nothing(values, grid):
+def test_no_fitted_scale_is_worse_than_the_one_that_clips_nothing(values, grid):
     fitted = squared_error(values, mse_scale(values, **grid), **grid)
     full = squared_error(values, max_scale(values.amin(1), values.amax(1), **grid), **grid)
     assert (fitted <= full * (1 + 1e-5) + 1e-12 * values.double().square().sum(1)).all()
 
 
 @examples(50)
-@given(rows(least=2.0**-8, most=2.0**8), grids, st.integers(-75, 110))
+@given(rows(least=2.0**-8, highest=2.0**8), grids, st.integers(-75, 110))
 @example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "signed": False}, -75)
 @example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "signed": False}, 63)
-def test_a_fitted_step_scales_with_its_values(values, grid, power):
+def test_a_fitted_scale_grows_with_its_values(values, grid, power):
     fitted = mse_scale(values, **grid)
-    # Where no value can be represented the step is 1, whatever the scale.
+    # Where no value can be represented the scale is 1, whatever the scale.
     has_scale = max_scale(values.amin(1) * 2.0**-9, values.amax(1) * 2.0**-9, **grid) < 1
     assert torch.equal(mse_scale(values * 2.0**power, **grid)[has_scale], (fitted * 2.0**power)[has_scale])
 
@@ -450,8 +450,8 @@ def test_a_histogram_counts_every_value_once_and_what_lies_beyond_at_its_end(val
 def budgets(draw):
     """Widths within their bounds, a cost that is linear or bilinear in them, a target, and prices."""
     n = draw(st.integers(0, 7))
-    whole = st.integers(1, 8)
-    bounds = [sorted(draw(st.tuples(whole, whole, whole))) for _ in range(n)]
+    width = st.integers(1, 8)
+    bounds = [sorted(draw(st.tuples(width, width, width))) for _ in range(n)]
     narrowest, widths, widest = (torch.tensor([b[i] for b in bounds], dtype=torch.float64) for i in range(3))
     terms = []
     for row in range(n):
@@ -485,16 +485,16 @@ def test_adjusted_widths_keep_their_bounds_cost_no_more_than_the_target_and_are_
         assert abs(change.after - change.before) == 1
         replayed[change.row] = change.after
     assert torch.equal(replayed, after)
-    own = cost.gradient(before) > 0
-    assert torch.equal(after[~own], before[~own])
-    if cost(torch.where(own, narrowest, before)) > target * (1 + 1e-9):
-        assert torch.equal(after[own], narrowest[own])
+    has_cost = cost.gradient(before) > 0
+    assert torch.equal(after[~has_cost], before[~has_cost])
+    if cost(torch.where(has_cost, narrowest, before)) > target * (1 + 1e-9):
+        assert torch.equal(after[has_cost], narrowest[has_cost])
         return
     room = target - cost(after)
     assert room >= -1e-9 * target
     # No single bit is left that would still fit.
     for row in range(len(after)):
-        if own[row] and after[row] < widest[row]:
+        if has_cost[row] and after[row] < widest[row]:
             assert cost.gradient(after)[row] > room - 1e-9 * target
 
 

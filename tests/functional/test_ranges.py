@@ -1,4 +1,4 @@
-"""Starting steps against a dense scan of all steps, against optima from the literature, and histograms."""
+"""Starting scales against a dense scan of all scales, against optima from the literature, and histograms."""
 
 import math
 
@@ -29,19 +29,19 @@ def samples(name):
     }[name]
 
 
-def error(values, step, bits, signed, counts=None):
-    """Squared error of each of the given steps, in float64."""
-    values, step = values.double(), torch.as_tensor(step, dtype=torch.float64).reshape(-1, 1)
+def error(values, scale, bits, signed, counts=None):
+    """Squared error of each of the given scales, in float64."""
+    values, scale = values.double(), torch.as_tensor(scale, dtype=torch.float64).reshape(-1, 1)
     low, high = level_bounds(bits, signed)
-    squares = (values - (values / step).round().clamp(low, high) * step).square()
+    squares = (values - (values / scale).round().clamp(low, high) * scale).square()
     return (squares if counts is None else squares * counts).sum(1)
 
 
 def dense_best(values, bits, signed):
-    """Least error over 600 steps from far too small to far too large, and 500 more around the best of them."""
+    """Least error over 600 scales from far too small to far too large, and 500 more around the best of them."""
     span = values.abs().max().double() * 2
-    steps = span * torch.logspace(-13, 0, 600, base=2, dtype=torch.float64)
-    best = steps[error(values, steps, bits, signed).argmin()]
+    scales = span * torch.logspace(-13, 0, 600, base=2, dtype=torch.float64)
+    best = scales[error(values, scales, bits, signed).argmin()]
     fine = best * torch.linspace(0.98, 1.02, 500, dtype=torch.float64)
     return error(values, fine, bits, signed).min().item()
 
@@ -54,14 +54,14 @@ UNSIGNED = ["half normal", "mostly zero", "normal", "one outlier", "heavy tails"
 @pytest.mark.parametrize(
     ("name", "signed"), [*((n, True) for n in [*SIGNED, "negative"]), *((n, False) for n in UNSIGNED)]
 )
-def test_no_step_has_an_error_lower_by_more_than_a_percent(name, signed, bits):
+def test_no_scale_has_an_error_lower_by_more_than_a_percent(name, signed, bits):
     values = samples(name)
-    step = mse_scale(values[None], bits=bits, signed=signed)
-    assert step.shape == (1,)
-    assert step.dtype == torch.float32
-    assert step.isfinite().all()
-    assert (step > 0).all()
-    assert error(values, step, bits, signed).item() <= 1.01 * dense_best(values, bits, signed)
+    scale = mse_scale(values[None], bits=bits, signed=signed)
+    assert scale.shape == (1,)
+    assert scale.dtype == torch.float32
+    assert scale.isfinite().all()
+    assert (scale > 0).all()
+    assert error(values, scale, bits, signed).item() <= 1.01 * dense_best(values, bits, signed)
 
 
 # Max, Quantizing for minimum distortion, 1960, table II: best spacing of 2^k equally spaced levels for a unit normal.
@@ -73,35 +73,35 @@ def test_a_unit_normal_gets_nearly_the_spacing_of_the_literature(bits, spacing):
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(1, True), (2, True), (3, True), (4, True), (2, False), (4, False)])
-def test_a_unit_normal_gets_the_step_that_integration_gives(bits, signed):
+def test_a_unit_normal_gets_the_scale_that_integration_gives(bits, signed):
     """Of the normal, or of its absolute values, by quadrature and weights: no sampling error on either side."""
     z = torch.linspace(0 if not signed else -6, 6, 6_001, dtype=torch.float64)
     weight = torch.exp(-z * z / 2)
-    steps = torch.linspace(0.1, 1.6, 1501, dtype=torch.float64)
-    errors = torch.cat([error(z, chunk, bits, signed, weight) for chunk in steps.split(200)])
+    scales = torch.linspace(0.1, 1.6, 1501, dtype=torch.float64)
+    errors = torch.cat([error(z, chunk, bits, signed, weight) for chunk in scales.split(200)])
     fitted = mse_scale(z.float()[None], bits=bits, signed=signed, counts=weight[None])
-    assert fitted.item() == pytest.approx(steps[errors.argmin()].item(), rel=0.02)
+    assert fitted.item() == pytest.approx(scales[errors.argmin()].item(), rel=0.02)
     assert error(z, fitted, bits, signed, weight).item() <= 1.002 * errors.min().item()
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize("signed", [True, False])
-def test_zeros_get_a_step_of_one(bits, signed):
+def test_zeros_get_a_scale_of_one(bits, signed):
     assert mse_scale(torch.zeros(2, 5), bits=bits, signed=signed).tolist() == [1, 1]
 
 
-def test_values_of_which_none_can_be_represented_get_a_step_of_one():
+def test_values_of_which_none_can_be_represented_get_a_scale_of_one():
     assert mse_scale(torch.rand(1, 9), bits=1, signed=True).tolist() == [1]
     assert mse_scale(-torch.rand(1, 9), bits=4, signed=False).tolist() == [1]
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(1, True), (1, False), (2, True), (3, False), (8, True), (8, False)])
-@pytest.mark.parametrize("step", [0.07, 1.0, 640.0])
-def test_values_on_a_grid_that_they_fill_get_its_step(bits, signed, step):
+@pytest.mark.parametrize("scale", [0.07, 1.0, 640.0])
+def test_values_on_a_grid_that_they_fill_get_its_scale(bits, signed, scale):
     low, high = level_bounds(bits, signed)
-    values = torch.arange(low, high + 1)[None] * step
+    values = torch.arange(low, high + 1)[None] * scale
     fitted = mse_scale(values, bits=bits, signed=signed)
-    assert fitted.item() == pytest.approx(step, rel=1e-6)
+    assert fitted.item() == pytest.approx(scale, rel=1e-6)
 
 
 def test_rows_are_fitted_on_their_own():
@@ -110,7 +110,7 @@ def test_rows_are_fitted_on_their_own():
     assert together.tolist() == [mse_scale(row[None], bits=4, signed=True).item() for row in rows]
 
 
-def test_the_step_scales_with_the_values():
+def test_the_scale_grows_with_the_values():
     values = samples("heavy tails")[None]
     one = mse_scale(values, bits=4, signed=True)
     for factor in (2.0**-40, 0.25, 2.0**30):
@@ -131,9 +131,9 @@ def test_counts_stand_for_repeated_values():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_any_floating_dtype_is_fitted_in_float32(dtype):
     values = samples("normal")[None].to(dtype)
-    step = mse_scale(values, bits=4, signed=True)
-    assert step.dtype == torch.float32
-    assert torch.equal(step, mse_scale(values.float(), bits=4, signed=True))
+    scale = mse_scale(values, bits=4, signed=True)
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale, mse_scale(values.float(), bits=4, signed=True))
 
 
 def test_histograms_add_up_exactly():
@@ -170,10 +170,10 @@ def test_bin_centers_are_in_the_middle_of_their_cells_but_for_a_first_one_at_zer
     assert histogram(centers, torch.tensor(low), torch.tensor(high), bins).tolist() == [1] * bins
 
 
-def test_a_step_fitted_to_a_histogram_is_nearly_as_good_as_one_fitted_to_the_values():
+def test_a_scale_fitted_to_a_histogram_is_nearly_as_good_as_one_fitted_to_the_values():
     values = samples("half normal").clamp(min=0.5) - 0.5
     low, high = values.aminmax()
     centers = bin_centers(low, high, 2**14)
-    step = mse_scale(centers[None], bits=4, signed=False, counts=histogram(values, low, high, 2**14)[None].double())
-    assert error(values, step, 4, False).item() <= 1.01 * dense_best(values, 4, False)
-    assert math.isfinite(step.item())
+    scale = mse_scale(centers[None], bits=4, signed=False, counts=histogram(values, low, high, 2**14)[None].double())
+    assert error(values, scale, 4, False).item() <= 1.01 * dense_best(values, 4, False)
+    assert math.isfinite(scale.item())

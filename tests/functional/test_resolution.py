@@ -1,4 +1,4 @@
-"""Nesting by resolution: the range stays, each further bit halves the step."""
+"""Nesting by resolution: the range stays, each further bit halves the scale."""
 
 import itertools
 
@@ -18,15 +18,15 @@ def values(bits, signed, n=400, dtype=torch.float64):
     return (low + torch.rand(n, dtype=dtype) * (high - low)) * 1.2 * 0.05
 
 
-def at(x, step, sigma, width, bits, signed, estimator):
-    """The quantizer of one width: the step of the widest, doubled for every bit that is missing."""
-    scale = 2.0 ** (bits - width)
-    return quantize(x, step * scale, sigma * scale, bits=width, signed=signed, estimator=estimator)
+def at(x, scale, sigma, width, bits, signed, estimator):
+    """The quantizer of one width: the scale of the widest, doubled for every bit that is missing."""
+    factor = 2.0 ** (bits - width)
+    return quantize(x, scale * factor, sigma * factor, bits=width, signed=signed, estimator=estimator)
 
 
 def leaves(x, masks=None):
-    step, sigma = torch.tensor(0.05, dtype=x.dtype), torch.tensor(0.02, dtype=x.dtype)
-    return [None if t is None else t.detach().clone().requires_grad_() for t in (x, step, sigma, masks)]
+    scale, sigma = torch.tensor(0.05, dtype=x.dtype), torch.tensor(0.02, dtype=x.dtype)
+    return [None if t is None else t.detach().clone().requires_grad_() for t in (x, scale, sigma, masks)]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -53,16 +53,16 @@ def test_with_masks_of_zero_and_one_it_is_exactly_the_quantizer_of_the_widest_op
 def test_with_masks_of_zero_and_one_per_element_every_value_lies_on_its_own_grid(bits, min_bits, signed, dtype):
     x = values(bits, signed, dtype=torch.float64).to(dtype)
     # A power of two: multiples of it are exact in every dtype.
-    step = torch.tensor(2.0**-5)
+    scale = torch.tensor(2.0**-5)
     width = torch.randint(min_bits, bits + 1, x.shape)
     masks = torch.stack([(width >= k) for k in range(min_bits, bits + 1)]).to(dtype)
     out = quantize_resolution(
-        x, step, step / 3, masks, bits=bits, min_bits=min_bits, signed=signed, estimator="expectation"
+        x, scale, scale / 3, masks, bits=bits, min_bits=min_bits, signed=signed, estimator="expectation"
     )
     assert out.dtype == dtype
     assert set(width.tolist()) == set(range(min_bits, bits + 1))
     for k in range(min_bits, bits + 1):
-        levels = out[width == k].double() / (step.double() * 2 ** (bits - k))
+        levels = out[width == k].double() / (scale.double() * 2 ** (bits - k))
         low, high = level_bounds(k, signed)
         assert torch.equal(levels, levels.round())
         assert (levels.min() >= low) & (levels.max() <= high)
@@ -89,11 +89,11 @@ def test_a_mask_s_gradient_is_the_residual_that_its_bit_adds(bits, min_bits, sig
     upstream = torch.randn(x.shape, dtype=x.dtype)
     gates = torch.rand(bits - min_bits, *mask_shape, dtype=x.dtype)
     masks = torch.cat([torch.ones(1, *mask_shape, dtype=x.dtype), gates]).cumprod(0).requires_grad_()
-    step, sigma = leaves(x)[1:3]
-    out = quantize_resolution(x, step, sigma, masks, bits=bits, min_bits=min_bits, signed=signed, estimator=estimator)
+    scale, sigma = leaves(x)[1:3]
+    out = quantize_resolution(x, scale, sigma, masks, bits=bits, min_bits=min_bits, signed=signed, estimator=estimator)
     out.backward(upstream)
     with torch.no_grad():
-        ladder = [at(x, step, sigma, k, bits, signed, estimator) for k in range(min_bits, bits + 1)]
+        ladder = [at(x, scale, sigma, k, bits, signed, estimator) for k in range(min_bits, bits + 1)]
         residuals = [ladder[0], *(b - a for a, b in itertools.pairwise(ladder))]
         # x_hat = q_min + sum_k m_k (q_k - q_(k-1)), as the method writes it.
         total = ladder[0] + sum(m * r for m, r in zip(masks[1:], residuals[1:], strict=True))
@@ -104,12 +104,12 @@ def test_a_mask_s_gradient_is_the_residual_that_its_bit_adds(bits, min_bits, sig
         assert masks.grad[k].abs().max() > 0
 
 
-def test_the_range_stays_while_the_step_doubles():
+def test_the_range_stays_while_the_scale_doubles():
     """A closed bit costs precision and hardly any range, where nesting by range would halve it."""
-    x, step = torch.linspace(-1, 1, 2001), torch.tensor(1 / 8)
+    x, scale = torch.linspace(-1, 1, 2001), torch.tensor(1 / 8)
     for closed in range(3):
         masks = torch.tensor([1.0] * (3 - closed) + [0.0] * closed)
-        out = quantize_resolution(x, step, step / 3, masks, bits=4, min_bits=2, signed=True, estimator="argmax")
+        out = quantize_resolution(x, scale, scale / 3, masks, bits=4, min_bits=2, signed=True, estimator="argmax")
         spacing = out.unique().diff()
         assert torch.equal(spacing, torch.full_like(spacing, 2**closed / 8))
         assert out.min() == -1

@@ -12,9 +12,9 @@ from cpq_lightning.functional.saliency import bit_saliency
 WIDTHS = (2, 3, 5)
 
 
-def rounded(x, step, bits, signed=True):
+def rounded(x, scale, bits, signed=True):
     low, high = level_bounds(bits, signed)
-    return (x / step).round().clamp(low, high) * step
+    return (x / scale).round().clamp(low, high) * scale
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -22,20 +22,20 @@ def rounded(x, step, bits, signed=True):
 def test_it_is_the_square_of_the_gradient_along_the_residual_by_blocks(signed, channels):
     g = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(4, 6, 3, generator=g) for _ in range(2))
-    steps = torch.rand(len(WIDTHS), channels, generator=g) + 0.1
-    found = bit_saliency(x, gradient, steps, WIDTHS, signed=signed, channel_dim=1, blocks=1)
-    by_block = bit_saliency(x, gradient, steps, WIDTHS, signed=signed, channel_dim=1, blocks=1, by_block=True)
-    points = [rounded(x, a.reshape(-1, 1), bits, signed) for a, bits in zip(steps, WIDTHS, strict=True)]
+    scales = torch.rand(len(WIDTHS), channels, generator=g) + 0.1
+    actual = bit_saliency(x, gradient, scales, WIDTHS, signed=signed, channel_dim=1, blocks=1)
+    by_block = bit_saliency(x, gradient, scales, WIDTHS, signed=signed, channel_dim=1, blocks=1, by_block=True)
+    points = [rounded(x, a.reshape(-1, 1), bits, signed) for a, bits in zip(scales, WIDTHS, strict=True)]
     for k, (narrow, wide) in enumerate(itertools.pairwise(points)):
         expected = (gradient * (wide - narrow)).sum((0, 2)).square()
         torch.testing.assert_close(by_block[k], expected)
-        torch.testing.assert_close(found[k], expected.sum()[None])
+        torch.testing.assert_close(actual[k], expected.sum()[None])
 
 
 def test_it_tells_what_the_loss_rises_by_without_the_bit_where_the_model_explains_all_but_noise():
     """A linear model at its best fit: the mean over batches, times half the batch, is the rise of the loss."""
     g = torch.Generator().manual_seed(0)
-    steps = torch.tensor([[0.5], [0.25]])
+    scales = torch.tensor([[0.5], [0.25]])
     weight = rounded(torch.randn(1, 8, generator=g), 0.25, 5)
     x = torch.randn(200_000, 8, generator=g) * torch.tensor([3.0, 1, 1, 1, 1, 1, 1, 0.1])
     y = x @ weight[0] + torch.randn(len(x), generator=g)
@@ -43,22 +43,22 @@ def test_it_tells_what_the_loss_rises_by_without_the_bit_where_the_model_explain
     def loss(w):
         return 0.5 * (x @ w[0] - y).square().mean()
 
-    batch, found = 100, []
+    batch, actual = 100, []
     for start in range(0, len(x), batch):
         rows = slice(start, start + batch)
         gradient = ((x[rows] @ weight[0] - y[rows])[:, None] * x[rows]).mean(0, keepdim=True)
-        found.append(bit_saliency(weight, gradient, steps, (4, 5), signed=True))
-    estimate = batch / 2 * torch.stack(found).mean()
+        actual.append(bit_saliency(weight, gradient, scales, (4, 5), signed=True))
+    estimate = batch / 2 * torch.stack(actual).mean()
     assert estimate == pytest.approx(float(loss(rounded(weight, 0.5, 4)) - loss(weight)), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_it_is_computed_in_single_precision_of_values_without_dimensions_too(dtype):
     x, gradient = torch.tensor(0.7, dtype=dtype), torch.tensor(3.0, dtype=dtype)
-    found = bit_saliency(x, gradient, torch.tensor([[0.5], [0.35]]), (3, 4), signed=True)
-    assert found.dtype == torch.float32
-    assert found.shape == (1, 1)
-    assert float(found) == pytest.approx(0.6**2, rel=0.02)
+    actual = bit_saliency(x, gradient, torch.tensor([[0.5], [0.35]]), (3, 4), signed=True)
+    assert actual.dtype == torch.float32
+    assert actual.shape == (1, 1)
+    assert float(actual) == pytest.approx(0.6**2, rel=0.02)
 
 
 def test_the_slope_of_the_expected_worth_is_its_derivative():

@@ -55,10 +55,10 @@ def penalty(model, x):
     return {"x": x.grad} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def assert_close(found, wanted, tolerance=1e-4):
-    assert found.keys() == wanted.keys()
+def assert_close(actual, wanted, tolerance=1e-4):
+    assert actual.keys() == wanted.keys()
     for name in wanted:
-        apart = float((found[name] - wanted[name]).detach().norm())
+        apart = float((actual[name] - wanted[name]).detach().norm())
         assert apart <= tolerance * max(float(wanted[name].norm()), 1e-3), (name, apart, wanted[name].norm())
 
 
@@ -66,17 +66,17 @@ def assert_close(found, wanted, tolerance=1e-4):
 @pytest.mark.parametrize("network", [LINEAR, CONVOLUTIONS], ids=["linear", "convolutions"])
 def test_a_gradient_penalty_is_that_of_pytorch_operations(network, config):
     model, x = quantized(*network, CONFIGS[config])
-    found = penalty(model, x)
+    actual = penalty(model, x)
     with use_kernels(False):
-        assert_close(found, penalty(model, x), 2e-3)
+        assert_close(actual, penalty(model, x), 2e-3)
 
 
-def _slopes_held(x, step, sigma, **settings):
+def _constant_slopes(x, scale, sigma, **settings):
     """The quantizer as a sum whose derivatives are its first ones, held: all that a second derivative has."""
-    given = [t.detach().expand(x.shape).clone().requires_grad_() for t in (x, step, sigma)]
+    given = [t.detach().expand(x.shape).clone().requires_grad_() for t in (x, scale, sigma)]
     out = quantize(*given, **settings)
     slopes = torch.autograd.grad(out.sum(), given)
-    return out.detach() + sum(slope * (t - t.detach()) for slope, t in zip(slopes, (x, step, sigma), strict=True))
+    return out.detach() + sum(slope * (t - t.detach()) for slope, t in zip(slopes, (x, scale, sigma), strict=True))
 
 
 @pytest.mark.parametrize("config", ["default", "argmax", "one step a channel"])
@@ -91,33 +91,33 @@ def test_a_second_derivative_holds_the_estimators_slopes(config):
             sides = []
             for q, value in ((layer.input_quantizer, x), (layer.weight_quantizer, layer.weight)):
                 root = (max(1, q.numel // q.settings.channels) * q.level_bounds[1]) ** 0.5
-                scale = 1 / (q.start_scale * root)
-                own = [p.detach() + (p - p.detach()) * scale for p in (q.log_scale, q.noise_logit)]
+                factor = 1 / (q.start_scale * root)
+                parameters = [p.detach() + (p - p.detach()) * factor for p in (q.log_scale, q.noise_logit)]
                 reach = 6.907755278982137
-                step = q.start_scale * torch.exp(reach * torch.tanh(own[0] / reach))
-                sigma = step * (0.02 + 0.98 * torch.sigmoid(own[1])) * q.temperature
-                step, sigma = (along_channels(t, value.dim(), 0) for t in (step, sigma))
+                scale = q.start_scale * torch.exp(reach * torch.tanh(parameters[0] / reach))
+                sigma = scale * (0.02 + 0.98 * torch.sigmoid(parameters[1])) * q.temperature
+                scale, sigma = (along_channels(t, value.dim(), 0) for t in (scale, sigma))
                 estimator = q.estimator
-                sides.append(_slopes_held(value, step, sigma, bits=q.bits, signed=q.signed, estimator=estimator))
+                sides.append(_constant_slopes(value, scale, sigma, bits=q.bits, signed=q.signed, estimator=estimator))
             x = F.linear(*sides, layer.bias)
         return x
 
-    found = penalty(model, x)
+    actual = penalty(model, x)
     x = x.clone().requires_grad_()
     model.zero_grad()
     out = by_hand(x)
     (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     (((slope.norm(dim=1) - 1) ** 2).mean() + out.square().mean()).backward()
-    assert_close(found, {"x": x.grad} | {name: p.grad for name, p in model.named_parameters()}, 1e-3)
+    assert_close(actual, {"x": x.grad} | {name: p.grad for name, p in model.named_parameters()}, 1e-3)
 
 
 def test_a_gradient_penalty_is_near_that_of_full_precision():
     model, x = quantized(*LINEAR, CPQConfig(weight_bits=8, act_bits=8))
     plain, _ = LINEAR[0](), torch.manual_seed(0)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if "quantizer" not in name})
-    found, wanted = penalty(model, x), penalty(plain, x)
+    actual, wanted = penalty(model, x), penalty(plain, x)
     for name in ("0.weight", "2.weight", "4.weight", "x"):
-        assert torch.cosine_similarity(found[name].flatten(), wanted[name].flatten(), 0) > 0.99
+        assert torch.cosine_similarity(actual[name].flatten(), wanted[name].flatten(), 0) > 0.99
 
 
 def test_a_gradient_penalty_trains():
@@ -141,9 +141,9 @@ def test_many_gradients_at_once_are_those_one_by_one(network):
     x = x[:2].requires_grad_()
     out = model(x)
     rows = torch.eye(out.numel()).reshape(-1, *out.shape)
-    (found,) = torch.autograd.grad(out, x, rows, is_grads_batched=True, retain_graph=True)
+    (actual,) = torch.autograd.grad(out, x, rows, is_grads_batched=True, retain_graph=True)
     wanted = [torch.autograd.grad(out, x, row, retain_graph=True)[0] for row in rows]
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual, torch.stack(wanted), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

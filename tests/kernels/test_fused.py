@@ -20,23 +20,23 @@ from cpq_lightning.kernels.fused import quantize
 pytestmark = pytest.mark.skipif(library() is None, reason=describe())
 
 # Largest error of a gradient relative to the largest one, against functional in float64: both computations in float32
-# start from a position and a width in steps that are rounded, which a narrow noise magnifies.
+# start from a position and a width in scales that are rounded, which a narrow noise magnifies.
 TOLERANCE = {1.0: 3e-6, 1 / 3: 1e-5, 0.1: 4e-5, 0.02: 6e-4}
 
 
-def gradients(compute, x, step, sigma, grad, **settings):
-    x, step, sigma = (t.detach().clone().requires_grad_() for t in (x, step, sigma))
+def gradients(compute, x, scale, sigma, grad, **settings):
+    x, scale, sigma = (t.detach().clone().requires_grad_() for t in (x, scale, sigma))
     settings = {"bits": 4, "signed": True, "estimator": "expectation"} | settings
-    out = compute(x, step, sigma, None, min_bits=settings["bits"], **settings)
+    out = compute(x, scale, sigma, None, min_bits=settings["bits"], **settings)
     out.backward(grad.to(out.dtype))
-    return out.detach(), x.grad, step.grad, sigma.grad
+    return out.detach(), x.grad, scale.grad, sigma.grad
 
 
-def draw(shape=(4099,), step=0.3, noise=1 / 3, spread=3.0):
+def draw(shape=(4099,), scale=0.3, noise=1 / 3, spread=3.0):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    step = torch.full((1,), step)
-    return x * step * spread, step, step * noise, grad
+    scale = torch.full((1,), scale)
+    return x * scale * spread, scale, scale * noise, grad
 
 
 @pytest.mark.parametrize("estimator", ["argmax", "expectation"])
@@ -49,26 +49,26 @@ def test_values_to_the_bit_and_gradients_to_rounding(bits, signed, noise, estima
     plain = gradients(quantize_unchecked, *tensors, **settings)
     exact = gradients(quantize_unchecked, *(t.double() for t in tensors), **settings)
     assert torch.equal(fused[0], plain[0])
-    for name, own, same, true in zip(("x", "step", "sigma"), fused[1:], plain[1:], exact[1:], strict=True):
+    for name, actual, same, true in zip(("x", "scale", "sigma"), fused[1:], plain[1:], exact[1:], strict=True):
         # A sum may cancel to nearly nothing: what it is a sum of sets the scale.
-        scale = true.abs().max() if name == "x" else (tensors[3].abs().sum() * max(1.0, 2.0**bits / 8)).double()
-        error, other = (float((t - true).abs().max() / scale) for t in (own, same))
+        size = true.abs().max() if name == "x" else (tensors[3].abs().sum() * max(1.0, 2.0**bits / 8)).double()
+        error, other = (float((t - true).abs().max() / size) for t in (actual, same))
         assert error < max(TOLERANCE[noise], 2 * other), name
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 3, 3), (6, 1100), (6, 2**14)])
-def test_channels_have_steps_of_their_own(shape):
+def test_each_channel_has_its_scale(shape):
     x, _, _, grad = draw(shape)
-    step = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 1e-3]).reshape(6, *[1] * (len(shape) - 1))
+    scale = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 1e-3]).reshape(6, *[1] * (len(shape) - 1))
     # From where the noise is read off a table of one, of two vectors, or of none.
-    sigma = step * torch.tensor([0.5, 1 / 3, 0.1, 0.05, 0.02, 1.0]).reshape(step.shape)
-    fused = gradients(quantize, x, step, sigma, grad)
-    plain = gradients(quantize_unchecked, x, step, sigma, grad)
-    exact = gradients(quantize_unchecked, *(t.double() for t in (x, step, sigma, grad)))
+    sigma = scale * torch.tensor([0.5, 1 / 3, 0.1, 0.05, 0.02, 1.0]).reshape(scale.shape)
+    fused = gradients(quantize, x, scale, sigma, grad)
+    plain = gradients(quantize_unchecked, x, scale, sigma, grad)
+    exact = gradients(quantize_unchecked, *(t.double() for t in (x, scale, sigma, grad)))
     assert torch.equal(fused[0], plain[0])
-    for own, same, true in zip(fused[1:], plain[1:], exact[1:], strict=True):
-        assert own.shape == same.shape
-        error, other = (float((t - true).abs().max()) for t in (own, same))
+    for actual, same, true in zip(fused[1:], plain[1:], exact[1:], strict=True):
+        assert actual.shape == same.shape
+        error, other = (float((t - true).abs().max()) for t in (actual, same))
         assert error <= 2 * other + 2e-5 * float(true.abs().max())
 
 
@@ -77,21 +77,21 @@ def test_channels_have_steps_of_their_own(shape):
 def test_bfloat16_is_rounded_once(shape, estimator):
     x, _, _, grad = draw(shape)
     x, grad = x.bfloat16(), grad.bfloat16()
-    step = torch.full((6 if len(shape) > 1 else 1, *[1] * (len(shape) - 1)), 0.3)
-    fused = gradients(quantize, x, step, step / 3, grad, estimator=estimator)
-    plain = gradients(quantize_unchecked, x, step, step / 3, grad, estimator=estimator)
+    scale = torch.full((6 if len(shape) > 1 else 1, *[1] * (len(shape) - 1)), 0.3)
+    fused = gradients(quantize, x, scale, scale / 3, grad, estimator=estimator)
+    plain = gradients(quantize_unchecked, x, scale, scale / 3, grad, estimator=estimator)
     assert fused[0].dtype == fused[1].dtype == torch.bfloat16
     assert torch.equal(fused[0], plain[0])
     # One unit in the last place of a half, where rounding to the other side begins.
     torch.testing.assert_close(fused[1], plain[1], rtol=2**-7, atol=1e-5)
-    for own, same in zip(fused[2:], plain[2:], strict=True):
-        torch.testing.assert_close(own, same, rtol=1e-4, atol=1e-3)
+    for actual, same in zip(fused[2:], plain[2:], strict=True):
+        torch.testing.assert_close(actual, same, rtol=1e-4, atol=1e-3)
 
 
 def test_nan_in_a_long_row_stays_where_it_is():
-    x, step, sigma, grad = draw((4096,))
+    x, scale, sigma, grad = draw((4096,))
     x[7] = float("nan")
-    _, dx, *_ = gradients(quantize, x, step, sigma, grad)
+    _, dx, *_ = gradients(quantize, x, scale, sigma, grad)
     assert dx.isnan().nonzero().tolist() == [[7]]
 
 
@@ -106,16 +106,16 @@ def test_any_layout_in_memory(layout):
         "0-d": lambda: x[0, 0, 0, 0],
     }[layout]()
     grad = torch.randn_like(x)
-    step = torch.full([1] * x.dim(), 0.3)
+    scale = torch.full([1] * x.dim(), 0.3)
     for g in (grad, grad.contiguous(), torch.ones(()).expand(x.shape)):
         results = []
         for compute in (quantize, quantize_unchecked):
-            own, a = x.detach().requires_grad_(), step.clone().requires_grad_()
-            out = compute(own, a, a / 3, None, bits=4, min_bits=4, signed=True, estimator="expectation")
-            results.append((out, *torch.autograd.grad(out, (own, a), g)))
-        for own, same in zip(*results, strict=True):
-            assert own.shape == same.shape
-            torch.testing.assert_close(own, same, rtol=2e-5, atol=2e-5)
+            leaf, a = x.detach().requires_grad_(), scale.clone().requires_grad_()
+            out = compute(leaf, a, a / 3, None, bits=4, min_bits=4, signed=True, estimator="expectation")
+            results.append((out, *torch.autograd.grad(out, (leaf, a), g)))
+        for actual, same in zip(*results, strict=True):
+            assert actual.shape == same.shape
+            torch.testing.assert_close(actual, same, rtol=2e-5, atol=2e-5)
         assert torch.equal(results[0][0], results[1][0])
     if layout != "expanded":
         assert results[0][0].stride() == torch.empty_like(x).stride()
@@ -144,32 +144,34 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 
 
 def test_what_kernels_do_not_compute_is_functional_s():
-    x, step, sigma, grad = draw((64,))
+    x, scale, sigma, grad = draw((64,))
     masks = torch.tensor([[1.0], [0.5]])
     cases = [
-        (x.double(), step.double(), sigma.double(), None),
-        (x.half(), step, sigma, None),
-        (x, step, sigma, masks),
-        (x[:0], step, sigma, None),
+        (x.double(), scale.double(), sigma.double(), None),
+        (x.half(), scale, sigma, None),
+        (x, scale, sigma, masks),
+        (x[:0], scale, sigma, None),
     ]
     for *tensors, mask in cases:
         settings = {"bits": 4, "min_bits": 4 if mask is None else 3, "signed": True, "estimator": "argmax"}
-        own, same = (compute(*tensors, mask, **settings) for compute in (quantize, quantize_unchecked))
-        assert torch.equal(own, same)
+        actual, same = (compute(*tensors, mask, **settings) for compute in (quantize, quantize_unchecked))
+        assert torch.equal(actual, same)
     with use_kernels(False):
         assert library() is None
-        off = gradients(quantize, x, step, sigma, grad)
-    assert all(torch.equal(a, b) for a, b in zip(off, gradients(quantize_unchecked, x, step, sigma, grad), strict=True))
+        off = gradients(quantize, x, scale, sigma, grad)
+    assert all(
+        torch.equal(a, b) for a, b in zip(off, gradients(quantize_unchecked, x, scale, sigma, grad), strict=True)
+    )
 
 
 def test_open_masks_that_nobody_learns_are_none():
-    x, step, sigma, grad = draw()
-    x, step, sigma = (t.requires_grad_() for t in (x, step, sigma))
+    x, scale, sigma, grad = draw()
+    x, scale, sigma = (t.requires_grad_() for t in (x, scale, sigma))
     settings = {"bits": 4, "signed": True, "estimator": "expectation"}
     results = []
     for masks, narrowest in ((None, 4), (torch.ones(3, 1), 2)):
-        out = quantize(x, step, sigma, masks, min_bits=narrowest, **settings)
-        results.append((out, *torch.autograd.grad(out, (x, step, sigma), grad)))
+        out = quantize(x, scale, sigma, masks, min_bits=narrowest, **settings)
+        results.append((out, *torch.autograd.grad(out, (x, scale, sigma), grad)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -216,10 +218,10 @@ def loaded_from(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(counting_compiler(tmp_path)))
 
     def load():
-        found = _library.__wrapped__()
-        assert not isinstance(found, str), found
-        monkeypatch.setattr(library_module, "_library", lambda: found)
-        return found
+        loaded = _library.__wrapped__()
+        assert not isinstance(loaded, str), loaded
+        monkeypatch.setattr(library_module, "_library", lambda: loaded)
+        return loaded
 
     return load
 
@@ -236,22 +238,22 @@ def builds(tmp_path):
     return len((tmp_path / "log").read_text().split())
 
 
-def is_alone(found, *words):
+def is_alone(loaded, *words):
     """Whether it was built for this process, nothing of it is left behind, and the doctor's line says why."""
-    path = Path(found._name)
+    path = Path(loaded._name)
     assert path.parent.parent == Path(tempfile.gettempdir())
     assert not path.parent.exists()
     line = library_module.describe()
     assert "compiled kernels, built for this process alone (" in line
     assert all(str(word) in line for word in words), line
-    x, step, sigma = (torch.tensor([value]) for value in (0.26, 0.25, 0.08))
+    x, scale, sigma = (torch.tensor([value]) for value in (0.26, 0.25, 0.08))
     with use_kernels(True):
-        out = quantize(x, step, sigma, None, bits=3, min_bits=3, signed=True, estimator="argmax")
+        out = quantize(x, scale, sigma, None, bits=3, min_bits=3, signed=True, estimator="argmax")
     return out.item() == 0.25
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o000])
-def test_a_cache_of_ones_own_is_built_once_and_used(loaded_from, tmp_path, umask):
+def test_a_cache_of_the_user_is_built_once_and_used(loaded_from, tmp_path, umask):
     before = os.umask(umask)
     try:
         names = {loaded_from()._name for _ in range(2)}
@@ -299,10 +301,10 @@ def test_what_belongs_to_somebody_else_is_not_used(loaded_from, monkeypatch, wha
     lstat = os.lstat
 
     def of_somebody_else(asked, **settings):
-        found = lstat(asked, **settings)
+        status = lstat(asked, **settings)
         if Path(asked) != foreign:
-            return found
-        values = list(found)
+            return status
+        values = list(status)
         values[stat.ST_UID] = os.geteuid() + 1
         return os.stat_result(values)
 
@@ -319,9 +321,9 @@ def test_a_user_who_runs_as_another_does_not_use_the_others_cache(loaded_from, m
 @pytest.mark.parametrize(("mode", "used"), [(0o777, False), (0o1777, True), (0o775, True)])
 def test_a_cache_is_not_used_where_everybody_may_put_another_in_its_place(loaded_from, tmp_path, mode, used):
     tmp_path.chmod(mode)
-    found = loaded_from()
-    assert bool(found.alone) != used
-    assert used or is_alone(found, "others may replace")
+    loaded = loaded_from()
+    assert bool(loaded.alone) != used
+    assert used or is_alone(loaded, "others may replace")
 
 
 def test_without_users_as_on_windows_nothing_is_kept(loaded_from, monkeypatch, tmp_path):
@@ -367,12 +369,12 @@ def read_only(monkeypatch, tmp_path):
 def test_without_a_cache_kernels_are_built_for_the_process(loaded_from, monkeypatch, tmp_path, caplog, hinder, words):
     hinder(monkeypatch, tmp_path)
     with caplog.at_level("INFO", "cpq_lightning"):
-        found = loaded_from()
-    assert is_alone(found, words)
+        loaded = loaded_from()
+    assert is_alone(loaded, words)
     assert any(words in text for text in caplog.messages)
 
 
-def test_where_neither_the_cache_nor_a_folder_for_the_process_will_do_both_reasons_are_told(monkeypatch, tmp_path):
+def test_where_neither_the_cache_nor_a_folder_for_the_process_will_do_both_reasons_are_given(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     # As in a folder for temporary files that is mounted noexec.
     monkeypatch.setattr(library_module, "_build", lambda folder, *settings: folder / "nothing.so")

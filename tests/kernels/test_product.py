@@ -82,8 +82,8 @@ def step(model, x, context=nullcontext):
     return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
-def assert_same(own, same):
-    for a, b in zip(own, same, strict=True):
+def assert_equal(actual, same):
+    for a, b in zip(actual, same, strict=True):
         assert (a is None) == (b is None)
         assert a is None or (a.dtype == b.dtype and torch.equal(a, b))
 
@@ -94,9 +94,9 @@ def test_the_same_to_the_bit(layer, config, monkeypatch):
     model, x = quantized(*LAYERS[layer], CONFIGS[config])
     # What only the weight's quantizer does has derivatives of all orders in the input, for penalties on gradients.
     assert is_taken_over(model[0], x, monkeypatch) == (config != "weights only")
-    own = step(model, x)
+    actual = step(model, x)
     with ordinary_path(monkeypatch):
-        assert_same(own, step(model, x))
+        assert_equal(actual, step(model, x))
 
 
 @pytest.mark.parametrize("layer", ["conv2d", "linear on tokens"])
@@ -106,20 +106,20 @@ def test_halves(layer, kind, monkeypatch):
     model, x = quantized(*LAYERS[layer], dtype=torch.float32 if autocast else torch.bfloat16)
     assert is_taken_over(model[0], x, monkeypatch)
     context = (lambda: torch.autocast("cpu", torch.bfloat16)) if autocast else nullcontext
-    own = step(model, x, context)
-    assert own[0].dtype == torch.bfloat16
+    actual = step(model, x, context)
+    assert actual[0].dtype == torch.bfloat16
     with ordinary_path(monkeypatch):
-        assert_same(own, step(model, x, context))
+        assert_equal(actual, step(model, x, context))
 
 
 @pytest.mark.parametrize("config", ["default", "one step a channel"])
 def test_channels_last(config, monkeypatch):
     model, x = quantized(*LAYERS["conv2d"], CONFIGS[config])
     model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
-    own = step(model, x)
-    assert own[0].is_contiguous(memory_format=torch.channels_last)
+    actual = step(model, x)
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
     with ordinary_path(monkeypatch):
-        assert_same(own, step(model, x))
+        assert_equal(actual, step(model, x))
 
 
 def test_an_input_without_a_gradient_and_a_frozen_weight():
@@ -168,9 +168,9 @@ def test_a_bias_alone_is_trained(name, monkeypatch):
         model(x).square().sum().backward()
         return model[0].bias.grad
 
-    own = gradient()
+    actual = gradient()
     with ordinary_path(monkeypatch):
-        torch.testing.assert_close(own, gradient())
+        torch.testing.assert_close(actual, gradient())
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
@@ -178,9 +178,9 @@ def test_a_bias_alone_is_trained(name, monkeypatch):
 def test_geometry_in_all_the_ways_that_torch_takes_it(name, value, monkeypatch):
     model, x = quantized(lambda: nn.Conv2d(6, 8, 3), (4, 6, 9, 7))
     setattr(model[0], name, value)
-    own = step(model, x)
+    actual = step(model, x)
     with ordinary_path(monkeypatch):
-        assert_same(own, step(model, x))
+        assert_equal(actual, step(model, x))
 
 
 def test_a_bias_that_is_no_parameter():
@@ -195,9 +195,9 @@ def test_a_bias_that_is_no_parameter():
 def test_an_input_that_is_not_contiguous(monkeypatch):
     model, x = quantized(*LAYERS["linear on tokens"])
     x = torch.randn(5, 4, 6).transpose(0, 1)
-    own = step(model, x)
+    actual = step(model, x)
     with ordinary_path(monkeypatch):
-        assert_same(own, step(model, x))
+        assert_equal(actual, step(model, x))
 
 
 def test_parameters_that_mixed_precision_has_cast():
@@ -233,9 +233,9 @@ def test_what_is_begun_with_kernels_ends_with_them():
 
 def test_checkpointed_and_copied(monkeypatch):
     model, x = quantized(*LAYERS["conv2d"])
-    own = step(model, x)
+    actual = step(model, x)
     again = copy.deepcopy(model)
-    assert_same(own, step(again, x))
+    assert_equal(actual, step(again, x))
 
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -245,7 +245,7 @@ def test_checkpointed_and_copied(monkeypatch):
         def forward(self, x):
             return checkpoint(self.inner, x, use_reentrant=False)
 
-    assert_same(own, step(Checkpointed(), x))
+    assert_equal(actual, step(Checkpointed(), x))
 
 
 class Same(nn.Conv2d):
@@ -355,10 +355,10 @@ def test_a_quantizer_costs_few_calls_and_one_of_the_tensor_s_size_each_way():
     plain = nn.Sequential(LAYERS["conv2d"][0]())
     counts, large = [], []
     for m in (model, plain):
-        own = x.clone().requires_grad_()
+        leaf = x.clone().requires_grad_()
         # The layer alone: what the model's hooks look at in its first forwards is no part of it.
         with Calls(x.numel()) as forward:
-            out = m[0](own)
+            out = m[0](leaf)
         with Calls(x.numel()) as backward:
             out.sum().backward()
         counts.append((forward.count, backward.count))
@@ -374,13 +374,13 @@ def test_a_quantizer_costs_few_calls_and_one_of_the_tensor_s_size_each_way():
 def test_compiled_it_is_one_graph_that_is_compiled_once_and_gives_the_same():
     make = lambda: nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 35, 4))  # noqa: E731
     model, x = quantized(make, (4, 6, 9, 7))
-    own = step(model, x)
+    actual = step(model, x)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     names = ["out", "x", *(name for name, _ in model.named_parameters())]
     for _ in range(3):
-        for name, a, b in zip(names, own, step(compiled, x), strict=True):
+        for name, a, b in zip(names, actual, step(compiled, x), strict=True):
             # The last step to the quantizer's own parameters is a few operations of torch here, and one of C there.
             tolerance = {"rtol": 1e-5, "atol": 1e-9} if "quantizer" in name else {"rtol": 0, "atol": 0}
             if TORCH < (2, 9):
@@ -396,26 +396,28 @@ def test_operators_are_well_defined(convolution):
     x, weight = (
         (torch.randn(3, 4, 5, 5), torch.randn(6, 4, 3, 3)) if convolution else (torch.randn(3, 4), torch.randn(6, 4))
     )
-    step = torch.tensor([0.3])
-    steps = torch.full((6, *[1] * (weight.dim() - 1)), 0.3)
-    ring = [*level_bounds(4, True), 1]
+    scale = torch.tensor([0.3])
+    scales = torch.full((6, *[1] * (weight.dim() - 1)), 0.3)
+    grid = [*level_bounds(4, True), 1]
     geometry = [1, 1, 0, 0, 1, 1, 1] if convolution else []
-    args = (x, weight, torch.randn(6), step, steps, ring, ring, geometry, None)
+    args = (x, weight, torch.randn(6), scale, scales, grid, grid, geometry, None)
     # None of them has an autograd formula: they are called within one.
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.product, args, test_utils=checks)
     out = ops.product(*args)
-    sides = (x, weight, step, step / 3, steps, steps / 3, ring, ring, geometry, None)
+    sides = (x, weight, scale, scale / 3, scales, scales / 3, grid, grid, geometry, None)
     torch.library.opcheck(ops.product_backward, (torch.randn_like(out), *sides, [True] * 3), test_utils=checks)
-    torch.library.opcheck(ops.quantize, (x, step, *ring[:2]), test_utils=checks)
-    torch.library.opcheck(ops.quantize_backward, (x, x.clone(), step, step / 3, *ring[:2], True), test_utils=checks)
+    torch.library.opcheck(ops.quantize, (x, scale, *grid[:2]), test_utils=checks)
+    torch.library.opcheck(ops.quantize_backward, (x, x.clone(), scale, scale / 3, *grid[:2], True), test_utils=checks)
 
 
 def test_operands_may_come_quantized():
-    x, weight, step = torch.randn(3, 4), torch.randn(6, 4), torch.tensor([[0.3]])
-    ring = QuantGrid.of(4, True, "expectation")
-    both = product(Operand(x, step, step / 3, ring), Operand(weight, step, step / 3, ring), None, None)
-    mixed = product(Operand((x / step).round().clamp(-8, 7) * step), Operand(weight, step, step / 3, ring), None, None)
+    x, weight, scale = torch.randn(3, 4), torch.randn(6, 4), torch.tensor([[0.3]])
+    grid = QuantGrid.of(4, True, "expectation")
+    both = product(Operand(x, scale, scale / 3, grid), Operand(weight, scale, scale / 3, grid), None, None)
+    mixed = product(
+        Operand((x / scale).round().clamp(-8, 7) * scale), Operand(weight, scale, scale / 3, grid), None, None
+    )
     assert torch.equal(both, mixed)
     plain = product(Operand(x[..., None]), Operand(weight[..., None]), None, Convolution((1,), (0,), (1,), 1))
     assert torch.equal(plain, torch.nn.functional.conv1d(x[..., None], weight[..., None]))
@@ -434,7 +436,7 @@ def test_what_a_linear_layer_returns_may_be_changed_in_place(shape, bias):
     y += torch.ones(6)
     torch.testing.assert_close(y.detach(), expected)
     y.square().sum().backward()
-    found = layer.weight.grad.clone()
+    gradient_of_weight = layer.weight.grad.clone()
     layer.weight.grad = None
     (net(x) + 1).square().sum().backward()
-    torch.testing.assert_close(found, layer.weight.grad)
+    torch.testing.assert_close(gradient_of_weight, layer.weight.grad)

@@ -20,14 +20,14 @@ import torch
 
 from cpq_lightning.functional.categorical import quantize_unchecked
 from cpq_lightning.functional.grid import level_bounds
-from cpq_lightning.kernels import triton_kernels as gpu
+from cpq_lightning.kernels import cuda as gpu
 
 # One process of pytest's asks the interpreter.
 pytestmark = pytest.mark.xdist_group("gpu")
 ROOT = Path(__file__).parent.parent.parent
 
 # Largest error of a gradient relative to the largest one, against functional in float64: both computations in float32
-# start from a position and a width in steps that are rounded, which a narrow noise magnifies.
+# start from a position and a width in scales that are rounded, which a narrow noise magnifies.
 TOLERANCE = {1.0: 3e-6, 1 / 3: 1e-5, 0.1: 4e-5, 0.02: 6e-4}
 
 
@@ -35,7 +35,7 @@ TOLERANCE = {1.0: 3e-6, 1 / 3: 1e-5, 0.1: 4e-5, 0.02: 6e-4}
 class Case:
     x: torch.Tensor
     grad: torch.Tensor
-    step: torch.Tensor
+    scale: torch.Tensor
     sigma: torch.Tensor
     bits: int = 4
     signed: bool = True
@@ -47,16 +47,16 @@ class Case:
         return level_bounds(self.bits, self.signed)
 
 
-def draw(shape=(700,), step=0.3, noise=1 / 3, spread=3.0, **settings):
+def draw(shape=(700,), scale=0.3, noise=1 / 3, spread=3.0, **settings):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    step = torch.full([1] * len(shape), step)
-    return Case(x * step * spread, grad, step, step * noise, **settings)
+    scale = torch.full([1] * len(shape), scale)
+    return Case(x * scale * spread, grad, scale, scale * noise, **settings)
 
 
-def with_steps(case, steps, noise=1 / 3):
-    step = torch.tensor(steps).reshape(-1, *[1] * (case.x.dim() - 1))
-    return replace(case, x=case.x * step, step=step, sigma=step * noise)
+def with_scales(case, scales, noise=1 / 3):
+    scale = torch.tensor(scales).reshape(-1, *[1] * (case.x.dim() - 1))
+    return replace(case, x=case.x * scale, scale=scale, sigma=scale * noise)
 
 
 def grids():
@@ -68,7 +68,7 @@ def grids():
         yield name, draw(noise=noise, spread=2.0**bits / 2, bits=bits, signed=signed, estimator=estimator)
     for estimator in ("argmax", "expectation"):
         case = draw(estimator=estimator)
-        far = 20 * case.step * case.x.sign() * (torch.arange(700) % 2)
+        far = 20 * case.scale * case.x.sign() * (torch.arange(700) % 2)
         yield f"far outside, {estimator}", replace(case, x=case.x + far)
 
 
@@ -83,30 +83,30 @@ def layouts():
         "0-d": case.x[0, 0, 0, 0],
         "one element": case.x[0, 0, 0, 3:4],
     }.items():
-        flat = {"x": x, "step": case.step.reshape([1] * x.dim()), "sigma": case.sigma.reshape([1] * x.dim())}
+        flat = {"x": x, "scale": case.scale.reshape([1] * x.dim()), "sigma": case.sigma.reshape([1] * x.dim())}
         yield name, replace(case, grad=case.grad.flatten()[: x.numel()].reshape(x.shape), **flat)
         yield f"{name}, one gradient for all", replace(case, grad=torch.ones(()).expand(x.shape), **flat)
-    steps = [0.1, 0.2, 0.3, 1e-3]
-    by_rows = with_steps(draw((4, 6, 5, 7), step=1.0), steps)
+    scales = [0.1, 0.2, 0.3, 1e-3]
+    by_rows = with_scales(draw((4, 6, 5, 7), scale=1.0), scales)
     yield "rows", by_rows
     yield "rows, argmax", replace(by_rows, estimator="argmax")
     yield "rows, channels_last", replace(by_rows, x=by_rows.x.to(memory_format=last))
     yield "rows, transposed", replace(by_rows, x=by_rows.x.transpose(1, 3).contiguous().transpose(1, 3))
-    yield "rows of one", with_steps(draw((4, 1), step=1.0), steps)
-    yield "rows of many programs", with_steps(draw((4, 1300), step=1.0), steps)
+    yield "rows of one", with_scales(draw((4, 1), scale=1.0), scales)
+    yield "rows of many programs", with_scales(draw((4, 1300), scale=1.0), scales)
     yield "a few programs", draw((2, 7001), programs=3)
-    yield "rows, a few programs", with_steps(draw((4, 3001), step=1.0, programs=9), steps)
+    yield "rows, a few programs", with_scales(draw((4, 3001), scale=1.0, programs=9), scales)
 
 
 def halves():
     # The interpreter rounds bfloat16 in its own way: levels that are exact.
-    for dtype, step in ((torch.bfloat16, 0.25), (torch.float16, 0.3)):
+    for dtype, scale in ((torch.bfloat16, 0.25), (torch.float16, 0.3)):
         for estimator in ("argmax", "expectation"):
-            case = draw(step=step, estimator=estimator)
+            case = draw(scale=scale, estimator=estimator)
             yield f"{dtype}, {estimator}", replace(case, x=case.x.to(dtype), grad=case.grad.to(dtype))
-    case = draw(step=0.25)
-    a, s = case.step.bfloat16(), case.sigma.bfloat16()
-    yield "bfloat16 but for x", replace(case, step=a, sigma=s)
+    case = draw(scale=0.25)
+    a, s = case.scale.bfloat16(), case.sigma.bfloat16()
+    yield "bfloat16 but for x", replace(case, scale=a, sigma=s)
 
 
 def others():
@@ -114,43 +114,43 @@ def others():
     for estimator in ("argmax", "expectation"):
         yield f"no numbers, {estimator}", replace(draw((6,), 0.5, 0.2, estimator=estimator), x=x)
     # Between levels and next to there, where a quotient off by its last bit is another level.
-    steps = torch.rand(64, 1, generator=torch.Generator().manual_seed(2)) + 0.01
-    x = (torch.arange(-140, 140) + 0.5) * steps
+    scales = torch.rand(64, 1, generator=torch.Generator().manual_seed(2)) + 0.01
+    x = (torch.arange(-140, 140) + 0.5) * scales
     x = torch.cat([x, x.nextafter(x * 2), x.nextafter(x * 0)], 1)
-    yield "ties", Case(x, torch.ones_like(x), steps, steps / 3, bits=8)
+    yield "ties", Case(x, torch.ones_like(x), scales, scales / 3, bits=8)
 
 
 GRIDS, LAYOUTS, HALVES, OTHERS = (dict(cases()) for cases in (grids, layouts, halves, others))
 
 
 def compute(case, device):
-    x, grad, step, sigma = (t.to(device) for t in (case.x, case.grad, case.step, case.sigma))
+    x, grad, scale, sigma = (t.to(device) for t in (case.x, case.grad, case.scale, case.sigma))
     before = gpu._PROGRAMS
     gpu._PROGRAMS = case.programs or before
     try:
-        out = gpu.forward(x, step, *case.bounds)
+        out = gpu.forward(x, scale, *case.bounds)
         settings = *case.bounds, case.estimator == "expectation"
-        results = out, *gpu.backward(x, grad, step, sigma, *settings)
+        results = out, *gpu.backward(x, grad, scale, sigma, *settings)
         # As operators of torch's have it.
-        assert len({t.untyped_storage().data_ptr() for t in (x, grad, step, sigma, *results)}) == 8
+        assert len({t.untyped_storage().data_ptr() for t in (x, grad, scale, sigma, *results)}) == 8
         return tuple(t.cpu() for t in results)
     finally:
         gpu._PROGRAMS = before
 
 
 def functional(case, dtype=None):
-    x, step, sigma = (t.to(dtype or t.dtype).requires_grad_() for t in (case.x.detach(), case.step, case.sigma))
+    x, scale, sigma = (t.to(dtype or t.dtype).requires_grad_() for t in (case.x.detach(), case.scale, case.sigma))
     settings = {"bits": case.bits, "min_bits": case.bits, "signed": case.signed, "estimator": case.estimator}
-    out = quantize_unchecked(x, step, sigma, None, **settings)
-    return out.detach(), *torch.autograd.grad(out, (x, step, sigma), case.grad.to(out.dtype))
+    out = quantize_unchecked(x, scale, sigma, None, **settings)
+    return out.detach(), *torch.autograd.grad(out, (x, scale, sigma), case.grad.to(out.dtype))
 
 
-def errors(case, own, true):
+def errors(case, actual, true):
     """Of the three gradients: the largest relative to the largest of x's, or to what a sum is a sum of."""
-    apart = tuple(range(case.step.numel() > 1, case.x.dim()))
+    apart = tuple(range(case.scale.numel() > 1, case.x.dim()))
     of_sums = case.grad.float().abs().sum(apart).max() * max(1.0, 2.0**case.bits / 8)
-    scales = true[1].abs().max(), of_sums, of_sums
-    return [float((a - b).abs().max() / scale) for a, b, scale in zip(own[1:], true[1:], scales, strict=True)]
+    sizes = true[1].abs().max(), of_sums, of_sums
+    return [float((a - b).abs().max() / size) for a, b, size in zip(actual[1:], true[1:], sizes, strict=True)]
 
 
 @pytest.fixture(scope="module", params=["interpreter"] + ["cuda"] * torch.cuda.is_available())
@@ -179,13 +179,13 @@ def computed(request, tmp_path_factory):
 @pytest.mark.parametrize("name", GRIDS)
 def test_values_to_the_bit_and_gradients_to_rounding(computed, name):
     case = GRIDS[name]
-    noise = min(TOLERANCE, key=lambda noise: abs(noise - float(case.sigma / case.step)))
+    noise = min(TOLERANCE, key=lambda noise: abs(noise - float(case.sigma / case.scale)))
     fused, plain, exact = computed(name, case), functional(case), functional(case, torch.float64)
     assert torch.equal(fused[0], plain[0])
-    for of, own, other in zip(
-        ("x", "step", "sigma"), errors(case, fused, exact), errors(case, plain, exact), strict=True
+    for of, actual, other in zip(
+        ("x", "scale", "sigma"), errors(case, fused, exact), errors(case, plain, exact), strict=True
     ):
-        assert own < max(TOLERANCE[noise], 2 * other), of
+        assert actual < max(TOLERANCE[noise], 2 * other), of
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -206,9 +206,9 @@ def test_halves_are_computed_in_float32(computed, name):
     case = HALVES[name]
     fused, plain = computed(name, case), functional(case)
     assert torch.equal(fused[0], plain[0])
-    for own, same in zip(fused[1:], plain[1:], strict=True):
-        assert own.dtype == same.dtype
-        torch.testing.assert_close(own, same, rtol=2 * torch.finfo(own.dtype).eps, atol=2e-4)
+    for actual, same in zip(fused[1:], plain[1:], strict=True):
+        assert actual.dtype == same.dtype
+        torch.testing.assert_close(actual, same, rtol=2 * torch.finfo(actual.dtype).eps, atol=2e-4)
 
 
 @pytest.mark.parametrize("estimator", ["argmax", "expectation"])
@@ -223,9 +223,9 @@ def test_nan_stays_and_infinity_is_the_last_level(computed, estimator):
 
 def test_ties_go_where_functional_has_them_go(computed):
     case = OTHERS["ties"]
-    out, _, d_step, _ = computed("ties", case)
+    out, _, d_scale, _ = computed("ties", case)
     assert torch.equal(out, functional(case)[0])
-    torch.testing.assert_close(d_step, functional(case)[2], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(d_scale, functional(case)[2], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(2**33 + 5,), (3, 2**31 - 1)])
@@ -245,11 +245,11 @@ def test_elements_beyond_32_bits_are_counted(computed, shape):
 @pytest.mark.parametrize("estimator", ["argmax", "expectation"])
 def test_a_graph_replays_what_launches_give_and_nothing_waits_for_the_device(estimator):
     case = draw((64, 1024), estimator=estimator)
-    tensors = [t.cuda() for t in (case.x, case.grad, case.step, case.sigma)]
+    tensors = [t.cuda() for t in (case.x, case.grad, case.scale, case.sigma)]
 
     def launch():
-        x, grad, step, sigma = tensors
-        return gpu.forward(x, step, -8, 7), *gpu.backward(x, grad, step, sigma, -8, 7, estimator == "expectation")
+        x, grad, scale, sigma = tensors
+        return gpu.forward(x, scale, -8, 7), *gpu.backward(x, grad, scale, sigma, -8, 7, estimator == "expectation")
 
     launch()
     torch.cuda.set_sync_debug_mode("error")
@@ -259,9 +259,9 @@ def test_a_graph_replays_what_launches_give_and_nothing_waits_for_the_device(est
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = launch()
+        captured = launch()
     graph.replay()
-    for others in zip(second, held, strict=True):
+    for others in zip(second, captured, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, others, strict=True))
 
 
@@ -271,7 +271,7 @@ def test_kernels_compile_for_cuda_without_a_device(target, dtype, tmp_path, monk
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("interpreted")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tensors = {"x": dtype, "grad": dtype, "out": dtype, "dx": dtype, "steps": "fp32", "sigmas": "fp32", "sums": "fp32"}
+    tensors = {"x": dtype, "grad": dtype, "out": dtype, "dx": dtype, "scales": "fp32", "sigmas": "fp32", "sums": "fp32"}
     types = {name: f"*{kind}" for name, kind in tensors.items()} | {"low": "fp32", "high": "fp32"}
     kernels = gpu._kernels()
     for kernel, settings in (
@@ -306,6 +306,7 @@ def test_without_kernels_the_reason_is_in_words(module, name, value, words, monk
     gpu._tried.cache_clear()
     if module is sys.modules:
         gpu._kernels.cache_clear()
+        monkeypatch.delitem(module, "cpq_lightning.kernels.triton_kernels", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setitem(module, name, value)
@@ -324,16 +325,18 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch):
 
 
 def test_importing_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import cpq_lightning.kernels.triton_kernels"
+    code = "import sys; sys.modules['triton'] = None; import cpq_lightning.kernels.cuda"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 if TYPE_CHECKING:
     import triton.language as tl
 
+    from cpq_lightning.kernels.triton_kernels import _part
+
 
 def parts(out, length, programs, tiles, TILE):
-    row, first, count = gpu._part(length, programs, tiles, TILE)
+    row, first, count = _part(length, programs, tiles, TILE)
     out += 3 * tl.program_id(0)
     tl.store(out, row)
     tl.store(out + 1, first)
@@ -343,11 +346,10 @@ def parts(out, length, programs, tiles, TILE):
 def compute_parts(shape):
     import triton
 
-    globals()["tl"] = triton.language
-    gpu._kernels()
-    steps = torch.empty(shape[0] if len(shape) > 1 else 1, device="meta")
+    globals().update(tl=triton.language, _part=gpu._kernels()._part)
+    scales = torch.empty(shape[0] if len(shape) > 1 else 1, device="meta")
     before, gpu._PROGRAMS = gpu._PROGRAMS, 50
-    launch, options = gpu._division(torch.empty(shape, device="meta"), steps)
+    launch, options = gpu._division(torch.empty(shape, device="meta"), scales)
     gpu._PROGRAMS = before
     out = torch.zeros(launch[0], 3, dtype=torch.int64)
     triton.jit(parts)[launch](out, **options)

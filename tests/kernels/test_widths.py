@@ -28,28 +28,30 @@ def test_functional_s_values_and_gradients(masks, dtype, rows):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(6, 700, generator=generator).to(dtype) for _ in range(2))
     shape = (rows, 1)
-    step = torch.linspace(0.1, 0.2, rows).reshape(shape)
-    scales = torch.tensor([8.3, 4.1, 1.9, 1.0]).reshape(4, 1, 1).expand(4, *shape)
+    scale = torch.linspace(0.1, 0.2, rows).reshape(shape)
+    width_scales = torch.tensor([8.3, 4.1, 1.9, 1.0]).reshape(4, 1, 1).expand(4, *shape)
     results = []
     for fused in (True, False):
-        own = x.clone().requires_grad_()
-        a, s = step.clone().requires_grad_(), (step / 3).requires_grad_()
+        leaf = x.clone().requires_grad_()
+        a, s = scale.clone().requires_grad_(), (scale / 3).requires_grad_()
         m = torch.tensor(MASKS[masks], dtype=torch.float32).reshape(4, 1, 1).requires_grad_()
         if fused:
-            rings = [QuantGrid.of(k, True, "expectation") for k in range(2, 6)]
-            out = quantize_widths(own, a.reshape(-1), s.reshape(-1), m, scales.reshape(4, -1), rings)
+            grids = [QuantGrid.of(k, True, "expectation") for k in range(2, 6)]
+            out = quantize_widths(leaf, a.reshape(-1), s.reshape(-1), m, width_scales.reshape(4, -1), grids)
         else:
             settings = {"bits": 5, "min_bits": 2, "signed": True, "estimator": "expectation"}
-            out = quantize_resolution(own, a, s, m, scales=scales, **settings)
+            out = quantize_resolution(leaf, a, s, m, width_scales=width_scales, **settings)
         out.backward(grad)
-        results.append((out, own.grad, a.grad, s.grad, m.grad))
-    (out, *own), (expected, *same) = results
+        results.append((out, leaf.grad, a.grad, s.grad, m.grad))
+    (out, *actual), (expected, *same) = results
     assert torch.equal(out, expected)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 2e-4, "atol": 2e-3}
-    torch.testing.assert_close(own[0], same[0], rtol=tolerance["rtol"], atol=2e-5 if dtype == torch.float32 else 2e-2)
-    for a, b in zip(own[1:3], same[1:3], strict=True):
+    torch.testing.assert_close(
+        actual[0], same[0], rtol=tolerance["rtol"], atol=2e-5 if dtype == torch.float32 else 2e-2
+    )
+    for a, b in zip(actual[1:3], same[1:3], strict=True):
         assert float((a - b).abs().max()) <= tolerance["rtol"] * float(grad.float().abs().sum() / rows)
-    assert float((own[3] - same[3]).abs().max()) <= 1e-2 * float(grad.float().abs().sum() * 0.1)
+    assert float((actual[3] - same[3]).abs().max()) <= 1e-2 * float(grad.float().abs().sum() * 0.1)
 
 
 def test_a_learning_quantizer_keeps_its_weight_only():

@@ -22,9 +22,9 @@ def test_values_on_a_grid_of_a_power_of_two_stay_exact(x, bits):
     observer.update(x)
     observer.close_range(x.device)
     observer.update(x)
-    [step], signed = observer.fit([bits], "mse")
+    [scale], signed = observer.fit([bits], "mse")
     low, high = level_bounds(bits, signed)
-    assert torch.equal((x / step).round().clamp(low, high) * step, x)
+    assert torch.equal((x / scale).round().clamp(low, high) * scale, x)
 
 
 @pytest.mark.parametrize("bits", [3, 8])
@@ -34,5 +34,5 @@ def test_one_value_off_that_grid_is_not_overlooked(bits):
     observer.update(x)
     observer.close_range(x.device)
     observer.update(x)
-    [step], _ = observer.fit([bits], "mse")
-    assert step.item() != 1.0
+    [scale], _ = observer.fit([bits], "mse")
+    assert scale.item() != 1.0

@@ -59,8 +59,8 @@ def test_training_gives_a_finite_value_like_x_and_a_finite_gradient_to_x_and_to_
             assert gradients[name] is not None, name
             assert (gradients[name].shape, gradients[name].dtype) == (leaf.shape, leaf.dtype), name
             assert gradients[name].isfinite().all(), name
-    assert quantizer.step().isfinite().all()
-    assert (quantizer.step() > 0).all()
+    assert quantizer.scale().isfinite().all()
+    assert (quantizer.scale() > 0).all()
 
 
 @examples(60)
@@ -93,11 +93,11 @@ def test_what_a_quantizer_hands_on_meets_the_conditions_that_quantize_checks(cas
     quantizer, x = case.trained().train(training), case.x()
     # Of zeros alone there is no range: they are passed on as they are.
     assume(quantizer.fitted)
-    step, sigma = (quantizer.along_channels(t.detach(), x) for t in quantizer._step_and_sigma(quantizer.settings))
+    scale, sigma = (quantizer.along_channels(t.detach(), x) for t in quantizer._scale_and_sigma(quantizer.settings))
     masks = quantizer._masks(x, quantizer.settings)
     min_bits = quantizer.bits if masks is None else quantizer.min_bits
     grid = {"bits": quantizer.bits, "signed": quantizer.signed, "estimator": quantizer.estimator}
-    out = quantize(x, step, sigma, masks, **grid, min_bits=min_bits)
+    out = quantize(x, scale, sigma, masks, **grid, min_bits=min_bits)
     if quantizer.nesting == "range" or masks is None:
         assert torch.equal(quantizer(x), out)
 
@@ -107,8 +107,8 @@ def test_what_a_quantizer_hands_on_meets_the_conditions_that_quantize_checks(cas
 def test_evaluation_gives_levels_of_the_grid_that_it_reports(case):
     quantizer, x = case.trained().eval(), case.x()
     out = quantizer(x).detach().double()
-    step, low, high = (quantizer.along_channels(t.detach(), x) for t in quantizer.grid())
-    codes = out / step
+    scale, low, high = (quantizer.along_channels(t.detach(), x) for t in quantizer.grid())
+    codes = out / scale
     # Of a level that the dtype rounded, and of a step that is a product in another order.
     slack = 1e-4 + torch.finfo(case.dtype).eps * codes.abs()
     assert ((codes - codes.round()).abs() <= slack).all()
@@ -119,9 +119,9 @@ def test_evaluation_gives_levels_of_the_grid_that_it_reports(case):
 @given(quantizer_cases())
 def test_widths_stay_within_their_bounds_and_fixing_them_changes_nothing_in_evaluation(case):
     quantizer, x = case.trained().eval(), case.x()
-    least, most = quantizer.min_bits, quantizer.bits
+    narrowest, widest = quantizer.min_bits, quantizer.bits
     for widths in (quantizer.decided_widths(), quantizer.expected_widths()):
-        assert ((widths >= least) & (widths <= most)).all()
+        assert ((widths >= narrowest) & (widths <= widest)).all()
     decided = quantizer.decided_widths()
     before = quantizer(x).detach()
     quantizer.fix_widths(decided.tolist())
@@ -273,9 +273,9 @@ def test_an_inactive_model_is_the_plain_one_in_values_and_gradients(case, traini
     assert torch.equal(got, want)
     want.sum().backward()
     got.sum().backward()
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, p in plain.named_parameters():
-        assert torch.equal(found[name].grad, p.grad), name
+        assert torch.equal(parameters[name].grad, p.grad), name
 
 
 @examples(25)

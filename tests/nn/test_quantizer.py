@@ -43,9 +43,9 @@ def weights(shape=(6, 5, 3)):
 def least_error(values, bits, signed):
     """Squared error of the best of 3000 steps."""
     low, high = level_bounds(bits, signed)
-    steps = values.abs().max() * torch.logspace(-11, 1, 3000, base=2)
+    scales = values.abs().max() * torch.logspace(-11, 1, 3000, base=2)
     return min(
-        (values - (values / step).round().clamp(low, high) * step).square().sum().item() for step in steps.tolist()
+        (values - (values / scale).round().clamp(low, high) * scale).square().sum().item() for scale in scales.tolist()
     )
 
 
@@ -54,43 +54,43 @@ def least_error(values, bits, signed):
 
 @pytest.mark.parametrize("log_scale", [1e9, -1e9, math.inf, -math.inf, 50.0, -50.0, 0.0])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
-def test_the_step_stays_positive_and_finite_wherever_an_update_throws_its_parameter(scale, log_scale):
+def test_the_scale_stays_positive_and_finite_wherever_an_update_throws_its_parameter(scale, log_scale):
     weight = weights() * scale
     q = weight_quantizer(weight, per_channel=True)
     q.log_scale.data.fill_(log_scale)
     out = q(weight)
-    assert (q.step() > 0).all()
-    assert q.step().isfinite().all()
+    assert (q.scale() > 0).all()
+    assert q.scale().isfinite().all()
     assert out.isfinite().all()
-    factor = q.step() / q.start_scale
+    factor = q.scale() / q.start_scale
     assert ((factor >= 1 / 1001) & (factor <= 1001)).all()
 
 
-def test_a_small_move_of_the_parameter_is_a_relative_move_of_the_step():
+def test_a_small_move_of_the_parameter_is_a_relative_move_of_the_scale():
     q = weight_quantizer(weights(), per_channel=True)
-    before = q.step().detach()
+    before = q.scale().detach()
     q.log_scale.data.add_(0.01)
-    torch.testing.assert_close(q.step().detach(), before * math.exp(0.01), rtol=1e-5, atol=0)
+    torch.testing.assert_close(q.scale().detach(), before * math.exp(0.01), rtol=1e-5, atol=0)
 
 
 def sigma_of(q):
-    return q._step_and_sigma(q.settings)[1].detach()
+    return q._scale_and_sigma(q.settings)[1].detach()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.01])
-def test_the_noise_is_positive_and_at_most_the_step(temperature):
+def test_the_noise_is_positive_and_at_most_the_scale(temperature):
     q = Quantizer("weight", CPQConfig(per_channel=True, temperature=temperature), numel=4000, channels=1000)
     q._write_ranges(torch.rand(1000) * torch.logspace(-6, 6, 1000), q.width_scale)
     for logit in (-math.inf, -1e9, -20.0, -1.0, 0.0, 3.0, 10.0, 17.0, 20.0, 1e9, math.inf):
         q.noise_logit.data.fill_(logit)
         assert (sigma_of(q) > 0).all()
-        assert (sigma_of(q) <= q.step()).all()
+        assert (sigma_of(q) <= q.scale()).all()
 
 
-def test_the_noise_starts_at_a_third_of_the_step_times_the_temperature():
+def test_the_noise_starts_at_a_third_of_the_scale_times_the_temperature():
     for temperature in (1.0, 0.25):
         q = weight_quantizer(weights(), temperature=temperature)
-        torch.testing.assert_close(sigma_of(q), q.step().detach() * temperature / 3, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sigma_of(q), q.scale().detach() * temperature / 3, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -111,7 +111,7 @@ def test_a_weight_of_zeros_is_quantized_to_zeros_with_finite_gradients():
     out = q(weight)
     out.sum().backward()
     assert not out.any()
-    assert (q.step() == 1).all()
+    assert (q.scale() == 1).all()
     assert all(p.grad.isfinite().all() for p in (weight, *q.parameters()))
 
 
@@ -142,24 +142,24 @@ def test_both_parameters_learn():
 def test_quantized_weights_lie_on_the_grid(bits, nesting, per_channel, estimator):
     weight = weights()
     q = weight_quantizer(weight, weight_bits=bits, nesting=nesting, per_channel=per_channel, weight_estimator=estimator)
-    step = q.step().detach().reshape(-1, 1, 1)
-    assert len(step) == (6 if per_channel else 1)
-    levels = (q(weight) / step).detach()
+    scale = q.scale().detach().reshape(-1, 1, 1)
+    assert len(scale) == (6 if per_channel else 1)
+    levels = (q(weight) / scale).detach()
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
     low, high = level_bounds(bits)
-    torch.testing.assert_close(levels, (weight / step).round().clamp(low, high), rtol=0, atol=1e-4)
+    torch.testing.assert_close(levels, (weight / scale).round().clamp(low, high), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("channel_dim", [0, 1])
-def test_every_channel_has_the_step_that_fits_it_best(channel_dim):
+def test_every_channel_has_the_scale_that_fits_it_best(channel_dim):
     weight = weights((6, 40)).movedim(0, channel_dim).contiguous()
     config = CPQConfig(weight_bits=3, per_channel=True)
     q = Quantizer("weight", config, numel=weight.numel(), channels=6, channel_dim=channel_dim)
     out = q(weight).detach()
     for i in range(6):
         row = weight.select(channel_dim, i)
-        assert q.step()[i].item() == pytest.approx(mse_scale(row[None], bits=3, signed=True).item(), rel=1e-6)
-        quantized = quantize(row, q.step()[i], sigma_of(q)[i], bits=3)
+        assert q.scale()[i].item() == pytest.approx(mse_scale(row[None], bits=3, signed=True).item(), rel=1e-6)
+        quantized = quantize(row, q.scale()[i], sigma_of(q)[i], bits=3)
         torch.testing.assert_close(out.select(channel_dim, i), quantized.detach(), rtol=1e-6, atol=0)
 
 
@@ -171,8 +171,8 @@ def test_a_large_weight_is_fitted_on_a_sample_that_is_enough():
     assert got <= 1.01 * (weight - quantized_with(weight, best, 3)).square().sum()
 
 
-def quantized_with(values, step, bits):
-    return (values / step).round().clamp(*level_bounds(bits)) * step
+def quantized_with(values, scale, bits):
+    return (values / scale).round().clamp(*level_bounds(bits)) * scale
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -180,10 +180,10 @@ def quantized_with(values, step, bits):
 def test_the_range_max_clips_no_weight_and_wastes_no_level(bits, per_channel):
     weight = weights()
     q = weight_quantizer(weight, weight_bits=bits, weight_range="max", per_channel=per_channel)
-    step = q.step().detach().reshape(-1, 1, 1)
-    assert ((q(weight) - weight).abs() <= step * 0.5001).all()
+    scale = q.scale().detach().reshape(-1, 1, 1)
+    assert ((q(weight) - weight).abs() <= scale * 0.5001).all()
     low, high = level_bounds(bits)
-    levels = (q(weight) / step).detach().round()
+    levels = (q(weight) / scale).detach().round()
     levels = levels.flatten(1) if per_channel else levels.reshape(1, -1)
     assert ((levels.amax(1) == high) | (levels.amin(1) == low)).all()
 
@@ -195,7 +195,7 @@ def test_a_new_fit_forgets_what_was_learned():
     weight = weights() * 3
     q.fit_weight(weight)
     fresh = weight_quantizer(weight)
-    assert torch.equal(q.step(), fresh.step())
+    assert torch.equal(q.scale(), fresh.scale())
     assert torch.equal(sigma_of(q), sigma_of(fresh))
 
 
@@ -218,7 +218,7 @@ def test_an_evaluation_before_the_range_is_known_says_what_to_do(mode):
     [(True, lambda: torch.randn(32, 7, 5)), (False, lambda: torch.randn(32, 7, 5).relu())],
     ids=["signed", "unsigned"],
 )
-def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_step(batch, signed, bits):
+def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_scale(batch, signed, bits):
     x = batch()
     q = act_quantizer(act_bits=bits)
     out = q(x)
@@ -226,7 +226,7 @@ def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_step(batch
     assert q.signed is signed
     assert q.numel == 35
     assert (out - x).square().sum().item() <= 1.02 * least_error(x, bits, signed)
-    levels = (out / q.step()).detach()
+    levels = (out / q.scale()).detach()
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
     assert levels.min() >= level_bounds(bits, signed)[0]
 
@@ -240,8 +240,8 @@ def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_step(batch
 @pytest.mark.parametrize("rule", ["mse", "max"])
 def test_batches_seen_one_by_one_give_the_range_of_all_of_them_together(rule):
     batches = [torch.randn(8, 6) * scale + shift for scale, shift in ((1.0, 0.0), (3.0, 1.0), (0.1, -2.0))]
-    whole, parts = (act_quantizer(act_range=rule) for _ in range(2))
-    for q, seen in ((whole, [torch.cat(batches)]), (parts, batches)):
+    at_once, parts = (act_quantizer(act_range=rule) for _ in range(2))
+    for q, seen in ((at_once, [torch.cat(batches)]), (parts, batches)):
         observer = RangeObserver()
         for _ in range(2):
             for batch in seen:
@@ -249,16 +249,16 @@ def test_batches_seen_one_by_one_give_the_range_of_all_of_them_together(rule):
             if observer.counts is None:
                 observer.close_range(torch.device("cpu"))
         q.fit_activation(observer)
-    assert torch.equal(whole.start_scale, parts.start_scale)
-    assert whole.signed is parts.signed is True
+    assert torch.equal(at_once.start_scale, parts.start_scale)
+    assert at_once.signed is parts.signed is True
 
 
 @pytest.mark.parametrize(("signed", "low"), [(True, -8), (False, 0)])
 def test_the_range_max_clips_no_activation(signed, low):
     x = torch.randn(100, 9) if signed else torch.rand(100, 9)
     q = act_quantizer(act_range="max")
-    levels = (q(x) / q.step()).round()
-    assert ((q(x) - x).abs() <= q.step() * 0.5001).all()
+    levels = (q(x) / q.scale()).round()
+    assert ((q(x) - x).abs() <= q.scale() * 0.5001).all()
     assert levels.min() == low or levels.max() == 7
 
 
@@ -268,8 +268,8 @@ def test_values_that_are_not_finite_do_not_spoil_the_range():
     clean, dirty = act_quantizer(), act_quantizer()
     clean(torch.cat([x, torch.zeros(1, 1).expand(1, 4)]))
     dirty(spoilt)
-    assert dirty.step().isfinite().all()
-    assert dirty.step().item() == pytest.approx(clean.step().item(), rel=0.05)
+    assert dirty.scale().isfinite().all()
+    assert dirty.scale().item() == pytest.approx(clean.scale().item(), rel=0.05)
 
 
 def test_a_quantizer_for_no_bits_is_refused():
@@ -348,7 +348,7 @@ def test_narrow_dtypes_leave_the_state_in_float32(narrow):
 def test_double_widens_the_state_and_the_values_survive_the_way_back():
     weight = weights()
     q = weight_quantizer(weight)
-    step = q.step().detach()
+    scale = q.scale().detach()
     q.double()
     dtypes = {name: t.dtype for name, t in q.state_dict().items()}
     # The state is whole numbers and starting steps, read as float32.
@@ -358,9 +358,9 @@ def test_double_widens_the_state_and_the_values_survive_the_way_back():
     assert out.dtype == torch.float64
     out.sum().backward()
     assert q.log_scale.grad.dtype == torch.float64
-    torch.testing.assert_close(q.step().detach(), step.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(q.scale().detach(), scale.double(), rtol=1e-6, atol=0)
     q.float()
-    torch.testing.assert_close(q.step().detach().float(), step, rtol=1e-6, atol=0)
+    torch.testing.assert_close(q.scale().detach().float(), scale, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["deepcopy", "pickle"])
@@ -389,7 +389,7 @@ def test_evaluation_uses_all_bits_and_no_noise(nesting, sharing):
     weight = weights()
     settings = {"weight_bits": 4, "min_bits": 2, "nesting": nesting, "gate_sharing": sharing}
     q = weight_quantizer(weight, keep_prob=0.3, **settings).eval()
-    want = quantize(weight, q.step(), sigma_of(q), bits=4)
+    want = quantize(weight, q.scale(), sigma_of(q), bits=4)
     for step in range(5):
         q.noise_step.fill_(step)
         assert torch.equal(q(weight), want)

@@ -82,9 +82,9 @@ def _golden_config():
 
 def test_few_keys():
     model = attach(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
-    own = [key for key in model.state_dict() if "_quantizer." in key]
-    assert len(own) == 4 * 4
-    assert {key.rpartition(".")[2] for key in own} == {"log_scale", "noise_logit", "temperature", "state"}
+    actual = [key for key in model.state_dict() if "_quantizer." in key]
+    assert len(actual) == 4 * 4
+    assert {key.rpartition(".")[2] for key in actual} == {"log_scale", "noise_logit", "temperature", "state"}
 
 
 # Copies --------------------------------------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ class ByHand:
         self.module, self.how = copy.deepcopy(model), how
 
     def update(self, model):
-        own, other = self.module.state_dict(), model.state_dict()
-        for name, value in own.items():
+        actual, other = self.module.state_dict(), model.state_dict()
+        for name, value in actual.items():
             if self.how == "copy_":
                 value.copy_(other[name])
             elif self.how == "data":
@@ -157,8 +157,8 @@ def test_a_copy_that_was_made_early_follows(name, moment):
     for _ in range(3):
         average.update(model)
     wanted, copied = model.eval(), average.module.eval()
-    for (_, own), (_, other) in zip(quantizers(wanted), quantizers(copied), strict=True):
-        assert own.settings._replace(steps=0) == other.settings._replace(steps=0)
+    for (_, actual), (_, other) in zip(quantizers(wanted), quantizers(copied), strict=True):
+        assert actual.settings._replace(steps=0) == other.settings._replace(steps=0)
     with torch.no_grad():
         torch.testing.assert_close(copied(X), wanted(X), rtol=1e-4, atol=1e-5)
         twin = attach(net(), learned if moment == "freeze" else CPQConfig())

@@ -42,7 +42,7 @@ def test_fixing_a_width_changes_nothing_in_evaluation(width, nesting):
 
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("nesting", ["range", "resolution"])
-def test_channels_of_widths_of_their_own_evaluate_as_fixed(nesting, per_channel):
+def test_channels_of_different_widths_evaluate_as_fixed(nesting, per_channel):
     q = quantizer(gate_sharing="channel", per_channel=per_channel, nesting=nesting).eval()
     widths = [2, 3, 3, 5, 4, 2]
     decide(q, widths)
@@ -51,8 +51,8 @@ def test_channels_of_widths_of_their_own_evaluate_as_fixed(nesting, per_channel)
     q.fix_widths(widths)
     torch.testing.assert_close(q(WEIGHT), before, rtol=1e-5, atol=1e-6)
     assert (q.bits, q.min_bits, q.fixed) == (5, 2, True)
-    step, low, high = (q.along_channels(t, WEIGHT) for t in q.grid())
-    codes = q(WEIGHT) / step
+    scale, low, high = (q.along_channels(t, WEIGHT) for t in q.grid())
+    codes = q(WEIGHT) / scale
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
     assert (codes.round() >= low).all()
     assert (codes.round() <= high).all()
@@ -64,13 +64,13 @@ def test_channels_of_widths_of_their_own_evaluate_as_fixed(nesting, per_channel)
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 6])
-def test_each_width_has_the_step_that_fits_it_best(width):
+def test_each_width_has_the_scale_that_fits_it_best(width):
     """Of the step of the widest grid, doubled for every bit, a narrow grid has little use."""
     q = quantizer().eval()
     decide(q, width)
-    step = mse_scale(WEIGHT.reshape(1, -1), bits=width, signed=True)
-    torch.testing.assert_close(q.grid()[0], step, rtol=1e-5, atol=0)
-    doubled = q.step() * 2 ** (8 - width)
+    scale = mse_scale(WEIGHT.reshape(1, -1), bits=width, signed=True)
+    torch.testing.assert_close(q.grid()[0], scale, rtol=1e-5, atol=0)
+    doubled = q.scale() * 2 ** (8 - width)
     error = (WEIGHT - q(WEIGHT)).square().sum()
     low, high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
     assert error < (WEIGHT - (WEIGHT / doubled).round().clamp(low, high) * doubled).square().sum()
@@ -94,7 +94,7 @@ def test_a_sparse_evaluation_has_the_gradients_of_all_terms(monkeypatch):
     q = quantizer(gate_estimator="concrete").train()
     for step in range(20):
         q.noise_step.fill_(step)
-        found = []
+        results = []
         for compiling in (False, True):
             q.zero_grad()
             with monkeypatch.context() as patch:
@@ -103,8 +103,8 @@ def test_a_sparse_evaluation_has_the_gradients_of_all_terms(monkeypatch):
                 x = WEIGHT.clone().requires_grad_()
                 out = q(x)
             (out * torch.arange(240).reshape(6, 40).sin()).sum().backward()
-            found.append([out.detach(), x.grad, *(p.grad.clone() for p in q.parameters())])
-        for sparse, dense in zip(*found, strict=True):
+            results.append([out.detach(), x.grad, *(p.grad.clone() for p in q.parameters())])
+        for sparse, dense in zip(*results, strict=True):
             torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-6)
 
 

@@ -138,7 +138,7 @@ def test_what_widths_cost_is_the_size_of_the_file_that_has_them(make, sharing, n
         # Without training behind them, narrower widths have ranges that do not suit them.
         refit_rewritten(other)
         size = write_packed(other.eval(), tmp_path / "model.safetensors").stat().st_size
-        assert cost.of_whole(torch.cat(widths).double()) == packed_size(other) == size
+        assert cost.of_integer_widths(torch.cat(widths).double()) == packed_size(other) == size
         # On the way it is a sum, of channels that differ.
         assert not seed or cost(torch.cat(widths).double()) == pytest.approx(size, rel=0.01)
 

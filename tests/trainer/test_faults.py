@@ -135,7 +135,7 @@ def test_tensors_without_a_scale(fit, what, per_channel):
     config = CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, per_channel=per_channel, first_last_bits=None)
     fit(module, [CPQCallback(config, table=False), BitBudget(4.0)], max_epochs=10, loaders=(loader, data()))
     assert all(v.isfinite().all() for v in module.state_dict().values())
-    assert all(q.step().min() > 0 for _, q in quantizers(module))
+    assert all(q.scale().min() > 0 for _, q in quantizers(module))
     assert not learning_quantizers(module)
     assert all(r.relative_error is None or 0 <= r.relative_error <= 1 for r in levels(module))
 

@@ -30,20 +30,20 @@ from cpq_lightning.export.onnx.graph import (
     scaled_along,
     tidy,
 )
-from cpq_lightning.export.onnx.pairs import MOST, largest_byte, largest_pair, quantizer_of
+from cpq_lightning.export.onnx.pairs import MAX_PAIR, largest_byte, largest_pair, quantizer_of
 from cpq_lightning.export.onnx.trace import SHAPE
 
 # Metadata of a weight's DequantizeLinear: stored codes are multiplied by 2 to this power, and the scale is divided by
 # it.
 SHIFT = "cpq.shift"
 # Largest share of the next codes that the rounding of the bias may change by one level.
-_MOST_MOVED = 5e-4
+_MAX_CHANGED = 5e-4
 # With fewer channels, the copies of the patches cost more time than the integer product saves.
 _MIN_CHANNELS = 16
 
 
 # Operators that ONNX Runtime moves a quantizer across, towards the convolution that computes its input.
-_MOVED_ACROSS = {"Relu", "Clip", "MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice"}
+_CROSSED_BY_QUANTIZERS = {"Relu", "Clip", "MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def keep_biases(model: ir.Model) -> None:
 def _reaches_quantizer(value: ir.Value) -> bool:
     users = [use.node for use in value.uses()]
     return any(
-        user.op_type == "QuantizeLinear" or (user.op_type in _MOVED_ACROSS and _reaches_quantizer(user.outputs[0]))
+        user.op_type == "QuantizeLinear"
+        or (user.op_type in _CROSSED_BY_QUANTIZERS and _reaches_quantizer(user.outputs[0]))
         for user in users
     )
 
@@ -145,7 +146,7 @@ def _as_convolution(edit: Editor, conv: _Conv) -> bool:
     bias = np.zeros(len(unit), np.float32) if conv.bias is None else conv.bias
     bias_codes = np.round(bias / unit.astype(np.float64))
     changed = np.abs(bias - bias_codes * unit).mean() / float(known(following.inputs[1]))
-    if changed > _MOST_MOVED or np.abs(bias_codes).max(initial=0) >= 2**30:
+    if changed > _MAX_CHANGED or np.abs(bias_codes).max(initial=0) >= 2**30:
         return False
     layer, node = conv.layer, conv.node
     zeros = np.zeros(len(unit), np.int32)
@@ -170,7 +171,7 @@ def _free_bits(conv: _Conv) -> int:
     shift = 7 - largest.bit_length()
     quantize = quantizer_of(conv.node.inputs[0])
     byte = 255 if quantize is None else largest_byte(quantize)
-    while shift and largest_pair(codes << shift, 0, byte) > MOST:
+    while shift and largest_pair(codes << shift, 0, byte) > MAX_PAIR:
         shift -= 1
     return shift
 

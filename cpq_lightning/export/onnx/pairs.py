@@ -16,7 +16,7 @@ import onnx_ir as ir
 from cpq_lightning.export.onnx.graph import Array, integer, known, layer_of, only_user
 
 # The largest sum of two products that fits into 16 bits.
-MOST = 2**15 - 1
+MAX_PAIR = 2**15 - 1
 # Operators between a quantizer and a product that do not compute new codes.
 _PASSED = {
     "Transpose",
@@ -65,7 +65,7 @@ def quantizer_of(value: ir.Value | None) -> ir.Node | None:
 
 def cut_off(graph: ir.Graph) -> list[Product]:
     """Products of a quantized input and a weight with signed codes that may saturate when two are added in 16 bits."""
-    return [product for product in products(graph) if largest_pair_of(product) > MOST]
+    return [product for product in products(graph) if largest_pair_of(product) > MAX_PAIR]
 
 
 def largest_pair_of(product: Product) -> int:

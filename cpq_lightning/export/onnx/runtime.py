@@ -74,7 +74,7 @@ class OnnxArtefact:
             codes_by_layer[layer] = torch.from_numpy(codes if shape is None else _as_weight(codes, shape))
         return codes_by_layer
 
-    def turned_by(self) -> Mapping[str, str]:
+    def negated_by(self) -> Mapping[str, str]:
         return {
             str(layer_of(node.inputs[1].producer(), "weight")): node.metadata_props[NORM]
             for node in self._graph
