@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from rich.console import Console
 
 from cpq_lightning.attach.attach import attach
-from cpq_lightning.backbones import create_backbone
+from cpq_lightning.backbones.create import create_backbone
 from cpq_lightning.callbacks.cpq import CPQCallback
 from cpq_lightning.cli.export import export, fill_in
 from cpq_lightning.config import CPQConfig

@@ -61,7 +61,7 @@ def choose(
     scales: int = 1,
     dim: int = 0,
     masked: bool = False,
-    estimator: Estimator = "expectation",
+    estimator: str = "expectation",
     device: str | None = None,
 ) -> Choice:
     """The implementation that quantizes a tensor like x; nothing is computed.
@@ -92,16 +92,12 @@ def choose(
     return Choice("functional", reasons)
 
 
-def has_kernel(
-    x: Tensor, scales: int, dim: int = 0, masked: bool = False, estimator: Estimator = "expectation"
-) -> bool:
+def has_kernel(x: Tensor, scales: int, dim: int = 0, masked: bool = False, estimator: str = "expectation") -> bool:
     """Whether a kernel of its device can quantize x, with float32 scales: :func:`choose` in a forward."""
     return not not_supported_reasons(x, scales, dim, masked, estimator, x.device.type)
 
 
-def not_supported_reasons(
-    x: Tensor, scales: int, dim: int, masked: bool, estimator: Estimator, device: str
-) -> list[str]:
+def not_supported_reasons(x: Tensor, scales: int, dim: int, masked: bool, estimator: str, device: str) -> list[str]:
     """The reasons why no kernel of the device can quantize x; none if one does. The arguments are those of
     :func:`choose`.
     """
