@@ -78,7 +78,7 @@ class _Coded(nn.Module):
     weight_step: Tensor
     channel_dim: int
 
-    def decoded(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """``codes · step``."""
         return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
 
@@ -91,7 +91,7 @@ class IntegerLayer(_Coded):
     @property
     def weight(self) -> Tensor:
         """``codes · step``."""
-        return self.decoded()
+        return self.dequantized()
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.input_grid is not None:
@@ -111,11 +111,11 @@ class IntegerTable(_Coded):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.base_class.forward is not nn.Embedding.forward or self.channel_dim != 0:
             return super().forward(*args, **kwargs)
-        # This decodes only the rows that are looked up.
+        # This dequantizes only the rows that are looked up.
         return self.look_up(input_of(args, kwargs))
 
     def look_up(self, index: Tensor) -> Tensor:
-        """Rows of :meth:`decoded`."""
+        """Rows of :meth:`dequantized`."""
         step = self.weight_step if len(self.weight_step) == 1 else F.embedding(index, self.weight_step[:, None])
         return F.embedding(index, self.weight_codes).float() * step
 
@@ -202,7 +202,7 @@ def _parts(layer: QuantizedLayer, grid_class: type[InputGrid], known: dict[int, 
 def _make_table(module: nn.Module, parameter: str, source: str, parts: _Parts, table_class: type[IntegerTable]) -> None:
     del module._parameters[parameter]
     base = type(module)
-    content = {"base_class": base, parameter: property(lambda self: self.decoded())}
+    content = {"base_class": base, parameter: property(lambda self: self.dequantized())}
     module.__class__ = type(f"Integer{base.__name__}", (table_class, base), content)
     assert isinstance(module, IntegerTable)
     module.register_buffer("weight_codes", parts[0])

@@ -60,20 +60,20 @@ def layer_of(node: ir.Node | None, role: str) -> str | None:
     return node.metadata_props.get(LAYER)
 
 
-def stored_levels(decode: ir.Node) -> Array:
+def stored_levels(dequantize: ir.Node) -> Array:
     """The stored codes that a DequantizeLinear reads, minus their zero point."""
-    codes, zero = (known(decode.inputs[i]).astype(np.int16) for i in (0, 2))
+    codes, zero = (known(dequantize.inputs[i]).astype(np.int16) for i in (0, 2))
     if zero.ndim:
-        zero = zero.reshape([-1 if dim == integer(decode, "axis", 1) else 1 for dim in range(codes.ndim)])
+        zero = zero.reshape([-1 if dim == integer(dequantize, "axis", 1) else 1 for dim in range(codes.ndim)])
     return codes - zero
 
 
-def scaled_along(decode: ir.Node, axis: int) -> bool:
+def scaled_along(dequantize: ir.Node, axis: int) -> bool:
     """Whether a DequantizeLinear has a single scale, or one scale per index of this dimension.
 
     Where layers of two types share a weight, the scales may be along the channel dimension of the other layer.
     """
-    return known(decode.inputs[1]).ndim == 0 or integer(decode, "axis", 1) == axis
+    return known(dequantize.inputs[1]).ndim == 0 or integer(dequantize, "axis", 1) == axis
 
 
 def note(value: ir.Value, key: str, text: str) -> None:

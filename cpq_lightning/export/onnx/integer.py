@@ -49,18 +49,18 @@ _CROSSED_BY_QUANTIZERS = {"Relu", "Clip", "MaxPool", "Transpose", "Reshape", "Fl
 @dataclass(frozen=True)
 class _Conv:
     node: ir.Node
-    decode_input: ir.Node
-    decode_weight: ir.Node
+    dequantize_input: ir.Node
+    dequantize_weight: ir.Node
     layer: str
 
     @property
     def codes(self) -> Array:
-        return known(self.decode_weight.inputs[0])
+        return known(self.dequantize_weight.inputs[0])
 
     @property
     def weight_scale(self) -> Array:
         """One scale per output channel, float32."""
-        return np.broadcast_to(known(self.decode_weight.inputs[1]), (self.codes.shape[0],)).astype(np.float32)
+        return np.broadcast_to(known(self.dequantize_weight.inputs[1]), (self.codes.shape[0],)).astype(np.float32)
 
     @property
     def bias(self) -> Array | None:
@@ -69,7 +69,7 @@ class _Conv:
     @property
     def unit(self) -> Array:
         """The value of one unit of the accumulator, per output channel: input scale times weight scale."""
-        return known(self.decode_input.inputs[1]).astype(np.float32) * self.weight_scale
+        return known(self.dequantize_input.inputs[1]).astype(np.float32) * self.weight_scale
 
 
 def use_integer_kernels(model: ir.Model, round_biases: bool = True) -> None:
@@ -81,15 +81,15 @@ def use_integer_kernels(model: ir.Model, round_biases: bool = True) -> None:
     """
     edit = Editor(model.graph)
     for node in nodes(model.graph, "Conv"):
-        decode_input, decode_weight = (made_by(node.inputs[i], "DequantizeLinear") for i in (0, 1))
-        layer = layer_of(decode_weight, "weight")
-        if decode_input is None or decode_weight is None or layer is None:
+        dequantize_input, dequantize_weight = (made_by(node.inputs[i], "DequantizeLinear") for i in (0, 1))
+        layer = layer_of(dequantize_weight, "weight")
+        if dequantize_input is None or dequantize_weight is None or layer is None:
             continue
-        if only_user(decode_weight.outputs[0]) is not node:
+        if only_user(dequantize_weight.outputs[0]) is not node:
             continue
-        if not scaled_along(decode_weight, 0):
+        if not scaled_along(dequantize_weight, 0):
             continue
-        conv = _Conv(node, decode_input, decode_weight, layer)
+        conv = _Conv(node, dequantize_input, dequantize_weight, layer)
         if not (round_biases and _as_convolution(edit, conv)):
             _as_product(edit, conv)
     tidy(model)
@@ -104,14 +104,14 @@ def keep_biases(model: ir.Model) -> None:
     edit = Editor(model.graph)
     for node in [n for op in ("Conv", "ConvTranspose") for n in nodes(model.graph, op)]:
         bias = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
-        decode = made_by(node.inputs[1], "DequantizeLinear")
-        if bias is None or decode is None or layer_of(decode, "weight") is None:
+        dequantize = made_by(node.inputs[1], "DequantizeLinear")
+        if bias is None or dequantize is None or layer_of(dequantize, "weight") is None:
             continue
         if not _reaches_quantizer(node.outputs[0]):
             continue
         readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
         name = str(node.inputs[2].name)  # type: ignore[union-attr]
-        shaped = bias.reshape(-1, *[1] * (known(decode.inputs[0]).ndim - 2))
+        shaped = bias.reshape(-1, *[1] * (known(dequantize.inputs[0]).ndim - 2))
         node.resize_inputs(2)
         total = edit.node(readers[0][0], "Add", [node.outputs[0], edit.constant(name, shaped)])
         total.type, total.shape = node.outputs[0].type, node.outputs[0].shape
@@ -151,7 +151,7 @@ def _as_convolution(edit: Editor, conv: _Conv) -> bool:
     layer, node = conv.layer, conv.node
     zeros = np.zeros(len(unit), np.int32)
     scale = conv.weight_scale / np.float32(2**shift)
-    weight = edit.weight(node, conv.codes << shift, scale, 0, like=conv.decode_weight)
+    weight = edit.weight(node, conv.codes << shift, scale, 0, like=conv.dequantize_weight)
     note(weight, SHIFT, str(shift))
     node.replace_input_with(1, weight)
     if conv.bias is not None:
@@ -185,13 +185,13 @@ def _as_product(edit: Editor, conv: _Conv) -> None:
     height, width = codes.shape[2:]
     if codes.shape[1] < _MIN_CHANNELS and (height, width) != (1, 1):
         return
-    scale, zero = conv.decode_input.inputs[1:3]
+    scale, zero = conv.dequantize_input.inputs[1:3]
     patches = _patches(edit, conv, size)
-    decoded = edit.node(node, "DequantizeLinear", [patches, scale, zero], like=conv.decode_input)
+    dequantized = edit.node(node, "DequantizeLinear", [patches, scale, zero], like=conv.dequantize_input)
     matrix = codes.transpose(2, 3, 1, 0).reshape(-1, codes.shape[0])
-    weight = edit.weight(node, matrix, conv.weight_scale, 1, like=conv.decode_weight)
+    weight = edit.weight(node, matrix, conv.weight_scale, 1, like=conv.dequantize_weight)
     note(weight, SHAPE, json.dumps(codes.shape))
-    result = edit.node(node, "MatMul", [decoded, weight], like=node)
+    result = edit.node(node, "MatMul", [dequantized, weight], like=node)
     if conv.bias is not None:
         result = edit.node(node, "Add", [result, edit.constant(f"{conv.layer}.bias", conv.bias)])
     edit.replace(node.outputs[0], edit.node(node, "Transpose", [result], {"perm": [0, 3, 1, 2]}))
@@ -199,7 +199,7 @@ def _as_product(edit: Editor, conv: _Conv) -> None:
 
 
 def _input_size(conv: _Conv) -> tuple[int, int] | None:
-    value = conv.decode_input.outputs[0]
+    value = conv.dequantize_input.outputs[0]
     if value.shape is None or len(value.shape) != 4:
         return None
     height, width = value.shape[2], value.shape[3]
@@ -212,8 +212,8 @@ def _patches(edit: Editor, conv: _Conv, size: tuple[int, int]) -> ir.Value:
     channels, *kernel = conv.codes.shape[1:]
     stride, dilation = integers(node, "strides", (1, 1)), integers(node, "dilations", (1, 1))
     pads = integers(node, "pads", (0, 0, 0, 0))
-    zero = conv.decode_input.inputs[2]
-    x = edit.node(node, "Transpose", [conv.decode_input.inputs[0]], {"perm": [0, 2, 3, 1]})
+    zero = conv.dequantize_input.inputs[2]
+    x = edit.node(node, "Transpose", [conv.dequantize_input.inputs[0]], {"perm": [0, 2, 3, 1]})
 
     def constant(name: str, values: object) -> ir.Value:
         return edit.constant(f"{layer}.{name}", np.array(values, np.int64))

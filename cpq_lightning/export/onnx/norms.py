@@ -54,23 +54,23 @@ def fold_norms(model: ir.Model, lowest: Callable[[Array], int]) -> None:
         conv = None if source is None else source.producer()
         if conv is None or source is None or only_user(source) is not norm:
             continue
-        decode = made_by(conv.inputs[1], "DequantizeLinear") if conv.op_type in ("Conv", "ConvTranspose") else None
-        layer = layer_of(decode, "weight")
+        dequantize = made_by(conv.inputs[1], "DequantizeLinear") if conv.op_type in ("Conv", "ConvTranspose") else None
+        layer = layer_of(dequantize, "weight")
         # The output channels of a grouped transposed convolution are no dimension of its weight.
-        if decode is None or layer is None or (conv.op_type == "ConvTranspose" and integer(conv, "group", 1) > 1):
+        if dequantize is None or layer is None or (conv.op_type == "ConvTranspose" and integer(conv, "group", 1) > 1):
             continue
-        if only_user(decode.outputs[0]) is not conv:
+        if only_user(dequantize.outputs[0]) is not conv:
             continue
         axis = 1 if conv.op_type == "ConvTranspose" else 0
-        if not scaled_along(decode, axis) or not _is_batch_norm(norm):
+        if not scaled_along(dequantize, axis) or not _is_batch_norm(norm):
             continue
         affine = _affine(norm, conv)
-        codes = known(decode.inputs[0])
+        codes = known(dequantize.inputs[0])
         codes = _with_sign(codes, np.sign(affine.gain), axis, lowest(codes))
         if codes is None:
             continue
-        scale = np.where(affine.gain == 0, 1, np.abs(affine.gain)) * known(decode.inputs[1]).astype(np.float64)
-        conv.replace_input_with(1, edit.weight(conv, codes, scale, axis, like=decode))
+        scale = np.where(affine.gain == 0, 1, np.abs(affine.gain)) * known(dequantize.inputs[1]).astype(np.float64)
+        conv.replace_input_with(1, edit.weight(conv, codes, scale, axis, like=dequantize))
         if len(conv.inputs) < 3:
             conv.resize_inputs(3)
         conv.replace_input_with(2, edit.constant(f"{layer}.bias", affine.shift.astype(np.float32)))

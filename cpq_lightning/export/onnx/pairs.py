@@ -54,7 +54,7 @@ def products(graph: ir.Graph) -> Iterator[Product]:
     for node in graph:
         if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
             first, second = (quantizer_of(side) for side in node.inputs[:2])
-            weight = None if second is not None else _back(node.inputs[1], None, _decodes_weight)
+            weight = None if second is not None else _back(node.inputs[1], None, _dequantizes_weight)
             yield Product(node, first, second, weight)
 
 
@@ -115,7 +115,7 @@ def _channel_dim(product: Product) -> int | None:
     return 0 if kind == "Conv" or (kind == "Gemm" and integer(product.node, "transB", 0)) else 1
 
 
-def _decodes_weight(node: ir.Node) -> bool:
+def _dequantizes_weight(node: ir.Node) -> bool:
     return node.op_type == "DequantizeLinear" and layer_of(node, "weight") is not None
 
 

@@ -68,9 +68,9 @@ class OnnxArtefact:
 
     def weight_codes(self) -> dict[str, Tensor]:
         codes_by_layer = {}
-        for layer, (codes, decode) in stored_codes(self._graph).items():
-            codes = codes >> int(decode.metadata_props.get(SHIFT, "0"))
-            shape = json.loads(decode.metadata_props.get(SHAPE, "null"))
+        for layer, (codes, dequantize) in stored_codes(self._graph).items():
+            codes = codes >> int(dequantize.metadata_props.get(SHIFT, "0"))
+            shape = json.loads(dequantize.metadata_props.get(SHAPE, "null"))
             codes_by_layer[layer] = torch.from_numpy(codes if shape is None else _as_weight(codes, shape))
         return codes_by_layer
 

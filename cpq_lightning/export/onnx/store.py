@@ -35,24 +35,24 @@ def _fits_in_four_bits(codes: Array) -> bool:
 def use_four_bits(model: ir.Model) -> None:
     """Store the codes of each weight that fit into 4 bits in an INT4 tensor, two codes per byte."""
     edit = Editor(model.graph)
-    for layer, decode in _decoders(model.graph):
-        codes = known(decode.inputs[0])
+    for layer, dequantize in _weight_dequantizers(model.graph):
+        codes = known(dequantize.inputs[0])
         if not _fits_in_four_bits(codes):
             continue
-        zeros = np.zeros(known(decode.inputs[1]).shape, ml_dtypes.int4)
-        decode.replace_input_with(0, edit.constant(f"{layer}.weight_codes", codes.astype(ml_dtypes.int4)))
-        decode.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", zeros))
+        zeros = np.zeros(known(dequantize.inputs[1]).shape, ml_dtypes.int4)
+        dequantize.replace_input_with(0, edit.constant(f"{layer}.weight_codes", codes.astype(ml_dtypes.int4)))
+        dequantize.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", zeros))
     tidy(model)
 
 
 def share_codes(model: ir.Model) -> None:
     """Store equal codes of several layers, such as layers that share a weight, in one tensor."""
     first: dict[tuple[Any, ...], ir.Value] = {}
-    for _, decode in _decoders(model.graph):
-        codes, value = known(decode.inputs[0]), decode.inputs[0]
+    for _, dequantize in _weight_dequantizers(model.graph):
+        codes, value = known(dequantize.inputs[0]), dequantize.inputs[0]
         assert value is not None
         content = hashlib.sha256(codes.tobytes()).digest()
-        decode.replace_input_with(0, first.setdefault((codes.dtype, codes.shape, content), value))
+        dequantize.replace_input_with(0, first.setdefault((codes.dtype, codes.shape, content), value))
     tidy(model)
 
 
@@ -65,25 +65,25 @@ def use_unsigned_bytes(model: ir.Model) -> None:
     edit = Editor(model.graph)
     saturating = {product.weight.inputs[0] for product in cut_off(model.graph) if product.weight is not None}
     stored: dict[ir.Value, ir.Value] = {}
-    for layer, decode in _decoders(model.graph):
-        value = decode.inputs[0]
+    for layer, dequantize in _weight_dequantizers(model.graph):
+        value = dequantize.inputs[0]
         if value is None or value not in saturating:
             continue
         if value not in stored:
             codes = (known(value).astype(np.int16) + _MIDDLE).astype(np.uint8)
             stored[value] = edit.constant(f"{layer}.weight_codes", codes)
-        middle = np.full(known(decode.inputs[1]).shape, _MIDDLE, np.uint8)
-        decode.replace_input_with(0, stored[value])
-        decode.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", middle))
+        middle = np.full(known(dequantize.inputs[1]).shape, _MIDDLE, np.uint8)
+        dequantize.replace_input_with(0, stored[value])
+        dequantize.replace_input_with(2, edit.constant(f"{layer}.weight_zero_point", middle))
     tidy(model)
 
 
-def _decoders(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+def _weight_dequantizers(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
     """Each layer with the DequantizeLinear of its weight. The graph may change during the iteration."""
-    for decode in nodes(graph, "DequantizeLinear"):
-        layer = layer_of(decode, "weight")
+    for dequantize in nodes(graph, "DequantizeLinear"):
+        layer = layer_of(dequantize, "weight")
         if layer is not None:
-            yield layer, decode
+            yield layer, dequantize
 
 
 def finish(model: ir.Model, content: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ def _rename(graph: ir.Graph, wanted: Mapping[str, ir.Value]) -> None:
 def stored_codes(graph: ir.Graph) -> dict[str, tuple[Array, ir.Node]]:
     """The codes of each layer's weight minus their zero point, and the first DequantizeLinear that reads them."""
     by_layer: dict[str, tuple[Array, ir.Node]] = {}
-    for layer, decode in _decoders(graph):
+    for layer, dequantize in _weight_dequantizers(graph):
         if layer not in by_layer:
-            by_layer[layer] = (stored_levels(decode), decode)
+            by_layer[layer] = (stored_levels(dequantize), dequantize)
     return by_layer

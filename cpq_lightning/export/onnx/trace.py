@@ -31,12 +31,12 @@ from cpq_lightning.export.samples import Samples
 OPSET = 21
 # Metadata of the nodes that this package adds to a graph: the name of the layer, and the role of the node in it.
 LAYER, ROLE = "cpq.layer", "cpq.role"
-# The role of nodes of a module that is tied to a layer's weight.
+# The role of nodes of a module that shares a layer's weight.
 TABLE = "table"
 # Metadata of a weight that is stored as a matrix, input channels first: the shape of the weight in its layer.
 SHAPE = "cpq.shape"
-# During the trace, an operator of this domain, with the layer's name as an attribute, decodes the weights. Otherwise
-# PyTorch's exporter would merge the equal nodes of two layers that share a weight, and the second layer would be lost.
+# During the trace, an operator of this domain, with the layer's name as an attribute, dequantizes the weights.
+# PyTorch's exporter would merge equal nodes of two layers that share a weight, and the second layer would be lost.
 _DOMAIN, _NAME = "cpq", "layer"
 
 
@@ -73,9 +73,9 @@ class OnnxLayer(IntegerLayer):
 
     @property
     def weight(self) -> Tensor:
-        return self._decoded(self.weight_codes, self.channel_dim)
+        return self._dequantized(self.weight_codes, self.channel_dim)
 
-    def _decoded(self, codes: Tensor, axis: int, **properties: str) -> Tensor:
+    def _dequantized(self, codes: Tensor, axis: int, **properties: str) -> Tensor:
         per_channel = len(self.weight_step) > 1
         step = self.weight_step if per_channel else self.weight_step.reshape(())
         attributes = {_NAME: self.layer_name} | ({"axis": axis} if per_channel else {})
@@ -92,7 +92,7 @@ class OnnxLayer(IntegerLayer):
         x = input.unsqueeze(1) if flat else input
         x = x if self.input_grid is None else self.input_grid(x)
         shape = json.dumps(list(self.weight_codes.shape))
-        weight = self._decoded(self.weight_codes.T.contiguous(), 1, **{SHAPE: shape})
+        weight = self._dequantized(self.weight_codes.T.contiguous(), 1, **{SHAPE: shape})
         if self.input_grid is None:
             # With a 2d weight, ONNX Runtime would use a product that rounds the input to 8 bits (MatMulNBits).
             weight = weight.unsqueeze(0)
@@ -109,18 +109,18 @@ class OnnxTable(IntegerTable):
     A look-up gathers rows of integers and dequantizes only these; any other use dequantizes the complete weight.
     """
 
-    def decoded(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         step = self.weight_step if len(self.weight_step) > 1 else self.weight_step.reshape(())
-        return self._decode(self.weight_codes, step, {"axis": self.channel_dim} if step.dim() else {})
+        return self._dequantize(self.weight_codes, step, {"axis": self.channel_dim} if step.dim() else {})
 
     def look_up(self, index: Tensor) -> Tensor:
         if len(self.weight_step) > 1:
-            return F.embedding(index, self.decoded())
+            return F.embedding(index, self.dequantized())
         shape = (*index.shape, self.weight_codes.shape[1])
         codes = emit("Gather", (self.weight_codes, index), {"axis": 0}, shape, torch.int8, self._properties)
-        return self._decode(codes, self.weight_step.reshape(()), {})
+        return self._dequantize(codes, self.weight_step.reshape(()), {})
 
-    def _decode(self, codes: Tensor, step: Tensor, attributes: dict[str, Any]) -> Tensor:
+    def _dequantize(self, codes: Tensor, step: Tensor, attributes: dict[str, Any]) -> Tensor:
         inputs = (codes, step, torch.zeros_like(step, dtype=torch.int8))
         return emit("DequantizeLinear", inputs, attributes, codes.shape, torch.float32, self._properties)
 
