@@ -19,12 +19,20 @@ FILLS = {"Lightning": "#cfe0f3", "no Lightning": "#e9e9e9", "torch alone": "#f6d
 
 
 def read():
-    """The rows of the picture, from the top: the ``name``, ``purpose`` and ``knows`` of each layer."""
+    """The rows of the picture, from the top: for each layer its ``name``, its ``purpose``, and what it ``knows``.
+
+    ``joined`` says whether it and those beside it may import each other.
+    """
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (c["layers"] for c in contracts if c["type"] == "layers")
     forbidden = [c for c in contracts if c["type"] == "forbidden"]
-    rows = [re.split(r"\s*[:|]\s*", row) for row in layers]
-    return [[{"name": n, "purpose": purpose(n), "knows": knows(n, forbidden)} for n in row] for row in rows]
+    return [
+        [
+            {"name": name, "purpose": purpose(name), "knows": knows(name, forbidden), "joined": ":" in row}
+            for name in re.split(r"\s*[:|]\s*", row)
+        ]
+        for row in layers
+    ]
 
 
 def purpose(name):
@@ -49,7 +57,7 @@ def draw(rows, path):
     axes.set(xlim=(0, 100), ylim=(1, 101))
     axes.axis("off")
     left, right, top = 9, 91, 100
-    height = [4.2 if len(row) == 1 else 6 for row in rows]
+    height = [(3.8, 6, 7.4, 8.4)[len(row) - 1] for row in rows]
     gap = (top - 2 - sum(height)) / (len(rows) - 1)
     ends = []
     y = top
@@ -61,14 +69,14 @@ def draw(rows, path):
             style = {"boxstyle": "round,pad=0,rounding_size=0.7", "facecolor": FILLS[layer["knows"]]}
             axes.add_patch(FancyBboxPatch((x, y), width, tall, edgecolor="#8a8a8a", lw=0.8, **style))
             # The purpose stands beside the name, or below it where layers share a row.
-            text = textwrap.fill(layer["purpose"], (200, 60, 37)[len(row) - 1])
+            text = textwrap.fill(layer["purpose"], (200, 60, 37, 25)[len(row) - 1])
             beside = len(row) == 1
             label = layer["name"] + ("/" if (PACKAGE / layer["name"]).is_dir() else ".py")
             at = (x + 1.2, y + tall / 2) if beside else (x + 1.2, y + tall - 0.7)
             axes.text(*at, label, va="center" if beside else "top", fontsize=10.5, weight="bold", family="monospace")
             at = (x + 21, y + tall / 2) if beside else (x + 1.2, y + tall - 2.5)
             axes.text(*at, text, va="center" if beside else "top", fontsize=8.4, linespacing=1.15)
-            if place:
+            if place and layer["joined"]:
                 arrow = {"arrowstyle": "<->", "lw": 1, "color": "#555555", "shrinkA": 0, "shrinkB": 0}
                 axes.annotate("", (x, y + tall / 2), (x - 2.5, y + tall / 2), arrowprops=arrow)
             if layer["knows"] == "torch alone":
