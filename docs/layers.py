@@ -49,7 +49,7 @@ def draw(rows, path):
     axes.set(xlim=(0, 100), ylim=(1, 101))
     axes.axis("off")
     left, right, top = 9, 91, 100
-    height = [4.2 if len(row) == 1 else 6 for row in rows]
+    height = [4 if len(row) == 1 else 7 for row in rows]
     gap = (top - 2 - sum(height)) / (len(rows) - 1)
     ends = []
     y = top
