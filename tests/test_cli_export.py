@@ -222,7 +222,8 @@ def test_what_is_wrong_is_a_sentence(run, tmp_path):
 
 def test_a_full_precision_run_has_nothing_to_export(tmp_path):
     torch.save(
-        {"state_dict": {}, "hyper_parameters": {"backbone": "resnet18", "quantization": None}}, tmp_path / "a.ckpt"
+        {"state_dict": {}, "hyper_parameters": {"backbone": "resnet18", "backbone_args": {}, "quantization": None}},
+        tmp_path / "a.ckpt",
     )
     assert "is of a run in full precision" in refusal(["--ckpt", str(tmp_path / "a.ckpt")])
 

@@ -131,10 +131,11 @@ def test_the_picture_shows_the_layers_of_the_contract():
 
 def test_a_folder_says_what_belongs_there_and_what_it_may_import():
     may = {}
-    rows = [[layer["name"] for layer in row] for row in LAYERS["read"]()]
+    rows = LAYERS["read"]()
     for place, row in enumerate(rows[:-1]):
-        for name in row:
-            names = [*(other for other in row if other != name), *rows[place + 1]]
+        for layer in row:
+            name, beside = layer["name"], row if layer["joined"] else ()
+            names = [other["name"] for other in (*beside, *rows[place + 1]) if other is not layer]
             may[name] = f"May import {', '.join(names)}{' and below' if rows[place + 2 :] else ''}"
     for init in PACKAGE.glob("*/**/__init__.py"):
         first = ast.get_docstring(ast.parse(init.read_text())).split("\n")[0]

@@ -73,7 +73,7 @@ def _fit(made: Made, data: Images, rate: float, epochs: int, device: str) -> tup
     steps = epochs * len(data.train_dataloader())
     module = QuantizedModule(
         made.network,
-        10,
+        num_classes=10,
         quantization=made.config,
         optimizer=partial(optimizer, rate=rate),  # type: ignore[arg-type]
         lr_scheduler=partial(CosineAnnealingLR, T_max=steps),  # type: ignore[arg-type]

@@ -210,7 +210,7 @@ def _finders(folder: Path, first: bool) -> str:
     ours = callbacks()
     tuners: list[Callback] = [
         BatchSizeFinder(steps_per_trial=2, max_trials=1, init_val=8),
-        LearningRateFinder(num_training_steps=10),
+        LearningRateFinder(num_training_steps=16),
     ]
     trainer = Trainer(
         callbacks=[*ours, *tuners] if first else [*tuners, *ours], max_epochs=6, accelerator="cpu", logger=False,

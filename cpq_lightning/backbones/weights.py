@@ -76,6 +76,7 @@ def under_prefix(state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, 
         The entries under the first prefix that has all of these names, ``None`` if no prefix has.
 
     Example:
+        >>> import torch
         >>> under_prefix({"net.weight": torch.ones(1), "loss.weight": torch.zeros(1)}, ["weight"])
         {'weight': tensor([1.])}
     """

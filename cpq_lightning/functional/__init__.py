@@ -1,4 +1,4 @@
-"""The mathematics, as pure functions on tensors. May import files, extras, version; and torch alone."""
+"""The mathematics, as pure functions on tensors. May import files, extras, version, errors; and torch alone."""
 
 from cpq_lightning.functional.attention import attention as attention
 from cpq_lightning.functional.categorical import Estimator as Estimator

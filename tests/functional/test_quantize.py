@@ -365,10 +365,10 @@ def test_the_unchecked_form_is_the_same_function():
         assert torch.equal(a, b)
 
 
-def test_the_defaults_are_one_signed_grid_and_argmax():
+def test_the_defaults_are_one_signed_grid_and_expectation():
     x, scale, sigma, _ = inputs(3, 3, True)
     default = run(quantize, (x, scale, sigma, None), bits=3)
-    spelled = run(quantize, (x, scale, sigma, None), bits=3, min_bits=3, signed=True, estimator="argmax")
+    spelled = run(quantize, (x, scale, sigma, None), bits=3, min_bits=3, signed=True, estimator="expectation")
     assert all(torch.equal(a, b) for a, b in zip(default[:4], spelled[:4], strict=True))
 
 
