@@ -2,8 +2,9 @@
 
 ``record`` runs the suite once with coverage and keeps, for each line of the package, the tests that execute it. ``run``
 draws mutations by a seed (a sign, a comparison, an off-by-one, a flipped truth value, a dropped statement), puts each
-into a copy of the checkout, and runs the tests that execute its line, the quickest first, until one fails. A run that
-was interrupted goes on where it was. Needs the extra ``bench-mutation``.
+into a copy of the checkout, and runs the tests that execute its line, the quickest first, until one fails or
+``--limit`` seconds of recorded time are used up. A run that was interrupted goes on where it was. Needs the extra
+``bench-mutation``.
 
 A line that runs while the package is imported is in no test's coverage. A mutation of it is tried with all tests that
 execute some other line of the file.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import random
@@ -23,6 +25,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,30 +196,42 @@ def tests_of(mutation: Mutation, recorded: dict[str, Any]) -> list[str]:
     return sorted(tests, key=lambda test: (seconds.get(test, 1e9), test))
 
 
-def run(root: Path, folder: Path, seed: int, count: int, workers: int) -> list[dict[str, Any]]:
-    """Try each mutation that is not tried yet; a row for each."""
+def within(tests: Sequence[str], seconds: dict[str, float], limit: float) -> list[str]:
+    """The first of these tests that together take no more than ``limit`` seconds; at least one."""
+    total = itertools.accumulate(seconds.get(test, 1.0) for test in tests)
+    return [test for place, (test, used) in enumerate(zip(tests, total, strict=True)) if not place or used <= limit]
+
+
+def run(root: Path, folder: Path, seed: int, count: int, workers: int, limit: float) -> list[dict[str, Any]]:
+    """Try each mutation that is not tried yet, ``workers`` at a time; a row for each."""
     recorded = json.loads((folder / "lines.json").read_text())
     results = folder / f"seed{seed}.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    for place, mutation in enumerate(draw(root, seed, count)):
-        if any(row["place"] == place for row in rows):
-            continue
+    known = {row["place"] for row in rows}
+
+    def attempt(place: int, mutation: Mutation) -> dict[str, Any]:
         tests = tests_of(mutation, recorded)
+        chosen = within(tests, recorded["seconds"], limit)
         began = time.monotonic()
-        outcome = _try(root, mutation, tests, recorded["seconds"], workers) if tests else "not executed"
-        row = {
+        outcome = _try(root, mutation, chosen, recorded["seconds"]) if tests else "not executed"
+        return {
             "place": place, "outcome": outcome, "path": mutation.path, "line": mutation.line, "kind": mutation.kind,
-            "before": mutation.before, "after": mutation.after, "tests": len(tests),
+            "before": mutation.before, "after": mutation.after, "tests": len(tests), "tried": len(chosen),
             "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
-        rows.append(row)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{place + 1}/{count} {outcome}: {mutation.path}:{mutation.line} {mutation.kind}", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        drawn = [(place, mutation) for place, mutation in enumerate(draw(root, seed, count)) if place not in known]
+        for done in as_completed([pool.submit(attempt, *each) for each in drawn]):
+            row = done.result()
+            rows.append(row)
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{len(rows)}/{count} {row['outcome']}: {row['path']}:{row['line']} {row['kind']}", flush=True)
     return rows
 
 
-def _try(root: Path, mutation: Mutation, tests: Sequence[str], seconds: dict[str, float], workers: int) -> str:
+def _try(root: Path, mutation: Mutation, tests: Sequence[str], seconds: dict[str, float]) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "checkout"
         copy.mkdir()
@@ -228,10 +243,10 @@ def _try(root: Path, mutation: Mutation, tests: Sequence[str], seconds: dict[str
         chosen = Path(temporary) / "tests.json"
         chosen.write_text(json.dumps(list(tests)))
         files = sorted({test.split("::")[0] for test in tests})
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", str(workers), "-p", "benchmarks.mutation"]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "benchmarks.mutation"]
         command += ["-p", "no:cacheprovider", *files]
         environment = {**os.environ, "PYTHONPATH": str(copy), CHOSEN: str(chosen)}
-        limit = 180 + 4 * sum(seconds.get(test, 1.0) for test in tests) / workers
+        limit = 180 + 4 * sum(seconds.get(test, 1.0) for test in tests)
         try:
             done = subprocess.run(
                 command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit, check=False
@@ -262,12 +277,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=60, help="mutations")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--limit", type=float, default=300, help="recorded seconds of tests for each mutation")
     chosen = parser.parse_args(arguments)
     root, folder = chosen.root.resolve(), chosen.folder.resolve()
     if chosen.what == "record":
         record(root, folder, chosen.workers)
     else:
-        Console().print(summary(run(root, folder, chosen.seed, chosen.count, chosen.workers)))
+        rows = run(root, folder, chosen.seed, chosen.count, chosen.workers, chosen.limit)
+        Console().print(summary(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import base64
+import functools
 import os
 import shutil
 import sys
@@ -46,11 +47,41 @@ def _pictures_are_not_drawn(request, monkeypatch):
     if "pictures" not in request.keywords:
         for name in ("draw_levels", "draw_weight_histograms"):
             monkeypatch.setattr(f"cpq_lightning.report.run_files.{name}", _write_a_pixel)
+        monkeypatch.setattr(
+            "cpq_lightning.trainer.trajectory.draw_trajectory",
+            lambda folder, monitor: _write_a_pixel(folder / "trajectory.png"),
+        )
 
 
 def _write_a_pixel(*arguments):
     write_atomically(arguments[-1], _PIXEL)
     return arguments[-1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _torch_reads_its_operators_once():
+    """Each export reads all operators of torch and of ONNX again, which takes longer than a small network."""
+    try:
+        from torch._export import utils
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        read, materialize = functools.cache(ONNXRegistry.from_torchlib), functools.cache(utils._materialize_cpp_cia_ops)
+    except (ImportError, AttributeError):
+        # Another version of torch: exports take longer.
+        yield
+        return
+
+    def from_torchlib(*arguments, **settings):
+        # Operators may be added to what an export gets.
+        known, registry = read(*arguments, **settings), ONNXRegistry()
+        registry._opset_version = known.opset_version
+        registry.functions = {operator: list(found) for operator, found in known.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        patch.setattr(utils, "_materialize_cpp_cia_ops", materialize)
+        yield
 
 
 @pytest.fixture

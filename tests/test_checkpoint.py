@@ -1,8 +1,6 @@
 """A trained module of one's own comes back from its checkpoint alone."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import cpq_lightning
+from benchmarks.processes import run_processes
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.attach.origin import attached_config
@@ -88,14 +87,15 @@ def test_one_call_gets_it_back(run):
     assert [name for name, _ in quantizers(loaded)] == [name for name, _ in quantizers(module)]
 
 
+def load_and_evaluate(folder):
+    module = cpq_lightning.load_checkpoint(Net, folder / "last.ckpt", weights_only=True).eval()
+    torch.save(module(IMAGES), folder / "out.pt")
+
+
 def test_in_a_new_process(run):
     folder, module = run
-    code = (
-        "import torch, cpq_lightning\nfrom tests.test_checkpoint import Net\nfrom tests.models import IMAGES\n"
-        f"module = cpq_lightning.load_checkpoint(Net, {str(folder / 'last.ckpt')!r}, weights_only=True).eval()\n"
-        f"torch.save(module(IMAGES), {str(folder / 'out.pt')!r})"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    (done,) = run_processes(load_and_evaluate, folder)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(folder / "out.pt"), module(IMAGES))
 
 

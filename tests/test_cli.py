@@ -186,32 +186,24 @@ def test_the_wheel_runs_outside_of_the_checkout(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        content.extractall(site)
     for shipped in ("recipes/digits.yaml", "callbacks/cpq.yaml"):
         assert f"cpq_lightning/shipped/{shipped}" in names
     assert "cpq_lightning/kernels/quantize.c" in names
     assert not [n for n in names if n.split("/")[0] in ("tests", "recipes", "callbacks", "benchmarks")]
 
-    site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", site, wheel]
-    subprocess.run(install, check=True, capture_output=True, text=True)
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(site)}
-    code = "import cpq_lightning, sys, cpq_lightning.cli.main as c; print(cpq_lightning.__file__); c.main(sys.argv[1:])"
-    helped = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, "--help"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert helped.returncode == 0, helped.stderr
-    assert str(site) in helped.stdout
-    assert "usage: cpq" in helped.stdout
+    (points,) = site.glob("*.dist-info/entry_points.txt")
+    module, _, function = points.read_text().partition("cpq = ")[2].strip().partition(":")
+    code = f"import sys, {module} as c, cpq_lightning; print(cpq_lightning.__file__, file=sys.stderr); c.{function}()"
     printed = subprocess.run(
-        [site / "bin" / "cpq", "fit", "--config", "recipes/digits.yaml", "--print_config"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", "-c", code, "fit", "--config", "recipes/digits.yaml", "--print_config"],
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(site)}, capture_output=True, text=True,
     )  # fmt: skip
     assert printed.returncode == 0, printed.stderr
+    assert str(site) in printed.stderr
     assert yaml.safe_load(printed.stdout)["model"]["backbone"] == "test_resnet"
 
 
@@ -233,8 +225,7 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_python_m_is_the_same_command(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "cpq_lightning", "--version"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    ran = run_program("cpq_lightning", "--version", cwd=tmp_path, environment=ENVIRONMENT)
     assert ran.stdout.split() == ["cpq", __version__]
 
 

@@ -1,8 +1,6 @@
 """Models come back from their state_dict: by the code of whoever saved it, within `loading`, to the bit."""
 
 import copy
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -13,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import cpq_lightning
+from benchmarks.processes import run_processes
 from cpq_lightning import CPQConfig, attach, calibrate, detach, levels
 from cpq_lightning.attach.layers import is_attached, quantizers
 
@@ -269,15 +268,18 @@ def test_pruned_layers():
     assert same(model, rebuilt)
 
 
+def load_and_evaluate(folder):
+    model = net()
+    with cpq_lightning.loading():
+        model.load_state_dict(torch.load(folder / "state.pt"))
+    out = model.eval()(X)
+    torch.save(out, folder / "out.pt")
+    return out
+
+
 def test_in_a_process_of_its_own(tmp_path):
     torch.save(trained(CPQConfig()).state_dict(), tmp_path / "state.pt")
-    code = (
-        "import torch, cpq_lightning\nfrom tests.attach.test_loading import X, net\nmodel = net()\n"
-        f"with cpq_lightning.loading(): model.load_state_dict(torch.load({str(tmp_path / 'state.pt')!r}))\n"
-        f"torch.save(model.eval()(X), {str(tmp_path / 'out.pt')!r})"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    rebuilt = net()
-    with cpq_lightning.loading():
-        rebuilt.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(torch.load(tmp_path / "out.pt"), rebuilt.eval()(X))
+    (done,) = run_processes(load_and_evaluate, tmp_path)
+    assert done.returncode == 0, done.stderr
+    there = torch.load(tmp_path / "out.pt")
+    assert torch.equal(there, load_and_evaluate(tmp_path))

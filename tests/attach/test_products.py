@@ -17,6 +17,7 @@ from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.attach.products import modules_with_products, quantized_operands
 from cpq_lightning.bitwidth.model_cost import bit_operations, width_cost
 from cpq_lightning.report.levels import manifest, write_levels
+from tests.marks import thorough
 
 CONFIG = CPQConfig(attention=True)
 
@@ -154,10 +155,11 @@ def test_copies_and_pickles_compute_the_same():
     assert torch.equal(fresh.eval()(X), net(X))
 
 
-def test_compiled_whole():
+@pytest.mark.parametrize("backend", ["aot_eager", *thorough("inductor")])
+def test_compiled_whole(backend):
     torch.manual_seed(0)
     net = _attached(Outer())
-    torch.testing.assert_close(torch.compile(net, fullgraph=True)(X), net(X))
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend=backend)(X), net(X))
 
 
 def test_a_module_may_be_left_out_by_name_by_type_or_by_width():

@@ -10,12 +10,15 @@ from tests.models import quantized_weight
 
 # Of a graph, whatever the weights.
 GRAPH_BYTES = 40_000
-# Through all formats, and through the one that has most to say.
-EVERY, ONE = ("test_resnet",), (("mobilenetv3_small_050", "onnx", "int8"), ("vit_tiny_patch16_224", "onnx", "int8"))
+# Through each format once: the command's tests take test_resnet through all of them.
+USUAL = [
+    ("test_resnet", "packed", "int8"), ("test_resnet", "onnx", "int4"), ("mobilenetv3_small_050", "onnx", "int8"),
+    ("vit_tiny_patch16_224", "torch", "int8"),
+]  # fmt: skip
 
 
 def _marks(name, format, container):
-    usual = name in EVERY or (name, format, container) in ONE
+    usual = (name, format, container) in USUAL
     return [pytest.mark.xdist_group(f"export-{name}"), *([] if usual else [pytest.mark.thorough])]
 
 
@@ -25,6 +28,7 @@ CASES = [
     for format, container in (("packed", "int8"), ("torch", "int8"), ("onnx", "int8"), ("onnx", "int4"))
     # Each traces the network, which takes a while: some of them stand for the others.
     if (format, container) in (("packed", "int8"), ("onnx", "int8"))
+    or (name, format, container) in USUAL
     or name in ("test_resnet", "vit_tiny_patch16_224" if format == "torch" else "mobilenetv3_small_050")
 ]
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from cpq_lightning import CPQConfig, attach, calibrate, detach, export_model
+from cpq_lightning import CPQConfig, attach, calibrate, export_model
 from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.export.onnx import integer
 from cpq_lightning.export.onnx.runtime import OnnxArtefact
 from cpq_lightning.export.onnx.store import KEY
 from cpq_lightning.report.levels import weight_codes
 from tests.marks import thorough
+from tests.models import Branches
 
 SIZE = 12
 
@@ -115,61 +116,63 @@ def test_norms_that_something_else_reads_through_stay(tmp_path):
     assert kinds(graph)["BatchNormalization"] == 1
 
 
-@pytest.mark.parametrize("affine", [False, *thorough(True)])
-def test_norms_of_every_kind_of_convolution(affine, tmp_path):
+@pytest.mark.parametrize(("affine", "per_channel"), [(False, False), *thorough((True, False), (True, True))])
+def test_norms_of_every_kind_of_convolution(affine, per_channel, tmp_path):
     makers = {
         "grouped": lambda: nn.Conv2d(32, 8, 3, groups=4, dilation=2, padding=2),
         "depthwise": lambda: nn.Conv2d(32, 32, 3, groups=32, stride=2),
         "transposed": lambda: nn.ConvTranspose2d(32, 8, 2, stride=2),
-        "transposed by groups": lambda: nn.ConvTranspose2d(32, 8, 2, stride=2, groups=2),
+        "transposed_by_groups": lambda: nn.ConvTranspose2d(32, 8, 2, stride=2, groups=2),
         "uneven": lambda: nn.Conv2d(32, 8, (1, 3), stride=(2, 1), padding=(0, 2)),
         "same": lambda: nn.Conv2d(32, 8, 3, padding="same"),
         "reflected": lambda: nn.Conv2d(32, 8, 3, padding=1, padding_mode="reflect"),
     }
+    branches = {}
     for name, make in makers.items():
-        torch.manual_seed(1)
         conv = make()
         norm = nn.BatchNorm2d(conv.out_channels, affine=affine)
         norm.running_var.uniform_(0.5, 2)
         if affine:
             norm.weight.data.uniform_(-1, 1)
-        tail = nn.Conv2d(conv.out_channels, 4, 1)
-        for per_channel in (False, True) if affine else (False,):
-            model = nn.Sequential(make(), norm, nn.ReLU(), tail).eval()
-            config = CPQConfig(first_last_bits=None, per_channel=per_channel)
-            graph, written = shipped(model, images(), tmp_path / name, config)
-            assert kinds(graph)["BatchNormalization"] == ("groups" in name and "transposed" in name)
-            assert written.verification.activations == 2
-            tail = detach(model)[3]
+        branches[name] = nn.Sequential(conv, norm, nn.ReLU(), nn.Conv2d(conv.out_channels, 4, 1))
+    config = CPQConfig(first_last_bits=None, per_channel=per_channel)
+    graph, written = shipped(Branches(branches).eval(), images(), tmp_path, config)
+    # Only that of the transposed convolution by groups stays.
+    (stays,) = (node for node in graph.graph.node if node.op_type == "BatchNormalization")
+    (made,) = (node for node in graph.graph.node if stays.input[0] in node.output)
+    assert made.op_type == "ConvTranspose"
+    assert written.verification.activations == 2 * len(makers)
 
 
 # Activations ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
 @pytest.mark.parametrize("signed", [True, False])
-def test_activations_are_unsigned_bytes_with_a_zero_point(bits, signed, tmp_path):
+def test_activations_are_unsigned_bytes_with_a_zero_point(signed, tmp_path):
     x = images() if signed else images().relu()
-    model = nn.Sequential(nn.Conv2d(32, 4, 3))
-    graph, _ = shipped(model, x, tmp_path, CPQConfig(act_bits=bits, first_last_bits=None))
-    (quantize,) = [n for n in graph.graph.node if n.op_type == "QuantizeLinear"]
-    zero = initializers(graph)[quantize.input[2]]
-    assert zero.dtype == np.uint8
-    assert zero == (2 ** (bits - 1) if signed else 0)
-    assert kinds(graph)["Clip"] == (bits < 8)
+    widths = (1, 3, 4, 8)
+    model = Branches({f"bits{bits}": nn.Conv2d(32, 4, 3) for bits in widths})
+    overrides = {f"bits{bits}": {"act_bits": bits} for bits in widths}
+    graph, _ = shipped(model, x, tmp_path, CPQConfig(first_last_bits=None, overrides=overrides))
+    zeros = [initializers(graph)[n.input[2]] for n in graph.graph.node if n.op_type == "QuantizeLinear"]
+    assert all(zero.dtype == np.uint8 for zero in zeros)
+    assert sorted(map(int, zeros)) == ([2 ** (bits - 1) for bits in widths] if signed else [0] * len(widths))
+    # Bytes of 8 bits need none.
+    assert kinds(graph)["Clip"] == len(widths) - 1
     assert graph.opset_import[0].version >= 21
 
 
 def test_a_relu_before_a_quantizer_is_part_of_it(tmp_path):
-    for activation, clips in ((nn.ReLU(), 0), (nn.ReLU6(), 0), (nn.Hardtanh(-0.1, 0.2), 0), (nn.GELU(), 0)):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(32, 32, 3), activation, nn.Conv2d(32, 4, 3))
-        graph, written = shipped(model, images(), tmp_path)
-        found = kinds(graph)
-        assert found["Relu"] == clips
-        assert written.verification.mismatched <= 2e-4
-        # One Clip of codes for each quantizer, none of floats.
-        assert found["Clip"] == 2
+    activations = {"relu": nn.ReLU(), "relu6": nn.ReLU6(), "hardtanh": nn.Hardtanh(-0.1, 0.2), "gelu": nn.GELU()}
+    model = Branches(
+        {name: nn.Sequential(nn.Conv2d(32, 32, 3), act, nn.Conv2d(32, 4, 3)) for name, act in activations.items()}
+    )
+    graph, written = shipped(model, images(), tmp_path)
+    found = kinds(graph)
+    assert found["Relu"] == 0
+    assert written.verification.mismatched <= 2e-4
+    # One Clip of codes for each quantizer, of which the first layers share one; none of floats.
+    assert found["Clip"] == 1 + len(activations)
 
 
 def test_quantizers_that_do_the_same_are_found_by_their_products(tmp_path):
@@ -362,16 +365,14 @@ def test_a_weight_that_two_kinds_of_layers_share(tmp_path):
         def forward(self, x):
             return self.norm(self.up(torch.relu(self.down(x))))
 
-    for first in ("down", "up"):
+    for first, container in (("down", "int8"), ("up", "int4")):
         model = Shared()
         if first == "up":
             model._modules = dict(reversed(model._modules.items()))
         config = CPQConfig(per_channel=True, first_last_bits=None)
-        for container in ("int8", "int4"):
-            graph, written = shipped(model, images(), tmp_path / first, config, container=container)
-            np.testing.assert_allclose(run(graph, images()), model(images()).detach(), rtol=1e-2, atol=5e-2)
-            assert written.verification.mismatched <= 1e-3
-            detach(model)
+        graph, written = shipped(model, images(), tmp_path / first, config, container=container)
+        np.testing.assert_allclose(run(graph, images()), model(images()).detach(), rtol=1e-2, atol=5e-2)
+        assert written.verification.mismatched <= 1e-3
 
 
 def test_a_forward_for_one_number_of_samples_is_refused(tmp_path):

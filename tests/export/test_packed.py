@@ -1,10 +1,8 @@
 """The packed file: small, whole or not there, and refused with a reason where anything about it is wrong."""
 
 import json
-import os
 import random
 import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import timm
 import torch
 from torch import nn
 
+from benchmarks.processes import SERVER
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quantized
 from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.export.packed import KEY, write_packed
@@ -334,21 +333,18 @@ def test_the_first_version_still_loads():
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
+def write_again_and_again(folder):
+    model = attach(timm.create_model("test_resnet", num_classes=10), CPQConfig(act_bits=None)).eval()
+    known = {"timm": "test_resnet", "arguments": {"num_classes": 10}}
+    while True:
+        export_model(model, folder, name="net", architecture=known, samples=torch.zeros(1, 3, 32, 32), verify=False)
+
+
 def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "net.safetensors"
-    code = f"""
-import sys, torch, timm
-from cpq_lightning import attach, CPQConfig, export_model
-model = attach(timm.create_model("test_resnet", num_classes=10), CPQConfig(weight_bits=4, act_bits=None)).eval()
-known = {{"timm": "test_resnet", "arguments": {{"num_classes": 10}}}}
-print("ready", flush=True)
-while True:
-    export_model(model, {str(tmp_path)!r}, name="net", architecture=known, samples=torch.zeros(1, 3, 32, 32),
-                 verify=False)
-"""
-    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    writer = SERVER.Process(target=write_again_and_again, args=(tmp_path,))
+    writer.start()
     try:
-        assert writer.stdout.readline() == "ready\n"
         seen = 0
         end = time.monotonic() + 60
         while seen < 20 and time.monotonic() < end:
@@ -357,8 +353,8 @@ while True:
                 seen += 1
         assert seen
     finally:
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
+        writer.kill()
+        writer.join()
     load_quantized(path)
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} == {path.name}
 

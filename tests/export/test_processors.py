@@ -25,6 +25,10 @@ from cpq_lightning.export.onnx.pairs import cut_off
 from cpq_lightning.export.onnx.runtime import OnnxArtefact
 from cpq_lightning.export.samples import Samples
 from cpq_lightning.export.verify import MismatchError, verify
+from tests.models import Branches
+
+# What its tests share takes seconds to make.
+pytestmark = pytest.mark.xdist_group("processors")
 
 IMAGES = 2 * torch.rand(8, 32, 8, 8, generator=torch.Generator().manual_seed(0))
 W8A8 = CPQConfig(weight_bits=8, act_bits=8)
@@ -153,27 +157,30 @@ def test_emulated_saturation_changes_nothing_that_is_stored_signed(file, request
             assert same == (weight.dtype == np.int8)
 
 
-@pytest.mark.parametrize(
-    ("weight_bits", "act_bits", "dtype"), [(8, 8, np.uint8), (7, 8, np.int8), (8, 7, np.int8), (4, 8, np.int8)]
-)
-def test_weights_that_fit_stay_signed(weight_bits, act_bits, dtype, tmp_path):
-    config = CPQConfig(weight_bits=weight_bits, act_bits=act_bits, first_last_bits=None)
+def test_weights_that_fit_stay_signed(tmp_path):
+    dtypes = {(8, 8): np.uint8, (7, 8): np.int8, (8, 7): np.int8, (4, 8): np.int8}
+    names = {f"w{weight_bits}a{act_bits}": (weight_bits, act_bits) for weight_bits, act_bits in dtypes}
+    overrides = {name: {"weight_bits": w, "act_bits": a} for name, (w, a) in names.items()}
     torch.manual_seed(0)
-    model = quantized(nn.Sequential(nn.Conv2d(32, 4, 3)), config)
-    assert initializers(onnx.load(shipped(model, tmp_path)))["0.weight_codes"].dtype == dtype
+    model = quantized(
+        Branches({name: nn.Conv2d(32, 4, 3) for name in names}), CPQConfig(first_last_bits=None, overrides=overrides)
+    )
+    content = initializers(onnx.load(shipped(model, tmp_path)))
+    assert {bits: content[f"{name}.weight_codes"].dtype for name, bits in names.items()} == dtypes
 
 
 def test_two_weights_of_the_lowest_level_are_too_much_where_bytes_are_made_signed(tmp_path):
     """There -128 · -128 + -128 · -128 is one more than 16 bits hold, however few bits the activations have."""
-    for lowest, dtype in ((1, np.int8), (2, np.uint8)):
-        model = nn.Sequential(nn.Conv2d(32, 4, 3))
-        with torch.no_grad():
-            model[0].weight.mul_(0.1)[0, :lowest, 0, 0] = -50.0
-        config = CPQConfig(weight_bits=8, act_bits=4, weight_range="max", first_last_bits=None)
-        path = shipped(quantized(model, config), tmp_path)
-        content = initializers(onnx.load(path))
-        assert content["0.weight_codes"].dtype == dtype
-        assert int((OnnxArtefact(path).weight_codes()["0"] == -128).sum()) == lowest
+    model = Branches({"one": nn.Conv2d(32, 4, 3), "two": nn.Conv2d(32, 4, 3)})
+    with torch.no_grad():
+        model["one"].weight.mul_(0.1)[0, :1, 0, 0] = -50.0
+        model["two"].weight.mul_(0.1)[0, :2, 0, 0] = -50.0
+    config = CPQConfig(weight_bits=8, act_bits=4, weight_range="max", first_last_bits=None)
+    path = shipped(quantized(model, config), tmp_path)
+    content, codes = initializers(onnx.load(path)), OnnxArtefact(path).weight_codes()
+    for name, lowest, dtype in (("one", 1, np.int8), ("two", 2, np.uint8)):
+        assert content[f"{name}.weight_codes"].dtype == dtype
+        assert int((codes[name] == -128).sum()) == lowest
 
 
 # What computes it ----------------------------------------------------------------------------------------------------

@@ -16,10 +16,16 @@ from tests.export.test_packed import resigned
 CONFIG = CPQConfig(attention=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def net():
+    """Shared by tests, which leave it as it is."""
     torch.manual_seed(0)
     return calibrate(attach(Outer(), CONFIG, example_inputs=X), [X]).eval()
+
+
+@pytest.fixture
+def path(net, tmp_path):
+    return export_model(net, tmp_path, samples=X, verify=False).path
 
 
 @pytest.mark.parametrize("format", ["packed", "torch", "onnx"])
@@ -64,8 +70,7 @@ def test_a_packed_file_builds_them_around_a_plain_network(net, tmp_path):
         lambda h: h.pop("products"),
     ],
 )
-def test_nonsense_about_products_is_refused(net, change, tmp_path):
-    path = export_model(net, tmp_path, samples=X).path
+def test_nonsense_about_products_is_refused(path, change):
     resigned(path, change)
     with pytest.raises(ValueError, match="damaged or was edited"):
         load_quantized(path, Outer())
@@ -95,15 +100,13 @@ def test_ranges_that_are_not_known_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["head.input_grid", "inner.product_operands.1_left", "inner.product_operands"])
-def test_products_of_what_the_file_brings_are_refused(net, module, tmp_path):
-    path = export_model(net, tmp_path, samples=X).path
+def test_products_of_what_the_file_brings_are_refused(path, module):
     resigned(path, lambda h: h["products"][1].update(module=module))
     with pytest.raises(ValueError, match="quantizes the products of"):
         load_quantized(path, Outer())
 
 
-def test_products_of_a_module_that_the_network_lacks_are_refused(net, tmp_path):
-    path = export_model(net, tmp_path, samples=X).path
+def test_products_of_a_module_that_the_network_lacks_are_refused(path):
     resigned(path, lambda h: h["products"][1].update(module="other"))
     with pytest.raises(ValueError, match="quantizes the products of 'other'"):
         load_quantized(path, Outer())

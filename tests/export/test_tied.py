@@ -9,6 +9,7 @@ from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.export.read import read_packed
 from cpq_lightning.report.levels import manifest
 from tests.attach.test_tied import EMBEDDINGS, Text, text
+from tests.marks import thorough
 from tests.models import quantized_weight
 
 # Rows enough for the table to be nearly all of the file.
@@ -40,7 +41,7 @@ def shipped(model, folder, format, container="int8"):
 
 @pytest.mark.parametrize(
     ("format", "container", "bits"),
-    [("packed", "int8", 4), ("torch", "int8", 8), ("onnx", "int8", 8), ("onnx", "int4", 4)],
+    [("packed", "int8", 4), ("torch", "int8", 8), ("onnx", "int4", 4), *thorough(("onnx", "int8", 8))],
 )
 def test_a_file_holds_one_set_of_codes_and_computes_what_the_model_computes(model, format, container, bits, tmp_path):
     written = shipped(model, tmp_path, format, container)

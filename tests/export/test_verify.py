@@ -91,24 +91,21 @@ def test_each_kind_of_difference_is_found_and_leaves_no_file(format, spoil, mess
 
 
 @pytest.mark.parametrize("container", ["int8", *thorough("int4")])
-@pytest.mark.parametrize("part", ["weight_codes", "weight_scale", "bias", "scale"])
-def test_a_changed_onnx_file_is_found(part, container, model, tmp_path):
+def test_a_changed_onnx_file_is_found(container, model, tmp_path):
     """Each number in the file counts: one changed in any of them, and the file is another model."""
     path = export_model(model, tmp_path, format="onnx", container=container, samples=X).path
-    graph = onnx.load(path)
-    names = [i.name for i in graph.graph.initializer]
-    floats = [n for n in names if n.endswith(part) and not n.endswith("zero_point")]
-    assert floats
-    (tensor,) = (t for t in graph.graph.initializer if t.name == floats[0])
-    values = onnx.numpy_helper.to_array(tensor).reshape(-1)
-    values = values[::-1] if part == "weight_codes" else values * values.dtype.type(1.3)
-    changed = onnx.numpy_helper.from_array(values.reshape(tuple(tensor.dims)).copy(), tensor.name)
-    assert changed.data_type == tensor.data_type
-    tensor.CopyFrom(changed)
-    onnx.save(graph, path)
-    artefact = FORMATS["onnx"].load(Job(model, path, Samples.of(X)))
-    with pytest.raises(MismatchError):
-        verify(model, artefact, Samples.of(X))
+    for part in ("weight_codes", "weight_scale", "bias", "scale"):
+        graph = onnx.load(path)
+        tensor = next(t for t in graph.graph.initializer if t.name.endswith(part))
+        values = onnx.numpy_helper.to_array(tensor).reshape(-1)
+        values = values[::-1] if part == "weight_codes" else values * values.dtype.type(1.3)
+        changed = onnx.numpy_helper.from_array(values.reshape(tuple(tensor.dims)).copy(), tensor.name)
+        assert changed.data_type == tensor.data_type
+        tensor.CopyFrom(changed)
+        onnx.save(graph, tmp_path / "changed.onnx")
+        artefact = FORMATS["onnx"].load(Job(model, tmp_path / "changed.onnx", Samples.of(X)))
+        with pytest.raises(MismatchError):
+            verify(model, artefact, Samples.of(X))
 
 
 def test_a_program_with_other_codes_is_found(model, tmp_path):

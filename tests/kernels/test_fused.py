@@ -1,16 +1,16 @@
 """The compiled kernels against functional, and what happens where there are none."""
 
+import importlib.util
 import itertools
 import os
 import stat
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.processes import run_processes
 from cpq_lightning.functional.categorical import quantize_unchecked
 from cpq_lightning.kernels import cpu_build as library_module
 from cpq_lightning.kernels.cpu_build import _library, library, use_kernels
@@ -175,25 +175,30 @@ def test_open_masks_that_nobody_learns_are_none():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"CPQ_KERNELS": "off"}, "switched off"),
-        ({"CC": "/nowhere/cc", "PATH": "/nowhere"}, "no C compiler"),
-    ],
-)
-def test_without_kernels_functional_computes_and_says_why(environment, words):
-    program = (
-        "import torch; from cpq_lightning.kernels.dispatch import describe;"
-        "from cpq_lightning.kernels.fused import quantize; print(describe());"
-        "print(quantize(torch.tensor([0.26]), torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3,"
-        " signed=True, estimator='argmax'))"
+def test_without_a_compiler_functional_computes_and_says_why():
+    (done,) = run_processes(describe_and_quantize, environments=[{"CC": "/nowhere/cc", "PATH": "/nowhere"}])
+    assert "no C compiler" in done.stdout
+    assert "levels: True" in done.stdout
+
+
+def test_kernels_are_switched_off_by_the_environment(monkeypatch):
+    monkeypatch.setenv("CPQ_KERNELS", "off")
+    spec = importlib.util.spec_from_file_location("imported_again", library_module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.library() is None
+    assert "switched off" in again.describe()
+
+
+def describe_and_quantize():
+    """For processes whose environment is another one, once this module is imported."""
+    library_module._library.cache_clear()
+    print(describe())
+    x = torch.randn(200_000)
+    out = quantize(
+        x, torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3, signed=True, estimator="argmax"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    assert words in done.stdout
-    assert "0.2500" in done.stdout
+    print("levels:", torch.equal(out, (x / 0.25).round().clamp(-4, 3) * 0.25))
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
@@ -384,14 +389,9 @@ def test_where_neither_the_cache_nor_a_folder_for_the_process_will_do_both_reaso
     assert "the cache cannot be made" in reason
 
 
-def test_two_processes_that_build_at_once_both_have_it(monkeypatch, tmp_path):
-    program = "from cpq_lightning.kernels.dispatch import describe; print(describe())"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    both = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert all("compiled kernels" in process.communicate()[0] for process in both)
+def test_two_processes_that_build_at_once_both_have_it(tmp_path):
+    both = run_processes(describe_and_quantize, environments=[{"XDG_CACHE_HOME": str(tmp_path)}] * 2)
+    assert all("compiled kernels" in done.stdout and "levels: True" in done.stdout for done in both)
     assert [path.suffix for path in (tmp_path / "cpq_lightning").iterdir()] == [".so"]
 
 
@@ -400,14 +400,7 @@ def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path):
     script = ["#!/bin/sh", 'case " $* " in *" -fopenmp "*) echo no openmp >&2; exit 1;; esac', 'exec gcc "$@"']
     compiler.write_text("\n".join(script))
     compiler.chmod(0o755)
-    program = (
-        "import torch; from cpq_lightning.kernels.dispatch import describe;"
-        "from cpq_lightning.kernels.fused import quantize; print(describe());"
-        "x = torch.randn(200_000);"
-        "out = quantize(x, torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3, signed=True,"
-        " estimator='argmax'); print(torch.equal(out, (x / 0.25).round().clamp(-4, 3) * 0.25))"
-    )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CC": str(compiler)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "CC": str(compiler)}
+    (done,) = run_processes(describe_and_quantize, environments=[environment])
     assert "compiled kernels" in done.stdout
-    assert "True" in done.stdout
+    assert "levels: True" in done.stdout
