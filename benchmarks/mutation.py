@@ -6,6 +6,9 @@ into a copy of the checkout, and runs the tests that execute its line, the quick
 ``--limit`` seconds of recorded time are used up. A run that was interrupted goes on where it was. Needs the extra
 ``bench-mutation``.
 
+To see what tests that are left out of the suite would find, record them with ``--marks thorough`` in another folder,
+and try there the mutations that survived the suite: ``run --survivors ROWS``, the rows of the first run.
+
 A line that runs while the package is imported is in no test's coverage. A mutation of it is tried with all tests that
 execute some other line of the file.
 A line that only processes started by tests execute counts as executed by no test.
@@ -148,8 +151,8 @@ def pytest_collection_modifyitems(items: list[Any], config: Any) -> None:
     items[:] = sorted(chosen, key=lambda item: order[item.nodeid])
 
 
-def record(root: Path, folder: Path, workers: int) -> None:
-    """Run the suite once, with coverage by test, and keep which tests execute which lines."""
+def record(root: Path, folder: Path, workers: int, marks: str | None = None) -> None:
+    """Run the suite once, or the tests of ``marks``, with coverage by test; keep which tests execute which lines."""
     from coverage import CoverageData
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +161,7 @@ def record(root: Path, folder: Path, workers: int) -> None:
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-p", "no:cacheprovider"]
     command += [f"--cov={PACKAGE}", f"--cov-config={config}", "--cov-context=test", "--cov-report="]
-    command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    command += [f"--junitxml={report}", "-o", "junit_family=xunit1", *(["-m", marks] if marks else [])]
     subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False)
     seconds: dict[str, float] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -202,12 +205,25 @@ def within(tests: Sequence[str], seconds: dict[str, float], limit: float) -> lis
     return [test for place, (test, used) in enumerate(zip(tests, total, strict=True)) if not place or used <= limit]
 
 
-def run(root: Path, folder: Path, seed: int, count: int, workers: int, limit: float) -> list[dict[str, Any]]:
-    """Try each mutation that is not tried yet, ``workers`` at a time; a row for each."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run(
+    root: Path, folder: Path, seed: int, count: int, workers: int, limit: float, survivors: Path | None = None
+) -> list[dict[str, Any]]:
+    """Try each mutation that is not tried yet, ``workers`` at a time; a row for each.
+
+    With ``survivors``, the rows of another run of the same seed, only those that it did not kill are tried.
+    """
     recorded = json.loads((folder / "lines.json").read_text())
     results = folder / f"seed{seed}.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    rows = read_rows(results)
     known = {row["place"] for row in rows}
+    if survivors is not None:
+        known |= {row["place"] for row in read_rows(survivors) if row["outcome"].startswith("killed")}
+    total, count = count, count - len(known - {row["place"] for row in rows})
 
     def attempt(place: int, mutation: Mutation) -> dict[str, Any]:
         tests = tests_of(mutation, recorded)
@@ -221,7 +237,7 @@ def run(root: Path, folder: Path, seed: int, count: int, workers: int, limit: fl
         }  # fmt: skip
 
     with ThreadPoolExecutor(workers) as pool:
-        drawn = [(place, mutation) for place, mutation in enumerate(draw(root, seed, count)) if place not in known]
+        drawn = [(place, mutation) for place, mutation in enumerate(draw(root, seed, total)) if place not in known]
         for done in as_completed([pool.submit(attempt, *each) for each in drawn]):
             row = done.result()
             rows.append(row)
@@ -244,7 +260,8 @@ def _try(root: Path, mutation: Mutation, tests: Sequence[str], seconds: dict[str
         chosen.write_text(json.dumps(list(tests)))
         files = sorted({test.split("::")[0] for test in tests})
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "benchmarks.mutation"]
-        command += ["-p", "no:cacheprovider", *files]
+        # Chosen tests run whatever marks they have.
+        command += ["-p", "no:cacheprovider", "-m", "", *files]
         environment = {**os.environ, "PYTHONPATH": str(copy), CHOSEN: str(chosen)}
         limit = 180 + 4 * sum(seconds.get(test, 1.0) for test in tests)
         try:
@@ -277,13 +294,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=60, help="mutations")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--marks", help="record the tests of these marks, as pytest -m takes them, not the suite")
+    parser.add_argument("--survivors", type=Path, help="rows of a run: try only the mutations that it did not kill")
     parser.add_argument("--limit", type=float, default=300, help="recorded seconds of tests for each mutation")
     chosen = parser.parse_args(arguments)
     root, folder = chosen.root.resolve(), chosen.folder.resolve()
     if chosen.what == "record":
-        record(root, folder, chosen.workers)
+        record(root, folder, chosen.workers, chosen.marks)
     else:
-        rows = run(root, folder, chosen.seed, chosen.count, chosen.workers, chosen.limit)
+        rows = run(root, folder, chosen.seed, chosen.count, chosen.workers, chosen.limit, chosen.survivors)
         Console().print(summary(rows))
 
 

@@ -1,5 +1,6 @@
 import base64
 import functools
+import gc
 import os
 import shutil
 import sys
@@ -34,6 +35,11 @@ class _OfLightning26:
 for _name in ("WeightAveraging", "EMAWeightAveraging"):
     if not hasattr(pl.callbacks, _name):
         setattr(pl.callbacks, _name, _OfLightning26)
+
+
+def pytest_collection_finish():
+    # What is imported by now stays: the garbage collector need not look through it again and again.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -59,8 +59,8 @@ SAMPLE = {
 }
 # Those that take longest, with what the others have too.
 LONG = (
-    "coat", "convnext", "csatv2", "efficientvit_msra", "levit", "maxxvit", "rexnet", "swiftformer",
-    "vision_transformer", "vision_transformer_hybrid",
+    "coat", "convnext", "csatv2", "efficientvit_msra", "gemma4_vit", "levit", "maxxvit", "nfnet", "rexnet",
+    "swiftformer", "swin_transformer_v2", "vision_transformer", "vision_transformer_hybrid",
 )  # fmt: skip
 
 

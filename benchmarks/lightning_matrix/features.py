@@ -148,7 +148,7 @@ class Graphs:
         return graph.forward
 
 
-@cell("module", "torch.compile of the network inside")
+@cell("module", "torch.compile of the network inside", thorough=True)
 def compiled_inside(folder: Path) -> str:
     torch._dynamo.reset()
     module, graphs = Plain(), Graphs()
@@ -181,7 +181,7 @@ class Tunable(Plain):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
-@cell("Tuner", "lr_find, then fit")
+@cell("Tuner", "lr_find, then fit", thorough=True)
 def lr_find(folder: Path) -> str:
     torch.manual_seed(0)
     trainer, module = trainer_in(folder), Tunable()
@@ -193,7 +193,7 @@ def lr_find(folder: Path) -> str:
     return f"{len(finder.results['lr'])} rates tried on the quantized network; the run after it starts afresh"
 
 
-@cell("Tuner", "scale_batch_size, then fit")
+@cell("Tuner", "scale_batch_size, then fit", thorough=True)
 def scale_batch_size(folder: Path) -> str:
     torch.manual_seed(0)
     trainer, module = trainer_in(folder), Tunable()

@@ -24,8 +24,6 @@ def _constants() -> tuple[float, float]:
 
 
 SCALE_REACH, NOISE_MIN = _constants()
-# Saliency reported for a bit that nothing depends on: below any other, but above the 0 of a closed gate.
-_MIN_SALIENCY = 1e-30
 # Number of samples of a batch from which the bit saliency of an activation is estimated.
 _SAMPLES = 8
 # With more elements than this, the saliency of a weight is estimated from some of its channels, but at least this many.
@@ -48,38 +46,38 @@ class ScaleAndSigma(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
+        ctx: Any, log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
         bend, scale, p, sigma = _scale_and_sigma(log_scale, noise_logit, start, temperature)
         ctx.save_for_backward(log_scale, noise_logit, start, bend, scale, p, sigma, temperature)
-        ctx.root = root
+        ctx.size = size
         return scale, sigma
 
     @staticmethod
     def backward(ctx: Any, d_scale: Tensor, d_sigma: Tensor) -> tuple[Tensor | None, ...]:
         log_scale, noise_logit, *saved = ctx.saved_tensors
         start, bend, scale, p, sigma, temperature = saved
-        again = is_differentiated_again(d_scale)
+        again, root = is_differentiated_again(d_scale), math.sqrt(ctx.size)
         # A third-party mixed precision may have cast the parameters.
         are_float32 = all(t.is_cpu and t.dtype == torch.float32 for t in (d_scale, d_sigma, *saved))
         if are_float32 and not again and not torch.compiler.is_compiling() and has_kernel(start, 1):
-            return *chain(d_scale, d_sigma, tuple(saved), ctx.root, NOISE_MIN), None, None, None
+            return *chain(d_scale, d_sigma, tuple(saved), root, NOISE_MIN), None, None, None
         if again:
-            parameters = _scaled(log_scale, noise_logit, start, ctx.root)
+            parameters = _scaled(log_scale, noise_logit, start, root)
             bend, scale, p, sigma = _scale_and_sigma(*parameters, start, temperature)
-        factor = 1 / (start * ctx.root)
+        factor = 1 / (start * root)
         d_log_scale = (d_scale * scale + d_sigma * sigma) * (1 - bend * bend) * factor
         d_logit = d_sigma * scale * temperature * (p * (1 - p)) * ((1 - _constants()[1]) * factor)
         return d_log_scale, d_logit, None, None, None
 
 
 def scale_and_sigma(
-    log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, root: float
+    log_scale: Tensor, noise_logit: Tensor, start: Tensor, temperature: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """Apply :class:`ScaleAndSigma`; under ``torch.func`` its equations in differentiable operations."""
     if not is_transformed():
-        return ScaleAndSigma.apply(log_scale, noise_logit, start, temperature, root)  # type: ignore[no-any-return]
-    _, scale, _, sigma = _scale_and_sigma(*_scaled(log_scale, noise_logit, start, root), start, temperature)
+        return ScaleAndSigma.apply(log_scale, noise_logit, start, temperature, size)  # type: ignore[no-any-return]
+    _, scale, _, sigma = _scale_and_sigma(*_scaled(log_scale, noise_logit, start, math.sqrt(size)), start, temperature)
     return scale, sigma
 
 
@@ -143,7 +141,10 @@ class SaliencyToGates(torch.autograd.Function):
             signed=signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block,
         )  # fmt: skip
         share = x.numel() / max(1, part.numel())
-        grad_logits = torch.where(is_open, -share * saliency.clamp(min=_MIN_SALIENCY), 0.0)
+        # A bit that nothing depends on: below any other, but above the 0 of a closed gate. Not a global constant: with
+        # torch.compile(dynamic=True) that is an input of the graph, which the backward of a Function cannot have.
+        least_saliency = 1e-30
+        grad_logits = torch.where(is_open, -share * saliency.clamp(min=least_saliency), 0.0)
         return grad, None, grad_logits, None, None, None, None, None, None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -400,8 +399,8 @@ class Quantizer(nn.Module):
         update does not depend on it.
         """
         highest = level_bounds(settings.bits, settings.signed)[1]
-        root = math.sqrt(max(1, settings.numel // settings.channels) * max(1, highest))
-        return scale_and_sigma(self.log_scale, self.noise_logit, self._start(), self.temperature, root)
+        size = max(1, settings.numel // settings.channels) * max(1, highest)
+        return scale_and_sigma(self.log_scale, self.noise_logit, self._start(), self.temperature, size)
 
     def decided_widths(self) -> Tensor:
         """The widths in evaluation, int64: one, or one for each channel."""

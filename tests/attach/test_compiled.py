@@ -82,8 +82,9 @@ def _step(model, x, run):
 
 
 DYNAMIC = {"automatic": None, "dynamic": True, "static": False}
-# For any batch at once is what compiles least often.
-QUICK = {name: "automatic" if name == "layers" else "dynamic" for name in NETWORKS if name != "one layer"}
+# For one batch is what compiles fastest.
+QUICK = {name: "static" for name in NETWORKS if name != "one layer"}
+QUICK |= {"layers": "automatic", "learned widths": "dynamic"}
 OTHERS = [(name, shapes) for name in QUICK for shapes in DYNAMIC if QUICK[name] != shapes]
 
 
@@ -93,14 +94,14 @@ def test_compiled_whole(name, shapes):
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled = torch.compile(twin, backend="aot_eager", dynamic=DYNAMIC[shapes], fullgraph=True)
-    for batch in (4, 3):
+    for batch in (4,) if shapes == "static" else (4, 3, 5):
         x = torch.randn(batch, *shape)
         own, other = _step(model, x, model), _step(twin, x, compiled)
         # torch 2.8 compiles sums in another order, and a gradient of learned widths is a small rest of large ones.
         rtol, atol = (1e-4, 1e-5) if TORCH >= (2, 9) else (1e-3, 1e-4)
         torch.testing.assert_close(other, own, rtol=rtol, atol=atol)
     with torch.no_grad():
-        x = torch.randn(6, *shape)
+        x = torch.randn(4, *shape)
         torch.testing.assert_close(compiled.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 

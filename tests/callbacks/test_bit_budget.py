@@ -224,7 +224,7 @@ class Student(pl.LightningModule):
 
 
 @pytest.mark.parametrize("wide", [2, *thorough(0, 3)])
-@pytest.mark.parametrize("estimator", ["curvature", "concrete"])
+@pytest.mark.parametrize("estimator", ["curvature", *thorough("concrete")])
 def test_one_layer_that_needs_six_bits_gets_them_and_the_others_two(tmp_path, wide, estimator):
     torch.manual_seed(wide)
     module = Student(wide)
@@ -270,6 +270,7 @@ def test_clipping_sees_the_same_weight_gradients_with_and_without_the_penalty(fi
     assert seen[0] == seen[1]
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_decides_and_ends_as_the_uninterrupted_one(fit, tmp_path):
     states, changes = [], []
     for stop in (None, 2, 6):

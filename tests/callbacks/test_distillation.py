@@ -159,13 +159,15 @@ def test_in_company(fit):
     assert float(trainer.callback_metrics["cpq/distillation"]) > 0
 
 
-@pytest.mark.parametrize("whole", [False, *thorough(True)])
+@pytest.mark.parametrize("whole", [True, *thorough(False)])
 def test_compiled(fit, whole):
     module = Forward()
     if not whole:
-        module.net = torch.compile(module.net)
+        module.net = torch.compile(module.net, backend="aot_eager")
     trainer = fit(
-        torch.compile(module) if whole else module, [CPQCallback(table=False), DistillationCallback()], max_epochs=1
+        torch.compile(module, backend="aot_eager") if whole else module,
+        [CPQCallback(table=False), DistillationCallback()],
+        max_epochs=1,
     )
     assert 0 < float(trainer.callback_metrics["cpq/distillation"]) < 10
 

@@ -68,9 +68,12 @@ RUNS = {
     "LBFGS, with a companion": lambda: Classifier(partial(torch.optim.LBFGS, lr=0.05, max_iter=3)),
     "two optimizers by hand": lambda: Manual(SGD),
 }
+# A usual optimizer, one of somebody else's, and one that takes no quantizers; the others differ in their rule alone.
+USUAL = ("AdamW", "LARS", "LBFGS, with a companion")
+OTHERS = [kind for kind in RUNS if kind not in USUAL]
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", [*USUAL, *thorough(*OTHERS)])
 @pytest.mark.parametrize(("lr_factor", "learn"), [(1e3, True), *thorough((1e6, False))])
 def test_at_an_absurd_rate_steps_move_within_the_bound_and_levels_stay_usable(fit, kind, lr_factor, learn):
     module, watch = RUNS[kind](), Watch()
@@ -99,7 +102,7 @@ def test_lookahead_goes_back_among_values_that_were_within_the_bound(fit):
     assert all(r.used_levels > 1 for r in levels(module) if r.kind == "weight")
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", [*USUAL, *thorough(*OTHERS)])
 def test_a_usual_run_is_the_same_to_the_bit(fit, kind, monkeypatch):
     ends = []
     for bound in (BOUND, float("inf")):

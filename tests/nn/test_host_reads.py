@@ -9,6 +9,7 @@ from torch import nn
 
 from cpq_lightning import CPQConfig, attach
 from cpq_lightning.attach.layers import quantizers
+from tests.marks import thorough
 
 CONFIGS = {
     "fixed": CPQConfig(),
@@ -20,8 +21,14 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "training"),
+    [
+        *((name, True) for name in CONFIGS),
+        ("learned", False),
+        *thorough(*((n, False) for n in CONFIGS if n != "learned")),
+    ],
+)
 def test_nothing_is_read_on_the_host(config, training):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     attach(model.to("meta"), CONFIGS[config]).train(training)

@@ -15,6 +15,7 @@ from cpq_lightning.attach.attach import refit, set_active
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.state import HEADER, Settings, decode, encode, read
+from tests.marks import thorough
 
 GOLDEN = Path(__file__).parent / "data" / "state_v1.safetensors"
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
@@ -132,7 +133,7 @@ AVERAGES = {
 }
 
 
-@pytest.mark.parametrize("moment", ["calibration", "quantize_from", "freeze"])
+@pytest.mark.parametrize("moment", ["quantize_from", *thorough("calibration", "freeze")])
 @pytest.mark.parametrize("name", AVERAGES)
 def test_a_copy_that_was_made_early_follows(name, moment):
     """The network is the same at all times, so that an average of it has to be that network, quantized."""

@@ -227,7 +227,7 @@ class Keeping(Classifier):
 
 
 @pytest.mark.parametrize("kind", ["one loader", "one loader, workers that stay", "two loaders", "one data set"])
-@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("sanity", [2, *thorough(0)])
 def test_validation_may_draw_from_the_generator_of_the_training_data(fit, kind, sanity):
     watches = Seen(), Seen()
     for callbacks, watch in zip(([], [cpq()]), watches, strict=True):
@@ -246,7 +246,7 @@ def test_validation_may_draw_from_the_generator_of_a_loader_that_the_module_keep
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("make", [OneShot, seeded])
+@pytest.mark.parametrize("make", [seeded, *thorough(OneShot)])
 def test_whatever_limits_the_trainer_has(fit, make, settings):
     wanted = seen(fit, make, [], **settings)
     assert wanted[0]

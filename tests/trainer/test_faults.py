@@ -120,8 +120,15 @@ def test_batches_of_one(tmp_path):
     fit(tmp_path, module, loader=few, max_epochs=5)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("what", ["all-zero layer", "dead channel", "constant input"])
+@pytest.mark.parametrize(
+    ("what", "per_channel"),
+    [
+        ("all-zero layer", False),
+        ("dead channel", True),
+        ("constant input", False),
+        *thorough(("all-zero layer", True), ("dead channel", False), ("constant input", True)),
+    ],
+)
 def test_tensors_without_a_scale(fit, what, per_channel):
     module = Classifier()
     with torch.no_grad():

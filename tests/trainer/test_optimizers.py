@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.callbacks import BatchNormReestimation, BitBudget, ClusterPull
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.optim.update_clamp import UpdateClamp
+from tests.marks import thorough
 from tests.models import Classifier, convnet, data
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.01)
@@ -226,19 +228,28 @@ def group_by_hand(trainer, pl_module, lr_factor, states):
     return [SimpleNamespace(optimizer=optimizer, remove=lambda: None)], []
 
 
-@pytest.mark.parametrize("make", [
-    SGD,
-    partial(torch.optim.AdamW, lr=1e-3),
-    partial(torch.optim.AdamW, lr=1e-3, fused=True),
-    partial(torch.optim.RMSprop, lr=1e-3, momentum=0.9),
-], ids=["SGD", "AdamW", "AdamW, fused", "RMSprop"])  # fmt: skip
-@pytest.mark.parametrize("settings", [
-    {},
-    {"accumulate_grad_batches": 2, "precision": "bf16-mixed"},
-    {"precision": "64-true"},
-    {"plugins": True},
-], ids=["plain", "accumulated, bf16", "64", "scaled"])  # fmt: skip
-def test_a_run_ends_with_the_numbers_of_a_group_of_its_own(fit, monkeypatch, make, settings):
+RULES = {
+    "SGD": SGD,
+    "AdamW": partial(torch.optim.AdamW, lr=1e-3),
+    "AdamW, fused": partial(torch.optim.AdamW, lr=1e-3, fused=True),
+    "RMSprop": partial(torch.optim.RMSprop, lr=1e-3, momentum=0.9),
+}
+PRECISIONS = {
+    "plain": {},
+    "accumulated, bf16": {"accumulate_grad_batches": 2, "precision": "bf16-mixed"},
+    "64": {"precision": "64-true"},
+    "scaled": {"plugins": True},
+}
+# Each rule and each precision once.
+PAIRS = list(zip(RULES, PRECISIONS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rule", "precision"), [*PAIRS, *thorough(*(p for p in itertools.product(RULES, PRECISIONS) if p not in PAIRS))]
+)
+def test_a_run_ends_with_the_numbers_of_a_group_of_its_own(fit, monkeypatch, rule, precision):
+    make, settings = RULES[rule], PRECISIONS[precision]
+
     def run(*, by_hand):
         torch.manual_seed(5)
         more = dict(settings)
@@ -353,8 +364,14 @@ class Adversarial(Classifier):
         self.judged(self.net["g"](batch[0]), True)
 
 
-@pytest.mark.parametrize("estimator", ["curvature", "concrete"])
-@pytest.mark.parametrize("order", ["zero_grad first", "step first"])
+@pytest.mark.parametrize(
+    ("order", "estimator"),
+    [
+        ("zero_grad first", "curvature"),
+        ("step first", "concrete"),
+        *thorough(("zero_grad first", "concrete"), ("step first", "curvature")),
+    ],
+)
 def test_who_is_toggled_off_receives_no_gradient_for_quantizers_and_gates(fit, order, estimator):
     config = CPQConfig(
         weight_bits=8, act_bits=8, min_bits=2, learn_bits=True, first_last_bits=None, gate_estimator=estimator
