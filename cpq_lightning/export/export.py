@@ -162,6 +162,8 @@ def export_model(
     path = Path(folder) / f"{name}{FORMATS[format].suffix}"
     totals = manifest(model)["totals"]
     model = evaluated(model)
+    if verify or FORMATS[format].traces:
+        _check_forward(model, samples)
     with replacing(path) as temporary:
         try:
             job = Job(model, temporary, samples, container, architecture)
@@ -186,8 +188,6 @@ def export_model(
 
 def _write_and_verify(job: Job, format: Format, verified: bool) -> Verification | None:
     kind = FORMATS[format]
-    if verified or kind.traces:
-        _check_forward(job.model, job.samples)
     kind.write(job)
     if not verified:
         return None

@@ -212,7 +212,8 @@ def test_an_output_that_no_file_can_hold_is_named(format, make, words, tmp_path)
 def test_samples_that_the_model_cannot_take_are_named(cls, samples, error, words, tmp_path):
     model = trained(OfNamed, Named(X, MASK)) if cls is OfNamed else trained(OfRecord, (Record(X), MASK))
     with pytest.raises(error, match=words):
-        export_model(model, tmp_path, samples=samples)
+        export_model(model, tmp_path / "out", samples=samples)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_class_that_no_file_can_name_ships_packed_alone(tmp_path):
