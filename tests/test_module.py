@@ -83,6 +83,17 @@ def test_logged_metrics(fit):
     assert "val_acc_top5" not in trainer.callback_metrics
 
 
+def test_accuracy_is_that_of_the_most_probable_class_and_of_the_first_five():
+    module = QuantizedModule("test_efficientnet", num_classes=10, quantization=None)
+    logits = torch.arange(10.0).flip(0).expand(4, 10)
+    labels = torch.tensor([0, 1, 4, 5])
+    assert {name: float(value) for name, value in module.val_metrics(logits, labels).items()} == {
+        "val_acc": 0.25,
+        "val_acc_top5": 0.75,
+    }
+    assert float(module.train_acc(logits, labels)) == 0.25
+
+
 def test_validate_test_and_predict_from_a_checkpoint(fit, tmp_path):
     module = small()
     trainer = fit(module, [CPQCallback(table=False)], max_epochs=1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.audit import Audit, unaudited
 from tests.models import convnet
 
 
@@ -79,6 +79,16 @@ def test_the_first_forward_of_an_attached_model_is_audited_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(2, 4))
+
+
+def test_what_is_no_part_of_a_model_is_not_audited_and_what_follows_is():
+    model, other = attach(Direct()), Direct()
+    with Audit(model) as audit:
+        with unaudited():
+            other(torch.randn(2, 4))
+        assert audit.report.execution_order == []
+        model(torch.randn(2, 4))
+    assert audit.report.execution_order == ["first", "last"]
 
 
 def test_a_forward_that_raises_leaves_no_mode_behind():

@@ -142,3 +142,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "half.safetensors").write_bytes(b"\x08\x00")
     with pytest.raises(ValueError, match="no safetensors file that can be read"):
         create_backbone("test_resnet", pretrained=str(tmp_path / "half.safetensors"))
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_size_that_cannot_be_halved_three_times_is_refused(size):
+    with pytest.raises(ValueError, match=rf"img_size must be a multiple of 8 pixels, got {size}"):
+        create_backbone("cifar_vgg7", num_classes=10, img_size=size)

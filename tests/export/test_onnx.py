@@ -124,7 +124,7 @@ def test_norms_of_every_kind_of_convolution(affine, per_channel, tmp_path):
         "transposed": lambda: nn.ConvTranspose2d(32, 8, 2, stride=2),
         "transposed_by_groups": lambda: nn.ConvTranspose2d(32, 8, 2, stride=2, groups=2),
         "uneven": lambda: nn.Conv2d(32, 8, (1, 3), stride=(2, 1), padding=(0, 2)),
-        "same": lambda: nn.Conv2d(32, 8, 3, padding="same"),
+        "without_bias": lambda: nn.Conv2d(32, 8, 3, padding="same", bias=False),
         "reflected": lambda: nn.Conv2d(32, 8, 3, padding=1, padding_mode="reflect"),
     }
     branches = {}

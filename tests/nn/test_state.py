@@ -14,7 +14,7 @@ from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach.attach import refit, set_active
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.state import HEADER, Settings, decode, encode, read
+from cpq_lightning.nn.state import HEADER, Settings, decode, encode, layout_differences, read
 from tests.marks import thorough
 
 GOLDEN = Path(__file__).parent / "data" / "state_v1.safetensors"
@@ -186,3 +186,16 @@ def test_from_the_meta_device(assign):
         model = attach(net())
     model.to_empty(device="cpu").load_state_dict(wanted.state_dict())
     assert model.eval()(X).equal(wanted(X))
+
+
+def test_what_two_layouts_differ_in_is_named_by_the_setting():
+    ours = Settings(bits=8, min_bits=2, gate_count=6)
+    assert layout_differences(ours, ours) == {}
+    for changed, named in (
+        ({"min_bits": 4, "gate_count": 4}, {"min_bits": (4, 2)}),
+        ({"gate_count": 4}, {"min_bits (its gate count)": (4, 6)}),
+        ({"channels": 3}, {"per_channel": (True, False)}),
+        ({"gate_sharing": "channel", "gate_rows": 3}, {"gate_sharing": ("channel", "tensor")}),
+        ({"nesting": "resolution"}, {"nesting": ("resolution", "range")}),
+    ):
+        assert layout_differences(ours._replace(**changed), ours) == named

@@ -17,6 +17,7 @@ from cpq_lightning.bitwidth.model_cost import learning_quantizers
 from cpq_lightning.export.packed import write_packed
 from cpq_lightning.packing.size import byte_cost, packed_size
 from cpq_lightning.report.levels import manifest, write_levels
+from cpq_lightning.report.run_files import report_levels
 from cpq_lightning.report.table import levels_table, metrics_table
 from tests.attach.test_products import Outer, X
 from tests.models import convnet, quantized_weight
@@ -216,3 +217,8 @@ def test_counting_takes_no_step_of_what_computes_a_weight():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     packed_size(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_report_of_a_folder_without_a_levels_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"levels\.json is missing: expected the folder of a run"):
+        report_levels(tmp_path)
