@@ -434,3 +434,11 @@ def test_detaching_leaves_a_shared_embedding_in_full_precision():
     model = attach(Tied(), CPQConfig(weight_bits=2, act_bits=None, first_last_bits=None)).eval()
     before = model(torch.arange(6))
     assert torch.equal(detach(model)(torch.arange(6)), before)
+
+
+def test_a_detached_model_has_no_attribute_more_than_before():
+    model = convnet()
+    before = [set(vars(module)) for module in model.modules()]
+    attach(model)
+    model(torch.randn(2, 3, 8, 8))
+    assert [set(vars(module)) for module in detach(model).modules()] == before

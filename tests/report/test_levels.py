@@ -2,6 +2,7 @@ import copy
 import json
 import os
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +20,7 @@ from cpq_lightning.packing.size import byte_cost, packed_size
 from cpq_lightning.report.levels import manifest, write_levels
 from cpq_lightning.report.run_files import report_levels
 from cpq_lightning.report.table import levels_table, metrics_table
+from cpq_lightning.report.weight_histograms import weight_histograms
 from tests.attach.test_products import Outer, X
 from tests.models import convnet, quantized_weight
 
@@ -222,3 +224,21 @@ def test_counting_takes_no_step_of_what_computes_a_weight():
 def test_a_report_of_a_folder_without_a_levels_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"levels\.json is missing: expected the folder of a run"):
         report_levels(tmp_path)
+
+
+def test_histograms_are_of_weights_in_units_of_their_scale():
+    model = attach(convnet(), CPQConfig(weight_bits=3, per_channel=True, first_last_bits=None))
+    calibrate(model, [torch.randn(8, 3, 8, 8)])
+    found = weight_histograms(model)
+    assert list(found) == ["0", "3", "6"]
+    layer = model[3]
+    scale = layer.weight_quantizer.scale().detach()
+    levels = layer.weight.detach() / scale.reshape(-1, 1, 1, 1)
+    # A grid of 3 bits from -4 to 3, and a level more at both ends.
+    low, high, counts = found["3"]["low"], found["3"]["high"], np.array(found["3"]["counts"])
+    assert (low, high, len(counts)) == (-5, 4, 720)
+    assert found["3"]["scale"] == pytest.approx(float(scale.mean()))
+    expected, _ = np.histogram(levels.clamp(low, high).numpy(), 720, (low, high))
+    assert counts.sum() == levels.numel()
+    # Values next to an edge may fall on either side of it.
+    assert np.abs(counts - expected).sum() <= 4
