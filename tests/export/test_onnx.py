@@ -237,8 +237,11 @@ def test_no_integer_bias_where_its_rounding_would_move_codes(tmp_path, monkeypat
 
 
 def test_no_transposition_between_products(tmp_path):
-    graph, _ = shipped(nn.Sequential(*(residual().conv1 for _ in range(4))), images(), tmp_path)
-    assert kinds(graph)["Transpose"] == 2
+    straight = nn.Sequential(*(residual().conv1 for _ in range(4)))
+    with_gelu = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.GELU(), nn.Conv2d(32, 4, 3))
+    for network in (straight, with_gelu):
+        graph, _ = shipped(network, images(), tmp_path)
+        assert kinds(graph)["Transpose"] == 2
 
 
 def test_any_number_of_samples(tmp_path):
