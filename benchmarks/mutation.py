@@ -223,7 +223,8 @@ def run(
     known = {row["place"] for row in rows}
     if survivors is not None:
         known |= {row["place"] for row in read_rows(survivors) if row["outcome"].startswith("killed")}
-    total, count = count, count - len(known - {row["place"] for row in rows})
+    drawn = [(place, mutation) for place, mutation in enumerate(draw(root, seed, count)) if place not in known]
+    every = len(rows) + len(drawn)
 
     def attempt(place: int, mutation: Mutation) -> dict[str, Any]:
         tests = tests_of(mutation, recorded)
@@ -237,13 +238,12 @@ def run(
         }  # fmt: skip
 
     with ThreadPoolExecutor(workers) as pool:
-        drawn = [(place, mutation) for place, mutation in enumerate(draw(root, seed, total)) if place not in known]
         for done in as_completed([pool.submit(attempt, *each) for each in drawn]):
             row = done.result()
             rows.append(row)
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{len(rows)}/{count} {row['outcome']}: {row['path']}:{row['line']} {row['kind']}", flush=True)
+            print(f"{len(rows)}/{every} {row['outcome']}: {row['path']}:{row['line']} {row['kind']}", flush=True)
     return rows
 
 

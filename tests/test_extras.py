@@ -55,7 +55,7 @@ def test_the_command_says_in_a_sentence_what_its_parser_lacks(monkeypatch):
     monkeypatch.setattr(extras, "_version", lambda name: "4.20.0" if name == "jsonargparse" else real(name))
     with pytest.raises(SystemExit) as raised:
         main()
-    line = str(raised.value)
+    (line,) = raised.value.code.splitlines()
     assert line.startswith("The command cpq needs jsonargparse[signatures]>=")
     assert "(installed: 4.20.0): pip install 'jsonargparse[signatures]>=" in line
 

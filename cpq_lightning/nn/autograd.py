@@ -40,8 +40,9 @@ class ScaleAndSigma(torch.autograd.Function):
     """The scale and the noise ``sigma`` of a quantizer from its two parameters, as one autograd node.
 
     ``scale = start exp(R tanh(log_scale / R))`` and ``sigma = scale s T``, with ``s`` from NOISE_MIN to 1 by a sigmoid.
-    Gradients are multiplied by ``1 / (start root)``, with ``root`` the square root in LSQ's gradient scale: see
-    :class:`~cpq_lightning.nn.Quantizer`.
+    Gradients are multiplied by ``1 / (start root)``, with the root of ``size`` in LSQ's gradient scale: see
+    :class:`~cpq_lightning.nn.Quantizer`. A float in place of ``size`` would be an input of the graph wherever
+    torch.compile sees several of them, which it cannot give to a Function.
     """
 
     @staticmethod

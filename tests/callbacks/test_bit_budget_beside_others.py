@@ -358,6 +358,14 @@ def test_a_group_by_its_name_is_taken_too(fit):
     fit(Classifier(), [*callbacks(4.0), Adds()], max_epochs=8)
 
 
+@pytest.mark.thorough
+def test_the_trajectory_stays_short_however_often_is_logged(fit):
+    both = callbacks(4.0)
+    loaders = (data(2, count=32), None)
+    fit(Classifier(), both, max_epochs=25, log_every_n_steps=1, loaders=loaders)
+    assert 150 < len(both[1].state_dict()["trajectory"]) <= 250
+
+
 def test_the_trajectory_stays_short_however_long_a_run_is():
     for length, rows in ((100, 100), (251, 126), (10_000, 250), (float("inf"), 200)):
         trajectory = Trajectory()

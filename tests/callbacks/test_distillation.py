@@ -159,16 +159,16 @@ def test_in_company(fit):
     assert float(trainer.callback_metrics["cpq/distillation"]) > 0
 
 
-@pytest.mark.parametrize("whole", [True, *thorough(False)])
-def test_compiled(fit, whole):
+@pytest.mark.parametrize(
+    ("whole", "backend"), [(True, "aot_eager"), *thorough((False, "inductor"), (True, "inductor"))]
+)
+def test_compiled(fit, whole, backend):
     module = Forward()
-    if not whole:
-        module.net = torch.compile(module.net, backend="aot_eager")
-    trainer = fit(
-        torch.compile(module, backend="aot_eager") if whole else module,
-        [CPQCallback(table=False), DistillationCallback()],
-        max_epochs=1,
-    )
+    if whole:
+        module = torch.compile(module, backend=backend)
+    else:
+        module.net = torch.compile(module.net, backend=backend)
+    trainer = fit(module, [CPQCallback(table=False), DistillationCallback()], max_epochs=1)
     assert 0 < float(trainer.callback_metrics["cpq/distillation"]) < 10
 
 

@@ -356,7 +356,10 @@ def test_of_layers_with_one_weight_the_one_that_needs_unsigned_codes_decides(tmp
     assert codes.dtype == np.uint8
 
 
-def test_a_weight_that_two_kinds_of_layers_share(tmp_path):
+@pytest.mark.parametrize(
+    ("first", "container"), [("down", "int8"), ("up", "int4"), *thorough(("down", "int4"), ("up", "int8"))]
+)
+def test_a_weight_that_two_kinds_of_layers_share(first, container, tmp_path):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -368,14 +371,13 @@ def test_a_weight_that_two_kinds_of_layers_share(tmp_path):
         def forward(self, x):
             return self.norm(self.up(torch.relu(self.down(x))))
 
-    for first, container in (("down", "int8"), ("up", "int4")):
-        model = Shared()
-        if first == "up":
-            model._modules = dict(reversed(model._modules.items()))
-        config = CPQConfig(per_channel=True, first_last_bits=None)
-        graph, written = shipped(model, images(), tmp_path / first, config, container=container)
-        np.testing.assert_allclose(run(graph, images()), model(images()).detach(), rtol=1e-2, atol=5e-2)
-        assert written.verification.mismatched <= 1e-3
+    model = Shared()
+    if first == "up":
+        model._modules = dict(reversed(model._modules.items()))
+    config = CPQConfig(per_channel=True, first_last_bits=None)
+    graph, written = shipped(model, images(), tmp_path, config, container=container)
+    np.testing.assert_allclose(run(graph, images()), model(images()).detach(), rtol=1e-2, atol=5e-2)
+    assert written.verification.mismatched <= 1e-3
 
 
 def test_a_forward_for_one_number_of_samples_is_refused(tmp_path):
