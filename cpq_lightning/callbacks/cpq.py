@@ -295,9 +295,10 @@ class CPQCallback(RangeHooks):
         self.on_test_batch_start(trainer)
         if batch_idx or dataloader_idx:
             return
-        if not trainer.sanity_checking:
-            self._recording = recording(pl_module)
-            self._recording.__enter__()
+        # Recording runs compiled code eagerly, which the audit needs too: traced, it would see no quantized tensor.
+        eager = torch.compiler.set_stance("force_eager") if trainer.sanity_checking else recording(pl_module)
+        eager.__enter__()
+        self._recording = eager
         if self._audits_evaluation and auditable(pl_module):
             self._evaluation_audit = Audit(pl_module)
             self._evaluation_audit.__enter__()

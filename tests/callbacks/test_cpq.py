@@ -102,6 +102,33 @@ def test_quantize_from_a_fraction_switches_in_the_run(fit):
     assert all(q.fitted for _, q in quantizers(module))
 
 
+def test_the_first_batch_of_the_sanity_check_is_audited_eagerly(fit):
+    """Dynamo would trace the audit with it, and give up: layers that are quantized were reported as left out."""
+    compiled = []
+
+    class Compiled(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+
+    class Watch(pl.Callback):
+        def __init__(self):
+            self.after_the_first = self.after_the_second = None
+
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            if trainer.sanity_checking and not batch_idx:
+                self.after_the_first = len(compiled)
+
+        def on_sanity_check_end(self, trainer, pl_module):
+            self.after_the_second = len(compiled)
+
+    watch = Watch()
+    torch._dynamo.reset()
+    fit(Compiled(), [CPQCallback(table=False), watch], max_epochs=1, num_sanity_val_steps=2)
+    assert watch.after_the_first == 0
+    assert watch.after_the_second > 0
+
+
 def test_ranges_are_calibrated_before_the_sanity_check(fit):
     class Watch(pl.Callback):
         def on_sanity_check_start(self, trainer, pl_module):
