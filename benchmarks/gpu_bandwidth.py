@@ -45,7 +45,7 @@ def variants(x: Tensor, grad: Tensor, rows: bool, noise: float) -> dict[str, tup
     calls: dict[str, tuple[int, Callable[[], Any]]] = {COPY: (2, partial(out.copy_, x))}
     for bits in (2, 4, 8):
         # Values reach a little beyond the grid.
-        bounds = level_bounds(bits, True)
+        bounds = level_bounds(bits)
         values = x * (0.3 * 2**bits / 4)
         calls[f"forward, {bits} bits"] = (2, partial(gpu.forward, values, scale, *bounds))
         for estimator in ("argmax", "expectation"):

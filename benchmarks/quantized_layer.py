@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid_fit import fit_histogram
 from cpq_lightning.functional.ranges import mse_scale
 
 # Values that a step is fitted to are enough.
@@ -37,12 +38,13 @@ class QuantizedLayer(nn.Module):
         layer: A convolution or linear layer.
         bits: Its widths.
         make: Makes a quantizer of a width and whether its grid reaches below zero.
+        make_weight: The same for the weight; ``None`` means ``make``.
     """
 
-    def __init__(self, layer: Layer, bits: Bits, make: Make) -> None:
+    def __init__(self, layer: Layer, bits: Bits, make: Make, make_weight: Make | None = None) -> None:
         super().__init__()
         self.layer = layer
-        self.weight_quantizer = make(bits.weight, True)
+        self.weight_quantizer = (make_weight or make)(bits.weight, True)
         self.input_quantizer = make(bits.act, bits.signed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class StepAtFirst(nn.Module):
 
     def __init__(self, bits: int, signed: bool) -> None:
         super().__init__()
-        self.low, self.high = level_bounds(bits, signed)
+        self.low, self.high = level_bounds(bits, None if signed else 0)
         self.log_scale = nn.Parameter(torch.zeros(1))
         self._started = False
 
@@ -142,11 +144,48 @@ class LearnedStep(StepAtFirst):
         super().start(x)
         if self.least_error:
             flat = x.flatten()[:: max(1, x.numel() // _FITTED)]
-            self.log_scale.copy_(mse_scale(flat[None], bits=self.bits, signed=self.signed).log())
+            self.log_scale.copy_(mse_scale(flat[None], bits=self.bits, zero_point=None if self.signed else 0).log())
 
     def quantize(self, x: Tensor) -> Tensor:
         factor = 1 / (x.numel() * max(1, self.high)) ** 0.5
         return torch._fake_quantize_learnable_per_tensor_affine(x, self.step, self.zero, self.low, self.high, factor)
+
+
+class LearnedOffset(LearnedStep):
+    """LSQ+ (Bhalgat et al., CVPR workshops 2020) by the same kernel: an unsigned grid whose zero point trains too.
+
+    Scale and zero point start at the least squared error, over scales and zero points. A weight has LSQ's signed grid,
+    as in the paper.
+
+    Args:
+        bits: Width.
+        signed: Whether the first values are a weight or have negative values.
+        of_weight: Whether this is a weight's quantizer.
+        trained: Whether the zero point trains; ``False`` leaves it where it started.
+    """
+
+    def __init__(self, bits: int, signed: bool, of_weight: bool = False, trained: bool = True) -> None:
+        super().__init__(bits, signed, least_error=True)
+        self.of_weight, self.trained = of_weight, trained
+        if not of_weight:
+            self.low, self.high = 0, 2**bits - 1
+            self.offset = nn.Parameter(torch.zeros(1), requires_grad=trained)
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        if self.of_weight:
+            super().start(x)
+            return
+        flat = x.flatten()[:: max(1, x.numel() // _FITTED)].float().sort().values[None]
+        fit = fit_histogram(flat, torch.ones_like(flat).double(), self.bits, "offset")
+        self.log_scale.copy_(fit.scale.log())
+        self.offset.fill_(fit.zero_point)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if self.of_weight:
+            return super().quantize(x)
+        factor = 1 / (x.numel() * self.high) ** 0.5
+        return torch._fake_quantize_learnable_per_tensor_affine(x, self.step, self.offset, self.low, self.high, factor)
 
 
 def brevitas_layer(layer: Layer, bits: Bits) -> nn.Module:

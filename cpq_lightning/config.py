@@ -19,6 +19,8 @@ from cpq_lightning.functional.grid import check_bits
 Nesting = Literal["auto", "range", "resolution"]
 GateSharing = Literal["tensor", "channel", "element"]
 GateEstimator = Literal["curvature", "concrete"]
+WeightGrid = Literal["auto", "signed", "balanced"]
+ActGrid = Literal["auto", "signed", "unsigned", "offset"]
 # A named alias, because Lightning's CSVLogger passes hyperparameters to OmegaConf, which fails on a union of containers
 # and ignores types that it does not know.
 Levels = TypeAliasType("Levels", str | dict[str, Any] | None)
@@ -99,6 +101,15 @@ class CPQConfig:
         weight_range: Scale initialization of weights: ``"mse"`` (least squared error) or ``"max"`` (minmax: no weight
             is clipped).
         act_range: Scale initialization of activations from calibration batches, with the same choices.
+        weight_grid: The levels of weights, in units of the scale (:mod:`cpq_lightning.functional.grid`). ``"signed"``:
+            ``-2^(k-1) … 2^(k-1) - 1``. ``"balanced"``: ``± 1/2, ± 3/2, …`` without 0, of the same number, up to 7 bits
+            (wider weights are signed). ``"auto"``: balanced at 1 bit, else signed. A weight whose zeros mean something,
+            such as a pruned one, always keeps a level 0. Widths that nest by range share one kind of grid; those that
+            nest by resolution, such as learned ones, each have their own.
+        act_grid: The levels of activations. ``"signed"``: as for weights. ``"unsigned"``: ``0 … 2^k - 1``.
+            ``"offset"``: ``-z … 2^k - 1 - z`` with the zero point z that has the least squared error, found with the
+            scale; signed and unsigned grids are its ends. ``"auto"``: an offset where its error is lower than that of
+            both ends by at least a hundredth. Each learned width has a zero point of its own.
         seed: Seed of the gates' noise.
 
     Raises:
@@ -131,6 +142,8 @@ class CPQConfig:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     weight_range: Literal["mse", "max"] = "mse"
     act_range: Literal["mse", "max"] = "mse"
+    weight_grid: WeightGrid = "auto"
+    act_grid: ActGrid = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -333,7 +346,7 @@ _HYDRA_KEYS = ("_target_", "_recursive_", "_convert_", "_partial_")
 LAYER_SETTINGS = (
     "weight_bits", "act_bits", "min_bits", "learn_bits", "learn_act_bits", "min_act_bits", "nesting",
     "weight_estimator", "act_estimator", "per_channel", "temperature", "keep_prob", "gate_sharing", "weight_range",
-    "act_range",
+    "act_range", "weight_grid", "act_grid",
 )  # fmt: skip
 # Settings of a weight: they must be equal in all layers that share it.
 WEIGHT_SETTINGS = tuple(s for s in LAYER_SETTINGS if "act_" not in s)
@@ -345,4 +358,6 @@ _CHOICES: dict[str, Collection[str]] = {
     "gate_estimator": get_args(GateEstimator),
     "weight_range": ("mse", "max"),
     "act_range": ("mse", "max"),
+    "weight_grid": get_args(WeightGrid),
+    "act_grid": get_args(ActGrid),
 }

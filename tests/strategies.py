@@ -16,6 +16,7 @@ from cpq_lightning import CPQConfig
 from cpq_lightning.functional.dropbits import masks_from_gates
 from cpq_lightning.functional.grid import level_bounds
 from cpq_lightning.nn.quantizer import Kind, Quantizer
+from tests.grids import KINDS, zero_point
 
 # Derandomized: a run finds what any other run of the same code finds.
 REPRODUCIBLE = settings(
@@ -102,7 +103,7 @@ class Case:
     parameter_dtype: torch.dtype = torch.float32
     bits: int = 1
     min_bits: int = 1
-    signed: bool = True
+    kind: str = "signed"
     estimator: str = "argmax"
     scale_shape: tuple[int, ...] = ()
     sigma_shape: tuple[int, ...] = ()
@@ -119,7 +120,12 @@ class Case:
     @property
     def grid(self) -> dict[str, Any]:
         """The keyword arguments."""
-        return {"bits": self.bits, "min_bits": self.min_bits, "signed": self.signed, "estimator": self.estimator}
+        return {
+            "bits": self.bits,
+            "min_bits": self.min_bits,
+            "zero_point": zero_point(self.kind, self.bits),
+            "estimator": self.estimator,
+        }
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x, scale, sigma and masks, laid out."""
@@ -139,7 +145,7 @@ class Case:
         smallest = scale.double().min() if scale.numel() else torch.ones(())
         sigma = smallest * (noise + (1 - noise) * uniform(*self.sigma_shape))
         sigma = sigma.to(self.parameter_dtype).clamp(max=smallest.to(self.parameter_dtype))
-        low, high = level_bounds(self.bits, self.signed)
+        low, high = level_bounds(self.bits, zero_point(self.kind, self.bits))
         u = 1.5 * (low + uniform(*self.shape) * (high - low)) - 0.7
         if self.values == "halves":
             u = (2 * u).round() / 2
@@ -197,7 +203,7 @@ def cases(
         parameter_dtype=draw(st.sampled_from(parameter_dtypes)) if dtype != torch.float64 else dtype,
         bits=width,
         min_bits=draw(st.integers(1, width)),
-        signed=draw(st.booleans()),
+        kind=draw(st.sampled_from(KINDS)),
         estimator=draw(st.sampled_from(ESTIMATORS)),
         scale_shape=draw(broadcasting(shape)),
         sigma_shape=draw(broadcasting(shape)),

@@ -65,7 +65,7 @@ def test_brute_force_is_the_same_quantizer(signed):
     x = torch.linspace(-3, 4, 101, dtype=torch.float64, requires_grad=True)
     brute = BruteForce(4, signed).double()
     brute(x)
-    own = quantize(x, brute.step, brute.sigma, bits=4, signed=signed, estimator="expectation")
+    own = quantize(x, brute.step, brute.sigma, bits=4, zero_point=None if signed else 0, estimator="expectation")
     assert torch.equal(brute(x), own)
     weight, inputs = torch.rand_like(x), [x, brute.log_scale, brute.sigma]
     grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (brute(x), own)]

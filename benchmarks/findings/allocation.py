@@ -67,8 +67,8 @@ def squared_errors(weight: Tensor, low: int) -> list[float]:
     flat = weight.detach().reshape(1, -1)
     errors = []
     for bits in range(low, WIDEST + 1):
-        step = mse_scale(flat, bits=bits, signed=True)[:, None]
-        bottom, top = level_bounds(bits, True)
+        step = mse_scale(flat, bits=bits)[:, None]
+        bottom, top = level_bounds(bits)
         errors.append(float((flat - step * (flat / step).round().clamp(bottom, top)).square().sum()))
     return errors
 

@@ -16,14 +16,25 @@ from torch import Tensor, nn
 
 from benchmarks.findings.allocation import Levels, narrowest
 from benchmarks.findings.relaxed import Relaxed
-from benchmarks.quantized_layer import Bits, LearnedStep, Make, QuantizedLayer, brevitas_layer, replace_layers, show
+from benchmarks.quantized_layer import (
+    Bits,
+    LearnedOffset,
+    LearnedStep,
+    Make,
+    QuantizedLayer,
+    brevitas_layer,
+    replace_layers,
+    show,
+)
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.bitwidth import search as _search
 from cpq_lightning.callbacks import BitBudget, ClusterPull, DistillationCallback, DropBitsSchedule, TemperatureSchedule
+from cpq_lightning.functional import grid_fit
 from cpq_lightning.nn import gates
 
 FULL, LSQ, BREVITAS, RQ = "full precision", "LSQ", "Brevitas", "RQ, Gumbel-softmax"
+LSQ_PLUS, LSQ_OFFSET = "LSQ+", "LSQ+, zero point as it started"
 ARGMAX, EXPECTATION = "CPQ argmax", "CPQ expectation"
 COOLED, DROPPED = "CPQ expectation, T 1 to 0.2", "CPQ expectation, DropBits"
 PULLED, PULLED_LSQ = "CPQ expectation, ClusterPull", "LSQ, ClusterPull"
@@ -112,22 +123,37 @@ def inner_layers(network: nn.Module) -> dict[str, int]:
 
 def layer_bits(task: Task) -> dict[str, Bits]:
     """Widths of every layer, for peers."""
-    inner, bits = inner_layers(task.network), {}
-    first, _ = ends(task.network)
+    inner, bits, negative = inner_layers(task.network), {}, with_negative_inputs(task.network, task.images)
     for name in quantizable_layers(task.network):
         weight = (task.levels or {}).get(name, int(task.weight_bits))
-        # The first layer sees images, which have negative values, all others what a ReLU leaves.
-        signed = name == first
+        signed = name in negative
         bits[name] = Bits(weight, task.act_bits, signed) if name in inner else Bits(END_BITS, END_BITS, signed)
     return bits
+
+
+@torch.no_grad()
+def with_negative_inputs(network: nn.Module, images: Tensor) -> set[str]:
+    """Names of the layers whose inputs have negative values."""
+    lowest: dict[str, float] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, args: lowest.update({name: float(args[0].min())})
+
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in quantizable_layers(network).items()]
+    show(network, images)
+    for hook in hooks:
+        hook.remove()
+    return {name for name, value in lowest.items() if value < 0}
 
 
 def _full_precision(task: Task) -> Made:
     return Made(task.network)
 
 
-def _peer(quantizer: Make, task: Task, pulled: bool = False) -> Made:
-    made = replace_layers(task.network, layer_bits(task), lambda layer, bits: QuantizedLayer(layer, bits, quantizer))
+def _peer(quantizer: Make, task: Task, pulled: bool = False, of_weight: Make | None = None) -> Made:
+    made = replace_layers(
+        task.network, layer_bits(task), lambda layer, bits: QuantizedLayer(layer, bits, quantizer, of_weight)
+    )
     return Made(show(made, task.images), callbacks=[_PeerPull()] if pulled else [])
 
 
@@ -144,14 +170,28 @@ def _brevitas(task: Task) -> Made:
     return Made(show(show(made, task.images), task.images))
 
 
-def _cpq(task: Task, settings: Mapping[str, Any] | None = None, callbacks: Callable[[], list[Callback]] = list) -> Made:
+# What single ingredients are added to: a scale each tensor, and signed weights.
+_PLAIN: dict[str, Any] = {"per_channel": False, "weight_grid": "signed"}
+
+
+def _without_offsets() -> AbstractContextManager[Any]:
+    """Inputs on the signed or the unsigned grid, whichever has less error: no offset is ever worth it."""
+    return patch.object(grid_fit, "_WORTH", 1 - 1e-12)
+
+
+def _cpq(
+    task: Task,
+    settings: Mapping[str, Any] | None = None,
+    callbacks: Callable[[], list[Callback]] = list,
+    patched: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Made:
     """CPQ at fixed widths, of all layers alike or given."""
     # Names are those within a QuantizedModule.
     overrides = {f"model.{name}": {"weight_bits": bits} for name, bits in (task.levels or {}).items()}
     widest = max((task.levels or {"": int(task.weight_bits)}).values())
-    config = CPQConfig(weight_bits=widest, act_bits=task.act_bits, overrides=overrides)
+    config = CPQConfig(weight_bits=widest, act_bits=task.act_bits, overrides=overrides, **_PLAIN)
     changed = {**config.to_dict(), **(settings or {})}
-    return Made(task.network, CPQConfig(**changed), [_quiet(), *callbacks()])
+    return Made(task.network, CPQConfig(**changed), [_quiet(), *callbacks()], patched())
 
 
 def _quiet() -> CPQCallback:
@@ -179,7 +219,8 @@ def _learned(
 ) -> Made:
     """Weights of 8 to 2 bits (to 1 where the average is 2); activations at theirs, or of that average too."""
     low = narrowest(task.weight_bits)
-    options = {"weight_bits": 8, "min_bits": low, "learn_bits": True, "act_bits": task.act_bits, **(settings or {})}
+    options = {"weight_bits": 8, "min_bits": low, "learn_bits": True, "act_bits": task.act_bits}
+    options |= {**_PLAIN, **(settings or {})}
     budgets = {"act_target": float(task.act_bits)} if activations else {}
     beside = [_quiet(), BitBudget(task.weight_bits, **budgets, **(budget or {})), *callbacks()]
     return Made(task.network, CPQConfig(**options), beside, patched())
@@ -204,6 +245,8 @@ METHODS: dict[str, Method] = {
     FULL: Method(_full_precision, FULL),
     LSQ: Method(partial(_peer, _LSQ), LSQ),
     PULLED_LSQ: Method(partial(_peer, _LSQ, pulled=True), LSQ),
+    LSQ_PLUS: Method(partial(_peer, LearnedOffset, of_weight=_LSQ), LSQ_PLUS),
+    LSQ_OFFSET: Method(partial(_peer, partial(LearnedOffset, trained=False), of_weight=_LSQ), LSQ_PLUS),
     BREVITAS: Method(_brevitas, BREVITAS, package="brevitas"),
     RQ: Method(partial(_peer, Relaxed), RQ),
     ARGMAX: Method(partial(_cpq, settings={"weight_estimator": "argmax"}), ARGMAX),
@@ -234,6 +277,8 @@ _FIXED: dict[str, Callable[[Task], Made]] = {
     "first and last layer like all": partial(_cpq, settings={"first_last_bits": None}),
     "distilled from itself": partial(_cpq, callbacks=lambda: [DistillationCallback("self")]),
     "a step each channel": partial(_cpq, settings={"per_channel": True}),
+    "inputs signed or unsigned": partial(_cpq, patched=_without_offsets),
+    "balanced weights": partial(_cpq, settings={"weight_grid": "balanced"}),
 }
 _LEARNING: dict[str, Callable[[Task], Made]] = {
     "without DropBits: gates at their median": partial(_learned, patched=_median_gates),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import gelu, hardsigmoid, hardswish, relu, silu
 
 
 def _initialize(network: nn.Module) -> None:
@@ -15,8 +18,9 @@ def _initialize(network: nn.Module) -> None:
 class _Block(nn.Module):
     """Two 3 x 3 convolutions, and a 1 x 1 convolution around them where the shape changes (He et al., 2016, type B)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.activation = activation
         stride = 1 if inputs == outputs else 2
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -28,8 +32,8 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(around, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
-        return relu(out + self.shortcut(x))
+        out = self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x)))))
+        return self.activation(out + self.shortcut(x))
 
 
 class SmallResNet(nn.Module):
@@ -39,18 +43,20 @@ class SmallResNet(nn.Module):
     afternoon on two cores, and with so little to spare that a missing bit shows.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, activation: Callable[[Tensor], Tensor] = relu) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.activation = num_classes, activation
         self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1, self.layer2, self.layer3 = _Block(16, 16), _Block(16, 32), _Block(32, 64)
+        self.layer1, self.layer2, self.layer3 = (
+            _Block(inputs, outputs, activation) for inputs, outputs in ((16, 16), (16, 32), (32, 64))
+        )
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(64, num_classes)
         _initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = relu(self.bn1(self.conv1(images)))
+        x = self.activation(self.bn1(self.conv1(images)))
         return self.fc(self.pool(self.layer3(self.layer2(self.layer1(x)))))
 
 
@@ -91,4 +97,94 @@ class SmallSeparable(nn.Module):
         return self.fc(self.pool(self.blocks(relu(self.bn1(self.conv1(images))))))
 
 
-NETWORKS: dict[str, type[SmallResNet | SmallSeparable]] = {"resnet": SmallResNet, "separable": SmallSeparable}
+class _Inverted(nn.Module):
+    """An inverted residual block with Hardswish and squeeze-and-excite (Howard et al., *MobileNetV3*, ICCV 2019)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        inner = 4 * inputs
+        self.expand = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.squeeze, self.excite = nn.Conv2d(inner, inner // 4, 1), nn.Conv2d(inner // 4, inner, 1)
+        self.project = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.adds = inputs == outputs and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = hardswish(self.bn1(self.expand(x)))
+        out = hardswish(self.bn2(self.depthwise(out)))
+        out = out * hardsigmoid(self.excite(relu(self.squeeze(out.mean((2, 3), keepdim=True)))))
+        out = self.bn3(self.project(out))
+        return out + x if self.adds else out
+
+
+class SmallMobile(nn.Module):
+    """Four inverted residual blocks as in MobileNetV3 behind a convolution of stride 2, and one convolution to the
+    features: inputs with and without a negative tail, depthwise layers, and gates that multiply channels.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(_Inverted(16, 16), _Inverted(16, 24, 2), _Inverted(24, 24), _Inverted(24, 32))
+        self.conv2 = nn.Conv2d(32, 96, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(96)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(96, num_classes)
+        _initialize(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.blocks(hardswish(self.bn1(self.conv1(images))))
+        return self.fc(self.pool(hardswish(self.bn2(self.conv2(x)))))
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """A layer norm over the channels of an image."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _ConvNeXt(nn.Module):
+    """A block of ConvNeXt (Liu et al., CVPR 2022): depthwise, layer norm, and two linear layers around a GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.expand, self.project = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.project(gelu(self.expand(out))).permute(0, 3, 1, 2)
+
+
+class SmallConvNeXt(nn.Module):
+    """Two stages of two ConvNeXt blocks behind a convolution of stride 2: no batch norm, GELU, layer norms."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = nn.Sequential(nn.Conv2d(1, 24, 3, stride=2, padding=1), _ChannelNorm(24))
+        self.stage1 = nn.Sequential(_ConvNeXt(24), _ConvNeXt(24))
+        self.downsample = nn.Sequential(_ChannelNorm(24), nn.Conv2d(24, 48, 2, stride=2))
+        self.stage2 = nn.Sequential(_ConvNeXt(48), _ConvNeXt(48))
+        self.norm = nn.LayerNorm(48)
+        self.fc = nn.Linear(48, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stage2(self.downsample(self.stage1(self.stem(images))))
+        return self.fc(self.norm(x.mean((2, 3))))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": SmallResNet,
+    "separable": SmallSeparable,
+    "silu": partial(SmallResNet, activation=silu),
+    "mobile": SmallMobile,
+    "convnext": SmallConvNeXt,
+}

@@ -21,6 +21,8 @@ from benchmarks.findings.methods import (
     FULL,
     LEARNED,
     LSQ,
+    LSQ_OFFSET,
+    LSQ_PLUS,
     METHODS,
     PULLED,
     PULLED_LSQ,
@@ -36,6 +38,8 @@ from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
 FULL_BITS = 32
 # The scale at which rates are searched, for all others too.
 SEARCH_SCALE = "20k"
+# Networks that are hard to quantize: each has a search of its own.
+HARD = ("10k-silu", "10k-mobile", "10k-convnext")
 # Where the best rate of all families is at the edge of what is searched, it is searched beyond.
 _BEYOND = {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), RQ: (0.016, 0.032)}
 # Weights and activations; the search takes the outer two.
@@ -53,7 +57,7 @@ AT_AVERAGES = (*_ALLOCATED, DRAWN, REDRAWN)
 
 def search_scale(scale: str) -> str:
     """Where the rates of a scale come from."""
-    return scale if scale == "tiny" else SEARCH_SCALE
+    return scale if scale == "tiny" or scale in HARD else SEARCH_SCALE
 
 
 def rates(family: str) -> tuple[float, ...]:
@@ -63,7 +67,7 @@ def rates(family: str) -> tuple[float, ...]:
 
 def searches(scale: str, family: str) -> list[Run]:
     """The runs that find a family's learning rate."""
-    widths = ((FULL_BITS, FULL_BITS),) if family == FULL else _SEARCHED
+    widths = ((FULL_BITS, FULL_BITS),) if family == FULL else WIDTHS[:1] if scale in HARD else _SEARCHED
     tried = product(widths, rates(family))
     return [Run(search_scale(scale), family, w, a, SEARCH_SEED, rate) for (w, a), rate in tried]
 
@@ -138,12 +142,25 @@ def _separable(scale: str) -> Iterator[Run]:
     yield from _block(scale, (DRAWN, UNDRAWN, EARLIER), (THREE,))
 
 
+CHANNELS = f"{EXPECTATION}: a step each channel"
+NO_OFFSET, BALANCED = f"{EXPECTATION}: inputs signed or unsigned", f"{EXPECTATION}: balanced weights"
+
+
+def _hard(scale: str) -> Iterator[Run]:
+    """The peers and the default at all widths, seed by seed; then each ingredient alone."""
+    for seed in SEEDS[:3]:
+        yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, NO_OFFSET, CHANNELS), WIDTHS[:2], (seed,))
+        yield from _block(scale, (BALANCED, LSQ_OFFSET), WIDTHS[:2], (seed,))
+    yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS), WIDTHS)
+
+
 # At the other scales is done what is told by few runs.
 _PARTS: dict[str, tuple[Callable[[str], Iterator[Run]], ...]] = {
     "20k": (_telling, _others),
     "60k": (_telling,),
     "20k-separable": (_separable,),
     "tiny": (_telling, _others),
+    **dict.fromkeys(HARD, (_hard,)),
 }
 
 

@@ -29,6 +29,9 @@ SCALES = {
     "20k": Scale("20k", 20_000, 4, 12),
     "60k": Scale("60k", 60_000, 4, 12),
     "20k-separable": Scale("20k-separable", 20_000, 4, 12, "separable"),
+    "10k-silu": Scale("10k-silu", 10_000, 4, 12, "silu"),
+    "10k-mobile": Scale("10k-mobile", 10_000, 4, 12, "mobile"),
+    "10k-convnext": Scale("10k-convnext", 10_000, 4, 12, "convnext"),
     # For tests: a campaign in seconds, with figures that mean nothing.
     "tiny": Scale("tiny", 256, 2, 1),
 }

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import balanced_zero_point, level_bounds, signed_zero_point
+from cpq_lightning.functional.grid_fit import NEGLIGIBLE, GridFit, fit_grid, fit_range
 from cpq_lightning.functional.ranges import bin_centers, clipped_share, grid_errors, histogram, max_scale, mse_scale
 from cpq_lightning.nn.observer import pool
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.scale_init import even_stride
 from cpq_lightning.nn.sharding import full_tensor
+from cpq_lightning.nn.state import Settings
 from cpq_lightning.nn.watch import Watcher
 
 # The distance between two checks is at most this share of the steps so far.
@@ -30,8 +32,6 @@ _ACCEPTED_ERROR = 1e-4
 # Numbers of values that are checked, of a weight (of each row, if rows have a scale each) and of an activation in one
 # call; and the number of bins of an activation's histogram.
 _WEIGHTS, _INPUTS, _BINS = 2**12, 2**15, 2**12
-# Relative bound below which negative values are rounding errors of a kernel, and must not halve the unsigned grid.
-_NEGLIGIBLE = 1e-6
 # Candidate scales, relative to the scale of the full range. The nearest candidate is within 12 % of the best scale, and
 # its error within a few percent of the least, at a twentieth of the cost of a fit.
 _CANDIDATES = torch.logspace(-5, 0, 16, base=2)
@@ -132,9 +132,8 @@ class RangeTracker:
     def propose(self) -> None:
         """Store new ranges in the quantizers whose sampled inputs have outgrown theirs, to apply at the next step."""
         for q, rows, counts in sampled_inputs(self._sampling) if self._sampling is not None else ():
-            stale, signed = _stale(q, rows, counts)
-            if stale.any():
-                q.propose(_fit(q, rows, counts, signed), signed)
+            if _stale(q, rows, counts).any():
+                q.propose(_fit(q, rows, counts))
 
     @torch.no_grad()
     def renew_weights(self, frozen: bool = False) -> set[Quantizer]:
@@ -143,15 +142,15 @@ class RangeTracker:
         Args:
             frozen: Whether to check layers that do not train as well, whose weights may have been rewritten.
         """
-        return {q for q, rows in _weights(self.model, frozen) if self._renew(q, rows, None)}
+        return {q for q, weight in _weights(self.model, frozen) if self._renew(q, *_sampled(q, weight))}
 
-    def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None) -> bool:
+    def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> bool:
         if not rows.numel():
             return False
-        stale, signed = _stale(q, rows, counts)
+        stale = _stale(q, rows, counts, weight)
         if not stale.any():
             return False
-        q.renew(_fit(q, rows, counts, signed), stale, signed)
+        q.renew(_fit(q, rows, counts, weight), stale)
         self._drop_momentum(q.log_scale, stale)
         return True
 
@@ -168,17 +167,22 @@ class RangeTracker:
                     value.masked_fill_(stale, 0.0)
 
 
+@torch.no_grad()
 def _weights(model: nn.Module, frozen: bool) -> Iterator[tuple[Quantizer, Tensor]]:
     # A shared weight is checked once.
     for q, layer in {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}.items():
         if _renewable(q, frozen):
-            yield q, weight_rows(layer, len(q.log_scale))
+            yield q, full_tensor(layer.read_weight().detach()).float()
 
 
 @torch.no_grad()
 def rewritten_weights(model: nn.Module) -> list[str]:
     """Names of the layers whose weight has left its fitted range, by the rule of :class:`RangeTracker`."""
-    stale = {q for q, rows in _weights(model, frozen=True) if rows.numel() and bool(_stale(q, rows, None)[0].any())}
+    stale = {
+        q
+        for q, weight in _weights(model, frozen=True)
+        if weight.numel() and bool(_stale(q, *_sampled(q, weight)).any())
+    }
     return [name for name, layer in quantized_layers(model) if layer.weight_quantizer in stale]
 
 
@@ -187,48 +191,74 @@ def _renewable(q: Quantizer, frozen: bool = False) -> bool:
     return q.active and q.fitted and (frozen or q.log_scale.requires_grad)
 
 
-def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, signed: bool) -> list[Tensor]:
-    if q.range_rule == "max":
-        return [max_scale(rows.amin(1), rows.amax(1), bits=k, signed=signed) for k in q.fitted_widths]
-    return [mse_scale(rows, bits=k, signed=signed, counts=counts) for k in q.fitted_widths]
+def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> list[GridFit]:
+    """A grid for each fitted width.
 
-
-def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, bool]:
-    """For each row, whether its range is stale; and whether the better grid is signed.
-
-    A signed grid stays signed, because a later batch may have negative values again, and losing them would cost more
-    than a bit.
+    A grid with negative levels keeps some, because a later batch may have negative values again, and losing them would
+    cost more than a level.
     """
+    settings = q.settings
+    if q.kind == "activation" and counts is not None:
+        return [fit_grid(rows, counts, k, q.range_rule, settings.grid, _least(settings, k)) for k in q.fitted_widths]
+    balanced = q.balanced_widths(rows if weight is None else weight)
+    zero_points = [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in q.fitted_widths]
+    grids = zip(q.fitted_widths, zero_points, strict=True)
+    if q.range_rule == "max":
+        return [GridFit(max_scale(rows.amin(1), rows.amax(1), bits=k, zero_point=z), z) for k, z in grids]
+    return [GridFit(mse_scale(rows, bits=k, zero_point=z, counts=counts), z) for k, z in grids]
+
+
+def _least(settings: Settings, bits: int) -> float:
+    """The least zero point that a new grid of ``bits`` may have."""
+    return min(1.0, settings.zero_point(bits)) if settings.grid in ("auto", "offset") else 0.0
+
+
+def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """For each row, whether its range is stale; ``weight`` is the complete weight that rows are a sample of."""
     nonzero = rows.ne(0).double() if counts is None else counts * rows.ne(0)
     nonzero = nonzero.sum(1, dtype=torch.float64)
-    low, high = rows.amin(1), rows.amax(1)
-    scale = q.scale()
+    scale, settings = q.scale(), q.settings
+    bits, z = settings.bits, settings.zero_point(settings.bits)
+    if weight is not None and q.has_balanced_grids and not q.balanced_widths(weight):
+        # Zeros that mean something have appeared, such as those of a pruning mask, and the grid has no level 0.
+        return torch.ones_like(nonzero, dtype=torch.bool)
     if q.range_rule == "max":
-        signed = q.signed or bool((low < -_NEGLIGIBLE * high.abs()).any())
-        full_range = max_scale(low, high, bits=q.bits, signed=signed)
+        best = z
+        if q.kind == "activation":
+            best = fit_range(rows.min(), rows.max(), bits, settings.grid, _least(settings, bits)).zero_point
+        full_range = max_scale(rows.amin(1), rows.amax(1), bits=bits, zero_point=best)
         # The thresholds are wide, because the highest value differs between batches.
-        return (nonzero > 0) & ((full_range > 1.25 * scale) | (full_range < scale / 2)), signed
-    current = grid_errors(rows, counts, scale[:, None], *level_bounds(q.bits, q.signed))[:, 0]
-    best, signed = _least_error(q, rows, counts, nonzero, q.signed), q.signed
-    if not signed and bool((low < 0).any()):
-        with_negatives = _least_error(q, rows, counts, nonzero, True)
-        if bool((with_negatives < best).all()):
-            best, signed = with_negatives, True
+        return (nonzero > 0) & ((full_range > 1.25 * scale) | (full_range < scale / 2))
+    current = grid_errors(rows, counts, scale[:, None], *settings.bounds)[:, 0]
+    least = torch.stack([_least_error(rows, counts, nonzero, bits, other) for other in _other_zero_points(q, rows)])
     squares = rows.double().square() if counts is None else rows.double().square() * counts
-    return (nonzero > 0) & (current > _STALE_RATIO * best) & (current > _ACCEPTED_ERROR * squares.sum(1)), signed
+    return (nonzero > 0) & (current > _STALE_RATIO * least.amin(0)) & (current > _ACCEPTED_ERROR * squares.sum(1))
 
 
-def _least_error(q: Quantizer, rows: Tensor, counts: Tensor | None, nonzero: Tensor, signed: bool) -> Tensor:
-    """Approximate least squared error of each row at the quantizer's bits, and at least the rounding noise."""
-    candidates = max_scale(rows.amin(1), rows.amax(1), bits=q.bits, signed=signed)[:, None] * _CANDIDATES.to(rows)
-    least, index = grid_errors(rows, counts, candidates, *level_bounds(q.bits, signed)).min(1)
+def _other_zero_points(q: Quantizer, rows: Tensor) -> set[float]:
+    """The zero point of the widest grid, and a few others that a new fit may choose."""
+    settings = q.settings
+    bits, z = settings.bits, settings.zero_point(settings.bits)
+    if q.kind == "weight" or settings.grid not in ("auto", "offset") or not bool((rows < 0).any()):
+        return {z}
+    return {z, signed_zero_point(bits), fit_range(rows.min(), rows.max(), bits, "offset").zero_point}
+
+
+def _least_error(rows: Tensor, counts: Tensor | None, nonzero: Tensor, bits: int, zero_point: float) -> Tensor:
+    """Approximate least squared error of each row at a width, and at least the rounding noise."""
+    full = max_scale(rows.amin(1), rows.amax(1), bits=bits, zero_point=zero_point)
+    candidates = full[:, None] * _CANDIDATES.to(rows)
+    least, index = grid_errors(rows, counts, candidates, *level_bounds(bits, zero_point)).min(1)
     return torch.maximum(least, nonzero * candidates.gather(1, index[:, None])[:, 0].double().square() / 12)
 
 
-def weight_rows(layer: QuantizedLayer, count: int) -> Tensor:
-    """A sample of a layer's weight, shape (rows, n): one row, or one row for each channel."""
-    weight = full_tensor(layer.read_weight().detach()).float()
-    rows = weight.reshape(1, -1) if count == 1 else weight.movedim(layer.weight_quantizer.channel_dim, 0).flatten(1)
+def _sampled(q: Quantizer, weight: Tensor) -> tuple[Tensor, None, Tensor]:
+    return _weight_rows(q, weight, len(q.log_scale)), None, weight
+
+
+def _weight_rows(q: Quantizer, weight: Tensor, count: int) -> Tensor:
+    """A sample of a weight, shape (rows, n): one row, or one row for each channel."""
+    rows = weight.reshape(1, -1) if count == 1 else weight.movedim(q.channel_dim, 0).flatten(1)
     return rows[:, :: even_stride(rows.shape[1], _WEIGHTS)] if rows.numel() else rows
 
 
@@ -288,7 +318,7 @@ def sampled_inputs(sampler: InputSampler, pooled: bool = True) -> Iterator[tuple
         counts = pool(counts, dist.ReduceOp.SUM)
     for i, q in enumerate(samples):
         if usable[i]:
-            low = torch.where(lows[i] < -_NEGLIGIBLE * highs[i].abs(), lows[i], lows[i].clamp(min=0))
+            low = torch.where(lows[i] < -NEGLIGIBLE * highs[i].abs(), lows[i], lows[i].clamp(min=0))
             centers = bin_centers(low, highs[i], _BINS)
             # Use the lowest value for the first bin, so that 0 stays exactly 0.
             centers[0] = low
@@ -299,17 +329,20 @@ def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, 
     """Shares of values more than half a scale outside of the outermost levels: at the current scale, and refitted."""
     step, low, high = (t.float() for t in q.grid())
     current = clipped_share(rows, counts, step, low, high)
-    signed = q.signed or bool((rows < 0).any())
     bits = int(q.decided_widths().max())
-    refitted = mse_scale(rows, bits=bits, signed=signed, counts=counts)
-    lowest, highest = (torch.tensor(float(bound), device=rows.device) for bound in level_bounds(bits, signed))
-    return current, clipped_share(rows, counts, refitted, lowest, highest)
+    zero_point = q.settings.zero_point(bits)
+    if q.kind == "activation" and counts is not None:
+        fit = fit_grid(rows, counts, bits, q.range_rule, q.settings.grid, _least(q.settings, bits))
+    else:
+        fit = GridFit(mse_scale(rows, bits=bits, zero_point=zero_point, counts=counts), zero_point)
+    lowest, highest = (torch.tensor(bound, device=rows.device) for bound in level_bounds(bits, fit.zero_point))
+    return current, clipped_share(rows, counts, fit.scale, lowest.float(), highest.float())
 
 
 def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
     """:func:`outgrown` for a layer's weight."""
-    quantizer = layer.weight_quantizer
-    return outgrown(quantizer, weight_rows(layer, len(quantizer.grid()[0])), None)
+    quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach()).float()
+    return outgrown(quantizer, _weight_rows(quantizer, weight, len(quantizer.grid()[0])), None)
 
 
 def refit_rewritten(model: nn.Module) -> list[str]:

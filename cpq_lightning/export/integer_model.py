@@ -30,7 +30,7 @@ from cpq_lightning.errors import ExportError
 from cpq_lightning.functional.grid import along_channels
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.sharding import is_sharded
-from cpq_lightning.report.levels import weight_codes
+from cpq_lightning.report.levels import code_scale, weight_codes
 
 
 class InputGrid(nn.Module):
@@ -195,7 +195,7 @@ _Parts = tuple[Tensor, Tensor, int, InputGrid | None]
 def _parts(layer: QuantizedLayer, grid_class: type[InputGrid], known: dict[int, tuple[Tensor, Tensor]]) -> _Parts:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     if layer.weight_id not in known:
-        known[layer.weight_id] = weight_codes(layer).to(torch.int8), weights.grid()[0].detach().clone()
+        known[layer.weight_id] = weight_codes(layer).to(torch.int8), code_scale(weights).clone()
     return *known[layer.weight_id], weights.channel_dim, _grid(inputs, grid_class)
 
 

@@ -92,7 +92,8 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
 def _grid(entry: Mapping[str, Any] | None, content: PackedFile) -> InputGrid | None:
     if entry is None:
         return None
-    return InputGrid(content.tensors[entry["step"]], *level_bounds(entry["bits"], entry["signed"]))
+    low, high = level_bounds(entry["bits"], entry["zero_point"])
+    return InputGrid(content.tensors[entry["step"]], int(low), int(high))
 
 
 def _module(network: nn.Module, name: str, path: str | Path) -> nn.Module:

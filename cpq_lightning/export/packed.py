@@ -4,7 +4,7 @@ with checksums (:mod:`cpq_lightning.packing.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ class PackedFile:
 
     Attributes:
         header: The description of the model: ``architecture``; ``layers``, each with ``name``, ``weight`` (bits, shape,
-            channel_dim, and the names of the tensors of codes and scales) and ``input`` (bits, signed, and the name of
-            the tensor of the scale); ``products``; ``tied``; and ``rest``, the names of tensors that are not quantized.
+            channel_dim, the balanced widths, and the names of the tensors of codes and scales) and ``input`` (bits,
+            zero point, and the name of the tensor of the scale); ``products``; ``tied``; and ``rest``, the names of
+            tensors that are not quantized.
         tensors: All tensors by name; codes are still packed.
     """
 
@@ -48,7 +49,15 @@ class PackedFile:
         entry = layer["weight"]
         shape, dim = list(entry["shape"]), entry["channel_dim"]
         rows = [shape[dim], *(size for i, size in enumerate(shape) if i != dim)]
-        return unpack_codes(self.tensors[entry["codes"]], entry["bits"], rows).movedim(0, dim).contiguous()
+        codes = unpack_codes(self.tensors[entry["codes"]], entry["bits"], rows)
+        odd = _balanced_rows(entry["bits"], entry["balanced"], codes)
+        return torch.where(odd, 2 * codes + 1, codes).movedim(0, dim).contiguous()
+
+
+def _balanced_rows(bits: int | Sequence[int], balanced: Collection[int], codes: Tensor) -> Tensor:
+    """Whether the grid of each row is balanced, broadcastable to ``codes``."""
+    widths = [bits] if isinstance(bits, int) else bits
+    return torch.tensor([k in balanced for k in widths]).reshape(-1, *[1] * (codes.dim() - 1))
 
 
 def write_packed(model: nn.Module, path: str | Path, *, architecture: Mapping[str, Any] | None = None) -> Path:
@@ -97,7 +106,9 @@ def _quantized(network: nn.Module, described: Mapping[str, Any]) -> tuple[list[T
         entry = entries[name]
         if "source" not in entry:
             rows = layer.weight_codes.movedim(layer.channel_dim, 0).contiguous()
-            codes.append(pack_codes(rows, entry["bits"]))
+            # Codes of balanced grids are odd.
+            odd = _balanced_rows(entry["bits"], entry.get("balanced", ()), rows)
+            codes.append(pack_codes(torch.where(odd, (rows - 1) // 2, rows), entry["bits"]))
             steps.append(layer.weight_step.reshape(-1))
         if layer.input_grid is not None:
             steps.append(layer.input_grid.step)

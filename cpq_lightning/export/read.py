@@ -18,8 +18,19 @@ from torch import Tensor
 from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.errors import UnreadableFileError
 from cpq_lightning.export.packed import PackedFile
-from cpq_lightning.functional.grid import check_bits
-from cpq_lightning.packing.layout import CODES, DTYPES, FORMAT, KEY, VERSION, code_bytes, digest, digest_of_all, lengths
+from cpq_lightning.functional.grid import check_bits, check_zero_point, signed_zero_point
+from cpq_lightning.packing.layout import (
+    CODES,
+    DTYPES,
+    FORMAT,
+    KEY,
+    VERSION,
+    code_bytes,
+    digest,
+    digest_of_all,
+    grid_of_name,
+    lengths,
+)
 
 
 def read_packed(path: str | Path) -> PackedFile:
@@ -105,7 +116,27 @@ _Described = dict[str, tuple[str, list[int]]]
 
 
 def _version_1(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> PackedFile:
-    return _checked({"products": [], "tied": {}, **header}, _listed(header, described, data, path), path)
+    tensors = _listed(header, described, data, path)
+    header = {"products": [], "tied": {}, **header}
+    try:
+        _name_grids(header)
+    except _HEADER_ERRORS as error:
+        raise _damaged(path, f"its header does not describe a model ({type(error).__name__}: {error})") from None
+    return _checked(header, tensors, path)
+
+
+def _name_grids(header: dict[str, Any]) -> None:
+    """Versions 1 and 2 knew signed and unsigned grids only."""
+    grids = [layer["input"] for layer in header["layers"]]
+    grids += [grid for product in header["products"] for grid in product["operands"].values()]
+    for grid in grids:
+        if grid is not None:
+            signed = grid["signed"]
+            if type(signed) is not bool:
+                raise ValueError(f"a grid is signed or not, got {signed!r}")
+            grid["zero_point"] = signed_zero_point(grid["bits"]) if signed else 0
+    for layer in header["layers"]:
+        layer["weight"].setdefault("balanced", [])
 
 
 def _version_2(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> PackedFile:
@@ -160,9 +191,8 @@ def _split(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[di
     def grid(owner: str, text: str | None) -> dict[str, Any] | None:
         if text is None:
             return None
-        if text[0] not in "su" or not text[1:].isdecimal():
-            raise ValueError(f"the input of {owner!r} is {text!r}")
-        return {"bits": int(text[1:]), "signed": text[0] == "s", "step": take("float32", f"{owner}.input_step", [1])}
+        bits, zero_point = grid_of_name(text)
+        return {"bits": bits, "zero_point": zero_point, "step": take("float32", f"{owner}.input_step", [1])}
 
     layers: dict[str, dict[str, Any]] = {}
     for entry in header["layers"]:
@@ -171,6 +201,7 @@ def _split(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[di
             weight = layers[entry["source"]]["weight"]
         else:
             weight = {"bits": entry["bits"], "shape": entry["shape"], "channel_dim": entry.get("channel_dim", 0)}
+            weight["balanced"] = entry.get("balanced", [])
             weight["codes"] = take(CODES, f"{name}.weight_codes", [code_bytes(entry)])
             weight["step"] = take("float32", f"{name}.weight_step", [entry.get("steps", 1)])
         if name in layers:
@@ -228,8 +259,9 @@ def _check_products(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def _check_input(entry: Mapping[str, Any], owner: str, tensors: Mapping[str, Tensor]) -> None:
-    if tensors[entry["step"]].shape != (1,) or type(entry["signed"]) is not bool:
+    if tensors[entry["step"]].shape != (1,):
         raise ValueError(f"the input of {owner} has no single scale")
+    check_zero_point(entry["bits"], entry["zero_point"])
 
 
 def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -241,6 +273,8 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     widths = weight["bits"] if by_channel else [weight["bits"]]
     for width in widths if entry is None else [*widths, entry["bits"]]:
         check_bits(f"bits of layer {name!r}", width)
+    if not isinstance(weight["balanced"], list) or not {*weight["balanced"]} <= {*widths} - {8}:
+        raise ValueError(f"layer {name!r} has balanced grids of {weight['balanced']} bits")
     if by_channel and len(widths) != shape[dim]:
         raise ValueError(f"layer {name!r} has {len(widths)} widths for {shape[dim]} channels")
     bits = sum(widths) * math.prod(shape) // len(widths)
@@ -259,6 +293,8 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 _READERS: dict[int, Callable[[dict[str, Any], _Described, bytes, Path], PackedFile]] = {
     1: _version_1,
     2: _version_2,
+    # Version 4 added balanced grids of weights and zero points of inputs.
+    3: _version_3,
     VERSION: _version_3,
 }
 

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpq_lightning.functional.grid import check_bits, nested_bounds
+from cpq_lightning.functional.grid import check_bits, check_zero_point, doubled, half_step, nested_bounds
 from cpq_lightning.functional.mixture import (
     Mixture,
     Surrogate,
@@ -66,7 +66,7 @@ def quantize(
     *,
     bits: int,
     min_bits: int | None = None,
-    signed: bool = True,
+    zero_point: float | None = None,
     estimator: Estimator = "expectation",
 ) -> Tensor:
     """Fake-quantize to the most probable level, with the multi-class straight-through estimator as gradient.
@@ -85,7 +85,9 @@ def quantize(
             that the width adds. The first one is 1 and they do not increase. ``None`` means all 1.
         bits: Width of the widest grid, 1-8.
         min_bits: Width of the narrowest nested grid, 1 to ``bits``; ``None`` means ``bits`` (a single grid).
-        signed: Whether the grid has negative levels.
+        zero_point: The zero point z of the widest grid, whose levels are ``{-z … 2^bits - 1 - z}``: a whole number from
+            0 (unsigned) to ``2^bits - 1``, or ``(2^bits - 1)/2`` for the balanced grid. ``None`` means ``2^(bits-1)``
+            (signed). Narrower grids lie around the same zero.
         estimator: ``"argmax"`` or ``"expectation"``.
 
     Returns:
@@ -93,8 +95,9 @@ def quantize(
 
     Raises:
         TypeError: ``x`` is not floating point, or ``bits`` is not a whole number.
-        ValueError: a width outside 1-8, ``min_bits > bits``, an unknown estimator, a shape that does not broadcast to
-            ``x``, masks of the wrong count or order, ``scale <= 0``, or ``sigma`` outside ``(0, scale]``.
+        ValueError: a width outside 1-8, ``min_bits > bits``, a zero point that the grid does not have, an unknown
+            estimator, a shape that does not broadcast to ``x``, masks of the wrong count or order, ``scale <= 0``, or
+            ``sigma`` outside ``(0, scale]``.
 
     Example:
         >>> x = torch.tensor([-0.9, 0.1, 0.26, 2.0])
@@ -103,7 +106,8 @@ def quantize(
     """
     min_bits = bits if min_bits is None else min_bits
     _check(x, scale, sigma, masks, bits, min_bits, estimator)
-    return quantize_unchecked(x, scale, sigma, masks, bits=bits, min_bits=min_bits, signed=signed, estimator=estimator)
+    z = check_zero_point(bits, zero_point)
+    return quantize_unchecked(x, scale, sigma, masks, bits=bits, min_bits=min_bits, zero_point=z, estimator=estimator)
 
 
 def quantize_unchecked(
@@ -114,15 +118,16 @@ def quantize_unchecked(
     *,
     bits: int,
     min_bits: int,
-    signed: bool,
+    zero_point: float,
     estimator: Estimator,
 ) -> Tensor:
     """:func:`quantize` without checks of its arguments: causes no host-device synchronization."""
     if is_transformed():
         if torch._C._is_tracing():
-            return _nearest(x, scale, sigma, masks, bits, min_bits, signed)
-        return _linear(x, scale, sigma, masks, bits, min_bits, signed, estimator)
-    return _Quantize.apply(x, scale, sigma, masks, bits, min_bits, signed, estimator)  # type: ignore[no-any-return]
+            return _nearest(x, scale, sigma, masks, bits, min_bits, zero_point)
+        return _linear(x, scale, sigma, masks, bits, min_bits, zero_point, estimator)
+    twice = doubled(zero_point)
+    return _Quantize.apply(x, scale, sigma, masks, bits, min_bits, twice, estimator)  # type: ignore[no-any-return]
 
 
 def _check(
@@ -180,12 +185,13 @@ class _Quantize(torch.autograd.Function):
         masks: Tensor | None,
         bits: int,
         min_bits: int,
-        signed: bool,
+        doubled_zero_point: int,
         estimator: Estimator,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, sigma, masks)
-        ctx.grid = (bits, min_bits, signed, estimator)
-        return _nearest(x, scale, sigma, masks, bits, min_bits, signed)
+        # Doubled, a zero point is an integer: compiled code cannot give a float to a Function.
+        ctx.grid = (bits, min_bits, doubled_zero_point / 2, estimator)
+        return _nearest(x, scale, sigma, masks, bits, min_bits, doubled_zero_point / 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -202,21 +208,29 @@ class _Quantize(torch.autograd.Function):
 
 
 def _nearest(
-    x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, signed: bool
+    x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, bits: int, min_bits: int, zero_point: float
 ) -> Tensor:
     """The most probable level times the scale."""
-    bounds = nested_bounds(bits, min_bits, signed)
+    bounds, half = _whole_bounds(bits, min_bits, zero_point)
     a = _in_float(scale)
-    u = _in_scale_units(x, a, bounds)
+    u = _in_scale_units(x, a, bounds, half)
     n = _argmax_level(u, _in_float(sigma) / a, _masks_or_none(masks, u), bounds)
-    return (n * a).to(x.dtype)
+    return ((n + half if half else n) * a).to(x.dtype)
+
+
+def _whole_bounds(bits: int, min_bits: int, zero_point: float) -> tuple[list[tuple[int, int]], float]:
+    """Bounds of the nested grids, and the part of a scale by which levels and x are shifted to make levels whole."""
+    half = half_step(zero_point)
+    bounds = nested_bounds(bits, min_bits, zero_point)
+    return [(int(low - half), int(high - half)) for low, high in bounds], half
 
 
 def quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, sigma: Tensor, *, bits: int, signed: bool, estimator: Estimator
+    grad: Tensor, x: Tensor, scale: Tensor, sigma: Tensor, *, bits: int, zero_point: float, estimator: Estimator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`quantize` without masks in x, scale and sigma: linear and differentiable in ``grad``."""
-    return _vector_jacobian(grad, _slopes(x, scale, sigma, None, bits, bits, signed, estimator), x, scale, sigma)
+    slopes = _slopes(x, scale, sigma, None, bits, bits, zero_point, estimator)
+    return _vector_jacobian(grad, slopes, x, scale, sigma)
 
 
 class _Slopes(NamedTuple):
@@ -236,28 +250,29 @@ def _slopes(
     masks: Tensor | None,
     bits: int,
     min_bits: int,
-    signed: bool,
+    zero_point: float,
     estimator: Estimator,
     with_masks: bool = False,
 ) -> _Slopes:
     x, scale, sigma = x.detach(), scale.detach(), sigma.detach()
-    bounds = nested_bounds(bits, min_bits, signed)
+    bounds, half = _whole_bounds(bits, min_bits, zero_point)
     a = _in_float(scale)
-    u, s = _in_scale_units(x, a, bounds), _in_float(sigma) / a
+    u, s = _in_scale_units(x, a, bounds, half), _in_float(sigma) / a
     m = _masks_or_none(None if masks is None else masks.detach(), u)
     n = _argmax_level(u, s, m, bounds)
-    mixture = Mixture.of(u, s, m, bounds)
+    mixture = Mixture.of(u, s, m, bounds, half)
     surrogate = ESTIMATORS[estimator]
     k0, k1 = surrogate.moments(n, mixture)
 
     # z_t = (t - u)/s: dz/dx = -1/sigma, dz/dscale = t/sigma, dz/dsigma = -z/sigma, and y is in units of the scale.
     d_x = -k0 / s
-    d_scale = n + (n * k0 + k1) / s
+    level = n + half if half else n
+    d_scale = level + (level * k0 + k1) / s
     d_sigma = -(k1 - torch.where(mixture.near, (u - n) * k0, 0.0)) / (s * s)
     d_masks = None
     if m is not None and with_masks and surrogate.mask_derivatives is not None:
         d_masks = [a * d for d in surrogate.mask_derivatives(n, mixture)]
-    return _Slopes(n, d_x, d_scale, d_sigma, d_masks)
+    return _Slopes(level, d_x, d_scale, d_sigma, d_masks)
 
 
 def _vector_jacobian(grad: Tensor, slopes: _Slopes, *likes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,14 +304,15 @@ def _in_float(t: Tensor) -> Tensor:
     return t if t.dtype in PRECISIONS else t.float()
 
 
-def _in_scale_units(x: Tensor, a: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    """x in units of the scale, clamped to _FAR beyond the widest grid.
+def _in_scale_units(x: Tensor, a: Tensor, bounds: list[tuple[int, int]], half: float) -> Tensor:
+    """x in units of the scale, shifted by ``half`` and clamped to _FAR beyond the widest grid.
 
     Beyond that only ratios of masses matter, and they have reached their limit (sigma is at most the scale). The
     distances from a larger x to two levels could round to the same number.
     """
     low, high = bounds[-1]
-    return (_in_float(x) / a).clamp(low - _FAR, high + _FAR)
+    u = _in_float(x) / a
+    return (u - half if half else u).clamp(low - _FAR, high + _FAR)
 
 
 def _masks_or_none(masks: Tensor | None, u: Tensor) -> Tensor | None:

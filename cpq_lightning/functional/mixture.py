@@ -28,19 +28,21 @@ class Mixture:
     """One truncated logistic for each nested grid, with weights (m_k - m_(k+1)) M_k / Z.
 
     ``u`` is x and ``s`` is sigma, both in units of the scale; ``masks`` and ``bounds`` are those of each nested grid.
+    Levels n are whole numbers here: u and the levels are shifted by ``half``, 1/2 for a balanced grid, else 0.
     """
 
     u: Tensor
     s: Tensor
     masks: Tensor | None
     bounds: list[tuple[int, int]]
+    half: float
     parts: list[Interval]
     weights: list[Tensor]
     log_z: Tensor
     near: Tensor  # False where u is so far from all mass that sums of z-derivatives are below rounding
 
     @classmethod
-    def of(cls, u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple[int, int]]) -> Mixture:
+    def of(cls, u: Tensor, s: Tensor, masks: Tensor | None, bounds: list[tuple[int, int]], half: float) -> Mixture:
         if masks is None:
             parts = [Interval.of(u, s, *bounds[-1])]
             weights, log_z = [torch.ones_like(u)], parts[0].log_mass(s)
@@ -54,7 +56,7 @@ class Mixture:
         near = torch.zeros_like(u, dtype=torch.bool)
         for part, weight in zip(parts, weights, strict=True):
             near = near | ((part.y > eps) & (weight > eps))
-        return cls(u, s, masks, bounds, parts, weights, log_z, near)
+        return cls(u, s, masks, bounds, half, parts, weights, log_z, near)
 
 
 class Surrogate(NamedTuple):
@@ -79,7 +81,7 @@ def argmax_moments(n: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
         p0, p1 = part.moments()
         k0 = k0 - weight * p0
         k1 = k1 - weight * (p1 + (part.center - n) * p0)
-    scale = n * torch.exp(cell.log_mass(s) - mixture.log_z)
+    scale = (n + mixture.half) * torch.exp(cell.log_mass(s) - mixture.log_z)
     if mixture.masks is not None:
         scale = scale * mask_of(n, mixture.masks, mixture.bounds)
     return torch.where(mixture.near, scale * k0, 0.0), scale * k1
@@ -138,10 +140,10 @@ def mask_derivatives(n: Tensor, mixture: Mixture, *, of_mean: bool) -> list[Tens
 
     cell = torch.exp((Interval.of(u, s, n, n).log_mass(s) - mixture.log_z).clamp(max=cap))
     pi = cell * mask_of(n, masks, bounds)
-    derivatives = []
+    level, derivatives = n + mixture.half, []
     for k, (share, others) in enumerate(zip(shares, other_weights, strict=True)):
-        d = n * torch.where(_is_added(n, bounds, k), cell * others, -pi * share)
-        derivatives.append(torch.where(n == 0, 0.0, d))
+        d = level * torch.where(_is_added(n, bounds, k), cell * others, -pi * share)
+        derivatives.append(torch.where(level == 0, 0.0, d))
     return derivatives
 
 

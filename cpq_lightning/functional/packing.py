@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import signed_zero_point
 
 # Codes packed at a time, which limits temporary memory; a multiple of 8, so that each chunk ends at a byte boundary.
 _CHUNK = 1 << 18
@@ -44,7 +44,7 @@ def pack_codes(codes: Tensor, bits: int | Sequence[int]) -> Tensor:
     """
     chunks = []
     for row, width in _rows(codes, bits):
-        low, high = level_bounds(width)
+        low, high = -signed_zero_point(width), signed_zero_point(width) - 1
         if row.numel() and (row.min() < low or row.max() > high):
             raise ValueError(f"codes must be from {low} to {high} at {width} bits, got {row.min()} to {row.max()}.")
         chunks.append((row.reshape(-1), width, low))
@@ -74,13 +74,13 @@ def unpack_codes(packed: Tensor, bits: int | Sequence[int], shape: Sequence[int]
         raise ValueError("packed has nonzero bits behind its last code: it was not written by pack_codes.")
     if len(rows) == 1:
         width = rows[0][1]
-        low, size = level_bounds(width)[0], _CHUNK * width // 8
+        low, size = -signed_zero_point(width), _CHUNK * width // 8
         parts = [_to_codes(_from_bytes(part), width, low) for part in packed.split(size)]
         return torch.cat(parts)[: out.numel()].reshape(out.shape) if parts else out
     stream, start = _from_bytes(packed), 0
     for row, width in rows:
         end = start + row.numel() * width
-        row.copy_(_to_codes(stream[start:end], width, level_bounds(width)[0]).reshape(row.shape))
+        row.copy_(_to_codes(stream[start:end], width, -signed_zero_point(width)).reshape(row.shape))
         start = end
     return out
 

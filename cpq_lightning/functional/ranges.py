@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import level_bounds, nearest_level
 
 # The error has many local minima if there are few or clustered values, so the best few candidates of a coarse search
 # are refined.
@@ -17,8 +17,9 @@ _BLOCK, _DEVICE_BLOCK = 2**16, 2**24
 _SMALLEST = 1e-30
 
 
-def mse_scale(values: Tensor, *, bits: int, signed: bool, counts: Tensor | None = None) -> Tensor:
-    """Least-squares scale ``argmin_a sum_i c_i (v_i - a clamp(round(v_i / a)))^2`` of each row.
+def mse_scale(values: Tensor, *, bits: int, zero_point: float | None = None, counts: Tensor | None = None) -> Tensor:
+    """Least-squares scale ``argmin_a sum_i c_i (v_i - a n_i)^2`` of each row, ``n_i`` the level nearest to
+    ``v_i / a``.
 
     The search has three stages: scales from 1/256 to twice the minmax scale (small ones clip outliers), a finer search
     around the best of them, and a few alternations between levels for the scale and the least-squares scale for the
@@ -28,20 +29,20 @@ def mse_scale(values: Tensor, *, bits: int, signed: bool, counts: Tensor | None 
     Args:
         values: Shape ``(rows, n)``; one row for each scale.
         bits: Width of the grid.
-        signed: Whether the grid has negative levels.
+        zero_point: Zero point of the grid; ``None`` means signed, see :mod:`~cpq_lightning.functional.grid`.
         counts: Weights ``c``, same shape; ``None`` means 1.
 
     Returns:
         Scales > 0, shape ``(rows,)``, float32, in the unit of ``values``. A row of zeros gets 1.
 
     Example:
-        >>> mse_scale(torch.tensor([[-2.0, -1.0, 0.0, 1.0]]), bits=2, signed=True)
+        >>> mse_scale(torch.tensor([[-2.0, -1.0, 0.0, 1.0]]), bits=2)
         tensor([1.])
     """
-    low, high = level_bounds(bits, signed)
-    # Negative values have the same error at any scale if the grid has no negative levels.
+    low, high = level_bounds(bits, zero_point)
+    # Negative values have the same error at any scale if the grid has no negative levels, and so have positive ones.
     values = values.float().clamp(-torch.inf if low else 0.0, torch.inf if high else 0.0)
-    full = _full_range(values.amin(1), values.amax(1), low, high)
+    full = full_range(values.amin(1), values.amax(1), low, high)
     empty = full < _SMALLEST
     full = torch.where(empty, 1.0, full)
     # Squares can over- or underflow float32: divide by a power of two, and multiply the result by it.
@@ -59,26 +60,27 @@ def mse_scale(values: Tensor, *, bits: int, signed: bool, counts: Tensor | None 
     return torch.where(empty, 1.0, scale)
 
 
-def max_scale(lowest: Tensor, highest: Tensor, *, bits: int, signed: bool) -> Tensor:
+def max_scale(lowest: Tensor, highest: Tensor, *, bits: int, zero_point: float | None = None) -> Tensor:
     """The minmax scale: the smallest one that clips no value from ``lowest`` to ``highest``; 1 if both are zero.
 
     Example:
-        >>> max_scale(torch.tensor(-4.0), torch.tensor(1.0), bits=3, signed=True)
+        >>> max_scale(torch.tensor(-4.0), torch.tensor(1.0), bits=3)
         tensor(1.)
     """
-    scale = _full_range(lowest, highest, *level_bounds(bits, signed))
+    scale = full_range(lowest, highest, *level_bounds(bits, zero_point))
     return torch.where(scale >= _SMALLEST, scale, 1.0)
 
 
-def _full_range(lowest: Tensor, highest: Tensor, low: int, high: int) -> Tensor:
+def full_range(lowest: Tensor, highest: Tensor, low: float, high: float) -> Tensor:
+    """The smallest scale at which levels from ``low`` to ``high`` clip nothing from ``lowest`` to ``highest``."""
     sides = [side / level for side, level in ((lowest, low), (highest, high)) if level]
     return torch.stack(sides).amax(0).clamp(min=0)
 
 
-def _alternate(values: Tensor, counts: Tensor | None, scale: Tensor, low: int, high: int) -> Tensor:
+def _alternate(values: Tensor, counts: Tensor | None, scale: Tensor, low: float, high: float) -> Tensor:
     """For fixed levels n, the error is least at a = sum c v n / sum c n^2. Neither half of a round increases it."""
     for _ in range(_ROUNDS):
-        n = (values / scale[:, None]).round().clamp(low, high)
+        n = nearest_level(values / scale[:, None], low, high)
         weighted = n if counts is None else n * counts
         power = (weighted * n).sum(1, dtype=torch.float64)
         better = ((weighted * values).sum(1, dtype=torch.float64) / power).to(scale.dtype)
@@ -86,8 +88,8 @@ def _alternate(values: Tensor, counts: Tensor | None, scale: Tensor, low: int, h
     return scale
 
 
-def grid_errors(values: Tensor, counts: Tensor | None, scales: Tensor, low: int, high: int) -> Tensor:
-    """Squared errors ``sum_i c_i (v_i - a clamp(round(v_i / a), low, high))^2`` of each row at each of its scales.
+def grid_errors(values: Tensor, counts: Tensor | None, scales: Tensor, low: float, high: float) -> Tensor:
+    """Squared errors ``sum_i c_i (v_i - a n_i)^2`` of each row at each of its scales.
 
     Args:
         values: Shape ``(rows, n)``.
@@ -100,6 +102,7 @@ def grid_errors(values: Tensor, counts: Tensor | None, scales: Tensor, low: int,
         Shape of ``scales``, float64.
     """
     total = torch.zeros_like(scales, dtype=torch.float64)
+    half = low % 1
     block = _BLOCK if values.is_cpu else _DEVICE_BLOCK
     length = max(1, block // max(1, len(values)))
     for start in range(0, values.shape[1], length):
@@ -108,7 +111,10 @@ def grid_errors(values: Tensor, counts: Tensor | None, scales: Tensor, low: int,
         size = max(1, block // max(1, part.numel()))
         for first in range(0, scales.shape[1], size):
             scale = scales[:, first : first + size, None]
-            error = (part / scale).round_().clamp_(low, high).mul_(scale).sub_(part).square_()
+            levels = part / scale
+            # In place, as nearest_level would be too slow.
+            levels = levels.sub_(half).round_().add_(half) if half else levels.round_()
+            error = levels.clamp_(low, high).mul_(scale).sub_(part).square_()
             weighted = error if count is None else error * count
             total[:, first : first + size] += weighted.sum(2, dtype=torch.float64)
     return total

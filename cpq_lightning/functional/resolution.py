@@ -5,7 +5,7 @@ This is ours. The paper nests by range, as :func:`cpq_lightning.functional.quant
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def quantize_resolution(
     *,
     bits: int,
     min_bits: int,
-    signed: bool,
+    zero_points: Sequence[float],
     estimator: Estimator,
     width_scales: Tensor | None = None,
     one_width: Callable[..., Tensor] = quantize_unchecked,
@@ -42,7 +42,7 @@ def quantize_resolution(
         masks: As for :func:`~cpq_lightning.functional.quantize`; ``None`` means all 1.
         bits: Widest width.
         min_bits: Narrowest width.
-        signed: Whether the grid has negative levels.
+        zero_points: Zero point of each width from ``min_bits`` to ``bits``.
         estimator: ``"argmax"`` or ``"expectation"``.
         width_scales: ``r_k`` of each width from ``min_bits`` to ``bits``, shape ``(widths, *shape)`` with ``shape``
             broadcasting to ``x``; ``None`` means ``2^(bits-k)``, which keeps the range exactly.
@@ -58,7 +58,8 @@ def quantize_resolution(
         values, scale_k, sigma_k = x, scale * width_scale, sigma * width_scale
         if rows is not None:
             values, scale_k, sigma_k = (_rows(tensor, *rows) for tensor in (values, scale_k, sigma_k))
-        return one_width(values, scale_k, sigma_k, None, bits=k, min_bits=k, signed=signed, estimator=estimator)
+        z = zero_points[k - min_bits]
+        return one_width(values, scale_k, sigma_k, None, bits=k, min_bits=k, zero_point=z, estimator=estimator)
 
     if masks is None:
         return quantize_at(bits)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import level_bounds, nearest_level
 
 
 def bit_saliency(
@@ -23,7 +23,7 @@ def bit_saliency(
     scales: Tensor,
     widths: Sequence[int],
     *,
-    signed: bool,
+    zero_points: Sequence[float],
     channel_dim: int = 0,
     blocks: int = 0,
     by_block: bool = False,
@@ -43,7 +43,7 @@ def bit_saliency(
         gradient: Gradient of the loss in the quantized values, same shape as ``x``.
         scales: Scale of each width, shape (widths, 1) or (widths, channels), in the unit of ``x``.
         widths: Widths in bits, the narrowest first.
-        signed: Whether the grids have negative levels.
+        zero_points: Zero point of each width.
         channel_dim: The dimension of ``x`` along which scales per channel vary.
         blocks: The dimension of ``x`` that indexes blocks.
         by_block: Whether each block has a separate saliency instead of their sum.
@@ -53,7 +53,7 @@ def bit_saliency(
 
     Example:
         >>> x, gradient = torch.tensor([[0.75, -0.25]]), torch.tensor([[2.0, 1.0]])
-        >>> bit_saliency(x, gradient, torch.tensor([[2.0], [1.0]]), (1, 2), signed=True)
+        >>> bit_saliency(x, gradient, torch.tensor([[2.0], [1.0]]), (1, 2), zero_points=(1, 2))
         tensor([[4.]])
     """
     x, gradient = torch.atleast_1d(x.float()), torch.atleast_1d(gradient.float())
@@ -62,10 +62,14 @@ def bit_saliency(
     if scales.shape[1] > 1:
         shape[channel_dim] = -1
     a = scales.reshape(len(scales), *shape)
-    bounds = torch.tensor([level_bounds(bits, signed) for bits in widths], device=x.device, dtype=x.dtype)
+    bounds = torch.tensor(
+        [level_bounds(bits, z) for bits, z in zip(widths, zero_points, strict=True)],
+        device=x.device,
+        dtype=x.dtype,
+    )
     low, high = bounds.reshape(len(scales), 2, *ones).unbind(1)
     # Errors (minus x) instead of quantized values: differences of their sums lose fewer digits.
-    products = gradient * ((x / a).round().clamp(low, high) * a - x)
+    products = gradient * (nearest_level(x / a, low, high) * a - x)
     within = [d + 1 for d in range(x.dim()) if d != blocks % x.dim()]
     sums = products.sum(within) if within else products
     squares = sums.diff(dim=0).square()

@@ -17,14 +17,14 @@ _CHUNK = 2**16
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """``scale * clamp(round(x / scale), low, high)``, in the memory format of x.
+def forward(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """The level nearest to ``x / scale``, times the scale, in the memory format of x.
 
     Args:
         x: Float32 or bfloat16, any shape.
         scale: The scale, float32: one value, or one for each row (dimension 0) of an x whose rows are contiguous and in
             order in memory.
-        low: Lowest level.
+        low: Lowest level: a whole number, or of a balanced grid a half-integer.
         high: Highest level.
     """
     dense, scales = dense_in_memory(x), scale.contiguous()
@@ -41,8 +41,8 @@ def backward(
     grad: Tensor,
     scale: Tensor,
     sigma: Tensor,
-    low: int,
-    high: int,
+    low: float,
+    high: float,
     expectation: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,13 +30,13 @@ _WARP = 32 * 4
 _PROGRAMS = 16384
 
 
-def forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Quantize each value to its nearest level: ``scale * clamp(round(x / scale), low, high)``.
+def forward(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """Quantize each value to its nearest level: that nearest to ``x / scale``, times the scale.
 
     Args:
         x: At least one value, any shape and strides, one of :data:`DTYPES`.
         scale: The scale, > 0, in the unit of ``x``; one value, or one for each of the ``len(x)`` rows.
-        low: Lowest level, in units of the scale.
+        low: Lowest level, in units of the scale: a whole number, or of a balanced grid a half-integer.
         high: Highest level, in units of the scale.
 
     Returns:
@@ -51,7 +51,7 @@ def forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 def backward(
-    x: Tensor, grad: Tensor, scale: Tensor, sigma: Tensor, low: int, high: int, expectation: bool
+    x: Tensor, grad: Tensor, scale: Tensor, sigma: Tensor, low: float, high: float, expectation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in ``x``, ``scale`` and ``sigma`` from the gradient in the result of :func:`forward`.
 

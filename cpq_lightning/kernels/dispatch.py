@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpq_lightning.functional.categorical import Estimator
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import doubled, level_bounds
 from cpq_lightning.functional.modes import is_transformed
 from cpq_lightning.kernels import cpu, cuda
 from cpq_lightning.kernels import cpu_build as library
@@ -23,25 +23,30 @@ class QuantGrid(NamedTuple):
     """A grid with all levels of its width (no bit is dropped), and a gradient estimator.
 
     Attributes:
-        low: Lowest level, in units of the scale.
-        high: Highest level, in units of the scale.
+        bits: The width.
+        doubled_zero_point: Twice the zero point: an integer for every grid, as compiled code has trouble with floats.
         expectation: Whether the estimator is ``expectation``; ``False`` means ``argmax``.
     """
 
-    low: int
-    high: int
+    bits: int
+    doubled_zero_point: int
     expectation: bool
 
     @classmethod
-    def of(cls, bits: int, signed: bool, estimator: Estimator) -> QuantGrid:
+    def of(cls, bits: int, zero_point: float, estimator: Estimator) -> QuantGrid:
         """The grid of a width."""
-        return cls(*level_bounds(bits, signed), estimator == "expectation")
+        return cls(bits, doubled(zero_point), estimator == "expectation")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest level, in units of the scale."""
+        return level_bounds(self.bits, self.doubled_zero_point / 2)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of :meth:`of` that give this grid."""
-        bits = (self.high - self.low + 1).bit_length() - 1
-        return {"bits": bits, "signed": self.low < 0, "estimator": "expectation" if self.expectation else "argmax"}
+        """The grid as arguments of :func:`~cpq_lightning.functional.categorical.quantize_unchecked`."""
+        estimator = "expectation" if self.expectation else "argmax"
+        return {"bits": self.bits, "zero_point": self.doubled_zero_point / 2, "estimator": estimator}
 
 
 class Choice(NamedTuple):
@@ -149,10 +154,10 @@ def describe() -> str:
 
 
 def forward(x: Tensor, scale: Tensor, grid: QuantGrid) -> Tensor:
-    """``scale * clamp(round(x / scale), low, high)`` of the grid ``grid``, in one pass over memory."""
+    """The nearest level of ``grid`` times the scale, in one pass over memory."""
     if torch.compiler.is_compiling():
-        return _forward_op(x, scale, grid.low, grid.high)
-    return _forward(x, scale, grid.low, grid.high)
+        return _forward_op(x, scale, grid.bits, grid.doubled_zero_point)
+    return _forward(x, scale, grid)
 
 
 def backward(
@@ -163,32 +168,35 @@ def backward(
     """
     if torch.compiler.is_compiling():
         return _backward_op(x, grad, scale, sigma, *grid)
-    return _backward(x, grad, scale, sigma, *grid, overwrite=overwrite)
+    return _backward(x, grad, scale, sigma, grid, overwrite)
 
 
-def _forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return (cpu if x.is_cpu else cuda).forward(x, scale, low, high)
+def _forward(x: Tensor, scale: Tensor, grid: QuantGrid) -> Tensor:
+    return (cpu if x.is_cpu else cuda).forward(x, scale, *grid.bounds)
 
 
-def _backward(x: Tensor, *others: Any, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    x: Tensor, grad: Tensor, scale: Tensor, sigma: Tensor, grid: QuantGrid, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    others = grad, scale, sigma, *grid.bounds, grid.expectation
     return cpu.backward(x, *others, overwrite=overwrite) if x.is_cpu else cuda.backward(x, *others)
 
 
 @torch.library.custom_op("cpq_lightning::quantize", mutates_args=())
-def _forward_op(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return _forward(x, scale, low, high)
+def _forward_op(x: Tensor, scale: Tensor, bits: int, doubled_zero_point: int) -> Tensor:
+    return _forward(x, scale, QuantGrid(bits, doubled_zero_point, expectation=True))
 
 
 @_forward_op.register_fake
-def _(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, bits: int, doubled_zero_point: int) -> Tensor:
     return torch.empty_like(x)
 
 
 @torch.library.custom_op("cpq_lightning::quantize_backward", mutates_args=())
 def _backward_op(
-    x: Tensor, grad: Tensor, scale: Tensor, sigma: Tensor, low: int, high: int, expectation: bool
+    x: Tensor, grad: Tensor, scale: Tensor, sigma: Tensor, bits: int, doubled_zero_point: int, expectation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(x, grad, scale, sigma, low, high, expectation)
+    return _backward(x, grad, scale, sigma, QuantGrid(bits, doubled_zero_point, expectation))
 
 
 @_backward_op.register_fake

@@ -21,7 +21,7 @@ def quantize(
     *,
     bits: int,
     min_bits: int,
-    signed: bool,
+    zero_point: float,
     estimator: Estimator,
 ) -> Tensor:
     """:func:`cpq_lightning.functional.quantize` without checks of its arguments.
@@ -34,9 +34,11 @@ def quantize(
         masks = None
     scales_fit = scale.dtype == sigma.dtype == torch.float32 and scale.shape == sigma.shape
     if scales_fit and kernel.has_kernel(x, scale.numel(), _scale_dim(x, scale), masks is not None, estimator):
-        return quantize_to_grid(x, scale, sigma, QuantGrid.of(bits, signed, estimator))
-    settings = {"bits": bits, "min_bits": min_bits if masks is not None else bits, "signed": signed}
-    return quantize_unchecked(x, scale, sigma, masks, estimator=estimator, **settings)
+        return quantize_to_grid(x, scale, sigma, QuantGrid.of(bits, zero_point, estimator))
+    min_bits = min_bits if masks is not None else bits
+    return quantize_unchecked(
+        x, scale, sigma, masks, bits=bits, min_bits=min_bits, zero_point=zero_point, estimator=estimator
+    )
 
 
 def _scale_dim(x: Tensor, scale: Tensor) -> int:

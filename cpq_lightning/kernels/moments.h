@@ -175,9 +175,12 @@ INLINE grads chained(vf u, vf n, vf k0, vf off, float s) {
 }
 
 INLINE grads derive(vf x, float a, float s, float low, float high, int reach, int expectation) {
-    vf u = clamped(x / a, low - FAR, high + FAR);
-    vf n = nearest(clamped(u, low, high));
+    float half = half_step(low);
+    vf u = clamped(x / a - half, low - half - FAR, high - half + FAR);
+    vf n = nearest(clamped(u, low - half, high - half));
     vf v = u - n;
+    u += half;
+    n += half;
     moments found = direct(v, n - low, high - n, s, reach, expectation);
     vf factor = expectation ? splat(1.0f) : n;
     return chained(u, n, factor * found.k0, factor * (found.k1 - v * found.k0), s);
@@ -190,11 +193,12 @@ INLINE void look_up(const vf *x, float a, float s, float low, float high, int ex
     vf u[SIDE], n[SIDE], z[SIDE], k0[SIDE], off[SIDE];
     vi index[SIDE], mirror[SIDE];
     /* Grids have an even number of levels: no cell is in the middle. */
-    float middle = (low + high) / 2, furthest = (high - low) / 2 + t->outside;
+    float half = half_step(low), middle = (low + high) / 2 - half, furthest = (high - low) / 2 + t->outside;
     for (int h = 0; h < SIDE; h++) {
-        u[h] = clamped(x[h] / a, low - t->outside - 0.49f, high + t->outside + 0.49f);
+        u[h] = clamped(x[h] / a - half, low - half - t->outside - 0.49f, high - half + t->outside + 0.49f);
         vf c = nearest(u[h]), v = u[h] - c, from_middle = c - middle;
-        n[h] = clamped(c, low, high);
+        n[h] = clamped(c, low - half, high - half) + half;
+        u[h] += half;
         /* Reflect if the lowest level is further away than the highest. */
         mirror[h] = ~(vi)from_middle & INT32_MIN;
         v = (vf)((vi)v ^ mirror[h]);

@@ -10,16 +10,20 @@
 
 #include "moments.h"
 
-INLINE vf level(vf x, float scale, float low, float high) { return nearest(clamped(x / scale, low, high)); }
+/* Levels are whole numbers plus half (see half_step). */
+INLINE vf level(vf x, float scale, float low, float high, float half) {
+    return nearest(clamped(x / scale - half, low - half, high - half)) + half;
+}
 
 INLINE void forward_part(const void *x, const float *scales, void *out, int64_t begin, int64_t end, int64_t length,
                          float low, float high, int half) {
+    float step = half_step(low);
     while (begin < end) {
         int64_t row = begin / length, stop = (row + 1) * length < end ? (row + 1) * length : end;
         float a = scales[row];
-        for (; begin + W <= stop; begin += W) put(out, begin, level(get(x, begin, half), a, low, high) * a, half);
+        for (; begin + W <= stop; begin += W) put(out, begin, level(get(x, begin, half), a, low, high, step) * a, half);
         if (begin < stop)
-            put_some(out, begin, stop - begin, level(get_some(x, begin, stop - begin, half), a, low, high) * a, half);
+            put_some(out, begin, stop - begin, level(get_some(x, begin, stop - begin, half), a, low, high, step) * a, half);
         begin = stop;
     }
 }

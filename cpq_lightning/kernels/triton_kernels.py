@@ -18,10 +18,12 @@ def forward(
     row, start, count = _part(length, programs, tiles, TILE)
     a = tl.load(scales + row).to(tl.float32)
     lane = tl.arange(0, TILE)
+    # Levels are whole numbers plus half: 1/2 for a balanced grid, else 0.
+    half = low - tl.floor(low)
     for begin in range(0, count, TILE):
         inside = begin + lane < count
         values = tl.load(x + start + begin + lane, inside, 0.0).to(tl.float32)
-        n = _level(_in_scale_units(values, a, low, high), low, high)
+        n = _level(_in_scale_units(values, a, low, high) - half, low - half, high - half) + half
         tl.store(out + start + begin + lane, n * a, inside)
 
 
@@ -40,11 +42,12 @@ def backward(
     lane = tl.arange(0, TILE)
     d_scale = tl.zeros((TILE,), tl.float32)
     d_sigma = tl.zeros((TILE,), tl.float32)
+    half = low - tl.floor(low)
     for begin in range(0, count, TILE):
         inside = begin + lane < count
         g = tl.load(grad + start + begin + lane, inside, 0.0).to(tl.float32)
         u = _in_scale_units(tl.load(x + start + begin + lane, inside, 0.0).to(tl.float32), a, low, high)
-        n = _level(u, low, high)
+        n = _level(u - half, low - half, high - half) + half
         k0, k1 = _derive(u, n, inv_s, low, high, EXPECTATION)
         tl.store(dx + start + begin + lane, g * (-k0 * inv_s), inside)
         d_scale += g * (n + (n * k0 + k1) * inv_s)

@@ -62,6 +62,9 @@ INLINE void put_some(void *p, int64_t at, int64_t count, vf v, int half) {
     memcpy((char *)p + at * size, some, count * size);
 }
 
+/* The part of a scale by which all levels of a grid are shifted from whole numbers: 1/2 for a balanced grid, else 0. */
+INLINE float half_step(float low) { return low - floorf(low); }
+
 /* Round to nearest, ties to even, for magnitudes below 2^22. */
 INLINE vf nearest(vf a) {
     vf big = splat(12582912.0f);

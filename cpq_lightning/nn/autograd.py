@@ -113,7 +113,7 @@ class SaliencyToGates(torch.autograd.Function):
         is_open: Whether each gate was open, broadcast to the logits.
         scales: Scale of each width, the narrowest first, shape (gates + 1, 1 or channels).
         widths: Bits of each width.
-        signed: Whether the grids have negative levels.
+        doubled_zero_points: Twice the zero point of each width.
         channel_dim: Dimension of the channels.
         samples: Whether ``x`` is a batch of samples instead of a weight.
     """
@@ -121,16 +121,16 @@ class SaliencyToGates(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, out: Tensor, x: Tensor, logits: Tensor, is_open: Tensor, scales: Tensor,
-        widths: tuple[int, ...], signed: bool, channel_dim: int, samples: bool,
+        widths: tuple[int, ...], doubled_zero_points: tuple[int, ...], channel_dim: int, samples: bool,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, is_open, scales)
-        ctx.settings = widths, signed, channel_dim, samples, logits.shape[1] > 1
+        ctx.settings = widths, doubled_zero_points, channel_dim, samples, logits.shape[1] > 1
         return out[...]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, is_open, scales = ctx.saved_tensors
-        widths, signed, channel_dim, samples, by_block = ctx.settings
+        widths, doubled_zero_points, channel_dim, samples, by_block = ctx.settings
         x, grad_x = torch.atleast_1d(x), torch.atleast_1d(grad.detach())
         blocks = 0 if samples else channel_dim % x.dim()
         sampled = slice(None, None, 1 if by_block else _stride(x, blocks, samples))
@@ -139,7 +139,8 @@ class SaliencyToGates(torch.autograd.Function):
         part_scales = scales if scales.shape[1] == 1 else scales[:, sampled]
         saliency = bit_saliency(
             part, part_grad, part_scales, widths,
-            signed=signed, channel_dim=channel_dim, blocks=blocks, by_block=by_block,
+            zero_points=[twice / 2 for twice in doubled_zero_points], channel_dim=channel_dim, blocks=blocks,
+            by_block=by_block,
         )  # fmt: skip
         share = x.numel() / max(1, part.numel())
         # A bit that nothing depends on: below any other, but above the 0 of a closed gate. Not a global constant: with

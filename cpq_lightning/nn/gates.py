@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -115,7 +116,14 @@ class Gates(nn.Module):
         return masks_from_gates(self._shaped(open_gates(self.probabilities(count)), x))
 
     def with_saliency(
-        self, out: Tensor, x: Tensor, masks: Tensor, scales: Tensor, min_bits: int, signed: bool, samples: bool
+        self,
+        out: Tensor,
+        x: Tensor,
+        masks: Tensor,
+        scales: Tensor,
+        min_bits: int,
+        zero_points: Sequence[int],
+        samples: bool,
     ) -> Tensor:
         """``out``, with a backward pass that gives the logits the saliency of their bits.
 
@@ -125,7 +133,7 @@ class Gates(nn.Module):
             masks: The masks used for ``out``.
             scales: Scale of each width, the narrowest first, shape (widths, 1 or channels).
             min_bits: The narrowest width.
-            signed: Whether the grids have negative levels.
+            zero_points: Twice the zero point of each width.
             samples: Whether ``x`` is a batch of samples instead of a weight.
         """
         if not torch.is_grad_enabled():
@@ -138,7 +146,7 @@ class Gates(nn.Module):
             # With one gate for each element, some gates of a bit are always open.
             is_open = sampled.new_ones((len(sampled), 1), dtype=torch.bool)
         return SaliencyToGates.apply(  # type: ignore[no-any-return]
-            out, x.detach(), logits, is_open, scales, widths, signed, self.channel_dim, samples
+            out, x.detach(), logits, is_open, scales, widths, tuple(zero_points), self.channel_dim, samples
         )
 
     def fixed_masks(self, x: Tensor, gates_open: Tensor, count: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,14 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpq_lightning.functional.grid import level_bounds
-from cpq_lightning.functional.ranges import bin_centers, histogram, max_scale, mse_scale
+from cpq_lightning.functional.grid import level_bounds, signed_zero_point
+from cpq_lightning.functional.grid_fit import GridFit, fit_histogram, fit_range
+from cpq_lightning.functional.ranges import bin_centers, histogram
 
 BINS = 2**14
-# Negative values up to this share of the maximum are rounding errors, and do not make the grid signed.
-_NEGLIGIBLE = 1e-6
-# Relative squared error below the precision of float32.
-_MIN_ERROR = 1e-14
 
 
 def pool(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -38,8 +34,8 @@ class RangeObserver:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.counts: Tensor | None = None
-        # For unsigned and signed grids of 1 to 8 bits: the smallest power-of-two scale that clips nothing, and whether
-        # all values so far lie on its levels.
+        # For the kinds of grids in _KINDS and 1 to 8 bits: the smallest power-of-two scale that clips nothing, and
+        # whether all values so far lie on its levels.
         self._power_scales: Tensor | None = None
         self._exact: Tensor | None = None
         self.per_sample = 0
@@ -86,12 +82,18 @@ class RangeObserver:
         """Whether any finite value was observed; known after :meth:`close_range`."""
         return self.counts is not None and self.low is not None and self.high is not None
 
-    def fit(self, widths: Sequence[int], rule: str) -> tuple[list[Tensor], bool] | None:
-        """End the second pass: an initial scale for each width, shape (1,), and whether the grid is signed.
+    def fit(
+        self, widths: Sequence[int], rule: str, grid: str = "auto", least_zero_points: Sequence[float] = ()
+    ) -> list[GridFit] | None:
+        """End the second pass: an initial grid for each width.
 
-        ``None`` without values, or if all values are zero. Of the signed and the unsigned grid the one with less error
-        over all widths is chosen. The rule ``"max"``, which clips nothing, takes the unsigned grid only if no value is
-        negative.
+        ``None`` without values, or if all values are zero.
+
+        Args:
+            widths: The widths.
+            rule: ``"mse"`` or ``"max"``, as in :class:`~cpq_lightning.CPQConfig`.
+            grid: ``"auto"``, ``"signed"``, ``"unsigned"`` or ``"offset"``, in the same way.
+            least_zero_points: The least zero point of each width; none means 0.
         """
         if self.counts is None or self.low is None or self.high is None:
             return None
@@ -99,55 +101,51 @@ class RangeObserver:
         low, high = self.low, self.high
         if not low and not high:
             return None
-        if rule == "max":
-            signed = bool(low < -_NEGLIGIBLE * high.abs())
-            return [max_scale(low, high, bits=bits, signed=signed).reshape(1) for bits in widths], signed
         centers, weights = bin_centers(low, high, BINS)[None], counts[None].double()
-        grids = [signed for signed in (False, True) if signed or high > 0]
         exact = self._pooled_exact()
-        fits: dict[bool, list[Tensor]] = {}
-        errors: dict[bool, float] = {}
-        for signed in grids:
+        least = least_zero_points or [0] * len(widths)
+        fits = []
+        for bits, lowest in zip(widths, least, strict=True):
+            if rule == "max":
+                fits.append(fit_range(low, high, bits, grid, lowest))
+                continue
             # Integers, masks and one-hot vectors have no error on such a grid; the histogram is too coarse to show it.
-            exact_scales = [exact.get((signed, bits)) for bits in widths]
-            fits[signed] = [
-                mse_scale(centers, bits=bits, signed=signed, counts=weights) if scale is None else scale
-                for bits, scale in zip(widths, exact_scales, strict=True)
-            ]
-            errors[signed] = sum(
-                math.log(_MIN_ERROR if exact_scale is not None else _error(centers, weights, scale, bits, signed))
-                for bits, scale, exact_scale in zip(widths, fits[signed], exact_scales, strict=True)
-            )
-        signed = min(grids, key=lambda kind: errors[kind])
-        return fits[signed], signed
+            kinds = _KINDS if grid in ("auto", "offset") else (grid,)
+            on_grid = [exact[kind, bits] for kind in kinds if (kind, bits) in exact]
+            fits.append(on_grid[0] if on_grid else fit_histogram(centers, weights, bits, grid, lowest))
+        return fits
 
-    def _pooled_exact(self) -> dict[tuple[bool, int], Tensor]:
-        """Scales, shape (1,), of the grids on which the values of all ranks lie, by (signed, bits)."""
-        if self._power_scales is None or self._exact is None:
+    def _pooled_exact(self) -> dict[tuple[str, int], GridFit]:
+        """The grids on which the values of all ranks lie, by kind and bits."""
+        if self._power_scales is None or self._exact is None or self.low is None:
             return {}
         exact = pool(self._exact.int(), dist.ReduceOp.MIN).nonzero().tolist()
-        return {(bool(signed), index + 1): self._power_scales[signed, index].reshape(1) for signed, index in exact}
+        found = {}
+        for kind, index in exact:
+            bits, scale = index + 1, self._power_scales[kind, index]
+            offset = float((-self.low.clamp(max=0) / scale).round())
+            zero_points = {"unsigned": 0.0, "signed": float(signed_zero_point(bits)), "offset": offset}
+            found[_KINDS[kind], bits] = GridFit(scale.reshape(1), zero_points[_KINDS[kind]])
+        return found
+
+
+# The first one on which values lie is chosen.
+_KINDS = ("unsigned", "signed", "offset")
 
 
 def _power_of_two_scales(low: Tensor, high: Tensor) -> Tensor:
-    """The smallest power-of-two scale whose grid clips nothing from ``low`` to ``high``, for unsigned and signed grids
-    of 1 to 8 bits, shape (2, 8); NaN where the grid has no level for values of one sign.
+    """The smallest power-of-two scale whose grid clips nothing from ``low`` to ``high``, for each of _KINDS and 1 to 8
+    bits, shape (3, 8); NaN where the grid has no level for values of one sign.
     """
+    ends = torch.stack([low.clamp(max=0), high.clamp(min=0)])
     rows = []
-    for signed in (False, True):
-        bounds = torch.tensor([level_bounds(bits, signed) for bits in range(1, 9)]).to(low)
-        ends = torch.stack([low.clamp(max=0), high.clamp(min=0)])
+    for zero_point in (lambda bits: 0, signed_zero_point):
+        bounds = torch.tensor([level_bounds(bits, zero_point(bits)) for bits in range(1, 9)]).to(low)
         # Zero without values of this sign, infinite if there are values but no level for them.
-        scales = torch.where(ends == 0, 0.0, ends / bounds).abs().amax(1)
-        rows.append(torch.where((scales > 0) & scales.isfinite(), scales.log2().ceil().exp2(), torch.nan))
-    return torch.stack(rows)
-
-
-def _error(values: Tensor, counts: Tensor, scale: Tensor, bits: int, signed: bool) -> float:
-    """Squared error relative to that of an all-zero output, at least ``_MIN_ERROR``."""
-    quantized = (values / scale[:, None]).round().clamp(*level_bounds(bits, signed)) * scale[:, None]
-    error = ((values - quantized).double().square() * counts).sum() / (values.double().square() * counts).sum()
-    return max(float(error), _MIN_ERROR)
+        rows.append(torch.where(ends == 0, 0.0, ends / bounds).abs().amax(1))
+    rows.append((ends[1] - ends[0]) / torch.tensor([2.0**bits - 1 for bits in range(1, 9)]).to(low))
+    scales = torch.stack(rows)
+    return torch.where((scales > 0) & scales.isfinite(), scales.log2().ceil().exp2(), torch.nan)
 
 
 class Usage(NamedTuple):
@@ -169,9 +167,9 @@ class Usage(NamedTuple):
 class UsageRecorder:
     """Counts, over batches, the levels that an activation quantizer uses, its squared error, and its clipped values."""
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
-        self.counts = torch.zeros(high - low + 1, dtype=torch.int64)
+        self.counts = torch.zeros(int(high - low) + 1, dtype=torch.int64)
         self.error = 0.0
         self.power = 0.0
         self.clipped = 0

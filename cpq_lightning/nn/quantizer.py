@@ -13,7 +13,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.functional.categorical import Estimator
 from cpq_lightning.functional.dropbits import expected_bits
-from cpq_lightning.functional.grid import along_channels, level_bounds
+from cpq_lightning.functional.grid import (
+    along_channels,
+    doubled,
+    narrower_zero_point,
+    nearest_level,
+)
+from cpq_lightning.functional.grid_fit import GridFit
 from cpq_lightning.functional.modes import is_transformed
 from cpq_lightning.functional.resolution import quantize_resolution
 from cpq_lightning.kernels.dispatch import Choice, QuantGrid, choose, has_kernel
@@ -23,10 +29,12 @@ from cpq_lightning.kernels.widths import quantize_widths
 from cpq_lightning.nn.autograd import SCALE_REACH, Connect, noise_logit, scale_and_sigma
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.observer import RangeObserver, Usage
-from cpq_lightning.nn.scale_init import weight_scales
+from cpq_lightning.nn.scale_init import balanced_widths, fit_weight
 from cpq_lightning.nn.state import (
     HEADER,
     KNOWN,
+    SIGNED,
+    UNSIGNED,
     Kind,
     Settings,
     encode,
@@ -35,6 +43,7 @@ from cpq_lightning.nn.state import (
     read,
     read_members,
     size,
+    upgraded,
     weight_of_pending,
     weight_of_ranges,
 )
@@ -42,7 +51,6 @@ from cpq_lightning.nn.watch import watchers
 
 # sigma/scale starts at 1/3 (RQ, arXiv 1810.01875): a value on a level then keeps it with probability 0.64.
 _INITIAL_NOISE = 1 / 3
-_LEVEL_BOUNDS = {signed: [level_bounds(k, signed) for k in range(1, 9)] for signed in (False, True)}
 
 
 class Quantizer(nn.Module):
@@ -100,7 +108,8 @@ class Quantizer(nn.Module):
             kind=kind,
             bits=bits,
             min_bits=min_bits,
-            signed=weight,
+            grid=config.weight_grid if weight else config.act_grid,
+            doubled_zero_points=SIGNED if weight else UNSIGNED,
             first_or_last=first_or_last,
             estimator=config.weight_estimator if weight else config.act_estimator,
             nesting=inner.nests_by,
@@ -162,7 +171,7 @@ class Quantizer(nn.Module):
         self.noise_logit.fill_(noise_logit(_INITIAL_NOISE))
         self.temperature.fill_(self._temperature)
         self.gates.initialize()
-        self._host = self._host._replace(fitted=False, settled=False, pending=False, pending_signed=False)
+        self._host = self._host._replace(fitted=False, settled=False, pending=False, pending_zero_points=UNSIGNED)
         self.state.zero_()
         self._write_header()
         self._write_widths(torch.full((self._host.width_count,), self._host.bits))
@@ -264,14 +273,14 @@ class Quantizer(nn.Module):
             state[self._places.scales] = scales.to(state)
             if self._host.nesting == "resolution":
                 state[self._places.width_scales] = width_scale.to(state).expand(8, self._host.channels).flatten()
-        self._host = self._host._replace(fitted=True, pending=False, pending_signed=False)
+        self._host = self._host._replace(fitted=True, pending=False, pending_zero_points=UNSIGNED)
         self._write_header()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}state")
         if loaded is not None and not loaded.is_meta:
             # Raises for an invalid state before anything is overwritten.
-            read(loaded)
+            state_dict = {**state_dict, f"{prefix}state": upgraded(loaded)}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.state.is_meta:
             self._seen = (None, -1, b"")
@@ -307,7 +316,10 @@ class Quantizer(nn.Module):
     macs = property(lambda self: self.settings.macs, doc="Multiply-accumulates of the weight in one sample.")
     execution_index = property(lambda self: self.settings.execution_index, doc="Index in execution order, from 1.")
     fixed = property(lambda self: self.settings.fixed, doc="Whether widths are fixed one by one.")
-    signed = property(lambda self: self.settings.signed, doc="Whether the grid has negative levels.")
+    signed = property(lambda self: self.settings.bounds[0] < 0, doc="Whether the widest grid has negative levels.")
+    zero_point = property(
+        lambda self: self.settings.zero_point(self.settings.bits), doc="Zero point of the widest grid."
+    )
     fitted = property(lambda self: self.settings.fitted, doc="Whether the range is known.")
     settled = property(lambda self: self.settings.settled, doc="Whether the range was fitted to the trained tensor.")
     active = property(lambda self: self.settings.active, doc="Whether the quantizer is active.")
@@ -338,10 +350,9 @@ class Quantizer(nn.Module):
         return self.gates.noise_step
 
     @property
-    def level_bounds(self) -> tuple[int, int]:
-        """Lowest and highest level of the widest grid, as integers."""
-        settings = self.settings
-        return level_bounds(settings.bits, settings.signed)
+    def level_bounds(self) -> tuple[float, float]:
+        """Lowest and highest level of the widest grid."""
+        return self.settings.bounds
 
     def range_parameters(self) -> list[nn.Parameter]:
         """The parameters of scale and noise, without those of the gates."""
@@ -398,8 +409,8 @@ class Quantizer(nn.Module):
         of the order of the weights' gradients, so that small scales do not dominate a clipped global norm. Adam's
         update does not depend on it.
         """
-        highest = level_bounds(settings.bits, settings.signed)[1]
-        size = max(1, settings.numel // settings.channels) * max(1, highest)
+        highest = max(1, round(settings.bounds[1]))
+        size = max(1, settings.numel // settings.channels) * highest
         return scale_and_sigma(self.log_scale, self.noise_logit, self._start(), self.temperature, size)
 
     def decided_widths(self) -> Tensor:
@@ -435,24 +446,30 @@ class Quantizer(nn.Module):
         scale, codes = self._scale_and_levels(x)
         return (scale * codes).to(x.dtype)
 
-    def codes(self, x: Tensor) -> Tensor:
-        """The levels of ``x`` in evaluation, as integers in float32."""
+    def levels(self, x: Tensor) -> Tensor:
+        """The levels of ``x`` in evaluation, in units of :meth:`grid`'s scale: whole numbers or, on a balanced grid,
+        half-integers, in float32.
+        """
         return self._scale_and_levels(x)[1]
 
     def _scale_and_levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scale, broadcastable to ``x``, and the levels."""
         scale, low, high = (along_channels(t, x.dim(), self.channel_dim) for t in self.grid())
-        return scale, torch.minimum(torch.maximum((x.float() / scale).round(), low), high)
+        return scale, nearest_level(x.float() / scale, low, high)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scale, lowest and highest level in evaluation, each with one value or one for each channel."""
         widths = self.decided_widths()
-        bounds = torch.tensor(_LEVEL_BOUNDS[self.signed], device=widths.device)[widths - 1]
+        zero_points = torch.tensor(self.settings.doubled_zero_points, device=widths.device)[widths - 1] / 2
         scale = self.scale()
         if self.nesting == "resolution":
             width_scale = self.width_scale.expand(-1, max(len(widths), len(scale)))
             scale = scale * width_scale.gather(0, (widths - 1).expand(width_scale.shape[1])[None])[0]
-        return scale, bounds[:, 0], bounds[:, 1]
+        return scale, -zero_points, 2.0**widths - 1 - zero_points
+
+    def codes_per_level(self) -> Tensor:
+        """The factor that makes levels integers: 2 for a balanced grid, else 1; one value, or one for each channel."""
+        return 1 + 2 * (self.grid()[1] % 1)
 
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """Reshape one value for each channel to broadcast to the weight."""
@@ -498,7 +515,7 @@ class Quantizer(nn.Module):
             scale = Connect.of(scale, self.gates.logit)
         for watcher in watchers():
             watcher.on_quantized(self, x, None)
-        return Operand(x, scale, sigma, QuantGrid.of(ready.bits, ready.signed, cast(Estimator, ready.estimator)))
+        return Operand(x, scale, sigma, _quant_grid(ready, ready.bits))
 
     def _ready(self, x: Tensor) -> Settings | None:
         """The settings, after a fit of the range where needed; ``None`` if ``x`` is not quantized."""
@@ -571,29 +588,30 @@ class Quantizer(nn.Module):
                 "with CPQConfig(gate_estimator='concrete')."
             )
         width_scales = self.width_scale[settings.min_bits - 1 : settings.bits]
+        zero_points = settings.doubled_zero_points[settings.min_bits - 1 : settings.bits]
         scales = scale.detach() * (width_scales if settings.nesting == "resolution" else torch.ones_like(width_scales))
         return self.gates.with_saliency(
-            out, x, masks, scales, settings.min_bits, settings.signed, samples=settings.kind != "weight"
+            out, x, masks, scales, settings.min_bits, zero_points, samples=settings.kind != "weight"
         )
 
     def _quantize(self, x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, settings: Settings) -> Tensor:
-        bits, signed, estimator = settings.bits, settings.signed, cast(Estimator, settings.estimator)
+        bits, estimator = settings.bits, cast(Estimator, settings.estimator)
         widths = range(settings.min_bits, bits + 1)
         # The sampled widths are read on the host; on a GPU or in compiled code that costs more than it saves.
         readable = x.is_cpu and not torch.compiler.is_compiling()
         by_tensor = masks is not None and masks.numel() == len(masks) and settings.nesting == "resolution"
         if masks is not None and by_tensor and readable and self._has_kernel(x, settings):
-            grids = [QuantGrid.of(k, signed, estimator) for k in widths]
+            grids = [_quant_grid(settings, k) for k in widths]
             return quantize_widths(x, scale, sigma, masks, self.width_scale[widths[0] - 1 : bits], grids)
         scale, sigma = self.along_channels(scale, x), self.along_channels(sigma, x)
         options: dict[str, Any] = {
             "bits": bits,
             "min_bits": settings.min_bits if masks is not None else bits,
-            "signed": signed,
             "estimator": estimator,
         }
         if settings.nesting == "range" or masks is None:
-            return quantize(x, scale, sigma, masks, **options)
+            return quantize(x, scale, sigma, masks, zero_point=settings.zero_point(bits), **options)
+        options["zero_points"] = [settings.zero_point(k) for k in widths]
         width_scales = torch.stack([self.along_channels(s, x) for s in self.width_scale[widths[0] - 1 : bits]])
         return quantize_resolution(x, scale, sigma, masks, width_scales=width_scales, one_width=quantize, **options)
 
@@ -626,7 +644,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def fit_weight(self, weight: Tensor, settled: bool = True) -> None:
-        """Fit the initial scale to a weight and reset the learned parameters.
+        """Fit the initial grids to a weight and reset the learned parameters.
 
         For a weight of zeros the range stays unknown.
 
@@ -636,11 +654,21 @@ class Quantizer(nn.Module):
         """
         settings = self.settings
         channel_dim = settings.channel_dim if settings.channels > 1 else None
-        scales = weight_scales(weight, channel_dim, self.fitted_widths, settings.range_rule)
-        if scales is None:
+        fits = fit_weight(weight, channel_dim, self.fitted_widths, settings.range_rule, self.balanced_widths(weight))
+        if fits is None:
             self.configure(fitted=False, settled=settled)
             return
-        self._set_initial_scales(scales, settled=settled)
+        self._set_initial_grids(fits, settled=settled)
+
+    @property
+    def has_balanced_grids(self) -> bool:
+        """Whether the grid of some fitted width is balanced."""
+        settings = self.settings
+        return any(settings.doubled_zero_points[k - 1] % 2 for k in self.fitted_widths)
+
+    def balanced_widths(self, weight: Tensor) -> set[int]:
+        """The widths at which ``weight`` gets a balanced grid."""
+        return balanced_widths(weight, self.fitted_widths, self.settings.grid, self.min_bits)
 
     @property
     def fitted_widths(self) -> list[int]:
@@ -659,66 +687,79 @@ class Quantizer(nn.Module):
             return
         # A number from an audit, which knows the batch size, takes precedence.
         numel = settings.numel or observer.per_sample
-        fitted = observer.fit(self.fitted_widths, settings.range_rule)
-        if fitted is None:
+        fits = observer.fit(self.fitted_widths, settings.range_rule, settings.grid)
+        if fits is None:
             self.configure(numel=numel, fitted=False, settled=True)
             return
-        self._set_initial_scales(fitted[0], signed=fitted[1], numel=numel, settled=True)
+        self._set_initial_grids(fits, numel=numel, settled=True)
 
     @torch.no_grad()
-    def _set_initial_scales(self, scales: list[Tensor], **settings: Any) -> None:
-        """Set the initial scale of each fitted width, and reset the learned parameters."""
-        self.configure(**settings)
+    def _set_initial_grids(self, fits: Sequence[GridFit], **settings: Any) -> None:
+        """Set the initial grid of each fitted width, and reset the learned parameters."""
+        self.configure(doubled_zero_points=self._zero_points_of(fits), **settings)
         width_scale = self._doubling(self._host.bits).clone()
-        for k, scale in zip(self.fitted_widths, scales, strict=True):
-            width_scale[k - 1] = scale / scales[0]
-        self._write_ranges(scales[0], width_scale)
+        for k, fit in zip(self.fitted_widths, fits, strict=True):
+            width_scale[k - 1] = fit.scale / fits[0].scale
+        self._write_ranges(fits[0].scale, width_scale)
         self.log_scale.zero_()
         self.noise_logit.fill_(noise_logit(_INITIAL_NOISE))
         self.fits_next = False
 
+    def _zero_points_of(self, fits: Sequence[GridFit]) -> tuple[int, ...]:
+        """Twice the zero point of each width from 1 to 8, from those of :attr:`fitted_widths`."""
+        settings, zero_points = self.settings, list(self.settings.doubled_zero_points)
+        for k, fit in zip(self.fitted_widths, fits, strict=True):
+            zero_points[k - 1] = doubled(fit.zero_point)
+        if settings.nesting == "range":
+            for k in range(1, settings.bits):
+                zero_points[k - 1] = doubled(narrower_zero_point(fits[0].zero_point, settings.bits, k))
+        return tuple(zero_points)
+
     @torch.no_grad()
-    def renew(self, scales: Sequence[Tensor], where: Tensor, signed: bool) -> None:
-        """Restart from new scales where a range is stale; the learned noise is kept.
+    def renew(self, fits: Sequence[GridFit], where: Tensor) -> None:
+        """Restart from new grids where a range is stale; the learned noise is kept.
 
         Args:
-            scales: Scales of each of :attr:`fitted_widths`, shape (1,) or (channels,).
+            fits: A grid for each of :attr:`fitted_widths`, with scales of shape (1,) or (channels,). The zero points
+                change for all channels.
             where: Which scales to replace, same shape, bool.
-            signed: Whether the grid has negative levels.
         """
-        self.configure(signed=signed)
+        self.configure(doubled_zero_points=self._zero_points_of(fits))
         width_scale = self.width_scale.clone()
-        for k, scale in zip(self.fitted_widths, scales, strict=True):
-            width_scale[k - 1] = torch.where(where, scale / scales[0], width_scale[k - 1])
-        self._write_ranges(torch.where(where, scales[0], self._start()), width_scale)
+        for k, fit in zip(self.fitted_widths, fits, strict=True):
+            width_scale[k - 1] = torch.where(where, fit.scale / fits[0].scale, width_scale[k - 1])
+        self._write_ranges(torch.where(where, fits[0].scale, self._start()), width_scale)
         self.log_scale.masked_fill_(where, 0.0)
         self.measured = None
 
     @torch.no_grad()
-    def propose(self, scales: Sequence[Tensor], signed: bool) -> None:
-        """Store new scales, as for :meth:`renew`, until :meth:`accept`: a forward that backward recomputes must use the
-        scales of its first run.
+    def propose(self, fits: Sequence[GridFit]) -> None:
+        """Store new grids, as for :meth:`renew`, until :meth:`accept`: a forward that backward recomputes must use the
+        grids of its first run.
         """
         state, start = self._writable(), self._places.pending.start
-        for index, scale in enumerate(scales):
-            state[start + index] = scale
-        self._host = self._host._replace(pending=True, pending_signed=signed)
+        for index, fit in enumerate(fits):
+            state[start + index] = fit.scale
+        self._host = self._host._replace(pending=True, pending_zero_points=self._zero_points_of(fits))
         self._write_header()
 
     @torch.no_grad()
     def accept(self) -> bool:
-        """Restart from the proposed scales; return whether there were any."""
+        """Restart from the proposed grids; return whether there were any."""
         settings = self.settings
         if not settings.pending:
             return False
         flat = self.state[self._places.pending] / weight_of_pending(self.state)
-        scales = [flat[index : index + 1] for index in range(len(self.fitted_widths))]
-        self.renew(scales, torch.ones_like(self.log_scale, dtype=torch.bool), settings.pending_signed)
+        fits = [
+            GridFit(flat[index : index + 1], settings.pending_zero_points[k - 1] / 2)
+            for index, k in enumerate(self.fitted_widths)
+        ]
+        self.renew(fits, torch.ones_like(self.log_scale, dtype=torch.bool))
         return True
 
     def refit_next(self) -> None:
         """Fit the range again to the next input, also in evaluation mode, which frozen layers use in training."""
-        self.configure(fitted=False, pending=False, pending_signed=False)
+        self.configure(fitted=False, pending=False, pending_zero_points=UNSIGNED)
         self.fits_next = True
 
     def extra_repr(self) -> str:
@@ -741,6 +782,10 @@ def _is_distributed() -> bool:
 
 def _has_gates(settings: Settings) -> bool:
     return settings.min_bits < settings.bits and not settings.fixed
+
+
+def _quant_grid(settings: Settings, bits: int) -> QuantGrid:
+    return QuantGrid.of(bits, settings.zero_point(bits), cast(Estimator, settings.estimator))
 
 
 def _span(kind: Kind, config: CPQConfig) -> tuple[int | None, int | None]:

@@ -2,49 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from cpq_lightning.functional.grid import balanced_zero_point, signed_zero_point
+from cpq_lightning.functional.grid_fit import GridFit
 from cpq_lightning.functional.ranges import max_scale, mse_scale
 from cpq_lightning.nn.sharding import full_tensor
 
 # Number of values that give a scale within half a percent of the best one.
 _SAMPLE_SIZE = 2**15
+# With weight_grid="auto", weights of up to so many bits get a balanced grid.
+BALANCED_BITS = 1
 
 
 @torch.no_grad()
-def weight_scales(weight: Tensor, channel_dim: int | None, widths: Sequence[int], rule: str) -> list[Tensor] | None:
-    """The initial scale of a weight for each width, by the rule ``"mse"`` or ``"max"``.
+def fit_weight(
+    weight: Tensor, channel_dim: int | None, widths: Sequence[int], rule: str, balanced: Collection[int] = ()
+) -> list[GridFit] | None:
+    """The initial grid of a weight for each width, by the rule ``"mse"`` or ``"max"``.
 
     Args:
         weight: Full-precision weight.
         channel_dim: Dimension of the channels with one scale each; ``None`` for a single scale.
         widths: Widths to fit.
         rule: ``"mse"`` for the least squared error, ``"max"`` for no clipping.
+        balanced: The widths whose grid is balanced; others are signed.
 
     Returns:
-        For each width scales of shape (channels,) or (1,), float32; a channel of zeros gets the mean of the others.
-        ``None`` for a weight of zeros only, to which no scale can be fitted.
+        For each width a grid with scales of shape (channels,) or (1,); a channel of zeros gets the mean scale of the
+        others. ``None`` for a weight of zeros only, to which no scale can be fitted.
     """
-    rows = full_tensor(weight.detach()).float()
-    rows = rows.reshape(1, -1) if channel_dim is None else rows.movedim(channel_dim, 0).flatten(1)
+    rows = _rows(weight, channel_dim)
+    zero_points = [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in widths]
     if not rows.numel():
-        return [rows.new_ones(len(rows)) for _ in widths]
+        return [GridFit(rows.new_ones(len(rows)), z) for z in zero_points]
     known = rows.any(1)
     if not known.any():
         return None
+    grids = list(zip(widths, zero_points, strict=True))
     if rule == "max":
         low, high = rows.amin(1), rows.amax(1)
-        scales = [max_scale(low, high, bits=bits, signed=True) for bits in widths]
+        scales = [max_scale(low, high, bits=bits, zero_point=z) for bits, z in grids]
     else:
         sample = rows[:, :: even_stride(rows.shape[1], _SAMPLE_SIZE)]
         if not sample.any(1).equal(known):
             # The sample misses the few nonzero values of a channel.
             sample = rows
-        scales = [mse_scale(sample, bits=bits, signed=True) for bits in widths]
-    return [torch.where(known, scale, scale[known].mean()) for scale in scales]
+        scales = [mse_scale(sample, bits=bits, zero_point=z) for bits, z in grids]
+    return [
+        GridFit(torch.where(known, scale, scale[known].mean()), z) for scale, z in zip(scales, zero_points, strict=True)
+    ]
+
+
+def _rows(weight: Tensor, channel_dim: int | None) -> Tensor:
+    rows = full_tensor(weight.detach()).float()
+    return rows.reshape(1, -1) if channel_dim is None else rows.movedim(channel_dim, 0).flatten(1)
+
+
+@torch.no_grad()
+def balanced_widths(weight: Tensor, widths: Sequence[int], grid: str, nested_from: int) -> set[int]:
+    """The widths at which a weight gets a balanced grid, which has no level 0.
+
+    A weight whose zeros mean something keeps a level 0 at all widths: see :func:`has_meaningful_zeros`.
+
+    Args:
+        weight: Full-precision weight.
+        widths: The widths that are fitted, the widest first.
+        grid: ``"auto"``: widths up to :data:`BALANCED_BITS`; ``"balanced"``: up to 7 bits, as codes of 8 bits are odd
+            numbers up to 255, which no byte holds; ``"signed"``: none.
+        nested_from: The narrowest width. Widths that nest by range share one kind of grid: that of a single fitted
+            width is balanced if its narrowest one is.
+    """
+    most = {"auto": BALANCED_BITS, "balanced": 7}.get(grid, 0)
+    decisive = {k: k if len(widths) > 1 or grid == "balanced" else nested_from for k in widths}
+    chosen = {k for k, decides in decisive.items() if decides <= most and k <= 7}
+    return set() if not chosen or has_meaningful_zeros(weight) else chosen
+
+
+@torch.no_grad()
+def has_meaningful_zeros(weight: Tensor) -> bool:
+    """Whether exact zeros of a weight mean something, as those of a pruning mask or of a padding row do: more than a
+    thousandth of its elements are zero, or a complete row (index of the first dimension).
+    """
+    w = full_tensor(weight.detach())
+    zeros = w == 0
+    if not bool(zeros.any()):
+        return False
+    return bool(zeros.sum() > zeros.numel() / 1000) or bool(zeros.reshape(len(w), -1).all(1).any())
 
 
 def even_stride(n: int, max_samples: int) -> int:

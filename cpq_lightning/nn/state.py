@@ -22,8 +22,9 @@ from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 
 from cpq_lightning.functional.categorical import ESTIMATORS
+from cpq_lightning.functional.grid import level_bounds
 
-VERSION = 1
+VERSION = 2
 Kind = Literal["weight", "activation"]
 
 _KINDS = ("weight", "activation")
@@ -31,11 +32,18 @@ _NESTINGS = ("range", "resolution")
 _RANGE_RULES = ("mse", "max")
 _SHARINGS = ("tensor", "channel", "element")
 _GATE_ESTIMATORS = ("curvature", "concrete")
+# Grids that a quantizer may choose from; "balanced" is one of weights, "unsigned" and "offset" are of activations.
+_GRIDS = ("auto", "signed", "unsigned", "offset", "balanced")
 # Integers up to 2^20 times a power of two are exact in float32; larger ones are split into several digits.
 _DIGIT_BITS = 20
+# Zero points are split into small digits: in an average, a large number of an old state would outweigh the new one.
+_BASE = 32
 # Weights of the settings: 2^-96, 2^-72, … 2^96. Further changes keep the last weight, and two such states have their
 # plain mean as average.
 _FIRST, _GROWTH, _REVISIONS = -96, 24, 8
+# Twice the zero points of the signed and the unsigned grids of 1 to 8 bits.
+SIGNED = tuple(2**bits for bits in range(1, 9))
+UNSIGNED = (0,) * 8
 
 
 class Settings(NamedTuple):
@@ -46,10 +54,10 @@ class Settings(NamedTuple):
         kind: ``"weight"`` or ``"activation"``.
         bits: Widest width.
         min_bits: Narrowest width.
-        signed: Whether the grid has negative levels.
-        zero_point: Zero point, minus the lowest level, of a grid that is neither signed nor unsigned; 0 in version 1.
-        half_integer: Whether levels lie at half-integer multiples of the scale; 0 in version 1.
-        group_size: Number of inputs that share a scale; 0, which means all, in version 1.
+        grid: The grids to choose from when a range is fitted, as in ``CPQConfig(weight_grid=..., act_grid=...)``.
+        doubled_zero_points: Twice the zero point of the grid of each width from 1 to 8 bits: integers, as those of
+            balanced grids are half-integers (:mod:`cpq_lightning.functional.grid`).
+        group_size: Number of inputs that share a scale; 0 means all.
         active: Whether the quantizer is active; an inactive one returns its input.
         settled: Whether the range was fitted to the tensor that is trained, and not only when layers were attached.
         fixed: Whether ``widths`` are in use.
@@ -73,7 +81,7 @@ class Settings(NamedTuple):
         macs: Multiply-accumulates of the weight in one sample.
         steps: Number of training steps in which the model's first quantizer was called.
         pending: Whether a new range is pending, which takes effect at the next training step.
-        pending_signed: Whether the pending grid has negative levels.
+        pending_zero_points: Twice the zero point of each width of the pending grid.
         fitted: Whether the range is known.
     """
 
@@ -81,9 +89,8 @@ class Settings(NamedTuple):
     kind: str = "weight"
     bits: int = 4
     min_bits: int = 4
-    signed: bool = True
-    zero_point: int = 0
-    half_integer: bool = False
+    grid: str = "auto"
+    doubled_zero_points: tuple[int, ...] = SIGNED
     group_size: int = 0
     active: bool = True
     settled: bool = False
@@ -108,8 +115,17 @@ class Settings(NamedTuple):
     macs: int = 0
     steps: int = 0
     pending: bool = False
-    pending_signed: bool = False
+    pending_zero_points: tuple[int, ...] = UNSIGNED
     fitted: bool = False
+
+    def zero_point(self, bits: int) -> float:
+        """Zero point of the grid of a width."""
+        return self.doubled_zero_points[bits - 1] / 2
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest level of the widest grid."""
+        return level_bounds(self.bits, self.zero_point(self.bits))
 
 
 _CHOICES: dict[str, Collection[str]] = {
@@ -117,6 +133,7 @@ _CHOICES: dict[str, Collection[str]] = {
     "estimator": ESTIMATORS,
     "nesting": _NESTINGS,
     "range_rule": _RANGE_RULES,
+    "grid": _GRIDS,
     "gate_sharing": _SHARINGS,
     "gate_estimator": _GATE_ESTIMATORS,
 }
@@ -132,8 +149,11 @@ _DIGITS = {
     "numel": 3,
     "macs": 3,
     "steps": 2,
+    "doubled_zero_points": 16,
+    "pending_zero_points": 16,
 }
-_PENDING = ("pending_signed",)
+_TUPLES = ("doubled_zero_points", "pending_zero_points")
+_PENDING = ("pending_zero_points",)
 # Fields that are no settings: their parts of the state have separate weights.
 KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", "fitted")
 # The fields that determine the tensors of a quantizer and their shapes, with the option of CPQConfig that sets each.
@@ -175,11 +195,35 @@ def _length(names: tuple[str, ...]) -> int:
     return sum(_DIGITS.get(name, 1) for name in names)
 
 
-# Offsets in the header: settings, facts, pending range, and the weight of the ranges. After the header follow the fixed
-# widths, the scales, the scale of each width relative to the widest with nesting="resolution", and the pending scales.
-_FACTS_OFFSET = 1 + _length(_SETTINGS)
-_PENDING_OFFSET = _FACTS_OFFSET + 1 + _length(_FACTS)
-_RANGES_OFFSET = _PENDING_OFFSET + 1 + _length(_PENDING)
+class _Header(NamedTuple):
+    """The header of one version: the names of its settings, and of its pending range."""
+
+    settings: tuple[str, ...]
+    pending: tuple[str, ...]
+
+    # Offsets: settings, facts, pending range, and the weight of the ranges. After the header follow the fixed widths,
+    # the scales, the scale of each width relative to the widest with nesting="resolution", and the pending scales.
+    @property
+    def facts_offset(self) -> int:
+        return 1 + _length(self.settings)
+
+    @property
+    def pending_offset(self) -> int:
+        return self.facts_offset + 1 + _length(_FACTS)
+
+    @property
+    def ranges_offset(self) -> int:
+        return self.pending_offset + 1 + _length(self.pending)
+
+
+# Version 1 knew signed and unsigned grids only, the same for all widths of a quantizer. Its two other names were 0.
+_OLD_NAMES = {"grid": ("signed",), "doubled_zero_points": ("zero_point", "half_integer")}
+_VERSION_1 = _Header(
+    tuple(name for setting in _SETTINGS for name in _OLD_NAMES.get(setting, (setting,))),
+    ("pending_signed",),
+)
+_HEADERS = {1: _VERSION_1, VERSION: _Header(_SETTINGS, _PENDING)}
+_PENDING_OFFSET, _RANGES_OFFSET = _HEADERS[VERSION].pending_offset, _HEADERS[VERSION].ranges_offset
 HEADER = _RANGES_OFFSET + 1
 
 
@@ -229,58 +273,96 @@ def encode(settings: Settings, revision: int) -> Tensor:
     ):
         row.append(weight)
         for name in names:
-            row += [weight * digit for digit in _split(_number(name, getattr(settings, name)), _DIGITS.get(name, 1))]
+            row += [weight * digit for digit in _digits(name, getattr(settings, name))]
     return torch.tensor(row, dtype=torch.float32)
 
 
 def decode(header: list[float]) -> tuple[Settings, int]:
-    """Settings and revision from the header of a state.
+    """Settings and revision from the header of a state of any version, or of a longer part of the state.
 
     Raises:
         ValueError: The state is damaged, or of another version.
     """
-    weight, known, pending, fitted = header[0], header[_FACTS_OFFSET], header[_PENDING_OFFSET], header[_RANGES_OFFSET]
-    if not (weight > 0 and all(map(math.isfinite, header))):
+    weight = header[0]
+    version = round(header[1] / weight) if weight > 0 and math.isfinite(header[1]) else 0
+    form = _HEADERS.get(version, _HEADERS[VERSION])
+    header = header[: form.ranges_offset + 1]
+    if not (weight > 0 and len(header) > form.ranges_offset and all(map(math.isfinite, header))):
         raise ValueError(
             f"A quantizer's state is damaged (its weight is {weight}): it must stay float32, since a cast to a smaller "
             "type destroys it. Load the state_dict as it was saved."
         )
+    if version not in _HEADERS:
+        raise ValueError(
+            f"A quantizer's state has version {version}, and this release of cpq-lightning reads versions up to "
+            f"{VERSION}: use the release that wrote the state."
+        )
+    known, pending, fitted = header[form.facts_offset], header[form.pending_offset], header[form.ranges_offset]
     values: dict[str, Any] = {"has_facts": known > 0, "pending": pending > 0, "fitted": fitted > 0}
-    groups = ((_SETTINGS, 1, weight), (_FACTS, _FACTS_OFFSET + 1, known), (_PENDING, _PENDING_OFFSET + 1, pending))
+    groups = (
+        (form.settings, 1, weight),
+        (_FACTS, form.facts_offset + 1, known),
+        (form.pending, form.pending_offset + 1, pending),
+    )
     for names, start, divisor in groups:
         offset = start
         for name in names:
-            digits = _DIGITS.get(name, 1)
-            number = _join([round(v / divisor) for v in header[offset : offset + digits]]) if divisor > 0 else 0
-            values[name] = _value(name, number)
-            offset += digits
-    if values["version"] != VERSION:
-        raise ValueError(
-            f"A quantizer's state has version {values['version']}, and this release of cpq-lightning reads version "
-            f"{VERSION}: use the release that wrote the state."
-        )
+            count = _DIGITS.get(name, 1)
+            digits = [round(v / divisor) for v in header[offset : offset + count]] if divisor > 0 else [0] * count
+            values[name] = _value(name, digits)
+            offset += count
+    if version == 1:
+        _from_version_1(values)
     return Settings(**values), max(0, round((math.log2(weight) - _FIRST) / _GROWTH))
 
 
+def _from_version_1(values: dict[str, Any]) -> None:
+    values["version"] = VERSION
+    values["grid"] = "signed" if values["kind"] == "weight" else "auto"
+    values["doubled_zero_points"] = SIGNED if values.pop("signed") else UNSIGNED
+    values["pending_zero_points"] = SIGNED if values.pop("pending_signed") else UNSIGNED
+    del values["zero_point"], values["half_integer"]
+
+
 def read(state: Tensor) -> tuple[Settings, int]:
-    """Settings and revision from a state on any device, with a single copy to the host.
+    """Settings and revision from a state of any version on any device, with a single copy to the host.
 
     Raises:
         ValueError: The state is damaged, or of another version.
     """
-    if state.dim() != 1 or len(state) < HEADER:
+    shortest = min(form.ranges_offset + 1 for form in _HEADERS.values())
+    if state.dim() != 1 or len(state) < shortest:
         raise ValueError(
-            f"A quantizer's state is one-dimensional with at least {HEADER} elements, got shape {tuple(state.shape)}."
+            f"A quantizer's state is one-dimensional with at least {shortest} elements, got shape {tuple(state.shape)}."
         )
     if state.dtype.itemsize < 4:
         raise ValueError(
             f"A quantizer's state is damaged (it was cast to {state.dtype}): it must stay float32. Load the state_dict "
             "as it was saved."
         )
-    settings, revision = decode(state[:HEADER].tolist())
-    if len(state) != size(settings):
-        raise ValueError(f"A quantizer's state has {len(state)} elements, but its header requires {size(settings)}.")
+    header = state[:HEADER].tolist()
+    settings, revision = decode(header)
+    expected = size(settings) - HEADER + _header_length(header)
+    if len(state) != expected:
+        raise ValueError(f"A quantizer's state has {len(state)} elements, but its header requires {expected}.")
     return settings, revision
+
+
+def _header_length(header: list[float]) -> int:
+    return _HEADERS[round(header[1] / header[0])].ranges_offset + 1
+
+
+def upgraded(state: Tensor) -> Tensor:
+    """A state in the layout of this release: ``state`` itself, or one of an older version converted.
+
+    Raises:
+        ValueError: The state is damaged, or of another version.
+    """
+    settings, revision = read(state)
+    length = _header_length(state[:2].tolist())
+    if length == HEADER and round(float(state[1] / state[0])) == VERSION:
+        return state
+    return torch.cat([encode(settings, revision).to(state), state[length:]])
 
 
 def is_stacked(state: Tensor) -> bool:
@@ -320,14 +402,22 @@ def weight_of_pending(state: Tensor) -> Tensor:
     return state[_PENDING_OFFSET : _PENDING_OFFSET + 1]
 
 
-def _number(name: str, value: Any) -> int:
-    return [*_CHOICES[name]].index(value) if name in _CHOICES else int(value)
+def _digits(name: str, value: Any) -> list[int]:
+    """The numbers that stand for a setting in the state."""
+    if name in _TUPLES:
+        return [digit for number in value for digit in divmod(number, _BASE)]
+    number = [*_CHOICES[name]].index(value) if name in _CHOICES else int(value)
+    return _split(number, _DIGITS.get(name, 1))
 
 
-def _value(name: str, number: int) -> Any:
+def _value(name: str, digits: list[int]) -> Any:
+    """The inverse of :func:`_digits`."""
+    if name in _TUPLES:
+        return tuple(high * _BASE + low for high, low in zip(digits[::2], digits[1::2], strict=True))
+    number = _join(digits)
     if name in _CHOICES:
         return [*_CHOICES[name]][min(max(number, 0), len(_CHOICES[name]) - 1)]
-    return bool(number) if name in _BOOLEANS else number
+    return bool(number) if name in _BOOLEANS or name in ("signed", "pending_signed") else number
 
 
 def _split(number: int, count: int) -> list[int]:

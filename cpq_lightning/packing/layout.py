@@ -1,6 +1,6 @@
 """The layout of a packed file, and the contents of its header.
 
-A packed file (version 3) is a safetensors file of a few flat tensors:
+A packed file (version 4) is a safetensors file of a few flat tensors:
 
 - ``codes`` (bytes): the codes of each quantized weight (:func:`~cpq_lightning.functional.packing.pack_codes`; rows are
   the output channels), one after the other, each starting at a byte boundary.
@@ -14,9 +14,11 @@ The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a ne
 - ``format``, ``version``, ``written_by``; ``sha256`` of all tensors (:func:`digest_of_all`);
 - ``architecture``, if timm builds the network;
 - ``layers``: each with its ``name``, the ``bits`` of its weight (one width, or one for each channel), ``shape``,
-  ``channel_dim`` (0 if omitted), the number of scales as ``steps`` (1 if omitted), and ``input``: ``"s4"`` for a signed
-  grid of four bits, ``"u4"`` for an unsigned one, omitted if the input is not quantized. A layer that shares the weight
-  of another one has ``name``, ``input``, and that layer as ``source``;
+  ``channel_dim`` (0 if omitted), the number of scales as ``steps`` (1 if omitted), the widths with a balanced grid as
+  ``balanced`` (none if omitted), and ``input``: ``"s4"`` for a signed grid of four bits, ``"u4"`` for an unsigned one,
+  ``"o4:3"`` for one with the zero point 3, omitted if the input is not quantized. A layer that shares the weight of
+  another one has ``name``, ``input``, and that layer as ``source``. Packed are the codes of the signed grid; the code c
+  of a balanced grid means 2 c + 1 times the scale in the file, half the distance between its levels;
 - ``products``: the quantized products without a weight, each with its ``module``, ``plan``, ``counts`` and
   ``operands``;
 - ``tied``: further names of a layer's weight in the network's state, such as an embedding's, each with the layer;
@@ -38,12 +40,13 @@ from cpq_lightning.attach.layers import QuantizedLayer, read_layers
 from cpq_lightning.attach.parametrized import computing
 from cpq_lightning.attach.products import modules_with_products, operand_names
 from cpq_lightning.attach.tied import source_of, tied_readers
+from cpq_lightning.functional.grid import half_step, signed_zero_point
 from cpq_lightning.functional.packing import packed_bytes
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.version import __version__
 
 FORMAT = "cpq-lightning-packed"
-VERSION = 3
+VERSION = 4
 KEY = "cpq_lightning"
 CODES = "codes"
 # Names of types in safetensors and their sizes in bytes, in the order in which safetensors writes tensors.
@@ -95,13 +98,44 @@ def width_entry(quantizer: Quantizer, widths: Sequence[int]) -> dict[str, Any]:
     if quantizer.nesting == "resolution":
         steps = max(steps, len(widths))
     bits = widths[0] if len(widths) == 1 else list(widths)
-    return {"bits": bits, **({"steps": steps} if steps > 1 else {})}
+    balanced = sorted(k for k in set(widths) if half_step(quantizer.settings.zero_point(k)))
+    return {
+        "bits": bits,
+        **({"steps": steps} if steps > 1 else {}),
+        **({"balanced": balanced} if balanced else {}),
+    }
 
 
 def _input(quantizer: Quantizer | None) -> dict[str, str]:
     if quantizer is None or not quantizer.fitted:
         return {}
-    return {"input": f"{'s' if quantizer.signed else 'u'}{int(quantizer.decided_widths().max())}"}
+    bits = int(quantizer.decided_widths().max())
+    return {"input": grid_name(bits, int(quantizer.settings.zero_point(bits)))}
+
+
+def grid_name(bits: int, zero_point: int) -> str:
+    """The name of an input's grid in the header.
+
+    Example:
+        >>> grid_name(4, 8), grid_name(4, 0), grid_name(4, 3)
+        ('s4', 'u4', 'o4:3')
+    """
+    ends = {0: f"u{bits}", signed_zero_point(bits): f"s{bits}"}
+    return ends.get(zero_point, f"o{bits}:{zero_point}")
+
+
+def grid_of_name(name: str) -> tuple[int, int]:
+    """The bits and the zero point of a grid from its name.
+
+    Raises:
+        ValueError: it is not the name of a grid.
+    """
+    kind, (bits, colon, zero_point) = name[:1], name[1:].partition(":")
+    if kind in ("s", "u") and bits.isdecimal() and not colon:
+        return int(bits), signed_zero_point(int(bits)) if kind == "s" else 0
+    if kind == "o" and bits.isdecimal() and zero_point.isdecimal() and int(zero_point) < 2 ** int(bits[:2]):
+        return int(bits), int(zero_point)
+    raise ValueError(f"{name!r} is not the name of a grid")
 
 
 def _operand(operand: nn.Module) -> str | None:

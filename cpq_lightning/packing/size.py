@@ -107,7 +107,7 @@ class _FileSize:
         self._elements = lengths(header)
         self._characters = _json_length(signed(header))
         for layer in varied:
-            present = {key: layer.entry[key] for key in ("bits", "steps") if key in layer.entry}
+            present = {key: layer.entry[key] for key in ("bits", "steps", "balanced") if key in layer.entry}
             characters, codes, steps = layer.parts(present)
             self._characters -= characters
             self._elements[CODES] -= codes

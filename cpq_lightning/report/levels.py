@@ -45,9 +45,12 @@ class LevelsRecord:
         bits: Width; a list with one width per channel where the widths are per channel.
         min_bits: Narrowest width that DropBits may drop to in training.
         signed: Whether there are negative levels.
+        zero_point: Zero point of the grid, minus its lowest level: 0 for an unsigned grid, a half-integer for a
+            balanced one. The maximum over the channels.
         scale: Distance between neighbouring levels, in the unit of the quantized values (papers call it step size); a
             list with one scale per channel where the scales are per channel.
-        low: Lowest level, as a multiple of the scale; the minimum over the channels.
+        low: Lowest level, as a multiple of the scale (a half-integer for a balanced grid); the minimum over the
+            channels.
         high: Highest level, as a multiple of the scale; the maximum over the channels.
         numel: Elements of the weight, or of the activation in one sample; 0 before a range is known.
         used_levels: Number of levels that occur; ``None`` for an activation that was not measured.
@@ -57,7 +60,8 @@ class LevelsRecord:
         first_or_last: Whether the layer is a first or last layer, at ``first_last_bits``.
         quantizing: ``False`` while the quantizer passes its values on in full precision, and for a weight that the
             forward reads without calling its layer.
-        level_shares: Weights only: the share of the elements at each level from ``low`` to ``high``.
+        level_shares: Weights only: the share of the elements at each level from ``low`` to ``high``; in steps of a half
+            where only some channels have a balanced grid.
         bytes: Weights only: size of the packed codes; the size in float32 while the weight is in full precision.
         macs: Weights only: multiply-accumulates in one sample; 0 before a forward.
         bops: Weights only: bit operations, ``macs`` times the bits of the weight times the bits of the activation; a
@@ -69,9 +73,10 @@ class LevelsRecord:
     bits: int | list[int]
     min_bits: int
     signed: bool
+    zero_point: float
     scale: float | list[float]
-    low: int
-    high: int
+    low: float
+    high: float
     numel: int
     used_levels: int | None
     relative_error: float | None
@@ -157,10 +162,11 @@ def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -
         kind=quantizer.kind,
         bits=widths[0] if len(widths) == 1 else widths,
         min_bits=quantizer.min_bits,
-        signed=quantizer.signed,
+        signed=bool(low.min() < 0),
+        zero_point=_number(-low.min()),
         scale=scales[0] if len(scales) == 1 else scales,
-        low=int(low.min()),
-        high=int(high.max()),
+        low=_number(low.min()),
+        high=_number(high.max()),
         numel=quantizer.numel,
         used_levels=None if usage is None else usage.used_levels,
         relative_error=None if usage is None else usage.relative_error,
@@ -175,12 +181,14 @@ def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -
 def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     """The record of a layer's weight in evaluation."""
     quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach())
-    codes = _codes(quantizer, weight)
+    quantized = quantizer.levels(weight)
     step, low, high = quantizer.grid()
     power = weight.double().square().sum()
-    error = (weight.double() - (codes.float() * quantizer.along_channels(step, weight)).double()).square().sum()
-    bottom = int(low.min())
-    counts = torch.bincount(codes.flatten().long() - bottom, minlength=int(high.max()) - bottom + 1)
+    error = (weight.double() - (quantized * quantizer.along_channels(step, weight)).double()).square().sum()
+    # Levels of balanced and of signed grids lie half a scale apart.
+    per_scale = 1 if len((low % 1).unique()) == 1 else 2
+    place = ((quantized - low.min()) * per_scale).flatten().long()
+    counts = torch.bincount(place, minlength=int((high.max() - low.min()) * per_scale) + 1)
     clipped, fresh_clipped = outgrown_weight(layer)
     usage = Usage(int((counts > 0).sum()), float(error / power) if power > 0 else 0.0, clipped, fresh_clipped)
     return _record(
@@ -195,12 +203,23 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
 
 @torch.no_grad()
 def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
-    """The levels of a layer's weights in evaluation, as integers (int16) of the weight's shape."""
-    return _codes(layer.weight_quantizer, full_tensor(layer.read_weight().detach()))
+    """The integer codes of a layer's weights in evaluation, int16, of the weight's shape: ``codes · code_scale``.
+
+    Codes are the levels, or on a balanced grid twice the levels, which are odd.
+    """
+    quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach())
+    factor = quantizer.along_channels(quantizer.codes_per_level(), weight)
+    return (quantizer.levels(weight) * factor).to(torch.int16)
 
 
-def _codes(quantizer: Quantizer, weight: torch.Tensor) -> torch.Tensor:
-    return quantizer.codes(weight).to(torch.int16)
+def code_scale(quantizer: Quantizer) -> torch.Tensor:
+    """The scale of :func:`weight_codes`, one value or one for each channel."""
+    return (quantizer.grid()[0] / quantizer.codes_per_level()).detach()
+
+
+def _number(value: torch.Tensor) -> float:
+    number = float(value)
+    return int(number) if number == int(number) else number
 
 
 def manifest(

@@ -30,7 +30,7 @@ def backward(q, x, gradient):
 def expected(q, x, gradient, **settings):
     widths = range(q.min_bits, q.bits + 1)
     steps = q.scale().detach() * q.width_scale[q.min_bits - 1 : q.bits]
-    return -bit_saliency(x, gradient, steps, widths, signed=q.signed, **settings)
+    return -bit_saliency(x, gradient, steps, widths, zero_points=[q.settings.zero_point(k) for k in widths], **settings)
 
 
 @pytest.mark.parametrize("sharing", ["tensor", "channel"])

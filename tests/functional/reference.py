@@ -5,12 +5,15 @@ from decimal import Decimal, localcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpq_lightning.functional.grid import signed_zero_point
 
-def reference(x, scale, sigma, masks=None, *, bits, min_bits=None, signed=True, estimator="argmax"):
+
+def reference(x, scale, sigma, masks=None, *, bits, min_bits=None, zero_point=None, estimator="argmax"):
     """What ``quantize`` must give, for ``x`` within about 1.5 times the grid (far outside, exponentials overflow)."""
     min_bits = bits if min_bits is None else min_bits
-    levels = grid(bits, signed)
-    grid_index = grid_index_of(levels, min_bits, signed)
+    zero_point = signed_zero_point(bits) if zero_point is None else zero_point
+    levels = grid(bits, zero_point)
+    grid_index = grid_index_of(levels, bits, min_bits, zero_point)
     if masks is None:
         masks = torch.ones(bits - min_bits + 1, dtype=x.dtype)
     per_element = masks.reshape(*_aligned(masks, x)).expand(-1, *x.shape)
@@ -32,23 +35,24 @@ def reference(x, scale, sigma, masks=None, *, bits, min_bits=None, signed=True, 
     return scale * n + scale.detach() * (surrogate - surrogate.detach())
 
 
-def grid(bits, signed):
+def grid(bits, zero_point):
     """All levels, in scales."""
-    levels = torch.arange(2**bits, dtype=torch.float64)
-    return levels - 2 ** (bits - 1) if signed else levels
+    return torch.arange(2**bits, dtype=torch.float64) - zero_point
 
 
-def grid_index_of(levels, min_bits, signed):
+def grid_index_of(levels, bits, min_bits, zero_point):
     """Index of the ring that each level lies in: how many bits over ``min_bits`` it takes to write it."""
     grid_index = torch.zeros(len(levels), dtype=torch.long)
     for i, level in enumerate(levels):
-        while not _fits(level, min_bits + int(grid_index[i]), signed):
+        while not _fits(level, bits, min_bits + int(grid_index[i]), zero_point):
             grid_index[i] += 1
     return grid_index
 
 
-def _fits(level, bits, signed):
-    return -(2 ** (bits - 1)) <= level < 2 ** (bits - 1) if signed else 0 <= level < 2**bits
+def _fits(level, bits, width, zero_point):
+    """The grids of all widths lie around the same zero: each has half of the wider one's levels below it."""
+    below = (2**width - 1) / 2 if zero_point % 1 else zero_point // 2 ** (bits - width)
+    return -below <= level < 2**width - below
 
 
 def _aligned(masks, x):
@@ -73,16 +77,16 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def exact(x, scale, sigma, masks, *, bits, min_bits, signed):
+def exact(x, scale, sigma, masks, *, bits, min_bits, zero_point):
     """Value of one element and, by estimator, its gradients in x, scale, sigma and each mask, all given as floats.
 
     Central differences with digits to spare: right however far out x is and however little mass a ring holds.
     """
     values = [Decimal(v) for v in (x, scale, sigma, *masks)]
-    levels = [int(level) for level in grid(bits, signed)]
-    grid_indices = grid_index_of(levels, min_bits, signed).tolist()
+    levels = [Decimal(float(level)) for level in grid(bits, zero_point)]
+    grid_indices = grid_index_of(levels, bits, min_bits, zero_point).tolist()
     # The largest exponent, in decimal digits: masses are that small, and derivatives of closed grids that large.
-    digits = int(max(abs(x / scale - level) + 1 for level in levels) * scale / sigma / 2.3)
+    digits = int(max(abs(x / scale - float(level)) + 1 for level in levels) * scale / sigma / 2.3)
     with localcontext() as context:
         context.prec = 100 + 3 * digits
         context.Emin, context.Emax = -(10**9), 10**9
@@ -96,7 +100,7 @@ def exact(x, scale, sigma, masks, *, bits, min_bits, signed):
                 for sign in (1, -1)
             )
             slopes = [n * (p - q) / (2 * h) for n, p, q in zip(levels, up, down, strict=True)]
-            direct = levels[chosen] if i == 1 else 0
+            direct = levels[chosen] if i == 1 else Decimal(0)
             gradients["argmax"].append(float(direct + values[1] * slopes[chosen]))
             gradients["expectation"].append(float(direct + values[1] * sum(slopes)))
         return float(levels[chosen] * values[1]), gradients

@@ -18,10 +18,11 @@ from cpq_lightning.functional.dropbits import (
     open_gates,
     open_probability,
 )
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import level_bounds, nearest_level
 from cpq_lightning.functional.ranges import histogram, max_scale, mse_scale
 from cpq_lightning.functional.resolution import quantize_resolution
 from tests.functional.reference import reference
+from tests.grids import KINDS, narrower, zero_point
 from tests.strategies import DENSE_LAYOUTS, Case, cases, contiguous, examples, layout, shapes
 
 NAMES = ("value", "x", "scale", "sigma", "masks")
@@ -66,17 +67,21 @@ def open_widths(case, masks):
     return (case.min_bits - 1 + (masks > 0).sum(0)).expand(case.shape)
 
 
-def rounded(x, scale, widths, signed):
+def rounded(x, scale, widths, case):
     """Rounding to the grid of each element's width, halves in float32."""
     wide = x if x.dtype == torch.float64 else x.float()
     scale = scale if scale.dtype == torch.float64 else scale.float()
-    bounds = torch.tensor([level_bounds(k, signed) for k in range(1, 9)]).to(wide.dtype)[widths - 1]
-    return ((wide / scale).round().clamp(bounds[..., 0], bounds[..., 1]) * scale).to(x.dtype)
+    bounds = torch.tensor([level_bounds(k, narrower(case.kind, case.bits, k)) for k in range(1, case.bits + 1)]).to(
+        wide.dtype
+    )[widths - 1]
+    half = 0.5 if case.kind == "balanced" else 0.0
+    levels = (wide / scale - half).round() + half
+    return (levels.clamp(bounds[..., 0], bounds[..., 1]) * scale).to(x.dtype)
 
 
 def tells_levels_apart(case):
     """Whether the dtype of x rounds no level halfway to the next: the eight digits of bfloat16 do, from 128 on."""
-    return case.dtype != torch.bfloat16 or case.signed or case.bits < 8
+    return case.dtype != torch.bfloat16 or case.bits < 7 or (case.kind == "signed" and case.bits < 9)
 
 
 # The quantizer -------------------------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def test_values_and_gradients_are_finite_and_have_the_shape_and_dtype_of_what_th
 @example(Case(shape=(50,), bits=4, min_bits=2, mask_shape=(), values="halves", seed=1))
 def test_with_gates_of_zero_and_one_it_rounds_to_the_grid_of_the_open_grids(case):
     x, scale, sigma, masks = case.tensors()
-    want = rounded(x, scale, open_widths(case, masks), case.signed)
+    want = rounded(x, scale, open_widths(case, masks), case)
     assert torch.equal(quantize(x, scale, sigma, masks, **case.grid), want)
 
 
@@ -124,7 +129,7 @@ def test_with_gates_between_every_value_is_a_level_of_an_open_grid(case):
     x, scale, sigma, masks = case.tensors()
     out = quantize(x, scale, sigma, masks, **case.grid)
     # Rounding to that grid finds a value that is on it.
-    assert torch.equal(rounded(out, scale, open_widths(case, masks), case.signed), out)
+    assert torch.equal(rounded(out, scale, open_widths(case, masks), case), out)
 
 
 @examples(150)
@@ -145,7 +150,7 @@ def test_dense_layouts_are_kept(case):
     for scale, sigma, masks in (others, contiguous(others)):
         assert layout(quantize(x, scale, sigma, masks, **case.grid)) == layout(x)
         if masks is not None:
-            assert layout(quantize_resolution(x, scale, sigma, masks, **case.grid)) == layout(x)
+            assert layout(quantize_resolution(x, scale, sigma, masks, **by_width(case))) == layout(x)
 
 
 @examples(100)
@@ -205,7 +210,7 @@ def test_negation_commutes_as_far_as_the_grid_is_symmetric(case):
     x, scale, sigma, _ = case.tensors()
     high = level_bounds(case.bits)[1]
     x = torch.minimum(torch.maximum(x, -high * scale), high * scale).to(x.dtype)
-    grid = {**case.grid, "signed": True}
+    grid = {**case.grid, "zero_point": None}
     assert torch.equal(quantize(-x, scale, sigma, **grid), -quantize(x, scale, sigma, **grid))
 
 
@@ -246,10 +251,17 @@ def smallest(scale):
 # Nesting by resolution -----------------------------------------------------------------------------------------------
 
 
+def by_width(case):
+    """The keyword arguments of quantize_resolution."""
+    widths = range(case.min_bits, case.bits + 1)
+    grid = {key: value for key, value in case.grid.items() if key != "zero_point"}
+    return {**grid, "zero_points": [zero_point(case.kind, k) for k in widths]}
+
+
 def at_width(case, x, scale, sigma, width, width_scales=None):
     """The single quantizer of one width."""
     factor = 2.0 ** (case.bits - width) if width_scales is None else width_scales[width - case.min_bits]
-    grid = {"bits": width, "signed": case.signed, "estimator": case.estimator}
+    grid = {"bits": width, "zero_point": zero_point(case.kind, width), "estimator": case.estimator}
     return quantize(x, scale * factor, sigma * factor, **grid)
 
 
@@ -274,7 +286,7 @@ def test_by_resolution_gates_of_zero_and_one_give_each_element_the_quantizer_of_
         return out
 
     def nested(x, scale, sigma):
-        return quantize_resolution(x, scale, sigma, masks, width_scales=width_scales, **case.grid)
+        return quantize_resolution(x, scale, sigma, masks, width_scales=width_scales, **by_width(case))
 
     got = differentiate(nested, (x, scale, sigma), upstream)
     want = differentiate(chosen, (x, scale, sigma), upstream)
@@ -297,7 +309,7 @@ def test_by_resolution_gates_between_weigh_the_residuals_that_bits_add(case):
             out = out + mask.to(x.dtype) * (upper - lower)
         return out
 
-    got = differentiate(quantize_resolution, (x, scale, sigma, masks), upstream, **case.grid)
+    got = differentiate(quantize_resolution, (x, scale, sigma, masks), upstream, **by_width(case))
     want = differentiate(ladder, (x, scale, sigma, masks), upstream)
     for name, g, t in zip(NAMES, got, (x, x, scale, sigma, masks), strict=True):
         assert (g.shape, g.dtype) == (t.shape, t.dtype), name
@@ -311,8 +323,9 @@ def test_by_resolution_gates_between_weigh_the_residuals_that_bits_add(case):
 @example(Case(shape=(0,), bits=2, mask_shape=(0,), gates="between"))
 def test_by_resolution_the_layout_in_memory_changes_neither_values_nor_gradients(case):
     tensors = case.tensors()
-    got = differentiate(quantize_resolution, tensors, case.upstream(), **case.grid)
-    want = differentiate(quantize_resolution, contiguous(tensors), case.upstream().contiguous(), **case.grid)
+    got = differentiate(quantize_resolution, tensors, case.upstream(), **by_width(case))
+    plain = contiguous(tensors)
+    want = differentiate(quantize_resolution, plain, case.upstream().contiguous(), **by_width(case))
     assert torch.equal(got[0], want[0])
     assert_alike(got[1:], want[1:], NAMES[1:])
 
@@ -387,12 +400,14 @@ def rows(draw, least=0.0, highest=LARGEST):
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
 
 
-grids = st.fixed_dictionaries({"bits": st.integers(1, 8), "signed": st.booleans()})
+grids = st.tuples(st.integers(1, 8), st.sampled_from(KINDS)).map(
+    lambda drawn: {"bits": drawn[0], "zero_point": zero_point(drawn[1], drawn[0])}
+)
 
 
 @examples(80)
 @given(rows(), grids, st.booleans())
-@example(torch.tensor([[3e38]]), {"bits": 1, "signed": False}, False)
+@example(torch.tensor([[3e38]]), {"bits": 1, "zero_point": 0}, False)
 def test_fitted_scales_are_positive_and_finite_whatever_finite_values_they_are_fitted_to(values, grid, counted):
     counts = torch.arange(values.numel()).reshape(values.shape).double() if counted else None
     scale = mse_scale(values, **grid, counts=counts)
@@ -402,16 +417,16 @@ def test_fitted_scales_are_positive_and_finite_whatever_finite_values_they_are_f
     assert ((full > 0) & full.isfinite()).all()
 
 
-def squared_error(values, scale, bits, signed):
+def squared_error(values, scale, bits, zero_point):
     values, scale = values.double(), scale.double()[:, None]
-    return (values - (values / scale).round().clamp(*level_bounds(bits, signed)) * scale).square().sum(1)
+    return (values - nearest_level(values / scale, *level_bounds(bits, zero_point)) * scale).square().sum(1)
 
 
 # Below 1e-30 a scale is as good as zero, by design.
 @examples(80)
 @given(rows(least=2.0**-80), grids)
-@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e-25, {"bits": 4, "signed": True})
-@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e25, {"bits": 4, "signed": True})
+@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e-25, {"bits": 4, "zero_point": None})
+@example(torch.tensor([[0.83, 0.13, 0.79, 0.35, 0.96]]) * 1e25, {"bits": 4, "zero_point": None})
 def test_no_fitted_scale_is_worse_than_the_one_that_clips_nothing(values, grid):
     fitted = squared_error(values, mse_scale(values, **grid), **grid)
     full = squared_error(values, max_scale(values.amin(1), values.amax(1), **grid), **grid)
@@ -420,8 +435,8 @@ def test_no_fitted_scale_is_worse_than_the_one_that_clips_nothing(values, grid):
 
 @examples(50)
 @given(rows(least=2.0**-8, highest=2.0**8), grids, st.integers(-75, 110))
-@example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "signed": False}, -75)
-@example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "signed": False}, 63)
+@example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "zero_point": 0}, -75)
+@example(torch.tensor([[2.0, 5.0]]), {"bits": 1, "zero_point": 0}, 63)
 def test_a_fitted_scale_grows_with_its_values(values, grid, power):
     fitted = mse_scale(values, **grid)
     # Where no value can be represented the scale is 1, whatever the scale.

@@ -11,6 +11,7 @@ from cpq_lightning.functional.categorical import quantize, quantize_unchecked
 from cpq_lightning.functional.dropbits import masks_from_gates
 from cpq_lightning.functional.grid import level_bounds
 from tests.functional.reference import Recorder, exact, reference
+from tests.grids import KINDS, narrower, zero_point
 
 ESTIMATORS = ("argmax", "expectation")
 WIDTHS = [(bits, low) for bits in range(1, 9) for low in range(1, bits + 1)]
@@ -19,13 +20,13 @@ SCALE_SHAPES = {"scalar": (), "tensor": (1,), "channel": (4, 1), "element": SHAP
 MASK_SHAPES = {"scalar": (), "tensor": (1, 1, 1), "channel": (4, 1), "element": SHAPE}
 
 
-def inputs(bits, min_bits, signed, scale_shape=(4, 1), mask_shape=(4, 1), shape=SHAPE):
+def inputs(bits, min_bits, kind="signed", scale_shape=(4, 1), mask_shape=(4, 1), shape=SHAPE):
     """Float64 values up to 1.5 times the grid, noise up to the scale, gates of 0, 0.3 to 1, and 1."""
     # A closed ring's mask has derivatives up to exp(distance/sigma): wide grids get wide noise, so that they fit.
     least = max(0.1, 1.5 * 2**bits / 600)
     scale = torch.rand(scale_shape, dtype=torch.float64) * 2 + 0.01
     sigma = scale * (least + (1 - least) * torch.rand(scale_shape, dtype=torch.float64))
-    low, high = level_bounds(bits, signed)
+    low, high = level_bounds(bits, zero_point(kind, bits))
     x = scale * (1.5 * (low + torch.rand(shape, dtype=torch.float64) * (high - low)) - 0.7)
     gates = (torch.rand(bits - min_bits, *mask_shape, dtype=torch.float64) * 1.2).clamp(max=1)
     gates = torch.where(gates < 0.3, 0.0, gates)
@@ -48,12 +49,12 @@ def assert_close(got, want, rtol=1e-8, atol=1e-9):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-def test_every_width_agrees_with_the_full_grid(signed, estimator):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_width_agrees_with_the_full_grid(kind, estimator):
     for bits, min_bits in WIDTHS:
-        tensors = inputs(bits, min_bits, signed)
+        tensors = inputs(bits, min_bits, kind)
         upstream = torch.randn(SHAPE, dtype=torch.float64)
-        settings = {"bits": bits, "min_bits": min_bits, "signed": signed, "estimator": estimator}
+        settings = {"bits": bits, "min_bits": min_bits, "zero_point": zero_point(kind, bits), "estimator": estimator}
         assert_close(run(quantize, tensors, upstream, **settings), run(reference, tensors, upstream, **settings))
 
 
@@ -62,7 +63,7 @@ def test_every_width_agrees_with_the_full_grid(signed, estimator):
 @pytest.mark.parametrize("scale_shape", SCALE_SHAPES, ids=lambda name: f"scale-{name}")
 @pytest.mark.parametrize(("bits", "min_bits"), [(2, 1), (4, 2)])
 def test_every_way_to_broadcast_agrees_with_the_full_grid(bits, min_bits, scale_shape, mask_shape, estimator):
-    tensors = inputs(bits, min_bits, True, SCALE_SHAPES[scale_shape], MASK_SHAPES.get(mask_shape, ()))
+    tensors = inputs(bits, min_bits, "signed", SCALE_SHAPES[scale_shape], MASK_SHAPES.get(mask_shape, ()))
     tensors[3] = None if mask_shape is None else tensors[3]
     upstream = torch.randn(SHAPE, dtype=torch.float64)
     settings = {"bits": bits, "min_bits": min_bits, "estimator": estimator}
@@ -89,8 +90,8 @@ def test_random_elements_agree_with_arbitrary_precision_far_outside_the_grid_too
     draw = random.Random(seed)
     bits = draw.choice([1, 2, 3])
     min_bits = draw.randint(1, bits)
-    signed = draw.random() < 0.6
-    low, high = level_bounds(bits, signed)
+    z = zero_point(draw.choice(KINDS), bits)
+    low, high = level_bounds(bits, z)
     scale, noise = 10 ** draw.uniform(-3, 1), 10 ** draw.uniform(-1.5, 0)
     near = draw.uniform(1.5 * low - 2, 1.5 * high + 2)
     u = near if draw.random() < 0.7 else draw.uniform(-150, 150) * noise
@@ -98,31 +99,32 @@ def test_random_elements_agree_with_arbitrary_precision_far_outside_the_grid_too
     for _ in range(bits - min_bits):
         masks.append(masks[-1] * draw.choice([1.0, 0.0, draw.random(), 10 ** draw.uniform(-8, 0)]))
     # A single ring's mask cancels, which differences around 1 show as well.
-    assert_exact(u * scale, scale, noise * scale, masks, bits=bits, min_bits=min_bits, signed=signed)
+    assert_exact(u * scale, scale, noise * scale, masks, bits=bits, min_bits=min_bits, zero_point=z)
 
 
 @pytest.mark.parametrize("mask", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("u", [13.3, -14.4, 30.2])
 def test_a_nearly_closed_grid_that_holds_all_the_mass_keeps_its_digits(u, mask):
-    assert_exact(u, 1.0, 0.2, [1.0, mask**0.5, mask], bits=5, min_bits=3, signed=True)
+    assert_exact(u, 1.0, 0.2, [1.0, mask**0.5, mask], bits=5, min_bits=3, zero_point=16)
 
 
-@pytest.mark.parametrize(("bits", "signed"), [*itertools.product(range(1, 9), (True, False))])
-def test_without_masks_the_value_is_the_rounded_and_clamped_one(bits, signed):
+@pytest.mark.parametrize(("bits", "kind"), [*itertools.product(range(1, 9), KINDS)])
+def test_without_masks_the_value_is_the_rounded_and_clamped_one(bits, kind):
     scale = torch.tensor(0.37, dtype=torch.float64)
     x = torch.randn(1000, dtype=torch.float64) * 2**bits * 0.3
-    want = (x / scale).round().clamp(*level_bounds(bits, signed)) * scale
-    assert torch.equal(quantize(x, scale, scale / 3, bits=bits, signed=signed), want)
+    z, half = zero_point(kind, bits), 0.5 if kind == "balanced" else 0.0
+    want = ((x / scale - half).round() + half).clamp(*level_bounds(bits, z)) * scale
+    assert torch.equal(quantize(x, scale, scale / 3, bits=bits, zero_point=z), want)
 
 
-@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-def test_a_closed_grid_is_never_chosen_and_an_open_one_can_be(signed):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_grid_is_never_chosen_and_an_open_one_can_be(kind):
     x = torch.linspace(-40, 40, 801)
     scale = torch.tensor(1.0)
     for open_grids in range(1, 5):
         masks = torch.tensor([1.0] * open_grids + [0.0] * (4 - open_grids))
-        out = quantize(x, scale, scale / 3, masks, bits=5, min_bits=2, signed=signed)
-        low, high = level_bounds(1 + open_grids, signed)
+        out = quantize(x, scale, scale / 3, masks, bits=5, min_bits=2, zero_point=zero_point(kind, 5))
+        low, high = level_bounds(1 + open_grids, narrower(kind, 5, 1 + open_grids))
         assert (out.min().item(), out.max().item()) == (low, high)
 
 
@@ -160,7 +162,7 @@ def test_a_mask_of_one_clamps_huge_values_to_the_widest_grid(scales, dtype):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_single_grid_has_neither_effect_nor_gradient_of_its_mask(estimator):
-    x, scale, sigma, _ = inputs(4, 4, True)
+    x, scale, sigma, _ = inputs(4, 4, "signed")
     masks = torch.ones(1, dtype=torch.float64)
     got = run(quantize, (x, scale, sigma, masks), bits=4, estimator=estimator)
     without = run(quantize, (x, scale, sigma, None), bits=4, estimator=estimator)
@@ -359,22 +361,22 @@ def test_argmax_gives_level_zero_no_gradient_and_expectation_does():
 
 
 def test_the_unchecked_form_is_the_same_function():
-    tensors = inputs(4, 2, True)
-    settings = {"bits": 4, "min_bits": 2, "signed": True, "estimator": "argmax"}
+    tensors = inputs(4, 2)
+    settings = {"bits": 4, "min_bits": 2, "zero_point": 8, "estimator": "argmax"}
     for a, b in zip(run(quantize, tensors, **settings), run(quantize_unchecked, tensors, **settings), strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_defaults_are_one_signed_grid_and_expectation():
-    x, scale, sigma, _ = inputs(3, 3, True)
+    x, scale, sigma, _ = inputs(3, 3)
     default = run(quantize, (x, scale, sigma, None), bits=3)
-    spelled = run(quantize, (x, scale, sigma, None), bits=3, min_bits=3, signed=True, estimator="expectation")
+    spelled = run(quantize, (x, scale, sigma, None), bits=3, min_bits=3, zero_point=4, estimator="expectation")
     assert all(torch.equal(a, b) for a, b in zip(default[:4], spelled[:4], strict=True))
 
 
 def test_gradients_of_gates_flow_through_the_masks():
     gates = torch.tensor([0.9, 0.5], dtype=torch.float64, requires_grad=True)
-    x, scale, sigma, _ = inputs(4, 2, True, (), ())
+    x, scale, sigma, _ = inputs(4, 2, "signed", (), ())
     quantize(x, scale, sigma, masks_from_gates(gates), bits=4, min_bits=2, estimator="expectation").sum().backward()
     twin = gates.detach().clone().requires_grad_()
     masks = torch.stack([torch.ones_like(twin[0]), twin[0], twin[0] * twin[1]])

@@ -1,12 +1,14 @@
 """Starting scales against a dense scan of all scales, against optima from the literature, and histograms."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import level_bounds, nearest_level
 from cpq_lightning.functional.ranges import bin_centers, histogram, mse_scale
+from tests.grids import KINDS, zero_point
 
 N = 2000
 
@@ -29,21 +31,20 @@ def samples(name):
     }[name]
 
 
-def error(values, scale, bits, signed, counts=None):
+def error(values, scale, bits, zero_point, counts=None):
     """Squared error of each of the given scales, in float64."""
     values, scale = values.double(), torch.as_tensor(scale, dtype=torch.float64).reshape(-1, 1)
-    low, high = level_bounds(bits, signed)
-    squares = (values - (values / scale).round().clamp(low, high) * scale).square()
+    squares = (values - nearest_level(values / scale, *level_bounds(bits, zero_point)) * scale).square()
     return (squares if counts is None else squares * counts).sum(1)
 
 
-def dense_best(values, bits, signed):
+def dense_best(values, bits, zero_point):
     """Least error over 600 scales from far too small to far too large, and 500 more around the best of them."""
     span = values.abs().max().double() * 2
     scales = span * torch.logspace(-13, 0, 600, base=2, dtype=torch.float64)
-    best = scales[error(values, scales, bits, signed).argmin()]
+    best = scales[error(values, scales, bits, zero_point).argmin()]
     fine = best * torch.linspace(0.98, 1.02, 500, dtype=torch.float64)
-    return error(values, fine, bits, signed).min().item()
+    return error(values, fine, bits, zero_point).min().item()
 
 
 SIGNED = ["normal", "uniform", "shifted", "heavy tails", "one outlier", "two clusters", "tiny", "huge"]
@@ -52,16 +53,22 @@ UNSIGNED = ["half normal", "mostly zero", "normal", "one outlier", "heavy tails"
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize(
-    ("name", "signed"), [*((n, True) for n in [*SIGNED, "negative"]), *((n, False) for n in UNSIGNED)]
+    ("name", "kind"),
+    [
+        *((n, "signed") for n in [*SIGNED, "negative"]),
+        *((n, "unsigned") for n in UNSIGNED),
+        *((n, kind) for n in ("normal", "shifted", "heavy tails") for kind in ("offset", "balanced")),
+    ],
 )
-def test_no_scale_has_an_error_lower_by_more_than_a_percent(name, signed, bits):
+def test_no_scale_has_an_error_lower_by_more_than_a_percent(name, kind, bits):
+    z = zero_point(kind, bits)
     values = samples(name)
-    scale = mse_scale(values[None], bits=bits, signed=signed)
+    scale = mse_scale(values[None], bits=bits, zero_point=z)
     assert scale.shape == (1,)
     assert scale.dtype == torch.float32
     assert scale.isfinite().all()
     assert (scale > 0).all()
-    assert error(values, scale, bits, signed).item() <= 1.01 * dense_best(values, bits, signed)
+    assert error(values, scale, bits, z).item() <= 1.01 * dense_best(values, bits, z)
 
 
 # Max, Quantizing for minimum distortion, 1960, table II: best spacing of 2^k equally spaced levels for a unit normal.
@@ -69,52 +76,66 @@ def test_no_scale_has_an_error_lower_by_more_than_a_percent(name, signed, bits):
 @pytest.mark.parametrize(("bits", "spacing"), [(2, 0.9957), (3, 0.5860), (4, 0.3352), (5, 0.1881)])
 def test_a_unit_normal_gets_nearly_the_spacing_of_the_literature(bits, spacing):
     values = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(2))
-    assert mse_scale(values, bits=bits, signed=True).item() == pytest.approx(spacing, rel=0.06)
+    assert mse_scale(values, bits=bits).item() == pytest.approx(spacing, rel=0.06)
 
 
-@pytest.mark.parametrize(("bits", "signed"), [(1, True), (2, True), (3, True), (4, True), (2, False), (4, False)])
-def test_a_unit_normal_gets_the_scale_that_integration_gives(bits, signed):
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [
+        (1, "signed"),
+        (2, "signed"),
+        (3, "signed"),
+        (4, "signed"),
+        (2, "unsigned"),
+        (4, "unsigned"),
+        (1, "balanced"),
+        (2, "balanced"),
+    ],
+)
+def test_a_unit_normal_gets_the_scale_that_integration_gives(bits, kind):
+    point = zero_point(kind, bits)
     """Of the normal, or of its absolute values, by quadrature and weights: no sampling error on either side."""
-    z = torch.linspace(0 if not signed else -6, 6, 6_001, dtype=torch.float64)
+    z = torch.linspace(0 if kind == "unsigned" else -6, 6, 6_001, dtype=torch.float64)
     weight = torch.exp(-z * z / 2)
     scales = torch.linspace(0.1, 1.6, 1501, dtype=torch.float64)
-    errors = torch.cat([error(z, chunk, bits, signed, weight) for chunk in scales.split(200)])
-    fitted = mse_scale(z.float()[None], bits=bits, signed=signed, counts=weight[None])
+    errors = torch.cat([error(z, chunk, bits, point, weight) for chunk in scales.split(200)])
+    fitted = mse_scale(z.float()[None], bits=bits, zero_point=point, counts=weight[None])
     assert fitted.item() == pytest.approx(scales[errors.argmin()].item(), rel=0.02)
-    assert error(z, fitted, bits, signed, weight).item() <= 1.002 * errors.min().item()
+    assert error(z, fitted, bits, point, weight).item() <= 1.002 * errors.min().item()
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
-@pytest.mark.parametrize("signed", [True, False])
-def test_zeros_get_a_scale_of_one(bits, signed):
-    assert mse_scale(torch.zeros(2, 5), bits=bits, signed=signed).tolist() == [1, 1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_get_a_scale_of_one(bits, kind):
+    assert mse_scale(torch.zeros(2, 5), bits=bits, zero_point=zero_point(kind, bits)).tolist() == [1, 1]
 
 
 def test_values_of_which_none_can_be_represented_get_a_scale_of_one():
-    assert mse_scale(torch.rand(1, 9), bits=1, signed=True).tolist() == [1]
-    assert mse_scale(-torch.rand(1, 9), bits=4, signed=False).tolist() == [1]
+    assert mse_scale(torch.rand(1, 9), bits=1).tolist() == [1]
+    assert mse_scale(-torch.rand(1, 9), bits=4, zero_point=0).tolist() == [1]
 
 
-@pytest.mark.parametrize(("bits", "signed"), [(1, True), (1, False), (2, True), (3, False), (8, True), (8, False)])
+@pytest.mark.parametrize(("bits", "kind"), [*itertools.product((1, 2, 8), KINDS), (3, "unsigned")])
 @pytest.mark.parametrize("scale", [0.07, 1.0, 640.0])
-def test_values_on_a_grid_that_they_fill_get_its_scale(bits, signed, scale):
-    low, high = level_bounds(bits, signed)
+def test_values_on_a_grid_that_they_fill_get_its_scale(bits, kind, scale):
+    z = zero_point(kind, bits)
+    low, high = level_bounds(bits, z)
     values = torch.arange(low, high + 1)[None] * scale
-    fitted = mse_scale(values, bits=bits, signed=signed)
+    fitted = mse_scale(values, bits=bits, zero_point=z)
     assert fitted.item() == pytest.approx(scale, rel=1e-6)
 
 
 def test_rows_are_fitted_on_their_own():
     rows = torch.stack([samples("normal"), samples("half normal") * 50, torch.zeros(N), samples("tiny")])
-    together = mse_scale(rows, bits=4, signed=True)
-    assert together.tolist() == [mse_scale(row[None], bits=4, signed=True).item() for row in rows]
+    together = mse_scale(rows, bits=4)
+    assert together.tolist() == [mse_scale(row[None], bits=4).item() for row in rows]
 
 
 def test_the_scale_grows_with_the_values():
     values = samples("heavy tails")[None]
-    one = mse_scale(values, bits=4, signed=True)
+    one = mse_scale(values, bits=4)
     for factor in (2.0**-40, 0.25, 2.0**30):
-        assert torch.equal(mse_scale(values * factor, bits=4, signed=True), one * factor)
+        assert torch.equal(mse_scale(values * factor, bits=4), one * factor)
 
 
 def test_counts_stand_for_repeated_values():
@@ -123,17 +144,17 @@ def test_counts_stand_for_repeated_values():
     # The search starts from the range of the values, so both ends must be in both sets.
     counts[values.argmin()] = counts[values.argmin()].clamp(min=1)
     counts[values.argmax()] = counts[values.argmax()].clamp(min=1)
-    weighted = mse_scale(values[None], bits=3, signed=True, counts=counts[None].double())
-    repeated = mse_scale(values.repeat_interleave(counts)[None], bits=3, signed=True)
+    weighted = mse_scale(values[None], bits=3, counts=counts[None].double())
+    repeated = mse_scale(values.repeat_interleave(counts)[None], bits=3)
     assert weighted.item() == pytest.approx(repeated.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_any_floating_dtype_is_fitted_in_float32(dtype):
     values = samples("normal")[None].to(dtype)
-    scale = mse_scale(values, bits=4, signed=True)
+    scale = mse_scale(values, bits=4)
     assert scale.dtype == torch.float32
-    assert torch.equal(scale, mse_scale(values.float(), bits=4, signed=True))
+    assert torch.equal(scale, mse_scale(values.float(), bits=4))
 
 
 def test_histograms_add_up_exactly():
@@ -174,6 +195,6 @@ def test_a_scale_fitted_to_a_histogram_is_nearly_as_good_as_one_fitted_to_the_va
     values = samples("half normal").clamp(min=0.5) - 0.5
     low, high = values.aminmax()
     centers = bin_centers(low, high, 2**14)
-    scale = mse_scale(centers[None], bits=4, signed=False, counts=histogram(values, low, high, 2**14)[None].double())
+    scale = mse_scale(centers[None], bits=4, zero_point=0, counts=histogram(values, low, high, 2**14)[None].double())
     assert error(values, scale, 4, False).item() <= 1.01 * dense_best(values, 4, False)
     assert math.isfinite(scale.item())

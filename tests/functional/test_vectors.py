@@ -28,7 +28,7 @@ def grid_of(grids):
     """The widths and the sign that the grids of a case imply."""
     low, high = grids[-1]
     bits = int(math.log2(high - low + 1))
-    return {"bits": bits, "min_bits": bits - len(grids) + 1, "signed": low < 0}
+    return {"bits": bits, "min_bits": bits - len(grids) + 1, "zero_point": -low}
 
 
 def leaf(value):
@@ -47,7 +47,7 @@ def assert_agrees(what, got, want):
 def test_the_file_holds_both_signs_every_width_closed_grids_and_distant_values():
     grids = [grid_of(case["rings"]) for case in CASES]
     assert len(CASES) == 240
-    assert {g["signed"] for g in grids} == {True, False}
+    assert {g["zero_point"] > 0 for g in grids} == {True, False}
     assert {g["bits"] for g in grids} >= {1, 2, 3, 4, 5, 8}
     assert any(0.0 in case["masks"] for case in CASES)
     assert any(abs(case["x"] / case["step"]) > 1000 for case in CASES)

@@ -98,7 +98,9 @@ def test_a_second_derivative_holds_the_estimators_slopes(config):
                 sigma = scale * (0.02 + 0.98 * torch.sigmoid(parameters[1])) * q.temperature
                 scale, sigma = (along_channels(t, value.dim(), 0) for t in (scale, sigma))
                 estimator = q.estimator
-                sides.append(_constant_slopes(value, scale, sigma, bits=q.bits, signed=q.signed, estimator=estimator))
+                sides.append(
+                    _constant_slopes(value, scale, sigma, bits=q.bits, zero_point=q.zero_point, estimator=estimator)
+                )
             x = F.linear(*sides, layer.bias)
         return x
 
@@ -117,7 +119,7 @@ def test_a_gradient_penalty_is_near_that_of_full_precision():
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if "quantizer" not in name})
     actual, wanted = penalty(model, x), penalty(plain, x)
     for name in ("0.weight", "2.weight", "4.weight", "x"):
-        assert torch.cosine_similarity(actual[name].flatten(), wanted[name].flatten(), 0) > 0.99
+        assert torch.cosine_similarity(actual[name].flatten(), wanted[name].flatten(), 0) > 0.98
 
 
 def test_a_gradient_penalty_trains():
@@ -215,8 +217,8 @@ def test_models_that_are_computed_as_one_have_the_same_settings():
         return vmap(lambda p, b: functional_call(base, (p, b), (x,)))(*stacked)
 
     torch.testing.assert_close(together(), torch.stack([model(x) for model in models]))
-    models[1][2].input_quantizer.configure(signed=not models[0][2].input_quantizer.signed)
-    with pytest.raises(ValueError, match="signed False and True: call the models one by one"):
+    models[1][2].input_quantizer.configure(doubled_zero_points=(2,) * 8)
+    with pytest.raises(ValueError, match=r"doubled_zero_points .* and .*: call the models one by one"):
         together()
 
 

@@ -33,7 +33,7 @@ def test_a_forward_runs_what_the_question_names(name, monkeypatch):
     monkeypatch.setattr(dispatch.cpu, "forward", lambda x, *others: launches.append(x) or torch.empty_like(x))
     scale = torch.full([x.shape[d] if d == dim else 1 for d in range(x.dim())], 0.25)
     masks = torch.tensor([1.0, 0.5]).reshape(2, 1, 1, 1) if name == "masks" else None
-    quantize(x, scale, scale / 3, masks, bits=4, min_bits=3, signed=True, estimator="argmax")
+    quantize(x, scale, scale / 3, masks, bits=4, min_bits=3, zero_point=8, estimator="argmax")
     choice = choose(x.to("meta"), scale.numel(), dim or 0, masks is not None, device="cpu")
     assert choice.implementation == ("cpu" if launches else "functional")
     assert (words is None) == bool(launches)

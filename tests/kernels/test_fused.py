@@ -16,6 +16,7 @@ from cpq_lightning.kernels import cpu_build as library_module
 from cpq_lightning.kernels.cpu_build import _library, library, use_kernels
 from cpq_lightning.kernels.dispatch import describe
 from cpq_lightning.kernels.fused import quantize
+from tests.grids import KINDS, zero_point
 
 pytestmark = pytest.mark.skipif(library() is None, reason=describe())
 
@@ -26,7 +27,7 @@ TOLERANCE = {1.0: 3e-6, 1 / 3: 1e-5, 0.1: 4e-5, 0.02: 6e-4}
 
 def gradients(compute, x, scale, sigma, grad, **settings):
     x, scale, sigma = (t.detach().clone().requires_grad_() for t in (x, scale, sigma))
-    settings = {"bits": 4, "signed": True, "estimator": "expectation"} | settings
+    settings = {"bits": 4, "zero_point": 8, "estimator": "expectation"} | settings
     out = compute(x, scale, sigma, None, min_bits=settings["bits"], **settings)
     out.backward(grad.to(out.dtype))
     return out.detach(), x.grad, scale.grad, sigma.grad
@@ -41,10 +42,10 @@ def draw(shape=(4099,), scale=0.3, noise=1 / 3, spread=3.0):
 
 @pytest.mark.parametrize("estimator", ["argmax", "expectation"])
 @pytest.mark.parametrize("noise", TOLERANCE)
-@pytest.mark.parametrize(("bits", "signed"), itertools.product([1, 2, 4, 8], [True, False]))
-def test_values_to_the_bit_and_gradients_to_rounding(bits, signed, noise, estimator):
+@pytest.mark.parametrize(("bits", "kind"), itertools.product([1, 2, 4, 8], KINDS))
+def test_values_to_the_bit_and_gradients_to_rounding(bits, kind, noise, estimator):
     tensors = draw(noise=noise, spread=2.0**bits / 2)
-    settings = {"bits": bits, "signed": signed, "estimator": estimator}
+    settings = {"bits": bits, "zero_point": zero_point(kind, bits), "estimator": estimator}
     fused = gradients(quantize, *tensors, **settings)
     plain = gradients(quantize_unchecked, *tensors, **settings)
     exact = gradients(quantize_unchecked, *(t.double() for t in tensors), **settings)
@@ -111,7 +112,7 @@ def test_any_layout_in_memory(layout):
         results = []
         for compute in (quantize, quantize_unchecked):
             leaf, a = x.detach().requires_grad_(), scale.clone().requires_grad_()
-            out = compute(leaf, a, a / 3, None, bits=4, min_bits=4, signed=True, estimator="expectation")
+            out = compute(leaf, a, a / 3, None, bits=4, min_bits=4, zero_point=8, estimator="expectation")
             results.append((out, *torch.autograd.grad(out, (leaf, a), g)))
         for actual, same in zip(*results, strict=True):
             assert actual.shape == same.shape
@@ -153,7 +154,7 @@ def test_what_kernels_do_not_compute_is_functional_s():
         (x[:0], scale, sigma, None),
     ]
     for *tensors, mask in cases:
-        settings = {"bits": 4, "min_bits": 4 if mask is None else 3, "signed": True, "estimator": "argmax"}
+        settings = {"bits": 4, "min_bits": 4 if mask is None else 3, "zero_point": 8, "estimator": "argmax"}
         actual, same = (compute(*tensors, mask, **settings) for compute in (quantize, quantize_unchecked))
         assert torch.equal(actual, same)
     with use_kernels(False):
@@ -167,7 +168,7 @@ def test_what_kernels_do_not_compute_is_functional_s():
 def test_open_masks_that_nobody_learns_are_none():
     x, scale, sigma, grad = draw()
     x, scale, sigma = (t.requires_grad_() for t in (x, scale, sigma))
-    settings = {"bits": 4, "signed": True, "estimator": "expectation"}
+    settings = {"bits": 4, "zero_point": 8, "estimator": "expectation"}
     results = []
     for masks, narrowest in ((None, 4), (torch.ones(3, 1), 2)):
         out = quantize(x, scale, sigma, masks, min_bits=narrowest, **settings)
@@ -196,7 +197,7 @@ def describe_and_quantize():
     print(describe())
     x = torch.randn(200_000)
     out = quantize(
-        x, torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3, signed=True, estimator="argmax"
+        x, torch.tensor([0.25]), torch.tensor([0.08]), None, bits=3, min_bits=3, zero_point=4, estimator="argmax"
     )
     print("levels:", torch.equal(out, (x / 0.25).round().clamp(-4, 3) * 0.25))
 
@@ -253,7 +254,7 @@ def is_alone(loaded, *words):
     assert all(str(word) in line for word in words), line
     x, scale, sigma = (torch.tensor([value]) for value in (0.26, 0.25, 0.08))
     with use_kernels(True):
-        out = quantize(x, scale, sigma, None, bits=3, min_bits=3, signed=True, estimator="argmax")
+        out = quantize(x, scale, sigma, None, bits=3, min_bits=3, zero_point=4, estimator="argmax")
     return out.item() == 0.25
 
 

@@ -21,6 +21,7 @@ import torch
 from cpq_lightning.functional.categorical import quantize_unchecked
 from cpq_lightning.functional.grid import level_bounds
 from cpq_lightning.kernels import cuda as gpu
+from tests.grids import KINDS, zero_point
 
 # One process of pytest's asks the interpreter.
 pytestmark = pytest.mark.xdist_group("gpu")
@@ -38,13 +39,13 @@ class Case:
     scale: torch.Tensor
     sigma: torch.Tensor
     bits: int = 4
-    signed: bool = True
+    kind: str = "signed"
     estimator: str = "expectation"
     programs: int | None = None  # that a tensor is divided among at most
 
     @property
     def bounds(self):
-        return level_bounds(self.bits, self.signed)
+        return level_bounds(self.bits, zero_point(self.kind, self.bits))
 
 
 def draw(shape=(700,), scale=0.3, noise=1 / 3, spread=3.0, **settings):
@@ -61,11 +62,9 @@ def with_scales(case, scales, noise=1 / 3):
 
 def grids():
     """More values than a program works on at a time, and no multiple of that."""
-    for bits, signed, noise, estimator in itertools.product(
-        [1, 2, 4, 8], [True, False], TOLERANCE, ["argmax", "expectation"]
-    ):
-        name = f"{bits} bits, {'signed' if signed else 'unsigned'}, noise {noise:.2f}, {estimator}"
-        yield name, draw(noise=noise, spread=2.0**bits / 2, bits=bits, signed=signed, estimator=estimator)
+    for bits, kind, noise, estimator in itertools.product([1, 2, 4, 8], KINDS, TOLERANCE, ["argmax", "expectation"]):
+        name = f"{bits} bits, {kind}, noise {noise:.2f}, {estimator}"
+        yield name, draw(noise=noise, spread=2.0**bits / 2, bits=bits, kind=kind, estimator=estimator)
     for estimator in ("argmax", "expectation"):
         case = draw(estimator=estimator)
         far = 20 * case.scale * case.x.sign() * (torch.arange(700) % 2)
@@ -140,7 +139,12 @@ def compute(case, device):
 
 def functional(case, dtype=None):
     x, scale, sigma = (t.to(dtype or t.dtype).requires_grad_() for t in (case.x.detach(), case.scale, case.sigma))
-    settings = {"bits": case.bits, "min_bits": case.bits, "signed": case.signed, "estimator": case.estimator}
+    settings = {
+        "bits": case.bits,
+        "min_bits": case.bits,
+        "zero_point": zero_point(case.kind, case.bits),
+        "estimator": case.estimator,
+    }
     out = quantize_unchecked(x, scale, sigma, None, **settings)
     return out.detach(), *torch.autograd.grad(out, (x, scale, sigma), case.grad.to(out.dtype))
 

@@ -9,6 +9,7 @@ from cpq_lightning.kernels.cpu_build import library, use_kernels
 from cpq_lightning.kernels.dispatch import QuantGrid, describe
 from cpq_lightning.kernels.widths import quantize_widths
 from cpq_lightning.nn.quantizer import Quantizer
+from tests.grids import zero_point
 
 pytestmark = pytest.mark.skipif(library() is None, reason=describe())
 
@@ -21,10 +22,11 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["signed", "balanced"])
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masks", MASKS)
-def test_functional_s_values_and_gradients(masks, dtype, rows):
+def test_functional_s_values_and_gradients(masks, dtype, rows, kind):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(6, 700, generator=generator).to(dtype) for _ in range(2))
     shape = (rows, 1)
@@ -36,10 +38,15 @@ def test_functional_s_values_and_gradients(masks, dtype, rows):
         a, s = scale.clone().requires_grad_(), (scale / 3).requires_grad_()
         m = torch.tensor(MASKS[masks], dtype=torch.float32).reshape(4, 1, 1).requires_grad_()
         if fused:
-            grids = [QuantGrid.of(k, True, "expectation") for k in range(2, 6)]
+            grids = [QuantGrid.of(k, zero_point(kind, k), "expectation") for k in range(2, 6)]
             out = quantize_widths(leaf, a.reshape(-1), s.reshape(-1), m, width_scales.reshape(4, -1), grids)
         else:
-            settings = {"bits": 5, "min_bits": 2, "signed": True, "estimator": "expectation"}
+            settings = {
+                "bits": 5,
+                "min_bits": 2,
+                "zero_points": [zero_point(kind, k) for k in range(2, 6)],
+                "estimator": "expectation",
+            }
             out = quantize_resolution(leaf, a, s, m, width_scales=width_scales, **settings)
         out.backward(grad)
         results.append((out, leaf.grad, a.grad, s.grad, m.grad))

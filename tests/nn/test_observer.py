@@ -22,8 +22,8 @@ def test_values_on_a_grid_of_a_power_of_two_stay_exact(x, bits):
     observer.update(x)
     observer.close_range(x.device)
     observer.update(x)
-    [scale], signed = observer.fit([bits], "mse")
-    low, high = level_bounds(bits, signed)
+    [(scale, z)] = observer.fit([bits], "mse")
+    low, high = level_bounds(bits, z)
     assert torch.equal((x / scale).round().clamp(low, high) * scale, x)
 
 
@@ -34,5 +34,5 @@ def test_one_value_off_that_grid_is_not_overlooked(bits):
     observer.update(x)
     observer.close_range(x.device)
     observer.update(x)
-    [scale], _ = observer.fit([bits], "mse")
+    [(scale, _)] = observer.fit([bits], "mse")
     assert scale.item() != 1.0

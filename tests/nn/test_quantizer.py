@@ -12,11 +12,11 @@ from torch import nn
 
 from cpq_lightning import CPQConfig
 from cpq_lightning.functional.categorical import quantize
-from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.grid import level_bounds, nearest_level
 from cpq_lightning.functional.ranges import mse_scale
 from cpq_lightning.nn.observer import RangeObserver
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.state import read
+from cpq_lightning.nn.state import UNSIGNED, read
 
 SHARINGS = ("tensor", "channel", "element")
 NESTINGS = ("range", "resolution")
@@ -40,12 +40,12 @@ def weights(shape=(6, 5, 3)):
     return torch.randn(shape) * torch.logspace(-1, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
 
 
-def least_error(values, bits, signed):
+def least_error(values, bits, zero_point):
     """Squared error of the best of 3000 steps."""
-    low, high = level_bounds(bits, signed)
+    low, high = level_bounds(bits, zero_point)
     scales = values.abs().max() * torch.logspace(-11, 1, 3000, base=2)
     return min(
-        (values - (values / scale).round().clamp(low, high) * scale).square().sum().item() for scale in scales.tolist()
+        (values - nearest_level(values / scale, low, high) * scale).square().sum().item() for scale in scales.tolist()
     )
 
 
@@ -145,9 +145,9 @@ def test_quantized_weights_lie_on_the_grid(bits, nesting, per_channel, estimator
     scale = q.scale().detach().reshape(-1, 1, 1)
     assert len(scale) == (6 if per_channel else 1)
     levels = (q(weight) / scale).detach()
-    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
-    low, high = level_bounds(bits)
-    torch.testing.assert_close(levels, (weight / scale).round().clamp(low, high), rtol=0, atol=1e-4)
+    low, high = level_bounds(bits, q.zero_point)
+    assert (low, high) == ((-0.5, 0.5) if bits == 1 else level_bounds(bits))
+    torch.testing.assert_close(levels, nearest_level(weight / scale, low, high), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("channel_dim", [0, 1])
@@ -158,7 +158,7 @@ def test_every_channel_has_the_scale_that_fits_it_best(channel_dim):
     out = q(weight).detach()
     for i in range(6):
         row = weight.select(channel_dim, i)
-        assert q.scale()[i].item() == pytest.approx(mse_scale(row[None], bits=3, signed=True).item(), rel=1e-6)
+        assert q.scale()[i].item() == pytest.approx(mse_scale(row[None], bits=3).item(), rel=1e-6)
         quantized = quantize(row, q.scale()[i], sigma_of(q)[i], bits=3)
         torch.testing.assert_close(out.select(channel_dim, i), quantized.detach(), rtol=1e-6, atol=0)
 
@@ -167,7 +167,7 @@ def test_a_large_weight_is_fitted_on_a_sample_that_is_enough():
     weight = torch.randn(300, 1000)
     q = Quantizer("weight", CPQConfig(weight_bits=3), numel=weight.numel(), channels=300)
     got = (q(weight) - weight).square().sum().item()
-    best = mse_scale(weight.reshape(1, -1), bits=3, signed=True)
+    best = mse_scale(weight.reshape(1, -1), bits=3)
     assert got <= 1.01 * (weight - quantized_with(weight, best, 3)).square().sum()
 
 
@@ -225,10 +225,10 @@ def test_the_first_batch_of_training_sets_sign_size_and_a_nearly_best_scale(batc
     assert q.fitted
     assert q.signed is signed
     assert q.numel == 35
-    assert (out - x).square().sum().item() <= 1.02 * least_error(x, bits, signed)
+    assert (out - x).square().sum().item() <= 1.02 * least_error(x, bits, q.zero_point)
     levels = (out / q.scale()).detach()
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
-    assert levels.min() >= level_bounds(bits, signed)[0]
+    assert levels.min() >= q.level_bounds[0]
 
     start = q.start_scale.clone()
     q(x * 100 - 50)
@@ -253,13 +253,13 @@ def test_batches_seen_one_by_one_give_the_range_of_all_of_them_together(rule):
     assert at_once.signed is parts.signed is True
 
 
-@pytest.mark.parametrize(("signed", "low"), [(True, -8), (False, 0)])
-def test_the_range_max_clips_no_activation(signed, low):
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_range_max_clips_no_activation(signed):
     x = torch.randn(100, 9) if signed else torch.rand(100, 9)
     q = act_quantizer(act_range="max")
     levels = (q(x) / q.scale()).round()
     assert ((q(x) - x).abs() <= q.scale() * 0.5001).all()
-    assert levels.min() == low or levels.max() == 7
+    assert levels.min() == q.level_bounds[0] or levels.max() == q.level_bounds[1]
 
 
 def test_values_that_are_not_finite_do_not_spoil_the_range():
@@ -279,13 +279,13 @@ def test_a_quantizer_for_no_bits_is_refused():
 
 # State ---------------------------------------------------------------------------------------------------------------
 
-INTEGERS = ("bits", "min_bits", "signed", "fitted", "active", "numel", "first_or_last")
+SETTINGS = ("bits", "min_bits", "doubled_zero_points", "fitted", "active", "numel", "first_or_last")
 
 
 def test_a_state_dict_restores_everything_in_a_quantizer_of_other_settings():
     weight = weights()
     q = weight_quantizer(weight, weight_bits=5, min_bits=3, temperature=0.3, keep_prob=0.8, per_channel=True)
-    q.configure(bits=4, min_bits=2, signed=False, first_or_last=True, numel=123)
+    q.configure(bits=4, min_bits=2, doubled_zero_points=UNSIGNED, first_or_last=True, numel=123)
     q.log_scale.data.normal_()
     q.noise_logit.data.normal_()
     q.noise_step.fill_(2**40)
@@ -296,9 +296,9 @@ def test_a_state_dict_restores_everything_in_a_quantizer_of_other_settings():
     other = weight_quantizer(weight_bits=8, min_bits=6, per_channel=True)
     assert not other.fitted
     other.load_state_dict(torch.load(buffer, weights_only=True))
-    for name in INTEGERS:
-        assert getattr(other, name) == getattr(q, name), name
-        assert type(getattr(other, name)) is type(getattr(q, name)), name
+    for name in SETTINGS:
+        assert getattr(other.settings, name) == getattr(q.settings, name), name
+        assert type(getattr(other.settings, name)) is type(getattr(q.settings, name)), name
     assert (other.bits, other.min_bits, other.signed, other.first_or_last, other.numel) == (4, 2, False, True, 123)
     for name, value in q.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
@@ -308,9 +308,11 @@ def test_a_state_dict_restores_everything_in_a_quantizer_of_other_settings():
 
 def test_the_host_reads_what_the_state_says():
     q = weight_quantizer(weights())
-    q.configure(bits=3, min_bits=1, signed=False, fitted=False, active=False, numel=7, first_or_last=True)
+    q.configure(
+        bits=3, min_bits=1, doubled_zero_points=UNSIGNED, fitted=False, active=False, numel=7, first_or_last=True
+    )
     settings, _ = read(q.state_dict()["state"])
-    assert [getattr(settings, name) for name in INTEGERS] == [3, 1, False, False, False, 7, True]
+    assert [getattr(settings, name) for name in SETTINGS] == [3, 1, UNSIGNED, False, False, 7, True]
     assert settings == q.settings
 
 

@@ -14,17 +14,17 @@ from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach.attach import refit, set_active
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.state import HEADER, Settings, decode, encode, layout_differences, read
+from cpq_lightning.nn.state import HEADER, SIGNED, Settings, decode, encode, layout_differences, read
 from tests.marks import thorough
 
 GOLDEN = Path(__file__).parent / "data" / "state_v1.safetensors"
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 ODD = Settings(
-    kind="activation", bits=7, min_bits=2, signed=False, settled=True, fixed=True, first_or_last=True,
+    kind="activation", bits=7, min_bits=2, grid="offset", doubled_zero_points=(1, 3, 5, 0, 4, 16, 26, 200), settled=True, fixed=True, first_or_last=True,
     estimator="argmax", nesting="resolution", range_rule="max", channels=70_000, channel_dim=1, gate_count=6,
     gate_rows=3, gates_learned=True, gate_sharing="channel", gate_estimator="concrete",
     width_count=2**21, key=2**30, seed=2**64 - 1, numel=2**50 + 1,
-    has_facts=True, execution_index=321, macs=2**51 + 3, steps=10**9, pending=True, pending_signed=True, fitted=True,
+    has_facts=True, execution_index=321, macs=2**51 + 3, steps=10**9, pending=True, pending_zero_points=(0, 1, 2, 3, 4, 5, 6, 510), fitted=True,
 )  # fmt: skip
 
 
@@ -37,7 +37,9 @@ def test_what_is_written_is_read(settings, revision):
 @pytest.mark.parametrize("share", [0.5, 1e-3, 1e-5])
 def test_a_mixture_of_an_old_and_a_new_state_is_the_new_one(share):
     unknown = {"has_facts": False, "execution_index": 0, "macs": 0, "steps": 0, "pending": False, "fitted": False}
-    old = ODD._replace(bits=8, min_bits=8, active=False, signed=True, fixed=False, pending_signed=False, **unknown)
+    old = ODD._replace(
+        bits=8, min_bits=8, active=False, doubled_zero_points=SIGNED, fixed=False, pending_zero_points=SIGNED, **unknown
+    )
     for revision in range(7):
         mixed = (1 - share) * encode(old, revision) + share * encode(ODD, revision + 1)
         settings, _ = decode(mixed.tolist())
@@ -48,8 +50,8 @@ def test_damage_is_refused_in_plain_words():
     state = Quantizer("weight", CPQConfig()).state
     with pytest.raises(ValueError, match=r"damaged.*float32"):
         read(state.half().float())
-    with pytest.raises(ValueError, match=r"version 2.*reads version 1"):
-        decode(encode(Settings(version=2), 0).tolist())
+    with pytest.raises(ValueError, match=r"version 3.*reads versions up to 2"):
+        decode(encode(Settings(version=3), 0).tolist())
     with pytest.raises(ValueError, match="its header requires"):
         read(torch.cat([state, state]))
     with pytest.raises(ValueError, match="at least"):

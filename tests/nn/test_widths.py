@@ -68,7 +68,7 @@ def test_each_width_has_the_scale_that_fits_it_best(width):
     """Of the step of the widest grid, doubled for every bit, a narrow grid has little use."""
     q = quantizer().eval()
     decide(q, width)
-    scale = mse_scale(WEIGHT.reshape(1, -1), bits=width, signed=True)
+    scale = mse_scale(WEIGHT.reshape(1, -1), bits=width)
     torch.testing.assert_close(q.grid()[0], scale, rtol=1e-5, atol=0)
     doubled = q.scale() * 2 ** (8 - width)
     error = (WEIGHT - q(WEIGHT)).square().sum()
