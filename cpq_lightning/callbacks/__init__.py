@@ -6,6 +6,8 @@ from cpq_lightning.callbacks.cluster_pull import ClusterPull as ClusterPull
 from cpq_lightning.callbacks.cpq import CPQCallback as CPQCallback
 from cpq_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
 from cpq_lightning.callbacks.dropbits import DropBitsSchedule as DropBitsSchedule
+from cpq_lightning.callbacks.oscillation import OscillationFreezing as OscillationFreezing
+from cpq_lightning.callbacks.oscillation import OscillationMonitor as OscillationMonitor
 from cpq_lightning.callbacks.temperature import TemperatureSchedule as TemperatureSchedule
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "ClusterPull",
     "DistillationCallback",
     "DropBitsSchedule",
+    "OscillationFreezing",
+    "OscillationMonitor",
     "TemperatureSchedule",
 ]

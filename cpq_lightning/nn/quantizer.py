@@ -162,6 +162,8 @@ class Quantizer(nn.Module):
         self._read_in_group = False
         self.fits_next = False
         self.measured: Usage | None = None
+        # Share of a weight's elements that oscillate, where OscillationMonitor has measured it.
+        self.oscillating: float | None = None
         self.reset()
 
     @torch.no_grad()

@@ -287,7 +287,12 @@ def decode(header: list[float]) -> tuple[Settings, int]:
     version = round(header[1] / weight) if weight > 0 and math.isfinite(header[1]) else 0
     form = _HEADERS.get(version, _HEADERS[VERSION])
     header = header[: form.ranges_offset + 1]
-    if not (weight > 0 and len(header) > form.ranges_offset and all(map(math.isfinite, header))):
+    if weight > 0 and len(header) <= form.ranges_offset:
+        raise ValueError(
+            f"A quantizer's state of version {version} has at least {form.ranges_offset + 1} elements, got "
+            f"{len(header)}."
+        )
+    if not (weight > 0 and all(map(math.isfinite, header))):
         raise ValueError(
             f"A quantizer's state is damaged (its weight is {weight}): it must stay float32, since a cast to a smaller "
             "type destroys it. Load the state_dict as it was saved."

@@ -32,7 +32,7 @@ VERSION = 1
 
 
 # Fields that only records of weights have.
-_WEIGHT_FIELDS = ("kind", "level_shares", "bytes", "macs", "bops")
+_WEIGHT_FIELDS = ("kind", "level_shares", "oscillating", "bytes", "macs", "bops")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class LevelsRecord:
             forward reads without calling its layer.
         level_shares: Weights only: the share of the elements at each level from ``low`` to ``high``; in steps of a half
             where only some channels have a balanced grid.
+        oscillating: Weights only: the share of elements that oscillated at the end of training; ``None`` without
+            :class:`~cpq_lightning.callbacks.OscillationMonitor`.
         bytes: Weights only: size of the packed codes; the size in float32 while the weight is in full precision.
         macs: Weights only: multiply-accumulates in one sample; 0 before a forward.
         bops: Weights only: bit operations, ``macs`` times the bits of the weight times the bits of the activation; a
@@ -84,6 +86,7 @@ class LevelsRecord:
     first_or_last: bool
     quantizing: bool
     level_shares: list[float] | None = None
+    oscillating: float | None = None
     bytes: int | None = None
     macs: int | None = None
     bops: float | None = None
@@ -97,6 +100,20 @@ class LevelsRecord:
     def computed_bits(self) -> float:
         """Width of the values that the layer multiplies: 32 while they are in full precision."""
         return self.mean_bits if self.quantizing else FULL_BITS
+
+
+# What grid_mark stands for, in notes of tables and plots.
+GRID_MARKS = "u: unsigned, z3: zero point 3, ±: balanced"
+
+
+def grid_mark(quantizer: Mapping[str, Any]) -> str:
+    """A mark for the grid of a quantizer in ``levels.json``; none for a signed one (see :data:`GRID_MARKS`)."""
+    low, high = quantizer["low"], quantizer["high"]
+    if low == 0:
+        return "u"
+    if low == -high:
+        return "±"
+    return "" if low == -high - 1 else f"z{-low:g}"
 
 
 def mean_over_channels(value: float | Sequence[float]) -> float:
@@ -196,6 +213,7 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
         quantizer,
         usage,
         level_shares=[round(share, 6) for share in (counts / counts.sum()).tolist()],
+        oscillating=quantizer.oscillating,
         bytes=weight_bytes(quantizer) if quantizer.active else 4 * weight.numel(),
         macs=quantizer.macs,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpq_lightning.files import write_atomically
-from cpq_lightning.report.levels import mean_over_channels
+from cpq_lightning.report.levels import GRID_MARKS, grid_mark, mean_over_channels
 
 TRAJECTORY_FILE = "trajectory.csv"
 # Begins the columns of metrics in that file, whose names may be anything.
@@ -61,7 +61,8 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
                 continue
             bits = mean_over_channels(values["bits"])
             axis.barh(row, bits, color=_PALE if values["first_or_last"] else color, height=0.78)
-            axis.text(bits + 0.1, row, f"{bits:g}" if bits == int(bits) else f"{bits:.1f}", va="center", fontsize=8)
+            text = f"{bits:g}" if bits == int(bits) else f"{bits:.1f}"
+            axis.text(bits + 0.1, row, text + grid_mark(values), va="center", fontsize=8)
         key = "weight_bits_avg" if kind == "weight" else "act_bits_avg"
         average = manifest["totals"][key]
         if average is not None:
@@ -88,7 +89,10 @@ def draw_levels(manifest: Mapping[str, Any], path: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     if any(layer["weight"]["first_or_last"] for layer in layers):
-        figure.supxlabel("layers in execution order; pale: first and last, not part of the average", fontsize=8)
+        pale = "; pale: first and last, not part of the average"
+    else:
+        pale = ""
+    figure.supxlabel(f"layers in execution order; {GRID_MARKS}{pale}", fontsize=8)
     return _save(figure, path)
 
 
@@ -113,13 +117,14 @@ def draw_weight_histograms(histograms: Mapping[str, Any], manifest: Mapping[str,
         after = pair["after"]
         low, high = weight["low"], weight["high"]
         highest = 0.0
-        for level in range(low, high + 1):
+        levels = [low + step for step in range(int(high - low) + 1)]
+        for level in levels:
             axis.axvline(level, color=_PALE, lw=0.8, zorder=0)
         for key, color in (("before", _ACTIVATIONS), ("after", _WEIGHTS)):
             histogram = pair[key]
             if histogram is None:
                 continue
-            counts = _merge_bins(histogram["counts"], high - low + 3, weight["numel"])
+            counts = _merge_bins(histogram["counts"], int(high - low) + 3, weight["numel"])
             bins = len(counts)
             width = (histogram["high"] - histogram["low"]) / bins
             # Both histograms are drawn in units of the learned scale.
@@ -135,7 +140,7 @@ def draw_weight_histograms(histograms: Mapping[str, Any], manifest: Mapping[str,
                 axis.plot(x, y, color=color, lw=1.1, label="before")
         axis.set(xlim=(low - 0.8, high + 0.8), ylim=(0, 1.08 * highest or 1), yticks=[])
         if high - low <= 16:
-            axis.set_xticks(range(low, high + 1))
+            axis.set_xticks(levels)
         width = f"{mean_over_channels(weight['bits']):g} bits" if weight["quantizing"] else "full precision"
         axis.set_title(f"{name}   {width}, {weight['numel']:,} weights", fontsize=9, loc="left")
         axis.spines[["top", "right", "left"]].set_visible(False)

@@ -17,7 +17,7 @@ from cpq_lightning.report.plots import draw_levels, draw_trajectory, draw_weight
 HISTOGRAMS_FILE = "weight_histograms.json"
 _COLUMNS = (
     "layer", "kind", "bits", "signed", "zero_point", "levels", "used_levels", "scale", "relative_error", "clipped",
-    "numel", "bytes", "macs", "bops", "first_or_last", "level_shares",
+    "oscillating", "numel", "bytes", "macs", "bops", "first_or_last", "level_shares",
 )  # fmt: skip
 
 # Entries of a weight that tables and plots need.

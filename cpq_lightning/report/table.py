@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cpq_lightning.attach.coverage import Coverage
-from cpq_lightning.report.levels import mean_over_channels
+from cpq_lightning.report.levels import GRID_MARKS, grid_mark, mean_over_channels
 from cpq_lightning.report.runs import BEFORE, FULL, QUANTIZED, Run
 
 LEFT_ALIGNED: dict[str, Any] = {
@@ -26,14 +26,17 @@ def levels_table(manifest: Mapping[str, Any]) -> Table:
     """One row per layer from the content of ``levels.json``: weights left, activations right, totals in the caption."""
     table = Table(title="Learned levels", caption=summary(manifest), **LEFT_ALIGNED)
     table.add_column("layer", overflow="fold", min_width=16)
+    oscillating = any(layer["weight"].get("oscillating") is not None for layer in manifest["layers"])
     for kind in ("weight", "input"):
         table.add_column(f"{kind}\nbits", justify="right", no_wrap=True)
-        for name in ("scale", "used", "error", "clip"):
+        for name in ("scale", "used", "error", "clip", *(["osc"] if oscillating and kind == "weight" else [])):
             table.add_column(f"\n{name}", justify="right", no_wrap=True)
     first_or_last = False
     prefix = _shared_prefix([layer["name"] for layer in manifest["layers"]])
     for layer in manifest["layers"]:
-        cells = [cell for kind in ("weight", "activation") for cell in _cells(layer[kind])]
+        share = layer["weight"].get("oscillating")
+        osc = ["" if share is None else _percent(share)] if oscillating else []
+        cells = [*_cells(layer["weight"]), *osc, *_cells(layer["activation"])]
         star = layer["weight"]["first_or_last"]
         first_or_last = first_or_last or star
         table.add_row(f"{layer['name'].removeprefix(prefix)}{' *' if star else ''}", *cells)
@@ -41,8 +44,10 @@ def levels_table(manifest: Mapping[str, Any]) -> Table:
         # "blocks.0.attn 0 left" is the left operand of the first product in that module.
         module, _, side = operand["name"].rpartition("product_operands.")
         name = f"{module.rstrip('.').removeprefix(prefix)} {side.replace('_', ' ')}"
-        table.add_row(name, *_cells(None), *_cells(operand))
-    notes = ["used: levels that occur; error: relative squared error; clip: share of clipped values; u: unsigned"]
+        table.add_row(name, *_cells(None), *([""] if oscillating else []), *_cells(operand))
+    notes = ["used: levels that occur; error: relative squared error; clip: share of clipped values", GRID_MARKS]
+    if oscillating:
+        notes.append("osc: share of weights that oscillated at the end of training")
     if prefix:
         notes.append(f"names of layers are relative to {prefix[:-1]}")
     if any(isinstance(layer["weight"]["scale"], list) for layer in manifest["layers"]):
@@ -72,14 +77,18 @@ def _cells(quantizer: Mapping[str, Any] | None) -> list[str]:
     used, error, scale = quantizer["used_levels"], quantizer["relative_error"], quantizer["scale"]
     clipped = quantizer.get("clipped")
     bits, mean_bits, mean_scale = quantizer["bits"], mean_over_channels(quantizer["bits"]), mean_over_channels(scale)
-    sign = "" if quantizer["signed"] else "u"
+    mark = grid_mark(quantizer)
     return [
-        f"{sign}~{mean_bits:.1f}" if isinstance(bits, list) else f"{sign}{bits}",
+        f"~{mean_bits:.1f}{mark}" if isinstance(bits, list) else f"{bits}{mark}",
         f"~{mean_scale:#.2g}" if isinstance(scale, list) else f"{scale:#.3g}",
         "" if used is None else f"{used}",
         "" if error is None else "<0.01%" if 0 < error < 5e-5 else f"{error:.2%}",
-        "" if clipped is None else "0%" if clipped == 0 else "<0.1%" if clipped < 5e-4 else f"{clipped:.1%}",
+        "" if clipped is None else _percent(clipped),
     ]
+
+
+def _percent(share: float) -> str:
+    return "0%" if share == 0 else "<0.1%" if share < 5e-4 else f"{share:.1%}"
 
 
 def summary(manifest: Mapping[str, Any]) -> str:

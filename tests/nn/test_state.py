@@ -20,11 +20,13 @@ from tests.marks import thorough
 GOLDEN = Path(__file__).parent / "data" / "state_v1.safetensors"
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 ODD = Settings(
-    kind="activation", bits=7, min_bits=2, grid="offset", doubled_zero_points=(1, 3, 5, 0, 4, 16, 26, 200), settled=True, fixed=True, first_or_last=True,
+    kind="activation", bits=7, min_bits=2, grid="offset", doubled_zero_points=(1, 3, 5, 0, 4, 16, 26, 200),
+    settled=True, fixed=True, first_or_last=True,
     estimator="argmax", nesting="resolution", range_rule="max", channels=70_000, channel_dim=1, gate_count=6,
     gate_rows=3, gates_learned=True, gate_sharing="channel", gate_estimator="concrete",
     width_count=2**21, key=2**30, seed=2**64 - 1, numel=2**50 + 1,
-    has_facts=True, execution_index=321, macs=2**51 + 3, steps=10**9, pending=True, pending_zero_points=(0, 1, 2, 3, 4, 5, 6, 510), fitted=True,
+    has_facts=True, execution_index=321, macs=2**51 + 3, steps=10**9, pending=True,
+    pending_zero_points=(0, 1, 2, 3, 4, 5, 6, 510), fitted=True,
 )  # fmt: skip
 
 
