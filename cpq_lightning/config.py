@@ -20,7 +20,8 @@ Nesting = Literal["auto", "range", "resolution"]
 GateSharing = Literal["tensor", "channel", "element"]
 GateEstimator = Literal["curvature", "concrete"]
 WeightGrid = Literal["auto", "signed", "balanced"]
-ActGrid = Literal["auto", "signed", "unsigned", "offset"]
+ActGrid = Literal["auto", "signed", "unsigned", "offset", "int8"]
+Deploy = Literal["tensorrt", "qonnx"]
 # A named alias, because Lightning's CSVLogger passes hyperparameters to OmegaConf, which fails on a union of containers
 # and ignores types that it does not know.
 Levels = TypeAliasType("Levels", str | dict[str, Any] | None)
@@ -109,7 +110,11 @@ class CPQConfig:
         act_grid: The levels of activations. ``"signed"``: as for weights. ``"unsigned"``: ``0 … 2^k - 1``.
             ``"offset"``: ``-z … 2^k - 1 - z`` with the zero point z that has the least squared error, found with the
             scale; signed and unsigned grids are its ends. ``"auto"``: an offset where its error is lower than that of
-            both ends by at least a hundredth. Each learned width has a zero point of its own.
+            both ends by at least a hundredth. Each learned width has a zero point of its own. ``"int8"``: signed, or
+            unsigned of at most 7 bits, whichever has less error: signed bytes with a zero point of 0 hold these.
+        deploy: A target whose needs are set before training, and checked when a model is attached. ``"tensorrt"``:
+            ``act_grid="auto"`` means ``"int8"``. ``"qonnx"``: one width for each tensor. ``None`` sets nothing; packed
+            files, ONNX Runtime and programs hold all grids.
         seed: Seed of the gates' noise.
 
     Raises:
@@ -144,6 +149,7 @@ class CPQConfig:
     act_range: Literal["mse", "max"] = "mse"
     weight_grid: WeightGrid = "auto"
     act_grid: ActGrid = "auto"
+    deploy: Deploy | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -306,6 +312,11 @@ class CPQConfig:
         return self.weight_bits if self.min_bits is None else self.min_bits
 
     @property
+    def chosen_act_grid(self) -> ActGrid:
+        """``act_grid``, with ``"auto"`` replaced by what ``deploy`` needs."""
+        return "int8" if self.act_grid == "auto" and self.deploy == "tensorrt" else self.act_grid
+
+    @property
     def nests_by(self) -> Literal["range", "resolution"]:
         """``nesting``, with ``"auto"`` replaced by the choice it stands for."""
         if self.nesting == "auto":
@@ -350,7 +361,7 @@ LAYER_SETTINGS = (
 )  # fmt: skip
 # Settings of a weight: they must be equal in all layers that share it.
 WEIGHT_SETTINGS = tuple(s for s in LAYER_SETTINGS if "act_" not in s)
-_CHOICES: dict[str, Collection[str]] = {
+_CHOICES: dict[str, Collection[str | None]] = {
     "nesting": get_args(Nesting),
     "weight_estimator": ESTIMATORS,
     "act_estimator": ESTIMATORS,
@@ -360,4 +371,5 @@ _CHOICES: dict[str, Collection[str]] = {
     "act_range": ("mse", "max"),
     "weight_grid": get_args(WeightGrid),
     "act_grid": get_args(ActGrid),
+    "deploy": (None, *get_args(Deploy)),
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from cpq_lightning.attach.coverage import forget_products
+from cpq_lightning.attach.deploy import check_deploy
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
 from cpq_lightning.attach.layers import (
@@ -76,8 +77,9 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
         ValueError: the model has no layer to quantize, or all its layers are quantized already, or it has weights that
             are not finite, or it is inside a DistributedDataParallel of several processes; a setting is unknown or out
             of its range, a pattern of the config matches no layer, layers that share a weight get different settings
-            for it, or quantized layers have other settings than the config gives them; an embedding with ``max_norm``
-            is tied to a quantized layer; with ``attention=True``, the model cannot be called.
+            for it, or quantized layers have other settings than the config gives them; a layer does not suit the
+            target that ``config.deploy`` names; an embedding with ``max_norm`` is tied to a quantized layer; with
+            ``attention=True``, the model cannot be called.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
@@ -101,6 +103,7 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
     shared: dict[int, Quantizer] = {}
     pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
     operands = _build_operands(model, chosen, 2 * len(sites))
+    _check_deploy(config, sites, pairs, operands)
     try:
         # Before the layers are switched, because a layer may also multiply activations in its forward.
         for name, multiplied in products.items():
@@ -146,6 +149,7 @@ def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
     shared = {id(shared_weight(layer)): layer.weight_quantizer for layer in quantized.values()}
     first = 1 + max(q.settings.key for _, q in quantizers(model)) // 2
     pairs = [_build(site, index, shared) for index, site in enumerate(sites, start=first)]
+    _check_deploy(config, sites, pairs, {})
     active = any(q.active for _, q in quantizers(model))
     for quantizer in (q for pair in pairs for q in pair if q is not None):
         quantizer.configure(active=active)
@@ -243,6 +247,16 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
         if quantizer is not None:
             quantizer.train(site.layer.training)
     return weights, inputs
+
+
+def _check_deploy(
+    config: CPQConfig,
+    sites: Sequence[Site],
+    pairs: Sequence[tuple[Quantizer, Quantizer | None]],
+    operands: Mapping[str, Mapping[str, Quantizer]],
+) -> None:
+    of_layers = [(site.name, q) for site, pair in zip(sites, pairs, strict=True) for q in pair if q is not None]
+    check_deploy(config, [*of_layers, *((operand_path(m, o), q) for m, qs in operands.items() for o, q in qs.items())])
 
 
 def _build_operands(

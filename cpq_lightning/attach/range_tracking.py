@@ -210,7 +210,7 @@ def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | Non
 
 def _least(settings: Settings, bits: int) -> float:
     """The least zero point that a new grid of ``bits`` may have."""
-    return min(1.0, settings.zero_point(bits)) if settings.grid in ("auto", "offset") else 0.0
+    return 0.0 if settings.grid in ("signed", "unsigned") else min(1.0, settings.zero_point(bits))
 
 
 def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> Tensor:
@@ -239,8 +239,10 @@ def _other_zero_points(q: Quantizer, rows: Tensor) -> set[float]:
     """The zero point of the widest grid, and a few others that a new fit may choose."""
     settings = q.settings
     bits, z = settings.bits, settings.zero_point(settings.bits)
-    if q.kind == "weight" or settings.grid not in ("auto", "offset") or not bool((rows < 0).any()):
+    if q.kind == "weight" or settings.grid in ("signed", "unsigned") or not bool((rows < 0).any()):
         return {z}
+    if settings.grid == "int8":
+        return {z, signed_zero_point(bits)}
     return {z, signed_zero_point(bits), fit_range(rows.min(), rows.max(), bits, "offset").zero_point}
 
 

@@ -8,6 +8,7 @@ from cpq_lightning.callbacks.distillation import DistillationCallback as Distill
 from cpq_lightning.callbacks.dropbits import DropBitsSchedule as DropBitsSchedule
 from cpq_lightning.callbacks.oscillation import OscillationFreezing as OscillationFreezing
 from cpq_lightning.callbacks.oscillation import OscillationMonitor as OscillationMonitor
+from cpq_lightning.callbacks.progressive_widths import ProgressiveWidths as ProgressiveWidths
 from cpq_lightning.callbacks.temperature import TemperatureSchedule as TemperatureSchedule
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "DropBitsSchedule",
     "OscillationFreezing",
     "OscillationMonitor",
+    "ProgressiveWidths",
     "TemperatureSchedule",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,9 @@ class ClusterPull(Callback):
 
     After each optimizer step, ``w <- w + c (q(w) - w)``, with ``c`` annealed from 0 at ``start`` to ``strength`` at
     ``end``. The penalty ``|w - q(w)|^2`` has the same effect (Nagel et al., *Overcoming Oscillations in
-    Quantization-Aware Training*, ICML 2022, call it dampening). Here it is decoupled from the gradient and the learning
-    rate, as weight decay is in AdamW. Dampening itself never changes the level of a weight. But a dampened weight needs
+    Quantization-Aware Training*, ICML 2022, call it dampening; Han et al., ICCV 2021, pull each bin's mean). Here it is
+    decoupled from the gradient, and from the learning rate unless ``scale_by_lr``, as weight decay is in AdamW.
+    Dampening itself never changes the level of a weight. But a dampened weight needs
     a larger gradient to leave its grid point, so use it at the end of training, when the learning rate is usually low.
     While :class:`~cpq_lightning.callbacks.BitBudget` learns widths, no weight is dampened. An average of weights over
     the run (EMA, SWA) mixes dampened weights with earlier ones, so averaged weights do not lie on the grid points.
@@ -32,8 +34,12 @@ class ClusterPull(Callback):
     Args:
         start: Start of the dampening: a step count (int) or a fraction of the run (float).
         end: Point of full strength: a step count (int) or a fraction of the run (float).
-        strength: The part of the distance to its grid point that a weight moves in one step, over 0 and at most 1.
+        strength: The part of the distance to its grid point that a weight moves in one step, over 0 and at most 1; with
+            ``scale_by_lr`` any number over 0.
         shape: A shape of :func:`~cpq_lightning.functional.anneal` that may begin at 0.
+        scale_by_lr: Whether the part is ``strength`` times the learning rate of the weight's group (at most 1), as it
+            is for a penalty ``strength/2 |w - q(w)|^2`` in the loss. This suits dampening from early on against
+            oscillation, such as ``ClusterPull(start=0.0, strength=50, shape="cosine", scale_by_lr=True)``.
 
     Raises:
         ValueError: a value is out of range, or ``start`` is after ``end``.
@@ -51,13 +57,17 @@ class ClusterPull(Callback):
         end: int | float = 1.0,
         strength: float = 0.1,
         shape: Shape = "linear",
+        scale_by_lr: bool = False,
     ) -> None:
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
-            raise ValueError(f"strength must be a number over 0 and up to 1, got {strength!r}.")
+        most = math.inf if scale_by_lr else 1
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= most:
+            limit = "" if scale_by_lr else " and up to 1 (any with scale_by_lr=True)"
+            raise ValueError(f"strength must be a number over 0{limit}, got {strength!r}.")
         check_span(start, end)
         anneal(1, start=0, end=2, first=0.0, last=strength, shape=shape)
         self.start, self.end, self.strength = start, end, strength
         self.shape: Shape = shape
+        self.scale_by_lr = scale_by_lr
         self._span = (0, 0)
         self._strength_now = 0.0
         self._pulls: list[Dampening] = []
@@ -88,7 +98,8 @@ class ClusterPull(Callback):
             )
         self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
         self._pulls = [
-            Dampening(optimizer, quantizer_of_weight, lambda: self._strength_now) for optimizer in trainer.optimizers
+            Dampening(optimizer, quantizer_of_weight, lambda: self._strength_now, self.scale_by_lr)
+            for optimizer in trainer.optimizers
         ]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -42,13 +42,16 @@ def fit_histogram(centers: Tensor, counts: Tensor, bits: int, grid: str, least_z
         centers: Centers of the bins, in ascending order, shape (1, bins).
         counts: Their counts, same shape.
         bits: The width.
-        grid: ``"signed"``, ``"unsigned"``, ``"offset"`` (any zero point), or ``"auto"``: an offset where it lowers the
-            error by at least a hundredth.
+        grid: ``"signed"``, ``"unsigned"``, ``"offset"`` (any zero point), ``"int8"`` (signed, or unsigned of at most 7
+            bits), or ``"auto"``: an offset where it lowers the error by at least a hundredth.
         least_zero_point: The least zero point to consider.
     """
     ends = [z for z in (0, signed_zero_point(bits)) if z >= least_zero_point]
-    if grid in ("signed", "unsigned"):
-        candidates: list[float] = [signed_zero_point(bits) if grid == "signed" else 0]
+    if grid in ("signed", "unsigned", "int8"):
+        kinds = int8_kinds(bits) if grid == "int8" else (grid,)
+        zero_points: list[float] = [signed_zero_point(bits) if kind == "signed" else 0 for kind in kinds]
+        # The least zero point is that of the grid as it is, where only one kind is allowed.
+        candidates = [z for z in zero_points if z >= least_zero_point] or zero_points
     else:
         negative, positive = bool(((centers < 0) & (counts > 0)).any()), bool(((centers > 0) & (counts > 0)).any())
         # Values of one sign need one half of the zero points at most.
@@ -84,6 +87,8 @@ def fit_range(low: Tensor, high: Tensor, bits: int, grid: str, least_zero_point:
         least_zero_point: The least zero point to consider.
     """
     negative = least_zero_point > 0 or bool(low < -NEGLIGIBLE * high.abs())
+    if grid == "int8":
+        grid = "signed" if negative or bits > 7 else "unsigned"
     candidates: list[float] = [0] if grid == "unsigned" or (grid != "signed" and not negative) else []
     if not candidates and grid != "signed":
         bottom = low.clamp(max=0)
@@ -96,6 +101,11 @@ def fit_range(low: Tensor, high: Tensor, bits: int, grid: str, least_zero_point:
     worth = 1 - _WORTH if grid == "auto" else 1.0
     sizes = [float(fit.scale) / (1.0 if place == 0 else worth) for place, fit in enumerate(fits)]
     return fits[min(range(len(fits)), key=sizes.__getitem__)]
+
+
+def int8_kinds(bits: int) -> tuple[str, ...]:
+    """The kinds of grids of inputs that signed bytes with a zero point of 0 hold."""
+    return ("unsigned", "signed") if bits <= 7 else ("signed",)
 
 
 def grid_error(values: Tensor, counts: Tensor, scale: Tensor, bits: int, zero_point: float) -> float:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpq_lightning.functional.grid import level_bounds, signed_zero_point
-from cpq_lightning.functional.grid_fit import GridFit, fit_histogram, fit_range
+from cpq_lightning.functional.grid_fit import GridFit, fit_histogram, fit_range, int8_kinds
 from cpq_lightning.functional.ranges import bin_centers, histogram
 
 BINS = 2**14
@@ -110,7 +110,7 @@ class RangeObserver:
                 fits.append(fit_range(low, high, bits, grid, lowest))
                 continue
             # Integers, masks and one-hot vectors have no error on such a grid; the histogram is too coarse to show it.
-            kinds = _KINDS if grid in ("auto", "offset") else (grid,)
+            kinds = {"auto": _KINDS, "offset": _KINDS, "int8": int8_kinds(bits)}.get(grid, (grid,))
             on_grid = [exact[kind, bits] for kind in kinds if (kind, bits) in exact]
             fits.append(on_grid[0] if on_grid else fit_histogram(centers, weights, bits, grid, lowest))
         return fits

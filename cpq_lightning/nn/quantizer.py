@@ -16,6 +16,7 @@ from cpq_lightning.functional.dropbits import expected_bits
 from cpq_lightning.functional.grid import (
     along_channels,
     doubled,
+    half_step,
     narrower_zero_point,
     nearest_level,
 )
@@ -108,7 +109,7 @@ class Quantizer(nn.Module):
             kind=kind,
             bits=bits,
             min_bits=min_bits,
-            grid=config.weight_grid if weight else config.act_grid,
+            grid=config.weight_grid if weight else config.chosen_act_grid,
             doubled_zero_points=SIGNED if weight else UNSIGNED,
             first_or_last=first_or_last,
             estimator=config.weight_estimator if weight else config.act_estimator,
@@ -441,6 +442,22 @@ class Quantizer(nn.Module):
         if min(widths) < widest:
             self._write_widths(torch.as_tensor(widths))
         # The measurement belongs to the previous width.
+        self.measured = None
+
+    @torch.no_grad()
+    def set_width(self, bits: int) -> None:
+        """Give a quantizer without gates another width, on the same range until it is fitted again."""
+        settings = self.settings
+        zero_points, before = list(settings.doubled_zero_points), settings.zero_point(settings.bits)
+        ratio = 2.0 ** (settings.bits - bits)
+        if not half_step(before):
+            zero_points[bits - 1] = doubled(min(round(before / ratio), 2**bits - 1))
+        fit = GridFit(self.scale() * ratio, zero_points[bits - 1] / 2)
+        if half_step(fit.zero_point) and bits > 7:
+            fit = fit._replace(zero_point=2 ** (bits - 1))
+        self.configure(bits=bits, min_bits=bits)
+        if settings.fitted:
+            self.renew([fit], torch.ones_like(self.log_scale, dtype=torch.bool))
         self.measured = None
 
     def nearest(self, x: Tensor) -> Tensor:

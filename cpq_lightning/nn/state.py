@@ -32,8 +32,9 @@ _NESTINGS = ("range", "resolution")
 _RANGE_RULES = ("mse", "max")
 _SHARINGS = ("tensor", "channel", "element")
 _GATE_ESTIMATORS = ("curvature", "concrete")
-# Grids that a quantizer may choose from; "balanced" is one of weights, "unsigned" and "offset" are of activations.
-_GRIDS = ("auto", "signed", "unsigned", "offset", "balanced")
+# Grids that a quantizer may choose from; "balanced" is one of weights, "unsigned", "offset" and "int8" are of
+# activations.
+_GRIDS = ("auto", "signed", "unsigned", "offset", "balanced", "int8")
 # Integers up to 2^20 times a power of two are exact in float32; larger ones are split into several digits.
 _DIGIT_BITS = 20
 # Zero points are split into small digits: in an average, a large number of an old state would outweigh the new one.

@@ -27,13 +27,18 @@ class Dampening:
         optimizer: The optimizer.
         quantizers: The quantizer of each weight, by the weight's ``id``, also for groups that are added later.
         strength: Returns the strength, 0 to 1; called in each step.
+        scale_by_lr: Whether the strength is multiplied by the learning rate of the weight's group, up to 1.
     """
 
     def __init__(
-        self, optimizer: Optimizer, quantizers: Mapping[int, Quantizer], strength: Callable[[], float]
+        self,
+        optimizer: Optimizer,
+        quantizers: Mapping[int, Quantizer],
+        strength: Callable[[], float],
+        scale_by_lr: bool = False,
     ) -> None:
         self._quantizers = quantizers
-        self._strength = strength
+        self._strength, self._scale_by_lr = strength, scale_by_lr
         self._handle = stepping(optimizer).register_step_post_hook(self._after)
 
     @torch.no_grad()
@@ -41,11 +46,13 @@ class Dampening:
         strength = self._strength()
         if strength <= 0 or has_skipped(optimizer):
             return
-        for weight in (p for group in optimizer.param_groups for p in group["params"]):
-            quantizer = self._quantizers.get(id(weight))
-            if quantizer is None or weight.grad is None or not quantizer.active or quantizer.learns_bits:
-                continue
-            weight.lerp_(_nearest(weight, quantizer), strength)
+        for group in optimizer.param_groups:
+            part = min(1.0, strength * float(group["lr"])) if self._scale_by_lr else strength
+            for weight in group["params"]:
+                quantizer = self._quantizers.get(id(weight))
+                if quantizer is None or weight.grad is None or not quantizer.active or quantizer.learns_bits:
+                    continue
+                weight.lerp_(_nearest(weight, quantizer), part)
 
     def remove(self) -> None:
         """Remove the hook from the optimizer."""

@@ -1,0 +1,124 @@
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from cpq_lightning import CPQCallback, CPQConfig, levels
+from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.callbacks import DistillationCallback, ProgressiveWidths
+from tests.models import Classifier, data
+from tests.trainer.test_ddp import SameOnAllRanks
+
+LOADERS = (data(shuffle=False), data(shuffle=False))
+CONFIG = CPQConfig(weight_bits=2, act_bits=3, first_last_bits=None)
+
+
+class Watch(pl.Callback):
+    """The widths with which each batch was computed, behind ProgressiveWidths."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        bits = {(q.kind, q.bits) for _, q in quantizers(pl_module)}
+        assert all(q.fitted for _, q in quantizers(pl_module))
+        self.seen.append(tuple(sorted(bits)))
+
+
+def test_widths_narrow_in_stages_to_those_of_the_config(fit):
+    module, watch = Classifier(), Watch()
+    trainer = fit(module, [CPQCallback(CONFIG, table=False), ProgressiveWidths(widths=(8, 5, 3), end=6), watch])
+    assert trainer.global_step == 8
+    stages = [(("activation", bits), ("weight", bits)) for bits in (8, 8, 5, 5, 3, 3)]
+    assert watch.seen == [*stages, *[(("activation", 3), ("weight", 2))] * 2]
+    assert {(r.kind, r.bits) for r in levels(module)} == {("weight", 2), ("activation", 3)}
+
+
+def test_widths_of_layers_that_are_wide_stay(fit):
+    module, watch = Classifier(), Watch()
+    config = CPQConfig(weight_bits=3, act_bits=3, overrides={"net.0": {"weight_bits": 6}}, first_last_bits=None)
+    fit(module, [CPQCallback(config, table=False), ProgressiveWidths(widths=(5,), end=0.5), watch])
+    assert watch.seen[0] == (("activation", 5), ("weight", 5), ("weight", 6))
+    assert watch.seen[-1] == (("activation", 3), ("weight", 3), ("weight", 6))
+
+
+def test_each_stage_begins_with_ranges_of_its_width(fit):
+    errors = []
+
+    class Errors(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            errors.append(max(r.relative_error for r in levels(pl_module) if r.kind == "weight"))
+
+    fit(Classifier(), [CPQCallback(CONFIG, table=False), ProgressiveWidths(widths=(8, 4), end=4), Errors()])
+    assert errors[0] < 1e-3 < errors[2] < 0.03 < errors[4] < 0.3
+
+
+def test_a_teacher_may_help(fit):
+    callbacks = [CPQCallback(CONFIG, table=False), ProgressiveWidths(), DistillationCallback("self")]
+    module = Classifier()
+    fit(module, callbacks)
+    assert {r.bits for r in levels(module) if r.kind == "weight"} == {2}
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_resumed_run_ends_the_same(fit, tmp_path, epoch):
+    def callbacks():
+        return [CPQCallback(CONFIG, table=False), ProgressiveWidths(widths=(8, 5), end=0.6)]
+
+    def fresh():
+        torch.manual_seed(0)
+        return Classifier()
+
+    whole, resumed = fresh(), Classifier()
+    fit(whole, callbacks(), max_epochs=4, loaders=LOADERS)
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1)
+    fit(fresh(), [*callbacks(), saver], max_epochs=4, loaders=LOADERS, enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="(?!.*[Ww]idth)")
+        fit(resumed, callbacks(), max_epochs=4, loaders=LOADERS, ckpt_path=tmp_path / "saved" / f"epoch={epoch}.ckpt")
+    for name, value in whole.state_dict().items():
+        assert value.equal(resumed.state_dict()[name]), name
+
+
+def test_a_run_that_ends_early_is_narrowed_with_a_word(fit):
+    module = Classifier()
+    with pytest.warns(UserWarning, match="before the last stage of ProgressiveWidths at step 100: 6 widths"):
+        fit(module, [CPQCallback(CONFIG, table=False), ProgressiveWidths(end=100)])
+    assert {(r.kind, r.bits) for r in levels(module)} == {("weight", 2), ("activation", 3)}
+    assert all(q.fitted for _, q in quantizers(module))
+
+
+def test_the_best_checkpoint_of_a_wider_network_is_named(fit, tmp_path):
+    class Falling(Classifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("score", float(-self.trainer.global_step))
+
+    saver = ModelCheckpoint(tmp_path, monitor="score", mode="max")
+    with pytest.warns(UserWarning, match="before ProgressiveWidths had reached the last widths"):
+        fit(
+            Falling(), [CPQCallback(CONFIG, table=False), ProgressiveWidths(end=0.6), saver],
+            max_epochs=3, enable_checkpointing=True,
+        )  # fmt: skip
+
+
+@pytest.mark.xdist_group("ddp")
+def test_two_processes_stay_equal(fit):
+    callbacks = [CPQCallback(CONFIG, table=False), ProgressiveWidths(), SameOnAllRanks()]
+    fit(Classifier(), callbacks, strategy="ddp_fork", devices=2)
+
+
+@pytest.mark.parametrize("settings", [{"weight_bits": 4, "min_bits": 3}, {"weight_bits": 4, "min_bits": 2}])
+def test_gates_are_refused(fit, settings):
+    with pytest.raises(MisconfigurationException, match="learn theirs, drop bits"):
+        fit(Classifier(), [CPQCallback(CPQConfig(**settings), table=False), ProgressiveWidths()])
+
+
+@pytest.mark.parametrize("widths", [(), (4, 5), (4, 4), (9,)])
+def test_stages_that_do_not_narrow_are_refused(widths):
+    with pytest.raises(ValueError, match="widths"):
+        ProgressiveWidths(widths=widths)
