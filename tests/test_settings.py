@@ -23,6 +23,10 @@ OTHERWISE = {
     ("QuantizedModule", "teacher"): "None is training without a teacher",
     ("CPQCallback", "samples"): "the number of samples to keep; exports take the samples, or their file",
     ("ClusterPull", "start"): "dampening is for the end of a run",
+    ("OscillationFreezing", "first"): "a frequency of reversals",
+    ("OscillationFreezing", "last"): "a frequency of reversals",
+    ("OscillationFreezing", "shape"): "that of the paper",
+    ("ProgressiveWidths", "end"): "the last widths need half of the run",
     ("DropBitsSchedule", "end"): "that of the figures in benchmarks/findings, see its docstring",
     ("DropBitsSchedule", "first"): "a probability, and no temperature",
     ("DropBitsSchedule", "last"): "a probability, and no temperature",
@@ -110,7 +114,7 @@ def test_a_fragment_has_the_defaults_of_its_callback(path):
     (entry,) = yaml.safe_load(path.read_text())["trainer"].values()
     callback, found = entry["class_path"].rsplit(".", 1)[-1], settings()
     for name, value in entry["init_args"].items():
-        value = CPQConfig.of(value) if name == "config" else value
+        value = CPQConfig.of(value) if name == "config" else tuple(value) if isinstance(value, list) else value
         assert (callback, name) == ("BitBudget", "target") or value == found[callback, name], name
 
 

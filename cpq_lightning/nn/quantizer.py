@@ -488,7 +488,8 @@ class Quantizer(nn.Module):
 
     def codes_per_level(self) -> Tensor:
         """The factor that makes levels integers: 2 for a balanced grid, else 1; one value, or one for each channel."""
-        return 1 + 2 * (self.grid()[1] % 1)
+        factor = 1 + 2 * (self.grid()[1] % 1)
+        return factor[:1] if bool((factor == factor[0]).all()) else factor
 
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
         """Reshape one value for each channel to broadcast to the weight."""

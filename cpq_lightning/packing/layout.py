@@ -40,7 +40,7 @@ from cpq_lightning.attach.layers import QuantizedLayer, read_layers
 from cpq_lightning.attach.parametrized import computing
 from cpq_lightning.attach.products import modules_with_products, operand_names
 from cpq_lightning.attach.tied import source_of, tied_readers
-from cpq_lightning.functional.grid import half_step, signed_zero_point
+from cpq_lightning.functional.grid import MAX_BITS, half_step, signed_zero_point
 from cpq_lightning.functional.packing import packed_bytes
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.version import __version__
@@ -130,11 +130,12 @@ def grid_of_name(name: str) -> tuple[int, int]:
     Raises:
         ValueError: it is not the name of a grid.
     """
-    kind, (bits, colon, zero_point) = name[:1], name[1:].partition(":")
-    if kind in ("s", "u") and bits.isdecimal() and not colon:
-        return int(bits), signed_zero_point(int(bits)) if kind == "s" else 0
-    if kind == "o" and bits.isdecimal() and zero_point.isdecimal() and int(zero_point) < 2 ** int(bits[:2]):
-        return int(bits), int(zero_point)
+    kind, (digits, colon, zero_point) = name[:1], name[1:].partition(":")
+    bits = int(digits) if digits in [str(k) for k in range(1, MAX_BITS + 1)] else 0
+    if bits and kind in ("s", "u") and not colon:
+        return bits, signed_zero_point(bits) if kind == "s" else 0
+    if bits and kind == "o" and zero_point.isdecimal() and len(zero_point) <= 3 and int(zero_point) < 2**bits:
+        return bits, int(zero_point)
     raise ValueError(f"{name!r} is not the name of a grid")
 
 

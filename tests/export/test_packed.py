@@ -273,9 +273,9 @@ def test_arguments_that_do_not_fit_the_file_allocate_nothing(tmp_path):
 
 def test_a_newer_version_names_who_reads_it(written):
     _, path = written
-    resigned(path, lambda header: header.update(version=4, written_by="cpq-lightning 9.1"))
+    resigned(path, lambda header: header.update(version=5, written_by="cpq-lightning 9.1"))
     with pytest.raises(
-        ValueError, match=r"version 4 of the packed format, written by cpq-lightning 9\.1; .* version 1, 2, 3"
+        ValueError, match=r"version 5 of the packed format, written by cpq-lightning 9\.1; .* version 1, 2, 3, 4"
     ):
         load_quantized(path, convnet())
 

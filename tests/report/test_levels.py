@@ -34,7 +34,7 @@ def test_a_record_a_quantizer(model):
     records = levels(model)
     assert [(r.name, r.kind, r.bits, r.low, r.high, r.first_or_last) for r in records] == [
         ("0", "weight", 8, -128, 127, True),
-        ("0", "activation", 8, -128, 127, True),
+        ("0", "activation", 8, -115, 140, True),
         ("3", "weight", 3, -4, 3, False),
         ("3", "activation", 5, 0, 31, False),
         ("6", "weight", 8, -128, 127, True),
