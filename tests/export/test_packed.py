@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -321,13 +322,22 @@ def test_no_architecture_asks_for_the_network(written):
 
 def test_the_first_version_still_loads():
     """A file that version 1 of the format has written; it stays as it is."""
-    from pathlib import Path
-
     path = Path(__file__).parent / "data" / "version_1.safetensors"
     loaded = load_quantized(path, nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3)))
     x = torch.linspace(-1, 1, 2 * 2 * 9).reshape(2, 2, 3, 3)
     expected = json.loads(path.with_suffix(".json").read_text())
     torch.testing.assert_close(loaded(x), torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_files_of_versions_three_and_four_are_read(version):
+    """Version 3 knew signed and unsigned grids; the file of version 4 has offset and balanced ones."""
+    path = Path(__file__).parent / "data" / f"version_{version}.safetensors"
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4, 3))
+    x = torch.linspace(-1, 1, 2 * 2 * 9).reshape(2, 2, 3, 3)
+    expected = json.loads(path.with_suffix(".json").read_text())
+    torch.testing.assert_close(load_quantized(path, network)(x), torch.tensor(expected), rtol=0, atol=1e-6)
+    assert read_packed(path).header["version"] == version
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,18 @@ def test_states_of_version_1_are_read():
     torch.testing.assert_close(model.eval()(tensors["_input"]), tensors["_output"], rtol=1e-5, atol=1e-6)
 
 
+def test_states_of_version_2_are_read():
+    """Also written once: offsets of inputs, and weights that are balanced at one bit."""
+    tensors = load_file(GOLDEN.with_name("state_v2.safetensors"))
+    config = CPQConfig(weight_bits=6, min_bits=1, learn_bits=True, per_channel=True, first_last_bits=None)
+    model = attach(nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(16, 3)), config)
+    model.load_state_dict({name: value for name, value in tensors.items() if not name.startswith("_")})
+    zero_points = [q.settings.zero_point(k) for _, q in quantizers(model) for k in (1, q.bits)]
+    assert 0.5 in zero_points
+    assert any(0 < q.zero_point < 2 ** (q.bits - 1) for _, q in quantizers(model))
+    torch.testing.assert_close(model.eval()(tensors["_input"]), tensors["_output"], rtol=1e-5, atol=1e-6)
+
+
 def _golden_config():
     return CPQConfig(weight_bits=6, min_bits=2, learn_bits=True, per_channel=True)
 
