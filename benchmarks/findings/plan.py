@@ -33,13 +33,14 @@ from benchmarks.findings.methods import (
     UNDRAWN,
 )
 from benchmarks.findings.rows import Rows
-from benchmarks.findings.runs import RATES, SEARCH_SEED, SEEDS, Run
+from benchmarks.findings.runs import RATES, SCALES, SEARCH_SEED, SEEDS, Run
 
 FULL_BITS = 32
 # The scale at which rates are searched, for all others too.
 SEARCH_SCALE = "20k"
 # Networks that are hard to quantize: each has a search of its own.
 HARD = ("10k-silu", "10k-mobile", "10k-convnext")
+PRETRAINED = "5k-efficientnet"
 # Where the best rate of all families is at the edge of what is searched, it is searched beyond.
 _BEYOND = {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), RQ: (0.016, 0.032)}
 # Weights and activations; the search takes the outer two.
@@ -57,18 +58,18 @@ AT_AVERAGES = (*_ALLOCATED, DRAWN, REDRAWN)
 
 def search_scale(scale: str) -> str:
     """Where the rates of a scale come from."""
-    return scale if scale == "tiny" or scale in HARD else SEARCH_SCALE
+    return scale if scale == "tiny" or scale in (*HARD, PRETRAINED) else SEARCH_SCALE
 
 
-def rates(family: str) -> tuple[float, ...]:
-    """The learning rates that a family's is chosen from, in rising order."""
-    return tuple(sorted({*RATES, *_BEYOND.get(family, ())}))
+def rates(family: str, scale: str = SEARCH_SCALE) -> tuple[float, ...]:
+    """The learning rates that a family's is chosen from at a scale, in rising order."""
+    return SCALES[scale].rates or tuple(sorted({*RATES, *_BEYOND.get(family, ())}))
 
 
 def searches(scale: str, family: str) -> list[Run]:
     """The runs that find a family's learning rate."""
-    widths = ((FULL_BITS, FULL_BITS),) if family == FULL else WIDTHS[:1] if scale in HARD else _SEARCHED
-    tried = product(widths, rates(family))
+    widths = ((FULL_BITS, FULL_BITS),) if family == FULL else WIDTHS[:1] if scale in (*HARD, PRETRAINED) else _SEARCHED
+    tried = product(widths, rates(family, search_scale(scale)))
     return [Run(search_scale(scale), family, w, a, SEARCH_SEED, rate) for (w, a), rate in tried]
 
 
@@ -80,7 +81,10 @@ def rate_of(run: Run, rows: Rows) -> float | None:
     needed = searches(run.scale, family)
     if any(search not in rows for search in needed):
         return None
-    sums = {rate: sum(rows[s]["val_accuracy"] for s in needed if s.rate == rate) for rate in rates(family)}
+    sums = {
+        rate: sum(rows[s]["val_accuracy"] for s in needed if s.rate == rate)
+        for rate in rates(family, search_scale(run.scale))
+    }
     return max(sums, key=lambda rate: sums[rate])
 
 
@@ -100,7 +104,7 @@ def _block(
 
 def plan(scale: str) -> list[Run]:
     """All runs at a scale, the most telling first; searches stand before the first run that needs them."""
-    wanted = [*_block(scale, (FULL,), ((FULL_BITS, FULL_BITS),))]
+    wanted = [*_block(scale, (FULL,), ((FULL_BITS, FULL_BITS),), SCALES[scale].seeds)]
     for part in _PARTS[scale]:
         wanted += part(scale)
     return _with_searches(scale, wanted)
@@ -154,6 +158,11 @@ def _hard(scale: str) -> Iterator[Run]:
     yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS), WIDTHS)
 
 
+def _pretrained(scale: str) -> Iterator[Run]:
+    """A real backbone: the peers and the default."""
+    yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS), (WIDTHS[2], WIDTHS[0]), SCALES[scale].seeds)
+
+
 # At the other scales is done what is told by few runs.
 _PARTS: dict[str, tuple[Callable[[str], Iterator[Run]], ...]] = {
     "20k": (_telling, _others),
@@ -161,6 +170,7 @@ _PARTS: dict[str, tuple[Callable[[str], Iterator[Run]], ...]] = {
     "20k-separable": (_separable,),
     "tiny": (_telling, _others),
     **dict.fromkeys(HARD, (_hard,)),
+    PRETRAINED: (_pretrained,),
 }
 
 

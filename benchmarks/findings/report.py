@@ -23,6 +23,7 @@ from benchmarks.findings.methods import (
     FULL,
     LEARNED,
     LSQ,
+    LSQ_PLUS,
     METHODS,
     PULLED,
     PULLED_LSQ,
@@ -49,8 +50,15 @@ from benchmarks.findings.runs import BATCH_SIZE, RATES, SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate, no_worse, paired, variance_ratio
 
 _NOTHING = "No rows yet.\n"
-_KINDS = {"resnet": "a ResNet", "separable": "depthwise-separable convolutions"}
-PEERS = (LSQ, BREVITAS, RQ)
+_KINDS = {
+    "resnet": "a ResNet",
+    "separable": "depthwise-separable convolutions",
+    "silu": "a ResNet with SiLU",
+    "mobile": "a network like MobileNetV3",
+    "convnext": "a network like ConvNeXt",
+    "efficientnet": "EfficientNet-Lite0 with ImageNet weights",
+}
+PEERS = (LSQ, LSQ_PLUS, BREVITAS, RQ)
 OURS = (ARGMAX, EXPECTATION, COOLED, DROPPED, PULLED)
 
 _INTRODUCTION = """# Do the paper's findings hold?
@@ -283,7 +291,7 @@ def _ablations(rows: Rows, scale: str) -> str:
 
 def _rates(rows: Rows, scale: str) -> str:
     families = list(dict.fromkeys(m.family for m in METHODS.values()))
-    tried = sorted({rate for family in families for rate in rates(family)})
+    tried = sorted({rate for family in families for rate in rates(family, scale)})
     lines = [["family", *(f"{rate:g}" for rate in tried), "chosen"]]
     for family in families:
         runs = [run for run in searches(scale, family) if run in rows]

@@ -16,6 +16,9 @@ class Scale:
         epochs: Of every run.
         start_epochs: Of the full-precision network that all runs start from.
         network: Which it is.
+        start_rate: Learning rate of the full-precision start.
+        rates: Learning rates that each family's is chosen from, in place of :data:`RATES`.
+        seeds: Seeds of the runs.
     """
 
     name: str
@@ -23,6 +26,9 @@ class Scale:
     epochs: int
     start_epochs: int
     network: str = "resnet"
+    start_rate: float = 0.004
+    rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 SCALES = {
@@ -32,6 +38,10 @@ SCALES = {
     "10k-silu": Scale("10k-silu", 10_000, 4, 12, "silu"),
     "10k-mobile": Scale("10k-mobile", 10_000, 4, 12, "mobile"),
     "10k-convnext": Scale("10k-convnext", 10_000, 4, 12, "convnext"),
+    # Pretrained on ImageNet: smaller rates, and few runs, which are long.
+    "5k-efficientnet": Scale(
+        "5k-efficientnet", 5_000, 3, 3, "efficientnet", 0.001, (0.00025, 0.0005, 0.001, 0.002), (0, 1, 2)
+    ),
     # For tests: a campaign in seconds, with figures that mean nothing.
     "tiny": Scale("tiny", 256, 2, 1),
 }

@@ -27,7 +27,7 @@ from benchmarks.findings.allocation import (
 )
 from benchmarks.findings.data import Images, load
 from benchmarks.findings.methods import METHODS, Made, Task, inner_layers
-from benchmarks.findings.network import NETWORKS
+from benchmarks.findings.network import NETWORKS, Lite0
 from benchmarks.findings.rows import Row
 from benchmarks.findings.runs import BATCH_SIZE, SCALES, WEIGHT_DECAY, Run, Scale
 from benchmarks.quantized_layer import QuantizedLayer
@@ -36,7 +36,6 @@ from cpq_lightning.attach.layers import QuantizedLayer as CPQLayer
 from cpq_lightning.bitwidth.cost import average_bits
 from cpq_lightning.report import levels
 
-_START_RATE = 0.004
 # Cells of a histogram across one step of the grid, and how far to each side of zero it reaches, in steps.
 _CELLS, _REACH = 20, 3
 
@@ -91,8 +90,11 @@ def train_start(scale: Scale, root: str, path: Path, device: str = "cpu") -> Non
     if path.is_file():
         return
     seed_everything(0, verbose=False)
-    network = NETWORKS[scale.network]().to(memory_format=torch.channels_last)
-    _fit(Made(network), Images(root, scale.images, 1000, BATCH_SIZE), _START_RATE, scale.start_epochs, device)
+    network = NETWORKS[scale.network]()
+    if isinstance(network, Lite0):
+        network.load_imagenet()
+    network = network.to(memory_format=torch.channels_last)
+    _fit(Made(network), Images(root, scale.images, 1000, BATCH_SIZE), scale.start_rate, scale.start_epochs, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, unfinished)
