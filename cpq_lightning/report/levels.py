@@ -204,7 +204,8 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
     error = (weight.double() - (quantized * quantizer.along_channels(step, weight)).double()).square().sum()
     # Levels of balanced and of signed grids lie half a scale apart.
     per_scale = 1 if len((low % 1).unique()) == 1 else 2
-    place = ((quantized - low.min()) * per_scale).flatten().long()
+    # A weight that has turned into NaN is on no level, and must not keep a report from being written.
+    place = ((quantized - low.min()) * per_scale).nan_to_num(0.0).flatten().long()
     counts = torch.bincount(place, minlength=int((high.max() - low.min()) * per_scale) + 1)
     clipped, fresh_clipped = outgrown_weight(layer)
     usage = Usage(int((counts > 0).sum()), float(error / power) if power > 0 else 0.0, clipped, fresh_clipped)

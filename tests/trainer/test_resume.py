@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from benchmarks.lightning_matrix.common import Plain, data, trainer_in
@@ -67,6 +68,19 @@ def whole(tmp_path_factory):
         ModelCheckpoint(folder / "steps", save_top_k=-1, every_n_train_steps=3, filename="{epoch}-{step}"),
     ]
     return folder, outcome(*run(folder, stateful(), *savers))
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """As DeepSpeed's: it restores a checkpoint only behind ``on_fit_start``."""
+
+    restore_checkpoint_after_setup = True
+
+
+def test_under_a_strategy_that_restores_late(whole, tmp_path):
+    folder, wanted = whole
+    [checkpoint] = (folder / "epochs").glob("epoch=6-*.ckpt")
+    strategy = RestoresLate("cpu")
+    assert_equal(outcome(*run(tmp_path, stateful(), ckpt_path=checkpoint, strategy=strategy)), wanted)
 
 
 # Full precision; its last epoch; widths learned while both schedules move; decided; fixed.
