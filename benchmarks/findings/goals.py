@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.findings.methods import AT_FIXED, AT_LEARNED, FULL, LEARNED, LSQ, METHODS, RANDOM
+from benchmarks.findings.methods import AT_FIXED, AT_LEARNED, FULL, LEARNED, LEARNED_DEFAULTS, LSQ, METHODS, RANDOM
 from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, WIDTHS
 from benchmarks.findings.results import DEFAULT, cell
 from benchmarks.findings.rows import Rows
@@ -32,7 +32,8 @@ def _verdict(holds: bool, difference: Estimate) -> str:
 
 
 def _accuracies(rows: Rows, scale: str) -> Iterator[str]:
-    others = [m for m in METHODS if m not in (FULL, DEFAULT, *AT_AVERAGES, *AT_FIXED, *AT_LEARNED)]
+    apart = (FULL, DEFAULT, LEARNED_DEFAULTS, *AT_AVERAGES, *AT_FIXED, *AT_LEARNED)
+    others = [m for m in METHODS if m not in apart]
     for w, a in WIDTHS:
         ours = cell(rows, scale, DEFAULT, w, a)
         theirs = [c for c in (cell(rows, scale, m, w, a) for m in others) if c and c.complete]

@@ -29,7 +29,15 @@ from benchmarks.quantized_layer import (
 from cpq_lightning import CPQCallback, CPQConfig
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.bitwidth import search as _search
-from cpq_lightning.callbacks import BitBudget, ClusterPull, DistillationCallback, DropBitsSchedule, TemperatureSchedule
+from cpq_lightning.callbacks import (
+    BitBudget,
+    ClusterPull,
+    DistillationCallback,
+    DropBitsSchedule,
+    OscillationFreezing,
+    ProgressiveWidths,
+    TemperatureSchedule,
+)
 from cpq_lightning.functional import grid_fit
 from cpq_lightning.nn import gates
 
@@ -41,6 +49,8 @@ PULLED, PULLED_LSQ = "CPQ expectation, ClusterPull", "LSQ, ClusterPull"
 LEARNED, RELEARNED = "learned levels", "learned levels from the start"
 DRAWN = "learned by drawn gates"
 REDRAWN = f"{DRAWN}, from the start"
+# The product as a user gets it who sets only the bits.
+DEFAULTS, LEARNED_DEFAULTS = "CPQ, defaults", "learned levels, defaults"
 RANDOM, BY_ERROR, BY_HESSIAN = "random levels", "levels by error", "levels by Hessian trace"
 # Of the first and last layer, whatever the method.
 END_BITS = 8
@@ -184,12 +194,13 @@ def _cpq(
     settings: Mapping[str, Any] | None = None,
     callbacks: Callable[[], list[Callback]] = list,
     patched: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    plain: Mapping[str, Any] = _PLAIN,
 ) -> Made:
     """CPQ at fixed widths, of all layers alike or given."""
     # Names are those within a QuantizedModule.
     overrides = {f"model.{name}": {"weight_bits": bits} for name, bits in (task.levels or {}).items()}
     widest = max((task.levels or {"": int(task.weight_bits)}).values())
-    config = CPQConfig(weight_bits=widest, act_bits=task.act_bits, overrides=overrides, **_PLAIN)
+    config = CPQConfig(weight_bits=widest, act_bits=task.act_bits, overrides=overrides, **plain)
     changed = {**config.to_dict(), **(settings or {})}
     return Made(task.network, CPQConfig(**changed), [_quiet(), *callbacks()], patched())
 
@@ -216,11 +227,12 @@ def _learned(
     callbacks: Callable[[], list[Callback]] = list,
     patched: Callable[[], AbstractContextManager[Any]] = nullcontext,
     activations: bool = False,
+    plain: Mapping[str, Any] = _PLAIN,
 ) -> Made:
     """Weights of 8 to 2 bits (to 1 where the average is 2); activations at theirs, or of that average too."""
     low = narrowest(task.weight_bits)
     options = {"weight_bits": 8, "min_bits": low, "learn_bits": True, "act_bits": task.act_bits}
-    options |= {**_PLAIN, **(settings or {})}
+    options |= {**plain, **(settings or {})}
     budgets = {"act_target": float(task.act_bits)} if activations else {}
     beside = [_quiet(), BitBudget(task.weight_bits, **budgets, **(budget or {})), *callbacks()]
     return Made(task.network, CPQConfig(**options), beside, patched())
@@ -259,6 +271,8 @@ METHODS: dict[str, Method] = {
     # The paper's gates, which take longer to learn.
     DRAWN: Method(partial(_learned, settings={"gate_estimator": "concrete"}, budget={"freeze": 0.8}), EXPECTATION),
     REDRAWN: Method(_cpq, EXPECTATION, levels=DRAWN),
+    DEFAULTS: Method(partial(_cpq, plain={}), EXPECTATION),
+    LEARNED_DEFAULTS: Method(partial(_learned, plain={}), EXPECTATION),
     RANDOM: Method(_cpq, EXPECTATION, levels="random"),
     BY_ERROR: Method(_cpq, EXPECTATION, levels="error"),
     BY_HESSIAN: Method(_cpq, EXPECTATION, levels="hessian"),
@@ -279,6 +293,11 @@ _FIXED: dict[str, Callable[[Task], Made]] = {
     "a step each channel": partial(_cpq, settings={"per_channel": True}),
     "inputs signed or unsigned": partial(_cpq, patched=_without_offsets),
     "balanced weights": partial(_cpq, settings={"weight_grid": "balanced"}),
+    "oscillating weights frozen": partial(_cpq, callbacks=lambda: [OscillationFreezing()]),
+    "dampened from early on": partial(
+        _cpq, callbacks=lambda: [ClusterPull(start=0.0, strength=50, shape="cosine", scale_by_lr=True)]
+    ),
+    "widths narrowed in stages": partial(_cpq, callbacks=lambda: [ProgressiveWidths()]),
 }
 _LEARNING: dict[str, Callable[[Task], Made]] = {
     "without DropBits: gates at their median": partial(_learned, patched=_median_gates),
@@ -306,7 +325,10 @@ AT_FIXED = {
     ),
     **_changed(
         ARGMAX,
-        {"on activations too": partial(_cpq, settings={"weight_estimator": "argmax", "act_estimator": "argmax"})},
+        {
+            "on activations too": partial(_cpq, settings={"weight_estimator": "argmax", "act_estimator": "argmax"}),
+            "balanced weights": partial(_cpq, settings={"weight_estimator": "argmax", "weight_grid": "balanced"}),
+        },
         ARGMAX,
     ),
 }

@@ -14,12 +14,14 @@ from benchmarks.findings.methods import (
     BY_ERROR,
     BY_HESSIAN,
     COOLED,
+    DEFAULTS,
     DRAWN,
     DROPPED,
     EARLIER,
     EXPECTATION,
     FULL,
     LEARNED,
+    LEARNED_DEFAULTS,
     LSQ,
     LSQ_OFFSET,
     LSQ_PLUS,
@@ -138,15 +140,27 @@ def _others(scale: str) -> Iterator[Run]:
     yield from _block(scale, AT_THREE_BITS, (AT_A3,))
     yield from _block(scale, _ALLOCATED, (THREE, FOUR))
     yield from _block(scale, (LSQ, EXPECTATION), (FOUR,))
+    yield from _block(scale, (DEFAULTS, LSQ), (ONE, TWO))
+    yield from _block(scale, (LSQ_PLUS, DEFAULTS, LSQ_OFFSET), WIDTHS)
+    yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
 
 
 def _separable(scale: str) -> Iterator[Run]:
     """Levels where three bits everywhere are too few for some layers."""
     yield from _block(scale, (*_ALLOCATED, LSQ, EXPECTATION), (THREE,))
     yield from _block(scale, (DRAWN, UNDRAWN, EARLIER), (THREE,))
+    yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS), WIDTHS)
+    yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
+    yield from _block(scale, (DEFAULTS,), (TWO,))
+    for seed in SEEDS[:3]:
+        yield from _block(scale, (EXPECTATION, CHANNELS, BALANCED, FROZEN, DAMPENED, STAGED), WIDTHS[:2], (seed,))
 
 
 CHANNELS = f"{EXPECTATION}: a step each channel"
+FROZEN, DAMPENED = f"{EXPECTATION}: oscillating weights frozen", f"{EXPECTATION}: dampened from early on"
+STAGED, BALANCED_ARGMAX = f"{EXPECTATION}: widths narrowed in stages", f"{ARGMAX}: balanced weights"
+# Weights of one bit, where the grid decides.
+ONE = (1.0, 8)
 NO_OFFSET, BALANCED = f"{EXPECTATION}: inputs signed or unsigned", f"{EXPECTATION}: balanced weights"
 
 
@@ -154,13 +168,22 @@ def _hard(scale: str) -> Iterator[Run]:
     """The peers and the default at all widths, seed by seed; then each ingredient alone."""
     for seed in SEEDS[:3]:
         yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, NO_OFFSET, CHANNELS), WIDTHS[:2], (seed,))
-        yield from _block(scale, (BALANCED, LSQ_OFFSET), WIDTHS[:2], (seed,))
-    yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS), WIDTHS)
+        if scale != HARD[2]:
+            yield from _block(scale, (BALANCED, FROZEN, DAMPENED, STAGED, LSQ_OFFSET), WIDTHS[:2], (seed,))
+    yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS), WIDTHS)
+    yield from _block(scale, (CHANNELS, EXPECTATION), WIDTHS[2:], SEEDS[:3])
+    yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
+    yield from _block(scale, (DEFAULTS,), (TWO,))
+    if scale != HARD[2]:
+        yield from _block(scale, (BREVITAS,), WIDTHS[:2], SEEDS[:3])
+        yield from _block(scale, (ARGMAX, BALANCED_ARGMAX), WIDTHS[:2], SEEDS[:3])
 
 
 def _pretrained(scale: str) -> Iterator[Run]:
     """A real backbone: the peers and the default."""
-    yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS), (WIDTHS[2], WIDTHS[0]), SCALES[scale].seeds)
+    yield from _block(
+        scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS, DEFAULTS), (WIDTHS[2], WIDTHS[0]), SCALES[scale].seeds
+    )
 
 
 # At the other scales is done what is told by few runs.

@@ -17,6 +17,7 @@ from benchmarks.findings.methods import (
     BREVITAS,
     BY_ERROR,
     COOLED,
+    DEFAULTS,
     DRAWN,
     DROPPED,
     EXPECTATION,
@@ -59,7 +60,7 @@ _KINDS = {
     "efficientnet": "EfficientNet-Lite0 with ImageNet weights",
 }
 PEERS = (LSQ, LSQ_PLUS, BREVITAS, RQ)
-OURS = (ARGMAX, EXPECTATION, COOLED, DROPPED, PULLED)
+OURS = (DEFAULTS, ARGMAX, EXPECTATION, COOLED, DROPPED, PULLED)
 
 _INTRODUCTION = """# Do the paper's findings hold?
 

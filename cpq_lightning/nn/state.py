@@ -7,8 +7,8 @@ the quotient: an average of two states is then their mean with these weights.
 
 - The weight of the settings grows by a factor of 2^24 with each change: the average of an old and a new state is the
   new one.
-- Ranges and facts have weight 0 while unknown and 1 when known: the average of an unknown and a known value is the
-  known one, and that of two known values is their mean.
+- Ranges (scales and zero points) and facts have weight 0 while unknown and 1 when known: the average of an unknown and
+  a known value is the known one, and that of two known values is their mean, for zero points the nearest whole number.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ _GATE_ESTIMATORS = ("curvature", "concrete")
 _GRIDS = ("auto", "signed", "unsigned", "offset", "balanced", "int8")
 # Integers up to 2^20 times a power of two are exact in float32; larger ones are split into several digits.
 _DIGIT_BITS = 20
-# Zero points are split into small digits: in an average, a large number of an old state would outweigh the new one.
-_BASE = 32
 # Weights of the settings: 2^-96, 2^-72, … 2^96. Further changes keep the last weight, and two such states have their
 # plain mean as average.
 _FIRST, _GROWTH, _REVISIONS = -96, 24, 8
@@ -150,13 +148,14 @@ _DIGITS = {
     "numel": 3,
     "macs": 3,
     "steps": 2,
-    "doubled_zero_points": 16,
-    "pending_zero_points": 16,
+    "doubled_zero_points": 8,
+    "pending_zero_points": 8,
 }
 _TUPLES = ("doubled_zero_points", "pending_zero_points")
 _PENDING = ("pending_zero_points",)
+_RANGES = ("doubled_zero_points",)
 # Fields that are no settings: their parts of the state have separate weights.
-KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", "fitted")
+KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", *_RANGES, "fitted")
 # The fields that determine the tensors of a quantizer and their shapes, with the option of CPQConfig that sets each.
 LAYOUT = {
     "nesting": "nesting",
@@ -197,13 +196,14 @@ def _length(names: tuple[str, ...]) -> int:
 
 
 class _Header(NamedTuple):
-    """The header of one version: the names of its settings, and of its pending range."""
+    """The header of one version: the names of its settings, of its pending range, and of its range."""
 
     settings: tuple[str, ...]
     pending: tuple[str, ...]
+    ranges: tuple[str, ...]
 
-    # Offsets: settings, facts, pending range, and the weight of the ranges. After the header follow the fixed widths,
-    # the scales, the scale of each width relative to the widest with nesting="resolution", and the pending scales.
+    # Offsets: settings, facts, pending range, range. After the header follow the fixed widths, the scales, the scale of
+    # each width relative to the widest with nesting="resolution", and the pending scales.
     @property
     def facts_offset(self) -> int:
         return 1 + _length(self.settings)
@@ -216,16 +216,21 @@ class _Header(NamedTuple):
     def ranges_offset(self) -> int:
         return self.pending_offset + 1 + _length(self.pending)
 
+    @property
+    def length(self) -> int:
+        return self.ranges_offset + 1 + _length(self.ranges)
+
 
 # Version 1 knew signed and unsigned grids only, the same for all widths of a quantizer. Its two other names were 0.
-_OLD_NAMES = {"grid": ("signed",), "doubled_zero_points": ("zero_point", "half_integer")}
+_OLD_NAMES = {"grid": ("signed", "zero_point", "half_integer")}
 _VERSION_1 = _Header(
     tuple(name for setting in _SETTINGS for name in _OLD_NAMES.get(setting, (setting,))),
     ("pending_signed",),
+    (),
 )
-_HEADERS = {1: _VERSION_1, VERSION: _Header(_SETTINGS, _PENDING)}
+_HEADERS = {1: _VERSION_1, VERSION: _Header(_SETTINGS, _PENDING, _RANGES)}
 _PENDING_OFFSET, _RANGES_OFFSET = _HEADERS[VERSION].pending_offset, _HEADERS[VERSION].ranges_offset
-HEADER = _RANGES_OFFSET + 1
+HEADER = _HEADERS[VERSION].length
 
 
 class Places(NamedTuple):
@@ -270,7 +275,7 @@ def encode(settings: Settings, revision: int) -> Tensor:
         (_weight(revision), _SETTINGS),
         (float(settings.has_facts), _FACTS),
         (float(settings.pending), _PENDING),
-        (float(settings.fitted), ()),
+        (float(settings.fitted), _RANGES),
     ):
         row.append(weight)
         for name in names:
@@ -287,11 +292,10 @@ def decode(header: list[float]) -> tuple[Settings, int]:
     weight = header[0]
     version = round(header[1] / weight) if weight > 0 and math.isfinite(header[1]) else 0
     form = _HEADERS.get(version, _HEADERS[VERSION])
-    header = header[: form.ranges_offset + 1]
-    if weight > 0 and len(header) <= form.ranges_offset:
+    header = header[: form.length]
+    if weight > 0 and len(header) < form.length:
         raise ValueError(
-            f"A quantizer's state of version {version} has at least {form.ranges_offset + 1} elements, got "
-            f"{len(header)}."
+            f"A quantizer's state of version {version} has at least {form.length} elements, got {len(header)}."
         )
     if not (weight > 0 and all(map(math.isfinite, header))):
         raise ValueError(
@@ -309,16 +313,22 @@ def decode(header: list[float]) -> tuple[Settings, int]:
         (form.settings, 1, weight),
         (_FACTS, form.facts_offset + 1, known),
         (form.pending, form.pending_offset + 1, pending),
+        (form.ranges, form.ranges_offset + 1, fitted),
     )
     for names, start, divisor in groups:
         offset = start
         for name in names:
             count = _DIGITS.get(name, 1)
-            digits = [round(v / divisor) for v in header[offset : offset + count]] if divisor > 0 else [0] * count
-            values[name] = _value(name, digits)
+            numbers = [v / divisor for v in header[offset : offset + count]] if divisor > 0 else [0.0] * count
+            values[name] = _value(name, numbers)
             offset += count
     if version == 1:
         _from_version_1(values)
+    if not values["fitted"]:
+        values["doubled_zero_points"] = SIGNED if values["kind"] == "weight" else UNSIGNED
+    elif values["kind"] == "activation":
+        # The mean of two states may lie between whole zero points, and inputs have no others.
+        values["doubled_zero_points"] = tuple(2 * round(number / 2) for number in values["doubled_zero_points"])
     return Settings(**values), max(0, round((math.log2(weight) - _FIRST) / _GROWTH))
 
 
@@ -336,7 +346,7 @@ def read(state: Tensor) -> tuple[Settings, int]:
     Raises:
         ValueError: The state is damaged, or of another version.
     """
-    shortest = min(form.ranges_offset + 1 for form in _HEADERS.values())
+    shortest = min(form.length for form in _HEADERS.values())
     if state.dim() != 1 or len(state) < shortest:
         raise ValueError(
             f"A quantizer's state is one-dimensional with at least {shortest} elements, got shape {tuple(state.shape)}."
@@ -355,7 +365,7 @@ def read(state: Tensor) -> tuple[Settings, int]:
 
 
 def _header_length(header: list[float]) -> int:
-    return _HEADERS[round(header[1] / header[0])].ranges_offset + 1
+    return _HEADERS[round(header[1] / header[0])].length
 
 
 def upgraded(state: Tensor) -> Tensor:
@@ -400,7 +410,7 @@ def read_members(state: Tensor) -> Settings:
 
 def weight_of_ranges(state: Tensor) -> Tensor:
     """The weight of the scales, 0 before they are known, shape (1,)."""
-    return state[_RANGES_OFFSET:HEADER]
+    return state[_RANGES_OFFSET : _RANGES_OFFSET + 1]
 
 
 def weight_of_pending(state: Tensor) -> Tensor:
@@ -411,15 +421,16 @@ def weight_of_pending(state: Tensor) -> Tensor:
 def _digits(name: str, value: Any) -> list[int]:
     """The numbers that stand for a setting in the state."""
     if name in _TUPLES:
-        return [digit for number in value for digit in divmod(number, _BASE)]
+        return list(value)
     number = [*_CHOICES[name]].index(value) if name in _CHOICES else int(value)
     return _split(number, _DIGITS.get(name, 1))
 
 
-def _value(name: str, digits: list[int]) -> Any:
-    """The inverse of :func:`_digits`."""
+def _value(name: str, numbers: list[float]) -> Any:
+    """The inverse of :func:`_digits`, for numbers that may be means."""
+    digits = [round(number) for number in numbers]
     if name in _TUPLES:
-        return tuple(high * _BASE + low for high, low in zip(digits[::2], digits[1::2], strict=True))
+        return tuple(digits)
     number = _join(digits)
     if name in _CHOICES:
         return [*_CHOICES[name]][min(max(number, 0), len(_CHOICES[name]) - 1)]

@@ -41,6 +41,7 @@ class Oscillation:
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
         self._grid: tuple[Any, ...] = ()
+        self._seen = (0, -1)
         self._state: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -77,11 +78,16 @@ class Oscillation:
             frozen = state["frozen_code"] = torch.where(newly, state["mean_code"].round().to(torch.int16), frozen)
         is_frozen = frozen >= 0
         state["code"] = torch.where(is_frozen, frozen, code).to(torch.uint8)
-        if bool(is_frozen.any()):
+        if threshold is not None:
             _write(weight, torch.where(is_frozen, (scale * (frozen + low)).to(w.dtype), w))
 
     def _restarts(self, quantizer: Quantizer) -> bool:
         """Whether the grid is another one than in the last step."""
+        buffer = quantizer.state
+        if self._state and self._seen == (id(buffer), buffer._version):
+            return False
+        # Only after a write are scales compared, which on a GPU waits for the device.
+        self._seen = (id(buffer), buffer._version)
         settings, start = quantizer.settings, quantizer.start_scale
         grid = (settings.bits, settings.min_bits, settings.fixed, settings.doubled_zero_points)
         if self._state and grid == self._grid and torch.equal(start, self._state["scale"]):

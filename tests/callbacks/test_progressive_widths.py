@@ -122,3 +122,16 @@ def test_gates_are_refused(fit, settings):
 def test_stages_that_do_not_narrow_are_refused(widths):
     with pytest.raises(ValueError, match="widths"):
         ProgressiveWidths(widths=widths)
+
+
+def test_stages_begin_with_the_first_quantized_step(fit):
+    module, watch = Classifier(), Watch()
+    watch.on_train_batch_end = lambda trainer, pl_module, *_: watch.seen.append(
+        tuple(sorted({(q.kind, q.bits, q.active) for _, q in quantizers(pl_module)}))
+    )
+    callbacks = [CPQCallback(CONFIG, table=False, quantize_from=2), ProgressiveWidths(widths=(8, 5), end=6), watch]
+    fit(module, callbacks)
+    wide, narrow = ((("activation", b, True), ("weight", b, True)) for b in (8, 5))
+    last = (("activation", 3, True), ("weight", 2, True))
+    assert all(not active for _, _, active in watch.seen[1])
+    assert watch.seen[2:] == [wide, wide, narrow, narrow, last, last]

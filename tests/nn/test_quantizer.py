@@ -16,7 +16,7 @@ from cpq_lightning.functional.grid import level_bounds, nearest_level
 from cpq_lightning.functional.ranges import mse_scale
 from cpq_lightning.nn.observer import RangeObserver
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.state import UNSIGNED, read
+from cpq_lightning.nn.state import SIGNED, UNSIGNED, read
 
 SHARINGS = ("tensor", "channel", "element")
 NESTINGS = ("range", "resolution")
@@ -308,11 +308,9 @@ def test_a_state_dict_restores_everything_in_a_quantizer_of_other_settings():
 
 def test_the_host_reads_what_the_state_says():
     q = weight_quantizer(weights())
-    q.configure(
-        bits=3, min_bits=1, doubled_zero_points=UNSIGNED, fitted=False, active=False, numel=7, first_or_last=True
-    )
+    q.configure(bits=3, min_bits=1, fitted=False, active=False, numel=7, first_or_last=True)
     settings, _ = read(q.state_dict()["state"])
-    assert [getattr(settings, name) for name in SETTINGS] == [3, 1, UNSIGNED, False, False, 7, True]
+    assert [getattr(settings, name) for name in SETTINGS] == [3, 1, SIGNED, False, False, 7, True]
     assert settings == q.settings
 
 

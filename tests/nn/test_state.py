@@ -20,7 +20,7 @@ from tests.marks import thorough
 GOLDEN = Path(__file__).parent / "data" / "state_v1.safetensors"
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 ODD = Settings(
-    kind="activation", bits=7, min_bits=2, grid="offset", doubled_zero_points=(1, 3, 5, 0, 4, 16, 26, 200),
+    kind="activation", bits=7, min_bits=2, grid="offset", doubled_zero_points=(2, 0, 6, 0, 4, 16, 26, 200),
     settled=True, fixed=True, first_or_last=True,
     estimator="argmax", nesting="resolution", range_rule="max", channels=70_000, channel_dim=1, gate_count=6,
     gate_rows=3, gates_learned=True, gate_sharing="channel", gate_estimator="concrete",
@@ -215,3 +215,27 @@ def test_what_two_layouts_differ_in_is_named_by_the_setting():
         ({"nesting": "resolution"}, {"nesting": ("resolution", "range")}),
     ):
         assert layout_differences(ours._replace(**changed), ours) == named
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01, 0.0001])
+def test_an_average_of_two_ranges_has_a_zero_point_between_theirs_however_often_it_changed(share):
+    one, other = (Quantizer("activation", CPQConfig(act_bits=4)) for _ in range(2))
+    x = nn.functional.silu(torch.randn(64, 9))
+    for q in (one, other):
+        q(x)
+    for _ in range(20):
+        # As a run from random weights does, in which ranges are fitted again and again.
+        for shift in (0.3, 0.0):
+            other.refit_next()
+            other(x - shift)
+    other.refit_next()
+    other(x - 0.6)
+    average = Quantizer("activation", CPQConfig(act_bits=4)).eval()
+    average.load_state_dict(
+        {name: (1 - share) * value + share * other.state_dict()[name] for name, value in one.state_dict().items()}
+    )
+    low, high = sorted((one.zero_point, other.zero_point))
+    assert low < high
+    assert low <= average.zero_point <= high
+    assert average.zero_point % 1 == 0
+    assert average(x).isfinite().all()
