@@ -21,9 +21,11 @@ from benchmarks.findings.allocation import (
 from benchmarks.findings.data import Images, load
 from benchmarks.findings.methods import (
     AT_FIXED,
+    DEFAULTS,
     EXPECTATION,
     FULL,
     LEARNED,
+    LEARNED_DEFAULTS,
     LSQ,
     LSQ_OFFSET,
     LSQ_PLUS,
@@ -38,7 +40,7 @@ from benchmarks.findings.methods import (
     inner_layers,
 )
 from benchmarks.findings.network import NETWORKS, SmallResNet
-from benchmarks.findings.plan import THREE, TWO, done, learned_run, plan, rate_of, rates, ready, searches
+from benchmarks.findings.plan import FROZEN, THREE, TWO, done, learned_run, plan, rate_of, rates, ready, searches
 from benchmarks.findings.report import summary, write_report
 from benchmarks.findings.results import cell
 from benchmarks.findings.rows import RESULTS, Rows
@@ -469,6 +471,30 @@ def test_goals_are_told_by_the_rows(rows):
     assert "**does not hold**, 0.750 of it" in error
     assert "**holds**, on 5 of 5, +0.50" in wins
     assert "**holds**, +8.50" in drawn
+
+
+def test_goals_on_networks_that_are_hard_to_quantize(rows):
+    scale = "10k-mobile"
+    for family in (LSQ, LSQ_PLUS, EXPECTATION, FULL):
+        for search in searches(scale, family):
+            rows.append(row(search, val=0.9 if search.rate == RATES[0] else 0.8))
+    for seed, noise in zip(SEEDS, (0.0, 0.001, -0.001, 0.002, -0.002), strict=True):
+        rows.append(row(Run(scale, FULL, 32, 32, seed), 0.87 + noise))
+        for w in (3, 4):
+            for method, accuracy in ((LSQ, 0.85), (LSQ_PLUS, 0.86), (DEFAULTS, 0.862)):
+                rows.append(row(Run(scale, method, w, w, seed), accuracy + noise / (1 + (method == LSQ))))
+        rows.append(row(Run(scale, EXPECTATION, 3, 3, seed), 0.86 + noise))
+        rows.append(row(Run(scale, FROZEN, 3, 3, seed), 0.85 + noise / 2))
+        rows.append(row(Run(scale, DEFAULTS, 2.0, 8, seed), 0.85 + noise))
+        rows.append(row(Run(scale, LEARNED_DEFAULTS, 2.0, 8, seed), 0.86 + noise / 2))
+    at_four, lsq, at_three, ceiling, learned, frozen = goals.check(rows, scale)
+    assert "W4A4, the defaults not behind LSQ+: **holds**, +0.20" in at_four
+    assert "W3A3, the defaults ahead of LSQ by more than the interval: **holds**, +1.20" in lsq
+    assert "W3A3, the defaults not behind LSQ+: **holds**" in at_three
+    assert "W4A4 within 0.5 points of full precision: **does not hold**, -0.80" in ceiling
+    assert "ahead of 2 bits everywhere by more than the interval: **holds**, +1.00" in learned
+    assert "oscillating weights frozen: ahead of training without it" in frozen
+    assert "**does not hold**, -1.00" in frozen
 
 
 def test_one_seed_decides_nothing(rows):

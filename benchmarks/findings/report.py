@@ -37,6 +37,7 @@ from benchmarks.findings.plan import (
     AT_AVERAGES,
     AVERAGES,
     FULL_BITS,
+    HARD,
     THREE,
     TWO,
     WIDTHS,
@@ -273,7 +274,8 @@ def _allocation(rows: Rows, scale: str, folder: Path) -> str:
 
 def _ablations(rows: Rows, scale: str) -> str:
     text = ""
-    for names, (w, a) in ((AT_FIXED, WIDTHS[0]), *((AT_LEARNED, average) for average in AVERAGES)):
+    fixed = WIDTHS[:2] if scale in HARD else WIDTHS[:1]
+    for names, (w, a) in (*((AT_FIXED, width) for width in fixed), *((AT_LEARNED, average) for average in AVERAGES)):
         for base_name in dict.fromkeys(METHODS[name].base for name in names):
             base = cell(rows, scale, base_name, w, a)
             variants = [name for name in names if METHODS[name].base == base_name]
