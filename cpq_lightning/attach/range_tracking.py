@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
-from cpq_lightning.functional.grid import balanced_zero_point, level_bounds, signed_zero_point
+from cpq_lightning.functional.grid import level_bounds, signed_zero_point
 from cpq_lightning.functional.grid_fit import NEGLIGIBLE, GridFit, fit_grid, fit_range
 from cpq_lightning.functional.ranges import bin_centers, clipped_share, grid_errors, histogram, max_scale, mse_scale
 from cpq_lightning.nn.observer import pool
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.scale_init import even_stride
+from cpq_lightning.nn.scale_init import even_stride, weight_zero_points
 from cpq_lightning.nn.sharding import full_tensor
 from cpq_lightning.nn.state import Settings
 from cpq_lightning.nn.watch import Watcher
@@ -198,14 +198,13 @@ def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | Non
     cost more than a level.
     """
     settings = q.settings
-    if q.kind == "activation" and counts is not None:
+    if weight is None:
+        assert counts is not None
         return [fit_grid(rows, counts, k, q.range_rule, settings.grid, _least(settings, k)) for k in q.fitted_widths]
-    balanced = q.balanced_widths(rows if weight is None else weight)
-    zero_points = [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in q.fitted_widths]
-    grids = zip(q.fitted_widths, zero_points, strict=True)
+    grids = zip(q.fitted_widths, weight_zero_points(q.fitted_widths, q.balanced_widths(weight)), strict=True)
     if q.range_rule == "max":
         return [GridFit(max_scale(rows.amin(1), rows.amax(1), bits=k, zero_point=z), z) for k, z in grids]
-    return [GridFit(mse_scale(rows, bits=k, zero_point=z, counts=counts), z) for k, z in grids]
+    return [GridFit(mse_scale(rows, bits=k, zero_point=z), z) for k, z in grids]
 
 
 def _least(settings: Settings, bits: int) -> float:

@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from cpq_lightning.attach.layers import quantized_layers
-from cpq_lightning.attach.parametrized import is_computed
 from cpq_lightning.functional.schedule import Shape, anneal
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.optim.dampening import Dampening
 from cpq_lightning.trainer.lightning_names import Callback
 from cpq_lightning.trainer.progress import run_step
-from cpq_lightning.trainer.schedule import check_span, need_quantizers, resolve_span
+from cpq_lightning.trainer.schedule import check_span, need_quantizers, resolve_span, warn_of_computed
 
 
 class ClusterPull(Callback):
@@ -90,12 +88,7 @@ class ClusterPull(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         quantizer_of_weight = self.pulled(pl_module)
-        computed = [name for name, layer in quantized_layers(pl_module) if is_computed(layer)]
-        if computed:
-            rank_zero_warn(
-                f"ClusterPull leaves {len(computed)} layers alone, because their weight is computed from other "
-                f"parameters (weight normalization, a pruning mask): {', '.join(computed)}."
-            )
+        warn_of_computed(self, pl_module)
         self._span = resolve_span(type(self).__name__, self.start, self.end, trainer)
         self._pulls = [
             Dampening(optimizer, quantizer_of_weight, lambda: self._strength_now, self.scale_by_lr)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from cpq_lightning.attach.layers import quantized_layers
-from cpq_lightning.attach.parametrized import is_computed
 from cpq_lightning.functional.schedule import Shape, anneal
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.optim.oscillation import Oscillation, OscillationHook
 from cpq_lightning.trainer import private
 from cpq_lightning.trainer.lightning_names import Callback
 from cpq_lightning.trainer.progress import run_step
-from cpq_lightning.trainer.schedule import check_span, need_quantizers, resolve_span
+from cpq_lightning.trainer.schedule import check_span, check_values, need_quantizers, resolve_span, warn_of_computed
 
 
 class OscillationMonitor(Callback):
@@ -62,15 +60,9 @@ class OscillationMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         need_quantizers(self, pl_module)
-        layers = list(quantized_layers(pl_module))
-        computed = [name for name, layer in layers if is_computed(layer)]
-        if computed:
-            rank_zero_warn(
-                f"{type(self).__name__} leaves {len(computed)} layers alone, because their weight is computed from "
-                f"other parameters (weight normalization, a pruning mask): {', '.join(computed)}."
-            )
+        warn_of_computed(self, pl_module)
         tracked: dict[int, tuple[Quantizer, Oscillation]] = {}
-        for name, layer in layers:
+        for name, layer in quantized_layers(pl_module):
             weight = layer._parameters.get("weight")
             if weight is None or id(weight) in tracked:
                 continue
@@ -151,10 +143,7 @@ class OscillationFreezing(OscillationMonitor):
     ) -> None:
         super().__init__(momentum=momentum)
         check_span(start, end)
-        for name, value in (("first", first), ("last", last)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
-        anneal(0, start=0, end=2, first=first, last=last, shape=shape)
+        check_values(first, last, shape)
         self.start, self.end, self.first, self.last = start, end, first, last
         self.shape: Shape = shape
         self._span = (0, 0)

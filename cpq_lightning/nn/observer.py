@@ -82,9 +82,7 @@ class RangeObserver:
         """Whether any finite value was observed; known after :meth:`close_range`."""
         return self.counts is not None and self.low is not None and self.high is not None
 
-    def fit(
-        self, widths: Sequence[int], rule: str, grid: str = "auto", least_zero_points: Sequence[float] = ()
-    ) -> list[GridFit] | None:
+    def fit(self, widths: Sequence[int], rule: str, grid: str = "auto") -> list[GridFit] | None:
         """End the second pass: an initial grid for each width.
 
         ``None`` without values, or if all values are zero.
@@ -92,8 +90,7 @@ class RangeObserver:
         Args:
             widths: The widths.
             rule: ``"mse"`` or ``"max"``, as in :class:`~cpq_lightning.CPQConfig`.
-            grid: ``"auto"``, ``"signed"``, ``"unsigned"`` or ``"offset"``, in the same way.
-            least_zero_points: The least zero point of each width; none means 0.
+            grid: ``"auto"``, ``"signed"``, ``"unsigned"``, ``"offset"`` or ``"int8"``, in the same way.
         """
         if self.counts is None or self.low is None or self.high is None:
             return None
@@ -101,18 +98,16 @@ class RangeObserver:
         low, high = self.low, self.high
         if not low and not high:
             return None
+        if rule == "max":
+            return [fit_range(low, high, bits, grid) for bits in widths]
         centers, weights = bin_centers(low, high, BINS)[None], counts[None].double()
         exact = self._pooled_exact()
-        least = least_zero_points or [0] * len(widths)
         fits = []
-        for bits, lowest in zip(widths, least, strict=True):
-            if rule == "max":
-                fits.append(fit_range(low, high, bits, grid, lowest))
-                continue
+        for bits in widths:
             # Integers, masks and one-hot vectors have no error on such a grid; the histogram is too coarse to show it.
             kinds = {"auto": _KINDS, "offset": _KINDS, "int8": int8_kinds(bits)}.get(grid, (grid,))
             on_grid = [exact[kind, bits] for kind in kinds if (kind, bits) in exact]
-            fits.append(on_grid[0] if on_grid else fit_histogram(centers, weights, bits, grid, lowest))
+            fits.append(on_grid[0] if on_grid else fit_histogram(centers, weights, bits, grid))
         return fits
 
     def _pooled_exact(self) -> dict[tuple[str, int], GridFit]:

@@ -36,7 +36,7 @@ def fit_weight(
         others. ``None`` for a weight of zeros only, to which no scale can be fitted.
     """
     rows = _rows(weight, channel_dim)
-    zero_points = [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in widths]
+    zero_points = weight_zero_points(widths, balanced)
     if not rows.numel():
         return [GridFit(rows.new_ones(len(rows)), z) for z in zero_points]
     known = rows.any(1)
@@ -55,6 +55,11 @@ def fit_weight(
     return [
         GridFit(torch.where(known, scale, scale[known].mean()), z) for scale, z in zip(scales, zero_points, strict=True)
     ]
+
+
+def weight_zero_points(widths: Sequence[int], balanced: Collection[int]) -> list[float]:
+    """The zero point of a weight's grid at each width: balanced at some of them, signed at the others."""
+    return [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in widths]
 
 
 def _rows(weight: Tensor, channel_dim: int | None) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.sharding import full_tensor
+from cpq_lightning.nn.sharding import full_tensor, sharded_like
 from cpq_lightning.optim.optimizer_hook import has_skipped, stepping
 
 
@@ -44,24 +43,34 @@ class Dampening:
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         strength = self._strength()
-        if strength <= 0 or has_skipped(optimizer):
+        if strength <= 0:
             return
-        for group in optimizer.param_groups:
+        for group, weight, quantizer in updated_weights(optimizer, self._quantizers):
             part = min(1.0, strength * float(group["lr"])) if self._scale_by_lr else strength
-            for weight in group["params"]:
-                quantizer = self._quantizers.get(id(weight))
-                if quantizer is None or weight.grad is None or not quantizer.active or quantizer.learns_bits:
-                    continue
-                weight.lerp_(_nearest(weight, quantizer), part)
+            nearest = quantizer.nearest(full_tensor(weight.detach()))
+            weight.lerp_(sharded_like(nearest, weight), part)
 
     def remove(self) -> None:
         """Remove the hook from the optimizer."""
         self._handle.remove()
 
 
-def _nearest(weight: nn.Parameter, quantizer: Quantizer) -> Tensor:
-    nearest = quantizer.nearest(full_tensor(weight.detach()))
-    if isinstance(weight, DTensor):
-        # Every process has computed the full tensor and keeps its part, without communication.
-        return distribute_tensor(nearest, weight.device_mesh, weight.placements, src_data_rank=None)
-    return nearest
+def updated_weights(
+    optimizer: Optimizer, quantizers: Mapping[int, Quantizer]
+) -> Iterator[tuple[dict[str, Any], nn.Parameter, Quantizer]]:
+    """The weights that a step of the optimizer has changed at a fixed width, each with its group and its quantizer.
+
+    Left out are weights without a gradient, weights whose quantizer is inactive or still learns its width, and all
+    weights if 16-bit precision skips the step.
+
+    Args:
+        optimizer: The optimizer, after its step.
+        quantizers: The quantizer of each weight, by the weight's ``id``.
+    """
+    if has_skipped(optimizer):
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            quantizer = quantizers.get(id(weight))
+            if quantizer is not None and weight.grad is not None and quantizer.active and not quantizer.learns_bits:
+                yield group, weight, quantizer

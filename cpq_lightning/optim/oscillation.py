@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.sharding import full_tensor
-from cpq_lightning.optim.optimizer_hook import has_skipped, stepping
+from cpq_lightning.nn.sharding import full_tensor, sharded_like
+from cpq_lightning.optim.dampening import updated_weights
+from cpq_lightning.optim.optimizer_hook import stepping
 
 # A weight oscillates if its frequency is above this one (Nagel et al.): one reversal in 200 steps.
 OSCILLATES = 0.005
@@ -79,7 +79,8 @@ class Oscillation:
         is_frozen = frozen >= 0
         state["code"] = torch.where(is_frozen, frozen, code).to(torch.uint8)
         if threshold is not None:
-            _write(weight, torch.where(is_frozen, (scale * (frozen + low)).to(w.dtype), w))
+            value = torch.where(is_frozen, (scale * (frozen + low)).to(w.dtype), w)
+            weight.copy_(sharded_like(value, weight))
 
     def _restarts(self, quantizer: Quantizer) -> bool:
         """Whether the grid is another one than in the last step."""
@@ -117,8 +118,8 @@ class Oscillation:
 class OscillationHook:
     """Follows the weights of an optimizer after each of its steps.
 
-    Left alone are weights without a gradient, weights whose quantizer is inactive or still learns its width, and all
-    weights if 16-bit precision skips the step.
+    Left alone are weights that :func:`~cpq_lightning.optim.dampening.updated_weights` leaves out, and weights without a
+    range.
 
     Args:
         optimizer: The optimizer.
@@ -132,27 +133,17 @@ class OscillationHook:
         tracked: Mapping[int, tuple[Quantizer, Oscillation]],
         threshold: Callable[[], float | None],
     ) -> None:
-        self._tracked, self._threshold = tracked, threshold
+        self._quantizers = {key: quantizer for key, (quantizer, _) in tracked.items()}
+        self._oscillations = {key: oscillation for key, (_, oscillation) in tracked.items()}
+        self._threshold = threshold
         self._handle = stepping(optimizer).register_step_post_hook(self._after)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if has_skipped(optimizer):
-            return
         threshold = self._threshold()
-        for weight in (p for group in optimizer.param_groups for p in group["params"]):
-            quantizer, oscillation = self._tracked.get(id(weight), (None, None))
-            if quantizer is None or oscillation is None or weight.grad is None:
-                continue
-            if quantizer.active and quantizer.fitted and not quantizer.learns_bits:
-                oscillation.update(weight, quantizer, threshold)
+        for _, weight, quantizer in updated_weights(optimizer, self._quantizers):
+            if quantizer.fitted:
+                self._oscillations[id(weight)].update(weight, quantizer, threshold)
 
     def remove(self) -> None:
         """Remove the hook from the optimizer."""
         self._handle.remove()
-
-
-def _write(weight: Tensor, value: Tensor) -> None:
-    if isinstance(weight, DTensor):
-        # Every process has computed the full tensor and keeps its part, without communication.
-        value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
-    weight.copy_(value)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
-from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.attach.parametrized import is_computed
 from cpq_lightning.functional.schedule import Shape, anneal, resolve_point
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException
@@ -24,6 +26,18 @@ def check_span(start: int | float, end: int | float) -> None:
         resolve_point(name, point, 1)
     if type(start) is type(end) and start > end:
         raise ValueError(f"start must not be after end={end}, got {start}.")
+
+
+def check_values(first: float, last: float, shape: Shape) -> None:
+    """Check the first and the last value of a schedule, over 0 and at most 1, and its shape.
+
+    Raises:
+        ValueError: a value is out of range, or the shape is unknown.
+    """
+    for name, value in (("first", first), ("last", last)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
+    anneal(0, start=0, end=2, first=first, last=last, shape=shape)
 
 
 def resolve_span(owner: str, start: int | float, end: int | float, trainer: Trainer) -> tuple[int, int]:
@@ -57,6 +71,16 @@ def need_quantizers(callback: Callback, pl_module: LightningModule) -> list[Quan
     return all_quantizers
 
 
+def warn_of_computed(callback: Callback, pl_module: LightningModule) -> None:
+    """Warn of the layers that a callback leaves alone, because their weight is no Parameter of their own."""
+    computed = [name for name, layer in quantized_layers(pl_module) if is_computed(layer)]
+    if computed:
+        rank_zero_warn(
+            f"{type(callback).__name__} leaves {len(computed)} layers alone, because their weight is computed from "
+            f"other parameters (weight normalization, a pruning mask): {', '.join(computed)}."
+        )
+
+
 class BufferSchedule(Callback):
     """Anneals one buffer of the quantizers from ``first`` to ``last`` between ``start`` and ``end``.
 
@@ -68,10 +92,7 @@ class BufferSchedule(Callback):
 
     def __init__(self, *, start: int | float, end: int | float, first: float, last: float, shape: Shape) -> None:
         check_span(start, end)
-        for name, value in (("first", first), ("last", last)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ValueError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
-        anneal(0, start=0, end=2, first=first, last=last, shape=shape)
+        check_values(first, last, shape)
         self.start, self.end = start, end
         self.first, self.last = first, last
         self.shape: Shape = shape

@@ -1,14 +1,13 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.callbacks import BitBudget, ClusterPull
-from tests.models import Classifier, data, quantized_weight
+from tests.callbacks.resume import assert_resumes_exactly
+from tests.models import Classifier, quantized_weight
 from tests.trainer.test_ddp import SameOnAllRanks
 
-LOADERS = (data(shuffle=False), data(shuffle=False))
 CONFIG = CPQConfig(weight_bits=2, first_last_bits=None)
 
 
@@ -52,17 +51,7 @@ def test_a_resumed_run_ends_the_same(fit, tmp_path):
     def callbacks():
         return [CPQCallback(CONFIG, table=False), ClusterPull(start=0.25, strength=0.5)]
 
-    def fresh():
-        torch.manual_seed(0)
-        return Classifier()
-
-    whole, resumed = fresh(), Classifier()
-    fit(whole, callbacks(), max_epochs=4, loaders=LOADERS)
-    saver = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1)
-    fit(fresh(), [*callbacks(), saver], max_epochs=4, loaders=LOADERS, enable_checkpointing=True)
-    fit(resumed, callbacks(), max_epochs=4, loaders=LOADERS, ckpt_path=tmp_path / "saved" / "epoch=1.ckpt")
-    for name, value in whole.state_dict().items():
-        assert value.equal(resumed.state_dict()[name]), name
+    assert_resumes_exactly(fit, tmp_path, Classifier, callbacks)
 
 
 @pytest.mark.xdist_group("ddp")

@@ -3,15 +3,14 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach.layers import quantized_layers
 from cpq_lightning.callbacks import BitBudget, OscillationFreezing, OscillationMonitor
-from tests.models import Classifier, data
+from tests.callbacks.resume import assert_resumes_exactly
+from tests.models import Classifier
 from tests.trainer.test_ddp import SameOnAllRanks
 
-LOADERS = (data(shuffle=False), data(shuffle=False))
 CONFIG = CPQConfig(weight_bits=3, first_last_bits=None)
 
 
@@ -69,19 +68,8 @@ def test_a_resumed_run_ends_the_same(fit, tmp_path):
     def callbacks():
         return [CPQCallback(CONFIG, table=False), freezing()]
 
-    def fresh():
-        torch.manual_seed(0)
-        return Classifier(wild)
-
-    whole, resumed = fresh(), Classifier(wild)
-    fit(whole, callbacks(), max_epochs=4, loaders=LOADERS)
-    saver = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1)
-    fit(fresh(), [*callbacks(), saver], max_epochs=4, loaders=LOADERS, enable_checkpointing=True)
-    last = callbacks()
-    fit(resumed, last, max_epochs=4, loaders=LOADERS, ckpt_path=tmp_path / "saved" / "epoch=1.ckpt")
+    last = assert_resumes_exactly(fit, tmp_path, lambda: Classifier(wild), callbacks)
     assert any(o.frozen_share() for _, o in last[1]._weights.values())
-    for name, value in whole.state_dict().items():
-        assert value.equal(resumed.state_dict()[name]), name
 
 
 @pytest.mark.xdist_group("ddp")

@@ -2,17 +2,16 @@ import warnings
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cpq_lightning import CPQCallback, CPQConfig, levels
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.callbacks import DistillationCallback, ProgressiveWidths
-from tests.models import Classifier, data
+from tests.callbacks.resume import assert_resumes_exactly
+from tests.models import Classifier
 from tests.trainer.test_ddp import SameOnAllRanks
 
-LOADERS = (data(shuffle=False), data(shuffle=False))
 CONFIG = CPQConfig(weight_bits=2, act_bits=3, first_last_bits=None)
 
 
@@ -68,20 +67,10 @@ def test_a_resumed_run_ends_the_same(fit, tmp_path, epoch):
     def callbacks():
         return [CPQCallback(CONFIG, table=False), ProgressiveWidths(widths=(8, 5), end=0.6)]
 
-    def fresh():
-        torch.manual_seed(0)
-        return Classifier()
-
-    whole, resumed = fresh(), Classifier()
-    fit(whole, callbacks(), max_epochs=4, loaders=LOADERS)
-    saver = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1)
-    fit(fresh(), [*callbacks(), saver], max_epochs=4, loaders=LOADERS, enable_checkpointing=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message="(?!.*[Ww]idth)")
-        fit(resumed, callbacks(), max_epochs=4, loaders=LOADERS, ckpt_path=tmp_path / "saved" / f"epoch={epoch}.ckpt")
-    for name, value in whole.state_dict().items():
-        assert value.equal(resumed.state_dict()[name]), name
+        assert_resumes_exactly(fit, tmp_path, Classifier, callbacks, epoch)
 
 
 def test_a_run_that_ends_early_is_narrowed_with_a_word(fit):
