@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cpq_lightning.functional.grid import nearest_level
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.sharding import full_tensor, sharded_like
 from cpq_lightning.optim.dampening import updated_weights
@@ -36,8 +37,6 @@ class Oscillation:
         momentum: The momentum of both averages, over 0 and below 1.
     """
 
-    _TENSORS = ("frequency", "direction", "code", "mean_code", "frozen_code", "scale")
-
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
         self._grid: tuple[Any, ...] = ()
@@ -54,8 +53,8 @@ class Oscillation:
             threshold: The frequency above which elements are frozen; ``None`` freezes none.
         """
         w = full_tensor(weight.detach())
-        scale, low, _ = (quantizer.along_channels(t.detach(), w) for t in quantizer.grid())
-        code = quantizer.levels(w) - low
+        scale, low, high = (quantizer.along_channels(t.detach(), w) for t in quantizer.grid())
+        code = nearest_level(w.float() / scale, low, high) - low
         if self._restarts(quantizer):
             self._state |= {
                 "frequency": torch.zeros_like(code),
