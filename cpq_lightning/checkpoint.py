@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,6 +19,8 @@ from cpq_lightning.errors import StateDictError
 
 # Key of this package's entry in a Lightning checkpoint.
 CHECKPOINT_KEY = "cpq_lightning"
+# Key of the stage in which a run with ProgressiveWidths has saved its checkpoint, before its last widths.
+STAGE_KEY = "cpq_lightning_stage"
 # Maximum number of characters of a value in a message.
 _MAX_LENGTH = 80
 M = TypeVar("M", bound=nn.Module, covariant=True)
@@ -57,9 +60,12 @@ def load_checkpoint(module_class: _Loadable[M], path: Any, **kwargs: Any) -> M:
             f"The checkpoint {path} has no quantizers: it is of a run without CPQCallback. Load it with "
             f"{module_class.__name__}.load_from_checkpoint, or give a checkpoint of the run that quantizes."
         )
-    config = _config_in(path, kwargs.get("weights_only"))
+    content = _content(path, kwargs.get("weights_only"))
+    config = saved_config(content)
     if config is not None:
         set_attached_config(module, config)
+    if message := stage_message(content):
+        warnings.warn(message, stacklevel=2)
     return module
 
 
@@ -94,6 +100,18 @@ def saved_config(checkpoint: Mapping[str, Any]) -> CPQConfig | None:
     return None if settings is None else CPQConfig(**settings)
 
 
+def stage_message(checkpoint: Mapping[str, Any]) -> str:
+    """A sentence about a Lightning checkpoint that was saved at wider widths than the config's; empty for others."""
+    stage = checkpoint.get(STAGE_KEY)
+    if stage is None:
+        return ""
+    return (
+        f"The checkpoint was saved at step {stage['step']} of a run with ProgressiveWidths, in its stage of "
+        f"{stage['bits']} bits: the module has these widths, which are wider than those of its config. Continue the "
+        "run with ProgressiveWidths, or take a later checkpoint."
+    )
+
+
 def named_backbone(content: Any) -> dict[str, Any] | None:
     """The hyperparameters in the content of a checkpoint of a QuantizedModule with a named backbone; ``None`` for any
     other content.
@@ -118,17 +136,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
-def _config_in(path: Any, weights_only: bool | None) -> CPQConfig | None:
-    """The config of a checkpoint's run; ``None`` if the checkpoint is neither a file path nor seekable."""
+def _content(path: Any, weights_only: bool | None) -> dict[str, Any]:
+    """The content of a checkpoint, without tensors' values; empty if it is neither a file path nor seekable."""
     if hasattr(path, "read") and not (hasattr(path, "seek") and path.seekable()):
-        return None
+        return {}
     if hasattr(path, "read"):
         path.seek(0)
     elif not Path(path).is_file():
-        return None
+        return {}
     try:
-        content = torch.load(path, map_location="meta", weights_only=weights_only is not False)
+        return torch.load(path, map_location="meta", weights_only=weights_only is not False)
     except pickle.UnpicklingError:
         # load_from_checkpoint has just unpickled the same file, by a choice of the class.
-        content = torch.load(path, map_location="meta", weights_only=False)
-    return saved_config(content)
+        return torch.load(path, map_location="meta", weights_only=False)

@@ -77,4 +77,16 @@ def _hooks(layer: nn.Module) -> Iterator[tuple[int, Any]]:
 def copied(model: M) -> M:
     """A deep copy, also after a forward that left a weight with a graph in an attribute, which torch does not copy."""
     tensors = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor))
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
+    made = copy.deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
+    for module in made.modules():
+        _leave_compiled_code(module)
+    return made
+
+
+def _leave_compiled_code(module: nn.Module) -> None:
+    """Let a copied module run its own methods: compiled ones, which torch does not copy, are bound to the original."""
+    module._compiled_call_impl = None  # type: ignore[assignment]
+    for name, value in list(vars(module).items()):
+        compiled = getattr(value, "_torchdynamo_orig_callable", None)
+        if compiled is not None and getattr(compiled, "__func__", compiled) is getattr(type(module), name, None):
+            delattr(module, name)

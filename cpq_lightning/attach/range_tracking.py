@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -93,12 +93,14 @@ class RangeTracker:
 
     def before_batch(self, step: int) -> None:
         """If ``step`` is due, sample the activations that are quantized by the next forwards in this thread."""
-        if not self.inputs or not is_due(step):
+        if not is_due(step):
             return
         self.pause()
         if self._sampling is None:
-            activations = [q for _, q in quantizers(self.model) if q.kind == "activation" and _renewable(q)]
-            self._sampling = InputSampler(activations)
+            renewable = [q for _, q in quantizers(self.model) if _renewable(q)]
+            activations = [q for q in renewable if q.kind == "activation" and self.inputs]
+            balanced = [q for q in renewable if q.kind == "weight" and q.has_balanced_grids]
+            self._sampling = InputSampler(activations, balanced)
         self._sampling.__enter__()
 
     def pause(self) -> None:
@@ -119,10 +121,11 @@ class RangeTracker:
             Names of the quantizers whose range has changed.
         """
         self.pause()
-        sampled, self._sampling = self._sampling, None
         if not is_due(step):
+            self._sampling = None
             return []
         renewed = self.renew_weights()
+        sampled, self._sampling = self._sampling, None
         for q, rows, counts in sampled_inputs(sampled) if sampled is not None else ():
             if self._renew(q, rows, counts):
                 renewed.add(q)
@@ -136,13 +139,21 @@ class RangeTracker:
                 q.propose(_fit(q, rows, counts))
 
     @torch.no_grad()
-    def renew_weights(self, frozen: bool = False) -> set[Quantizer]:
+    def renew_weights(self, frozen: bool = False, among: Collection[Quantizer] | None = None) -> set[Quantizer]:
         """Check only the weights, at any step; return the quantizers whose range has changed.
+
+        A weight may be masked before each forward, and moved by the optimizer after it: what the sampled forwards used
+        counts as well, where its zeros have no level.
 
         Args:
             frozen: Whether to check layers that do not train as well, whose weights may have been rewritten.
+            among: The quantizers to check; ``None`` means all.
         """
-        return {q for q, weight in _weights(self.model, frozen) if self._renew(q, *_sampled(q, weight))}
+        masked = {} if self._sampling is None else self._sampling.without_zero
+        weights = (
+            (q, masked.get(q, weight)) for q, weight in _weights(self.model, frozen) if among is None or q in among
+        )
+        return {q for q, weight in weights if self._renew(q, *_sampled(q, weight))}
 
     def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> bool:
         if not rows.numel():
@@ -173,6 +184,13 @@ def _weights(model: nn.Module, frozen: bool) -> Iterator[tuple[Quantizer, Tensor
     for q, layer in {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}.items():
         if _renewable(q, frozen):
             yield q, full_tensor(layer.read_weight().detach()).float()
+
+
+@torch.no_grad()
+def without_level_zero(model: nn.Module) -> list[str]:
+    """Names of the layers whose weight has zeros that mean something, on a balanced grid, which has no level 0."""
+    pruned = {q for q, weight in _weights(model, frozen=True) if lacks_zero(q, weight)}
+    return [name for name, layer in quantized_layers(model) if layer.weight_quantizer in pruned]
 
 
 @torch.no_grad()
@@ -218,8 +236,7 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | N
     nonzero = nonzero.sum(1, dtype=torch.float64)
     scale, settings = q.scale(), q.settings
     bits, z = settings.bits, settings.zero_point(settings.bits)
-    if weight is not None and q.has_balanced_grids and not q.balanced_widths(weight):
-        # Zeros that mean something have appeared, such as those of a pruning mask, and the grid has no level 0.
+    if weight is not None and lacks_zero(q, weight):
         return torch.ones_like(nonzero, dtype=torch.bool)
     if q.range_rule == "max":
         best = z
@@ -232,6 +249,11 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | N
     least = torch.stack([_least_error(rows, counts, nonzero, bits, other) for other in _other_zero_points(q, rows)])
     squares = rows.double().square() if counts is None else rows.double().square() * counts
     return (nonzero > 0) & (current > _STALE_RATIO * least.amin(0)) & (current > _ACCEPTED_ERROR * squares.sum(1))
+
+
+def lacks_zero(q: Quantizer, weight: Tensor) -> bool:
+    """Whether zeros that mean something have appeared, such as those of a pruning mask, and a grid has no level 0."""
+    return q.has_balanced_grids and not q.balanced_widths(weight)
 
 
 def _other_zero_points(q: Quantizer, rows: Tensor) -> set[float]:
@@ -264,12 +286,22 @@ def _weight_rows(q: Quantizer, weight: Tensor, count: int) -> Tensor:
 
 
 class InputSampler(Watcher):
-    """Record the range of each activation quantizer's inputs in a forward, and a sample of their values."""
+    """Record the range of each activation quantizer's inputs in a forward, and a sample of their values.
 
-    def __init__(self, quantizers: Iterable[Quantizer]) -> None:
+    Args:
+        quantizers: The quantizers of activations to sample.
+        balanced: The quantizers of weights to watch for zeros that a balanced grid does not have.
+    """
+
+    def __init__(self, quantizers: Iterable[Quantizer], balanced: Iterable[Quantizer] = ()) -> None:
         self.samples: dict[Quantizer, _Sample] = {quantizer: _Sample() for quantizer in quantizers}
+        self.balanced = set(balanced)
+        # Weights, as a forward used them, whose zeros mean something and have no level.
+        self.without_zero: dict[Quantizer, Tensor] = {}
 
     def on_quantized(self, quantizer: Quantizer, x: Tensor, out: Tensor | None) -> None:
+        if quantizer in self.balanced and lacks_zero(quantizer, x):
+            self.without_zero[quantizer] = full_tensor(x.detach()).float().clone()
         sample = self.samples.get(quantizer)
         if sample is not None and x.numel():
             with torch.no_grad():
@@ -346,19 +378,36 @@ def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
     return outgrown(quantizer, _weight_rows(quantizer, weight, len(quantizer.grid()[0])), None)
 
 
-def refit_rewritten(model: nn.Module) -> list[str]:
+def refit_rewritten(
+    model: nn.Module, *, only_zeros: bool = False, optimizers: Iterable[Optimizer] = ()
+) -> list[str]:
     """Fit ranges again that a model's weights have left; warn with the layers' names, and return them.
 
-    Weights leave their ranges when an adapter is merged, when other weights are loaded, or when training ends just
-    after a large update. Input ranges do not change; if they are stale too, :func:`~cpq_lightning.calibrate` fits both.
+    Weights leave their ranges when an adapter is merged, when other weights are loaded, when they are pruned and their
+    grid has no level 0, or when training ends just after a large update. Input ranges do not change; if they are stale
+    too, :func:`~cpq_lightning.calibrate` fits both.
+
+    Args:
+        model: An attached model.
+        only_zeros: Whether to fit only the weights that were pruned and whose grid has no level 0.
+        optimizers: Those of the quantizers' parameters, if training goes on.
     """
-    names = rewritten_weights(model)
-    if names:
-        RangeTracker(model).renew_weights(frozen=True)
-        warnings.warn(
-            f"The weights of {len(names)} layers have left the ranges that were fitted to them, which are now fitted "
-            f"again: {', '.join(names)}. After merging or loading weights call calibrate(model, batches), so that the "
-            "ranges of inputs are fitted as well.",
-            stacklevel=3,
-        )
+    pruned = without_level_zero(model)
+    names = pruned if only_zeros else rewritten_weights(model)
+    if not names:
+        return []
+    stale = {layer.weight_quantizer for name, layer in quantized_layers(model) if name in names}
+    RangeTracker(model, optimizers).renew_weights(frozen=True, among=stale)
+    others = [name for name in names if name not in pruned]
+    for layers, reason in (
+        (others, "The weights of {} layers have left the ranges that were fitted to them, which are now fitted again"),
+        (pruned, "The weights of {} layers have zeros, as after pruning, and their balanced grid had no level 0: they "
+         "now have a grid with one"),
+    ):  # fmt: skip
+        if layers:
+            warnings.warn(
+                f"{reason.format(len(layers))}: {', '.join(layers)}. After merging, loading or pruning weights call "
+                "calibrate(model, batches), so that the ranges of inputs are fitted as well.",
+                stacklevel=3,
+            )
     return names

@@ -206,7 +206,7 @@ class CPQCallback(RangeHooks):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._asked is not None:
-            self._asked.compare(pl_module, checkpoint)
+            self._asked.compare(trainer, pl_module, checkpoint)
         self._restored = checkpoint.get(CHECKPOINT_KEY, {})
         self._resumed = True
         self._metrics = dict(self._restored.get("metrics", {}))
@@ -360,9 +360,12 @@ class CPQCallback(RangeHooks):
         share_with_averages(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep_zeros(trainer, pl_module)
         share_with_averages(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The module's own hooks may have pruned weights since on_train_end.
+        self._keep_zeros(trainer, pl_module)
         warn_of_old_bests(trainer, self._bests, "quantization had begun: it is in full precision")
         if not self._never_begins and self._quantizers and not any(q.active for q in self._quantizers):
             rank_zero_warn(

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.checkpoint import STAGE_KEY
 from cpq_lightning.functional.grid import check_bits
 from cpq_lightning.functional.schedule import resolve_point
 from cpq_lightning.trainer.checks import Bests, monitored_bests, quantization_start, warn_of_old_bests
@@ -59,6 +60,7 @@ class ProgressiveWidths(Callback):
         self._starts: list[tuple[int, int]] = []
         self._bests: Bests = {}
         self._done = False
+        self._stage = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -69,6 +71,11 @@ class ProgressiveWidths(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._targets, self._bests, self._done = (dict(state_dict["targets"]), state_dict["bests"], state_dict["done"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._starts and not self._done:
+            # Whoever loads it without this callback is told that it is wider than its config.
+            checkpoint[STAGE_KEY] = {"callback": self.state_key, "step": run_step(trainer), "bits": self._stage}
 
     def bits(self, step: int) -> int:
         """The least width at a step of the run, 0 in the last stage; valid once training has started."""
@@ -88,6 +95,9 @@ class ProgressiveWidths(Callback):
         stages = [bits for bits in self.widths if bits > min(self._targets.values())]
         start = quantization_start(trainer)
         end = resolve_point("end", self.end, run_length(trainer) if isinstance(self.end, float) else 0)
+        if end == start == 0:
+            # A run of one step, as fast_dev_run makes it, has no time for stages.
+            stages = []
         if stages and end <= start:
             raise MisconfigurationException(
                 f"ProgressiveWidths: end={self.end} is step {end}, and quantization begins at step {start}: give a "
@@ -120,6 +130,7 @@ class ProgressiveWidths(Callback):
         bits = self.bits(step)
         if self._done:
             return
+        self._stage = bits
         if not bits:
             self._done, self._bests = True, monitored_bests(trainer)
         changed = self._narrow(pl_module, bits)

@@ -21,7 +21,7 @@ from cpq_lightning.attach.products import (
     quantize_products,
     quantized_operands,
 )
-from cpq_lightning.attach.range_tracking import refit_rewritten, rewritten_weights
+from cpq_lightning.attach.range_tracking import refit_rewritten, rewritten_weights, without_level_zero
 from cpq_lightning.attach.tied import source_of, tied_readers
 from cpq_lightning.attach.timm_layers import call_projections
 from cpq_lightning.attach.weight_readers import avoid_fused_paths
@@ -131,9 +131,6 @@ def evaluated(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     check_exportable(model)
     copy = copied(model).cpu().float().eval()
-    for module in copy.modules():
-        # The copy must not call the compiled code of the original.
-        module._compiled_call_impl = None  # type: ignore[assignment]
     with torch.no_grad():
         for _, layer in quantized_layers(copy):
             # Parametrized weights are computed once: the rounding of a norm depends on the memory layout.
@@ -261,6 +258,14 @@ def check_exportable(model: nn.Module) -> None:
             )
         layer.fit_if_needed()
     stale = rewritten_weights(model)
+    pruned = without_level_zero(model)
+    if pruned and not is_training(model):
+        raise ExportError(
+            f"The weights of {len(pruned)} layers have zeros, as after pruning, and a balanced grid, which has no level "
+            f"0 and makes them half a scale: {', '.join(pruned)}. Call calibrate(model, batches), or "
+            "cpq_lightning.attach.refit_rewritten(model), which gives these weights a grid with a level 0; both change "
+            "what the model computes, so measure it again."
+        )
     if stale and not is_training(model):
         raise ExportError(
             f"The weights of {len(stale)} layers have been rewritten after their ranges were fitted: "

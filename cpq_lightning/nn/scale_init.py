@@ -90,13 +90,14 @@ def balanced_widths(weight: Tensor, widths: Sequence[int], grid: str, nested_fro
 @torch.no_grad()
 def has_meaningful_zeros(weight: Tensor) -> bool:
     """Whether exact zeros of a weight mean something, as those of a pruning mask or of a padding row do: more than a
-    thousandth of its elements are zero, or a complete row (index of the first dimension).
+    thousandth of its elements are zero, or a complete row or column (index of the first or the second dimension).
     """
-    w = full_tensor(weight.detach())
-    zeros = w == 0
+    zeros = full_tensor(weight.detach()) == 0
     if not bool(zeros.any()):
         return False
-    return bool(zeros.sum() > zeros.numel() / 1000) or bool(zeros.reshape(len(w), -1).all(1).any())
+    if bool(zeros.sum() > zeros.numel() / 1000):
+        return True
+    return any(bool(zeros.movedim(dim, 0).flatten(1).all(1).any()) for dim in range(min(2, zeros.dim())))
 
 
 def even_stride(n: int, max_samples: int) -> int:

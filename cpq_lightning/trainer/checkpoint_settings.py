@@ -11,7 +11,7 @@ from torch import nn
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.attach.loading import explain_with
 from cpq_lightning.attach.origin import attached_config
-from cpq_lightning.checkpoint import differences, saved_config, take_settings
+from cpq_lightning.checkpoint import STAGE_KEY, differences, saved_config, stage_message, take_settings
 from cpq_lightning.trainer import private
 
 if TYPE_CHECKING:
@@ -43,12 +43,14 @@ class RequestedSettings:
         self._bits = {name: q.bits for name, q in quantizers(pl_module)}
         self._compared = False
 
-    def compare(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    def compare(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Adopt the settings of the restored checkpoint, and warn if they differ from the module's."""
         self._compared = saved_config(checkpoint) is not None
-        message = take_settings(pl_module, checkpoint)
-        if message:
-            rank_zero_warn(message)
+        narrowing = checkpoint.get(STAGE_KEY, {}).get("callback") in [c.state_key for c in trainer.callbacks]
+        stage = "" if trainer.state.fn == "fit" and narrowing else stage_message(checkpoint)
+        for message in (take_settings(pl_module, checkpoint), stage):
+            if message:
+                rank_zero_warn(message)
 
     def compare_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn at the start of an evaluation if the checkpoint has no config, and other widths than requested."""

@@ -100,6 +100,12 @@ class RangeHooks(Callback):
             if renewed:
                 share_with_averages(trainer, pl_module, set(renewed))
 
+    def _keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where weights are about to be evaluated or saved: pruned ones get a level 0 before the next due check."""
+        optimizers = [auxiliary.optimizer for auxiliary in self._companions]
+        if names := refit_rewritten(pl_module, only_zeros=True, optimizers=optimizers):
+            share_with_averages(trainer, pl_module, {f"{name}.weight_quantizer" for name in names})
+
     def _stop_tracking(self) -> None:
         self._restore_compilation()
         if self._tracker is not None:
@@ -130,6 +136,8 @@ class RangeHooks(Callback):
             if self._asked is not None:
                 self._asked.compare_widths(trainer, pl_module)
             refit_rewritten(pl_module)
+        else:
+            self._keep_zeros(trainer, pl_module)
         # Some loops, such as the Tuner's, start again without a call at their end.
         self._take_back_ranges()
         self._temporary_ranges = use_temporary_ranges(trainer, pl_module, self.quantize_from)

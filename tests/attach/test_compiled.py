@@ -6,12 +6,14 @@ import warnings
 import pytest
 import timm
 import torch
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
-from cpq_lightning.attach.attach import set_noise_step
+from cpq_lightning.attach.attach import full_precision_copy, set_noise_step
+from cpq_lightning.export.integer_model import evaluated
 from tests.marks import TORCH, thorough
-from tests.models import convnet
+from tests.models import IMAGES, Classifier, convnet
 
 
 def _encoder():
@@ -159,6 +161,27 @@ def test_what_is_written_after_compilation_counts():
         nn.init.normal_(model[0].weight)
     assert not compiled(x).equal(before)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+class WithForward(Classifier):
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_copy_of_a_compiled_lightning_module_runs_its_own_layers():
+    """Lightning binds compiled methods to the module: a copy would run the layers of the original."""
+    module = WithForward()
+    expected = module.eval()(IMAGES)
+    module = from_compiled(torch.compile(module, backend="eager"))
+    attach(module, CPQConfig(weight_bits=2, act_bits=2))
+    calibrate(module, [IMAGES])
+    quantized = module.eval()(IMAGES)
+    assert not torch.allclose(quantized, expected)
+    torch.testing.assert_close(full_precision_copy(module).eval()(IMAGES), expected)
+    exported = evaluated(module)
+    nn.init.zeros_(module.net[0].weight)
+    torch.testing.assert_close(exported(IMAGES), quantized)
+    assert not module(IMAGES).equal(quantized)
 
 
 @pytest.mark.parametrize("grad", [True, False])

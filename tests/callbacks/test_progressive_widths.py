@@ -5,11 +5,11 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from cpq_lightning import CPQCallback, CPQConfig, levels
+from cpq_lightning import CPQCallback, CPQConfig, levels, load_checkpoint
 from cpq_lightning.attach.layers import quantizers
 from cpq_lightning.callbacks import DistillationCallback, ProgressiveWidths
 from tests.callbacks.resume import assert_resumes_exactly
-from tests.models import Classifier
+from tests.models import Classifier, data
 from tests.trainer.test_ddp import SameOnAllRanks
 
 CONFIG = CPQConfig(weight_bits=2, act_bits=3, first_last_bits=None)
@@ -124,3 +124,37 @@ def test_stages_begin_with_the_first_quantized_step(fit):
     last = (("activation", 3, True), ("weight", 2, True))
     assert all(not active for _, _, active in watch.seen[1])
     assert watch.seen[2:] == [wide, wide, narrow, narrow, last, last]
+
+
+@pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"max_epochs": -1, "max_steps": 1}])
+def test_a_run_of_one_step_has_the_last_widths(fit, settings):
+    module = Classifier()
+    fit(module, [CPQCallback(CONFIG, table=False), ProgressiveWidths()], **settings)
+    assert {(r.kind, r.bits) for r in levels(module)} == {("weight", 2), ("activation", 3)}
+
+
+STAGE = "saved at step 4 of a run with ProgressiveWidths, in its stage of 8 bits"
+
+
+def test_a_checkpoint_of_a_wide_stage_says_so_to_all_who_do_not_narrow_it(fit, tmp_path):
+    def callbacks(*others):
+        return [CPQCallback(CONFIG, table=False), *others]
+
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_epochs=1, save_top_k=-1)
+    trainer = fit(
+        Classifier(), callbacks(ProgressiveWidths(widths=(8,), end=6), saving), max_epochs=2, enable_checkpointing=True
+    )
+    wide, last = tmp_path / "step=4.ckpt", tmp_path / "step=8.ckpt"
+    with pytest.warns(UserWarning, match=STAGE):
+        module = load_checkpoint(Classifier, wide)
+    assert {q.bits for _, q in quantizers(module)} == {8}
+    with pytest.warns(UserWarning, match=STAGE):
+        trainer.validate(Classifier(), data(), ckpt_path=wide, verbose=False)
+    with pytest.warns(UserWarning, match=STAGE):
+        fit(Classifier(), callbacks(), max_epochs=2, ckpt_path=wide)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The checkpoint was saved at step")
+        load_checkpoint(Classifier, last)
+        module = Classifier()
+        fit(module, callbacks(ProgressiveWidths(widths=(8,), end=6)), max_epochs=2, ckpt_path=wide)
+    assert {(r.kind, r.bits) for r in levels(module)} == {("weight", 2), ("activation", 3)}

@@ -8,7 +8,9 @@ from torch.nn.utils import prune
 
 from cpq_lightning import CPQConfig, attach, calibrate, levels
 from cpq_lightning.attach.layers import quantized_layers, quantizers
-from cpq_lightning.attach.range_tracking import RangeTracker, rewritten_weights
+from cpq_lightning.attach.range_tracking import RangeTracker, refit_rewritten, rewritten_weights
+from cpq_lightning.errors import ExportError
+from cpq_lightning.export.integer_model import check_exportable
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.scale_init import has_meaningful_zeros
 
@@ -102,6 +104,14 @@ def test_zeros_that_mean_something_stay_zero(change, bits):
     assert q(weight)[weight == 0].eq(0).all()
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_row_or_a_column_of_zeros_means_something_however_few_they_are(dim):
+    weight = torch.randn(2000, 1500, 1, 1)
+    assert not has_meaningful_zeros(weight)
+    weight.select(dim, 7).zero_()
+    assert has_meaningful_zeros(weight)
+
+
 def test_a_zero_among_many_means_nothing():
     weight = torch.randn(100, 100)
     weight[3, 4] = 0
@@ -127,6 +137,38 @@ def test_a_layer_that_is_pruned_in_training_keeps_its_sparsity(bits):
     assert quantized_weight[layer.weight_mask == 0].eq(0).all()
     [record] = [r for r in levels(model) if (r.name, r.kind) == ("2", "weight")]
     assert record.low == -(2 ** (bits - 1))
+
+
+def test_zeros_that_only_the_forward_sees_are_noticed():
+    """As of a loop that masks weights before each forward: the optimizer has moved the zeros when a step ends."""
+    model = quantized(weight_bits=1).train()
+    layer = dict(quantized_layers(model))["2"]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    tracker = RangeTracker(model, [optimizer])
+    model(X)
+    tracker.before_batch(0)
+    with torch.no_grad():
+        layer.weight[:, ::2] = 0
+    # Without a level 0, all weights have a gradient; in the model's forward its own hooks would see the zeros.
+    layer(X[:, :1].expand(-1, 32)).square().sum().backward()
+    optimizer.step()
+    assert layer.weight.ne(0).all()
+    assert layer.weight_quantizer.zero_point == 0.5
+    assert "2.weight_quantizer" in tracker.after_step(0)
+    assert layer.weight_quantizer.zero_point == 1
+
+
+def test_an_export_tells_of_zeros_without_a_level_and_of_the_remedy():
+    model = quantized(weight_bits=1)
+    layer = dict(quantized_layers(model))["2"]
+    with torch.no_grad():
+        layer.weight[:, :5] = 0
+    with pytest.raises(ExportError, match=r"1 layers have zeros.*no level 0.*: 2\."):
+        check_exportable(model)
+    with pytest.warns(UserWarning, match="have zeros, as after pruning"):
+        assert refit_rewritten(model) == ["2"]
+    check_exportable(model)
+    assert layer.weight_quantizer(layer.weight)[:, :5].eq(0).all()
 
 
 def test_a_weight_that_is_still_zero_passes_and_then_gets_its_grid():
