@@ -378,9 +378,7 @@ def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
     return outgrown(quantizer, _weight_rows(quantizer, weight, len(quantizer.grid()[0])), None)
 
 
-def refit_rewritten(
-    model: nn.Module, *, only_zeros: bool = False, optimizers: Iterable[Optimizer] = ()
-) -> list[str]:
+def refit_rewritten(model: nn.Module, *, only_zeros: bool = False, optimizers: Iterable[Optimizer] = ()) -> list[str]:
     """Fit ranges again that a model's weights have left; warn with the layers' names, and return them.
 
     Weights leave their ranges when an adapter is merged, when other weights are loaded, when they are pruned and their

@@ -56,7 +56,8 @@ class OscillationMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.teardown(trainer, pl_module, stage)
         if stage == "fit":
-            self._weights = {}
+            # A checkpoint that is restored comes after this.
+            self._weights, self._restored = {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         need_quantizers(self, pl_module)

@@ -261,8 +261,8 @@ def check_exportable(model: nn.Module) -> None:
     pruned = without_level_zero(model)
     if pruned and not is_training(model):
         raise ExportError(
-            f"The weights of {len(pruned)} layers have zeros, as after pruning, and a balanced grid, which has no level "
-            f"0 and makes them half a scale: {', '.join(pruned)}. Call calibrate(model, batches), or "
+            f"The weights of {len(pruned)} layers have zeros, as after pruning, and a balanced grid, which has no "
+            f"level 0 and makes them half a scale: {', '.join(pruned)}. Call calibrate(model, batches), or "
             "cpq_lightning.attach.refit_rewritten(model), which gives these weights a grid with a level 0; both change "
             "what the model computes, so measure it again."
         )

@@ -399,12 +399,19 @@ def read_members(state: Tensor) -> Settings:
         if name in (*_FACTS, "has_facts", "key", "numel", "settled"):
             continue
         different = {getattr(settings, name) for settings in (first, *others)}
-        if len(different) > 1:
-            raise ValueError(
-                f"Models within torch.func.vmap are computed together and need the same settings, but corresponding "
-                f"{first.kind} quantizers have {name} {' and '.join(map(repr, sorted(different)))}: call the models "
-                "one by one, or give them the same settings."
-            )
+        if len(different) == 1:
+            continue
+        values, remedy = [repr(value) for value in sorted(different)], "give them the same settings"
+        if name in _TUPLES:
+            # By an offset grid, calibration fits a zero point to each model's inputs.
+            name = f"zero point (from 1 bit to {first.bits})"
+            values = [" ".join(f"{z / 2:g}" for z in value[: first.bits]) for value in sorted(different)]
+            side = "weight" if first.kind == "weight" else "act"
+            remedy = f"attach them with CPQConfig({side}_grid='signed'), which is the same for all"
+        raise ValueError(
+            f"Models within torch.func.vmap are computed together and need the same settings, but corresponding "
+            f"{first.kind} quantizers have {name} {' and '.join(values)}: call the models one by one, or {remedy}."
+        )
     return first
 
 

@@ -23,6 +23,7 @@ from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.bitwidth.cost import average_bits
 from cpq_lightning.bitwidth.model_cost import FULL_BITS, bit_operations, float_bytes, weight_bytes
 from cpq_lightning.files import write_atomically
+from cpq_lightning.functional.grid import balanced_zero_point, signed_zero_point
 from cpq_lightning.nn.observer import Usage
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.sharding import full_tensor
@@ -46,7 +47,7 @@ class LevelsRecord:
         min_bits: Narrowest width that DropBits may drop to in training.
         signed: Whether there are negative levels.
         zero_point: Zero point of the grid, minus its lowest level: 0 for an unsigned grid, a half-integer for a
-            balanced one. The maximum over the channels.
+            balanced one; a list with one zero point per channel where the widths are per channel.
         scale: Distance between neighbouring levels, in the unit of the quantized values (papers call it step size); a
             list with one scale per channel where the scales are per channel.
         low: Lowest level, as a multiple of the scale (a half-integer for a balanced grid); the minimum over the
@@ -75,7 +76,7 @@ class LevelsRecord:
     bits: int | list[int]
     min_bits: int
     signed: bool
-    zero_point: float
+    zero_point: float | list[float]
     scale: float | list[float]
     low: float
     high: float
@@ -103,17 +104,24 @@ class LevelsRecord:
 
 
 # What grid_mark stands for, in notes of tables and plots.
-GRID_MARKS = "u: unsigned, z3: zero point 3, ±: balanced"
+GRID_MARKS = "u: unsigned, z3: zero point 3, ±: balanced, in brackets: some channels"
 
 
 def grid_mark(quantizer: Mapping[str, Any]) -> str:
     """A mark for the grid of a quantizer in ``levels.json``; none for a signed one (see :data:`GRID_MARKS`)."""
-    low, high = quantizer["low"], quantizer["high"]
-    if low == 0:
+    bits, zero_points = quantizer["bits"], quantizer.get("zero_point", -quantizer["low"])
+    if not isinstance(zero_points, list):
+        return _mark(max(bits) if isinstance(bits, list) else bits, zero_points)
+    marks = sorted({_mark(width, z) for width, z in zip(bits, zero_points, strict=True)})
+    return marks[0] if len(marks) == 1 else f"({' '.join(mark for mark in marks if mark)})"
+
+
+def _mark(bits: int, zero_point: float) -> str:
+    if zero_point == 0:
         return "u"
-    if low == -high:
-        return "±"
-    return "" if low == -high - 1 else f"z{-low:g}"
+    if zero_point == signed_zero_point(bits):
+        return ""
+    return "±" if zero_point == balanced_zero_point(bits) else f"z{zero_point:g}"
 
 
 def mean_over_channels(value: float | Sequence[float]) -> float:
@@ -180,7 +188,7 @@ def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -
         bits=widths[0] if len(widths) == 1 else widths,
         min_bits=quantizer.min_bits,
         signed=bool(low.min() < 0),
-        zero_point=_number(-low.min()),
+        zero_point=_number(-low) if len(widths) == 1 else [_number(-each) for each in low],
         scale=scales[0] if len(scales) == 1 else scales,
         low=_number(low.min()),
         high=_number(high.max()),

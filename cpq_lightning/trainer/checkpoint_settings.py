@@ -46,7 +46,7 @@ class RequestedSettings:
     def compare(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Adopt the settings of the restored checkpoint, and warn if they differ from the module's."""
         self._compared = saved_config(checkpoint) is not None
-        narrowing = checkpoint.get(STAGE_KEY, {}).get("callback") in [c.state_key for c in trainer.callbacks]
+        narrowing = checkpoint.get(STAGE_KEY, {}).get("callback") in [c.state_key for c in trainer.callbacks]  # type: ignore[attr-defined]
         stage = "" if trainer.state.fn == "fit" and narrowing else stage_message(checkpoint)
         for message in (take_settings(pl_module, checkpoint), stage):
             if message:

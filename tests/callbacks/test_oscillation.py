@@ -117,3 +117,20 @@ def test_weights_that_are_computed_are_left_alone_with_a_word(fit):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         OscillationFreezing(**settings)
+
+
+def test_a_callback_that_was_resumed_starts_anew_in_the_next_fit(fit, tmp_path):
+    """Its shares are those of the run, not of the run that it was in before."""
+
+    def run(monitor, **settings):
+        torch.manual_seed(0)
+        module = Classifier(wild)
+        trainer = fit(module, [CPQCallback(CONFIG, table=False), monitor], max_epochs=3, **settings)
+        return trainer, shares(module)
+
+    trainer, alone = run(OscillationMonitor(momentum=0.1))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    monitor = OscillationMonitor(momentum=0.1)
+    run(monitor, ckpt_path=tmp_path / "run.ckpt")
+    assert run(monitor)[1] == alone
+    assert max(alone) > 0

@@ -12,13 +12,13 @@ from torch import nn
 from cpq_lightning import CPQConfig, attach, calibrate, levels
 from cpq_lightning.attach.attach import set_active
 from cpq_lightning.attach.calibrate import recording
-from cpq_lightning.attach.layers import quantizers
+from cpq_lightning.attach.layers import quantized_layers, quantizers
 from cpq_lightning.attach.range_tracking import refit_rewritten
 from cpq_lightning.bitwidth.model_cost import learning_quantizers
 from cpq_lightning.export.packed import write_packed
 from cpq_lightning.packing.size import byte_cost, packed_size
-from cpq_lightning.report.levels import manifest, write_levels
-from cpq_lightning.report.run_files import report_levels
+from cpq_lightning.report.levels import grid_mark, manifest, write_levels
+from cpq_lightning.report.run_files import report_levels, write_csv
 from cpq_lightning.report.table import levels_table, metrics_table
 from cpq_lightning.report.weight_histograms import weight_histograms
 from tests.attach.test_products import Outer, X
@@ -242,3 +242,20 @@ def test_histograms_are_of_weights_in_units_of_their_scale():
     assert counts.sum() == levels.numel()
     # Values next to an edge may fall on either side of it.
     assert np.abs(counts - expected).sum() <= 4
+
+
+def test_channels_of_several_widths_have_a_zero_point_each(tmp_path):
+    config = CPQConfig(weight_bits=2, min_bits=1, learn_bits=True, gate_sharing="channel", first_last_bits=None)
+    model = calibrate(attach(convnet(), config), [torch.randn(8, 3, 8, 8)])
+    quantizer = dict(quantized_layers(model))["3"].weight_quantizer
+    quantizer.fix_widths([1, 2] * 4)
+    record = next(r for r in levels(model) if (r.name, r.kind) == ("3", "weight"))
+    assert (record.bits, record.zero_point) == ([1, 2] * 4, [0.5, 2] * 4)
+    assert (record.low, record.high) == (-2, 1)
+    content = manifest(model)
+    weight = next(layer["weight"] for layer in content["layers"] if layer["name"] == "3")
+    assert grid_mark(weight) == "(±)"
+    # As an earlier release wrote it.
+    assert grid_mark({"bits": [1, 2], "low": -2, "high": 1}) == ""
+    write_csv(content, tmp_path / "levels.csv")
+    assert ",1 2 1 2 1 2 1 2,True,0.5 2 0.5 2 0.5 2 0.5 2," in (tmp_path / "levels.csv").read_text()
