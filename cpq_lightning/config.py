@@ -78,7 +78,7 @@ class CPQConfig:
             (ours).
         act_estimator: Gradient estimator of activation quantizers. The slope of ``"argmax"`` changes sign within each
             cell of a grid, so that the layers before an activation learn little with it.
-        per_channel: One scale per output channel of a weight instead of one per tensor.
+        per_channel: One scale per output channel of a weight; ``False`` means one per tensor.
         temperature: Rounding temperature T in (0, 1] at the start of training; the noise is ``T * sigma``.
         keep_prob: Probability in (0, 1] with which DropBits keeps each bit in training. It has an effect only if
             ``min_bits`` is below ``weight_bits``; evaluation always uses all bits. Learned gates start at this
@@ -138,7 +138,7 @@ class CPQConfig:
     first_last_bits: int | None = 8
     weight_estimator: Estimator = "expectation"
     act_estimator: Estimator = "expectation"
-    per_channel: bool = False
+    per_channel: bool = True
     temperature: float = 1.0
     keep_prob: float = 1.0
     gate_sharing: GateSharing = "tensor"

@@ -168,7 +168,7 @@ def test_a_fragment_quantizes_another_apps_run(tmp_path, with_optimizer):
         "    def on_train_end(self):\n"
         "        groups = self.trainer.optimizers[0].param_groups\n"
         "        assert [len(g['params']) for g in groups] == [2], groups\n"
-        "        assert self.layer.weight_quantizer.log_scale.item() != 0\n"
+        "        assert self.layer.weight_quantizer.log_scale.any()\n"
         "LightningCLI(Boring)\n"
     )
     fragment = ROOT / "callbacks" / "cpq.yaml"

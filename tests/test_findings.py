@@ -38,6 +38,7 @@ from benchmarks.findings.methods import (
     UNDRAWN,
     Task,
     inner_layers,
+    trained_as,
 )
 from benchmarks.findings.network import NETWORKS, SmallResNet
 from benchmarks.findings.plan import FROZEN, THREE, TWO, done, learned_run, plan, rate_of, rates, ready, searches
@@ -49,8 +50,10 @@ from benchmarks.findings.statistics import estimate, paired
 from benchmarks.findings.train import _fit, clusters, train, train_start, weight_errors
 from benchmarks.quantized_layer import LearnedStep
 from benchmarks.train_step.measure import ROOT
+from cpq_lightning import attach, calibrate
 from cpq_lightning.bitwidth.cost import average_bits
 from cpq_lightning.data import fashion_mnist
+from cpq_lightning.nn.quantizer import Quantizer
 from tests.images import fashion_mnist as make_fashion_mnist
 
 LAYERS = dict.fromkeys(inner_layers(SmallResNet()), 3.0)
@@ -68,6 +71,30 @@ def row(run, accuracy=0.8, error=0.04, val=0.8, levels=LAYERS):
 @pytest.fixture
 def rows(tmp_path):
     return Rows(tmp_path / "findings.jsonl")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_defaults_are_trained_as_a_step_each_channel(bits):
+    """One row for both names: their settings give the same quantizers, from two bits on."""
+    assert trained_as(DEFAULTS, 1) == DEFAULTS
+    made, images = {}, torch.randn(8, 1, 28, 28)
+    for name in (DEFAULTS, trained_as(DEFAULTS, bits)):
+        torch.manual_seed(0)
+        method = METHODS[name].make(Task(SmallResNet(), bits, bits, images))
+        made[name] = calibrate(attach(method.network, method.config), [images]).state_dict()
+    first, second = made.values()
+    assert len(made) == 2
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        # The headers differ in the name of the grid alone: what the grid is stands in other places.
+        assert value.equal(second[key]) or key.endswith("weight_quantizer.state"), key
+    quantizers_of = [
+        [Quantizer.from_state({"state": v}) for k, v in state.items() if k.endswith(".state")]
+        for state in made.values()
+    ]
+    for ours, theirs in zip(*quantizers_of, strict=True):
+        assert ours.settings._replace(grid="") == theirs.settings._replace(grid="")
+        assert ours.start_scale.equal(theirs.start_scale)
 
 
 # Rows
@@ -482,10 +509,11 @@ def test_goals_on_networks_that_are_hard_to_quantize(rows):
         rows.append(row(Run(scale, FULL, 32, 32, seed), 0.87 + noise))
         for w in (3, 4):
             for method, accuracy in ((LSQ, 0.85), (LSQ_PLUS, 0.86), (DEFAULTS, 0.862)):
-                rows.append(row(Run(scale, method, w, w, seed), accuracy + noise / (1 + (method == LSQ))))
+                run = Run(scale, trained_as(method, w), w, w, seed)
+                rows.append(row(run, accuracy + noise / (1 + (method == LSQ))))
         rows.append(row(Run(scale, EXPECTATION, 3, 3, seed), 0.86 + noise))
         rows.append(row(Run(scale, FROZEN, 3, 3, seed), 0.85 + noise / 2))
-        rows.append(row(Run(scale, DEFAULTS, 2.0, 8, seed), 0.85 + noise))
+        rows.append(row(Run(scale, trained_as(DEFAULTS, 2), 2.0, 8, seed), 0.85 + noise))
         rows.append(row(Run(scale, LEARNED_DEFAULTS, 2.0, 8, seed), 0.86 + noise / 2))
     at_four, lsq, at_three, ceiling, learned, frozen = goals.check(rows, scale)
     assert "W4A4, the defaults not behind LSQ+: **holds**, +0.20" in at_four

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from benchmarks.findings.methods import (
     AT_FIXED,
     AT_LEARNED,
+    DAMPENED,
     DEFAULTS,
     EXPECTATION,
+    FROZEN,
     FULL,
     LEARNED,
     LEARNED_DEFAULTS,
@@ -17,7 +19,7 @@ from benchmarks.findings.methods import (
     METHODS,
     RANDOM,
 )
-from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, DAMPENED, FROZEN, FULL_BITS, HARD, PRETRAINED, TWO, WIDTHS
+from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, FULL_BITS, HARD, PRETRAINED, TWO, WIDTHS
 from benchmarks.findings.results import DEFAULT, cell
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import SCALES, SEEDS

@@ -40,6 +40,7 @@ from cpq_lightning.callbacks import (
 )
 from cpq_lightning.functional import grid_fit
 from cpq_lightning.nn import gates
+from cpq_lightning.nn.scale_init import BALANCED_BITS
 
 FULL, LSQ, BREVITAS, RQ = "full precision", "LSQ", "Brevitas", "RQ, Gumbel-softmax"
 LSQ_PLUS, LSQ_OFFSET = "LSQ+", "LSQ+, zero point as it started"
@@ -51,6 +52,10 @@ DRAWN = "learned by drawn gates"
 REDRAWN = f"{DRAWN}, from the start"
 # The product as a user gets it who sets only the bits.
 DEFAULTS, LEARNED_DEFAULTS = "CPQ, defaults", "learned levels, defaults"
+CHANNELS, BALANCED = f"{EXPECTATION}: a step each channel", f"{EXPECTATION}: balanced weights"
+SIGNED, NO_OFFSET = f"{EXPECTATION}: inputs signed", f"{EXPECTATION}: inputs signed or unsigned"
+FROZEN, DAMPENED = f"{EXPECTATION}: oscillating weights frozen", f"{EXPECTATION}: dampened from early on"
+STAGED, BALANCED_ARGMAX = f"{EXPECTATION}: widths narrowed in stages", f"{ARGMAX}: balanced weights"
 RANDOM, BY_ERROR, BY_HESSIAN = "random levels", "levels by error", "levels by Hessian trace"
 # Of the first and last layer, whatever the method.
 END_BITS = 8
@@ -117,6 +122,11 @@ class Method:
         if not self.package or importlib.util.find_spec(self.package) is not None:
             return ""
         return f"pip install -e '.[bench-findings,bench-{self.package}]', in an environment of its own"
+
+
+def trained_as(method: str, weight_bits: float) -> str:
+    """The method whose runs are a method's too: of two bits or more the defaults are a step each channel, no more."""
+    return CHANNELS if method == DEFAULTS and weight_bits > BALANCED_BITS else method
 
 
 def ends(network: nn.Module) -> tuple[str, str]:
@@ -291,6 +301,7 @@ _FIXED: dict[str, Callable[[Task], Made]] = {
     "first and last layer like all": partial(_cpq, settings={"first_last_bits": None}),
     "distilled from itself": partial(_cpq, callbacks=lambda: [DistillationCallback("self")]),
     "a step each channel": partial(_cpq, settings={"per_channel": True}),
+    "inputs signed": partial(_cpq, settings={"act_grid": "signed"}),
     "inputs signed or unsigned": partial(_cpq, patched=_without_offsets),
     "balanced weights": partial(_cpq, settings={"weight_grid": "balanced"}),
     "oscillating weights frozen": partial(_cpq, callbacks=lambda: [OscillationFreezing()]),

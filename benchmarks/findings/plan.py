@@ -10,15 +10,20 @@ from benchmarks.findings.methods import (
     AT_FIXED,
     AT_LEARNED,
     AT_THREE_BITS,
+    BALANCED,
+    BALANCED_ARGMAX,
     BREVITAS,
     BY_ERROR,
     BY_HESSIAN,
+    CHANNELS,
     COOLED,
+    DAMPENED,
     DEFAULTS,
     DRAWN,
     DROPPED,
     EARLIER,
     EXPECTATION,
+    FROZEN,
     FULL,
     LEARNED,
     LEARNED_DEFAULTS,
@@ -26,13 +31,17 @@ from benchmarks.findings.methods import (
     LSQ_OFFSET,
     LSQ_PLUS,
     METHODS,
+    NO_OFFSET,
     PULLED,
     PULLED_LSQ,
     RANDOM,
     REDRAWN,
     RELEARNED,
     RQ,
+    SIGNED,
+    STAGED,
     UNDRAWN,
+    trained_as,
 )
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import RATES, SCALES, SEARCH_SEED, SEEDS, Run
@@ -55,6 +64,8 @@ AVERAGES = (FOUR, THREE, HALF, TWO, AT_A3)
 AT_WIDTHS = (LSQ, EXPECTATION, PULLED)
 AT_WIDTHS_TOO = (ARGMAX, DROPPED, COOLED)
 _ALLOCATED = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)
+# Ingredients that are of networks which are hard to quantize.
+_ON_HARD = (SIGNED, NO_OFFSET, BALANCED, FROZEN, DAMPENED, STAGED, BALANCED_ARGMAX)
 AT_AVERAGES = (*_ALLOCATED, DRAWN, REDRAWN)
 
 
@@ -101,7 +112,7 @@ def _block(
 ) -> Iterator[Run]:
     """Seeds outermost: what is there after a while is a part of every row."""
     for seed, (w, a), method in product(seeds, widths, methods):
-        yield Run(scale, method, w, a, seed)
+        yield Run(scale, trained_as(method, w), w, a, seed)
 
 
 def plan(scale: str) -> list[Run]:
@@ -133,7 +144,7 @@ def _others(scale: str) -> Iterator[Run]:
     yield from _block(scale, (DRAWN, REDRAWN), (AT_A3, HALF, TWO))
     yield from _block(scale, AT_WIDTHS, WIDTHS[2:])
     yield from _block(scale, (BREVITAS,), first)
-    yield from _block(scale, tuple(AT_FIXED), first)
+    yield from _block(scale, [m for m in AT_FIXED if m not in _ON_HARD], first)
     yield from _block(scale, (RQ,), first)
     yield from _block(scale, [m for m in AT_LEARNED if m not in AT_THREE_BITS], (TWO,))
     yield from _block(scale, (*AT_WIDTHS_TOO, BREVITAS, RQ), WIDTHS[1:])
@@ -141,8 +152,9 @@ def _others(scale: str) -> Iterator[Run]:
     yield from _block(scale, _ALLOCATED, (THREE, FOUR))
     yield from _block(scale, (LSQ, EXPECTATION), (FOUR,))
     yield from _block(scale, (DEFAULTS, LSQ), (ONE, TWO))
-    yield from _block(scale, (LSQ_PLUS, DEFAULTS, LSQ_OFFSET), WIDTHS)
+    yield from _block(scale, (DEFAULTS,), WIDTHS)
     yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
+    yield from _block(scale, (LSQ_PLUS,), WIDTHS)
 
 
 def _separable(scale: str) -> Iterator[Run]:
@@ -152,38 +164,31 @@ def _separable(scale: str) -> Iterator[Run]:
     yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS), WIDTHS)
     yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
     yield from _block(scale, (DEFAULTS,), (TWO,))
-    for seed in SEEDS[:3]:
-        yield from _block(scale, (EXPECTATION, CHANNELS, BALANCED, FROZEN, DAMPENED, STAGED), WIDTHS[:2], (seed,))
+    yield from _block(scale, (EXPECTATION, FROZEN, DAMPENED), WIDTHS[:1], SEEDS[:3])
 
 
-CHANNELS = f"{EXPECTATION}: a step each channel"
-FROZEN, DAMPENED = f"{EXPECTATION}: oscillating weights frozen", f"{EXPECTATION}: dampened from early on"
-STAGED, BALANCED_ARGMAX = f"{EXPECTATION}: widths narrowed in stages", f"{ARGMAX}: balanced weights"
 # Weights of one bit, where the grid decides.
 ONE = (1.0, 8)
-NO_OFFSET, BALANCED = f"{EXPECTATION}: inputs signed or unsigned", f"{EXPECTATION}: balanced weights"
 
 
 def _hard(scale: str) -> Iterator[Run]:
     """The peers and the default at all widths, seed by seed; then each ingredient alone."""
     for seed in SEEDS[:3]:
-        yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, NO_OFFSET, CHANNELS), WIDTHS[:2], (seed,))
+        yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS, NO_OFFSET), WIDTHS[:2], (seed,))
         if scale != HARD[2]:
-            yield from _block(scale, (BALANCED, FROZEN, DAMPENED, STAGED, LSQ_OFFSET), WIDTHS[:2], (seed,))
+            yield from _block(scale, (BALANCED, FROZEN, DAMPENED, STAGED), WIDTHS[:2], (seed,))
     yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS), WIDTHS)
-    yield from _block(scale, (CHANNELS, EXPECTATION), WIDTHS[2:], SEEDS[:3])
-    yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
-    yield from _block(scale, (DEFAULTS,), (TWO,))
+    yield from _block(scale, (LEARNED_DEFAULTS, DEFAULTS), (TWO,))
+    yield from _block(scale, (LEARNED_DEFAULTS,), (THREE,))
+    yield from _block(scale, (EXPECTATION,), WIDTHS[2:], SEEDS[:3])
     if scale != HARD[2]:
-        yield from _block(scale, (BREVITAS,), WIDTHS[:2], SEEDS[:3])
+        yield from _block(scale, (SIGNED, BREVITAS, LSQ_OFFSET), WIDTHS[:2], SEEDS[:3])
         yield from _block(scale, (ARGMAX, BALANCED_ARGMAX), WIDTHS[:2], SEEDS[:3])
 
 
 def _pretrained(scale: str) -> Iterator[Run]:
     """A real backbone: the peers and the default."""
-    yield from _block(
-        scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS, DEFAULTS), (WIDTHS[2], WIDTHS[0]), SCALES[scale].seeds
-    )
+    yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS, EXPECTATION), (WIDTHS[2], WIDTHS[0]), SCALES[scale].seeds)
 
 
 # At the other scales is done what is told by few runs.

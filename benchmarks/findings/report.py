@@ -23,6 +23,7 @@ from benchmarks.findings.methods import (
     EXPECTATION,
     FULL,
     LEARNED,
+    LEARNED_DEFAULTS,
     LSQ,
     LSQ_PLUS,
     METHODS,
@@ -46,7 +47,7 @@ from benchmarks.findings.plan import (
     search_scale,
     searches,
 )
-from benchmarks.findings.results import DEFAULT, Cell, by_average, cell, scales
+from benchmarks.findings.results import DEFAULT, Cell, by_average, cell, default_of, scales
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import BATCH_SIZE, RATES, SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate, no_worse, paired, variance_ratio
@@ -122,7 +123,7 @@ def _weights(network: str) -> int:
 
 def summary(rows: Rows) -> str:
     """The tables of the README: of each scale that has what they are about, then the levels of other networks."""
-    complete = [s for s in scales(rows) if all((c := cell(rows, s, m, 3, 3)) and c.complete for m in (LSQ, DEFAULT))]
+    complete = [s for s in scales(rows) if all(_is_complete(rows, s, m) for m in (LSQ, default_of(s)))]
     if not complete:
         return _NOTHING
     text = []
@@ -133,6 +134,11 @@ def summary(rows: Rows) -> str:
         if SCALES[other].network not in networks and (levels := _levels(rows, other)):
             text += [_head(rows, other), levels]
     return "\n".join(part for part in text if part)
+
+
+def _is_complete(rows: Rows, scale: str, method: str) -> bool:
+    found = cell(rows, scale, method, 3, 3)
+    return found is not None and found.complete
 
 
 def _by_width(rows: Rows, scale: str) -> str:
@@ -210,12 +216,12 @@ def _clusters(rows: Rows, scale: str, folder: Path) -> str:
 def _averages(rows: Rows, scale: str, folder: Path) -> str:
     text = ""
     for w, a in AVERAGES:
-        base = cell(rows, scale, LEARNED, w, a)
+        base = cell(rows, scale, LEARNED, w, a) or cell(rows, scale, LEARNED_DEFAULTS, w, a)
         if base is None:
             continue
-        by_method = {m: c for m in AT_AVERAGES if (c := cell(rows, scale, m, w, a))}
+        by_method = {m: c for m in (*AT_AVERAGES, LEARNED_DEFAULTS) if (c := cell(rows, scale, m, w, a))}
         # Where there is no level of the average, the ones to its sides.
-        for bits, m in product(sorted({math.floor(w), math.ceil(w)}), (LSQ, EXPECTATION, DEFAULT)):
+        for bits, m in product(sorted({math.floor(w), math.ceil(w)}), (LSQ, EXPECTATION, PULLED, DEFAULTS)):
             if c := cell(rows, scale, m, bits, a):
                 by_method[f"{m}, {bits} bits everywhere"] = c
         if c := cell(rows, scale, FULL, FULL_BITS, FULL_BITS):
@@ -224,7 +230,9 @@ def _averages(rows: Rows, scale: str, folder: Path) -> str:
             [f"{w:g} bits on average, A{a}", "bits", "accuracy", "held-out", "learned over it", "as good or better on"]
         ]
         for name, c in sorted(by_method.items(), key=lambda item: -item[1].accuracy.mean):
-            over = ["", ""] if c.method == LEARNED else [_difference(paired(base.by_seed, c.by_seed)), _wins(base, c)]
+            over = (
+                ["", ""] if c.method == base.method else [_difference(paired(base.by_seed, c.by_seed)), _wins(base, c)]
+            )
             lines.append([name, f"{c.bits:.2f}", _shown(c), _held_out(c), *over])
         text += table(lines) + "\n" + _stakes(by_method)
     if drawn := plots.draw_averages(rows, scale, folder / f"findings_levels_{scale}.png"):
@@ -329,11 +337,11 @@ def _enumerated(values: Iterable[Any]) -> str:
 
 
 def _mark(method: str) -> str:
-    return f"**{method}**" if method == DEFAULT else method
+    return f"**{method}**" if method in (DEFAULT, DEFAULTS) else method
 
 
 def _partial(c: Cell) -> str:
-    return "" if c.complete else f" ({c.accuracy.count} of {len(SEEDS)} seeds)"
+    return "" if c.complete else f" ({c.accuracy.count} of {len(SCALES[c.rows[0]['scale']].seeds)} seeds)"
 
 
 def _shown(c: Cell | None) -> str:

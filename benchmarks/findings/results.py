@@ -5,14 +5,19 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.findings.methods import EXPECTATION, LEARNED, LSQ, PULLED
-from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, done
+from benchmarks.findings.methods import DEFAULTS, EXPECTATION, LEARNED, LEARNED_DEFAULTS, LSQ, PULLED, trained_as
+from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, HARD, PRETRAINED, done
 from benchmarks.findings.rows import Row, Rows
 from benchmarks.findings.runs import SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate
 
-# What is held against the goals: CPQ's default settings, with the pull that the recipes to begin with have.
+# What is held against the first goals, which are about clusters: with the pull that the recipes to begin with have.
 DEFAULT = PULLED
+
+
+def default_of(scale: str) -> str:
+    """The method that stands for the product at a scale: its defaults, on the networks that they were made on."""
+    return DEFAULTS if scale in (*HARD, PRETRAINED) else DEFAULT
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Cell:
     @property
     def complete(self) -> bool:
         """Whether all seeds are done."""
-        return len(self.rows) == len(SEEDS)
+        return bool(self.rows) and len(self.rows) == len(SCALES[self.rows[0]["scale"]].seeds)
 
     @property
     def error(self) -> float | None:
@@ -63,19 +68,20 @@ class Cell:
 
 def cell(rows: Rows, scale: str, method: str, weight_bits: float, act_bits: int) -> Cell | None:
     """A method at a width, without the search's runs; ``None`` if no seed is done."""
-    runs = [Run(scale, method, weight_bits, act_bits, seed) for seed in SEEDS]
+    runs = [Run(scale, trained_as(method, weight_bits), weight_bits, act_bits, seed) for seed in SEEDS]
     finished = [rows[run] for run in runs if done(run, rows)]
     return Cell(method, finished) if finished else None
 
 
 def by_average(rows: Rows, scale: str) -> tuple[list[tuple[float, int]], dict[str, list[Cell | None]]]:
     """Averages at which levels were learned, and for each way to spend these bits its cells there."""
-    averages = [(w, a) for w, a in AVERAGES if cell(rows, scale, LEARNED, w, a)]
+    learned = (*AT_AVERAGES, LEARNED_DEFAULTS)
+    averages = [(w, a) for w, a in AVERAGES if any(cell(rows, scale, m, w, a) for m in (LEARNED, LEARNED_DEFAULTS))]
     ways = {}
-    for method in (*AT_AVERAGES, LSQ, EXPECTATION):
+    for method in (*learned, LSQ, EXPECTATION, DEFAULTS):
         cells = [cell(rows, scale, method, w, a) for w, a in averages]
         if any(cells):
-            ways[method if method in AT_AVERAGES else f"{method}, one level"] = cells
+            ways[method if method in learned else f"{method}, one level"] = cells
     return averages, ways
 
 

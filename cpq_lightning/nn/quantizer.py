@@ -115,7 +115,8 @@ class Quantizer(nn.Module):
             estimator=config.weight_estimator if weight else config.act_estimator,
             nesting=inner.nests_by,
             range_rule=config.weight_range if weight else config.act_range,
-            channels=channels if weight and config.per_channel else 1,
+            # A weight without elements, which has no channel, has a scale too.
+            channels=max(1, channels) if weight and config.per_channel else 1,
             channel_dim=channel_dim,
             gate_count=(widest or 0) - (narrowest or 0),
             gate_rows=channels if learned and sharing == "channel" else 1,

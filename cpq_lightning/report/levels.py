@@ -322,11 +322,15 @@ def full_precision_messages(model: nn.Module) -> list[str]:
 
 
 def compact_manifest(model: nn.Module) -> dict[str, Any]:
-    """:func:`manifest` without ``coverage`` and ``level_shares``, as exported files contain it."""
+    """:func:`manifest` as exported files contain it: without ``coverage``, ``level_shares`` and the scales of channels,
+    which the file has as tensors.
+    """
     content = manifest(model)
     del content["coverage"]
     for layer in content["layers"]:
         layer["weight"].pop("level_shares")
+        if isinstance(layer["weight"]["scale"], list):
+            del layer["weight"]["scale"]
     return content
 
 

@@ -76,7 +76,7 @@ def test_what_is_tied_to_a_layer_reads_its_weight_quantized_and_trains_it(make):
     assert (looked_up[10:] == 0).all()
     for one, other, both in zip(*found, strict=True):
         torch.testing.assert_close(one + other, both)
-    assert step.abs() > 0
+    assert step.abs().sum() > 0
 
 
 @pytest.mark.parametrize("sharing", ["tensor", "channel", "element"])
@@ -106,7 +106,7 @@ def test_state_lives_once_and_is_named_after_the_layer():
         "head.weight_quantizer",
     ]
     model.head.weight_quantizer.fix_widths([2])
-    assert len(model.embedding(TOKENS).unique()) <= 4
+    assert all(len(row.unique()) <= 4 for row in model.embedding(TOKENS).flatten(0, -2))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

@@ -68,7 +68,7 @@ def test_gates_of_a_large_weight_get_it_from_some_of_its_channels(channel_dim, p
 
 def test_what_is_quantized_has_the_gradient_that_it_has_at_a_fixed_width():
     x, gradient = values(8, 8), torch.randn(8, 8)
-    fixed = Quantizer("weight", CPQConfig(weight_bits=5), numel=64).train()
+    fixed = Quantizer("weight", CPQConfig(weight_bits=5), numel=64, channels=8).train()
     found, _ = backward(quantizer("weight"), x, gradient)
     own = x.clone().requires_grad_()
     fixed(own).backward(gradient)

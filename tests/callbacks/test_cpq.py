@@ -45,7 +45,8 @@ def test_exported_levels_are_those_of_the_evaluated_weights(fit):
     for record in levels(module):
         if record.kind == "weight":
             layer = module.get_submodule(record.name)
-            codes = quantized_weight(layer) / record.scale
+            scale = layer.weight_quantizer.along_channels(torch.tensor(record.scale), layer.weight)
+            codes = quantized_weight(layer) / scale
             torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
             assert record.low <= codes.round().min()
             assert codes.round().max() <= record.high
@@ -215,7 +216,7 @@ def test_manual_optimization_with_two_optimizers(fit):
     assert id(module.net[3].weight_quantizer.log_scale) in own[1] - own[0]
     held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     assert not held & {id(p) for _, q in quantizers(module) for p in q.parameters()}
-    assert all(q.active and q.log_scale.item() != 0 for _, q in quantizers(module))
+    assert all(q.active and q.log_scale.any() for _, q in quantizers(module))
     assert not start["net.0.weight"].equal(module.net[0].weight)
 
 
@@ -227,7 +228,7 @@ def test_precisions(fit, precision):
     for name, quantizer in quantizers(module):
         assert quantizer.log_scale.dtype == (torch.float64 if precision == "64-true" else torch.float32)
         assert torch.isfinite(quantizer.scale()).all(), name
-        assert quantizer.log_scale.item() != 0, name
+        assert quantizer.log_scale.any(), name
 
 
 def test_layers_made_in_configure_model_are_quantized(fit):

@@ -134,10 +134,10 @@ def test_ranges_that_are_fitted_anew_within_an_update_are_kept(fit):
 
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            seen.append([q.log_scale.item() for _, q in quantizers(pl_module)])
+            seen.append([value for _, q in quantizers(pl_module) for value in q.log_scale.tolist()])
 
     fit(module, [CPQCallback(quantize_from=4, table=False), Look()], max_epochs=2)
-    assert all(values == [5.0] * 6 for values in seen[:4])
+    assert all(set(values) == {5.0} for values in seen[:4])
     assert all(abs(value) < BOUND for values in seen[4:] for value in values)
 
 

@@ -215,7 +215,7 @@ def residual():
 
 
 def test_onnx_runtime_computes_with_integers(tmp_path):
-    _, written = shipped(residual(), images(), tmp_path)
+    _, written = shipped(residual(), images(), tmp_path, CPQConfig(first_last_bits=None, per_channel=False))
     found = optimized(written.path, tmp_path)
     assert found["QLinearConv"] == 1
     assert found["MatMulIntegerToFloat"] == 2
@@ -223,7 +223,8 @@ def test_onnx_runtime_computes_with_integers(tmp_path):
 
 
 def test_codes_are_shifted_up_under_an_integer_bias_and_compare_equal(tmp_path):
-    graph, written = shipped(residual(), images(), tmp_path)
+    config = CPQConfig(first_last_bits=None, per_channel=False)
+    graph, written = shipped(residual(), images(), tmp_path, config)
     assert np.abs(initializers(graph)["conv1.weight_codes"]).max() > 8
     assert initializers(graph)["conv1.bias_codes"].dtype == np.int32
     assert OnnxArtefact(written.path).weight_codes()["conv1"].abs().max() <= 8

@@ -163,7 +163,8 @@ def test_weights_that_fit_stay_signed(tmp_path):
     overrides = {name: {"weight_bits": w, "act_bits": a} for name, (w, a) in names.items()}
     torch.manual_seed(0)
     model = quantized(
-        Branches({name: nn.Conv2d(32, 4, 3) for name in names}), CPQConfig(first_last_bits=None, overrides=overrides)
+        Branches({name: nn.Conv2d(32, 4, 3) for name in names}),
+        CPQConfig(first_last_bits=None, per_channel=False, overrides=overrides),
     )
     content = initializers(onnx.load(shipped(model, tmp_path)))
     assert {bits: content[f"{name}.weight_codes"].dtype for name, bits in names.items()} == dtypes
@@ -175,7 +176,7 @@ def test_two_weights_of_the_lowest_level_are_too_much_where_bytes_are_made_signe
     with torch.no_grad():
         model["one"].weight.mul_(0.1)[0, :1, 0, 0] = -50.0
         model["two"].weight.mul_(0.1)[0, :2, 0, 0] = -50.0
-    config = CPQConfig(weight_bits=8, act_bits=4, weight_range="max", first_last_bits=None)
+    config = CPQConfig(weight_bits=8, act_bits=4, weight_range="max", first_last_bits=None, per_channel=False)
     path = shipped(quantized(model, config), tmp_path)
     content, codes = initializers(onnx.load(path)), OnnxArtefact(path).weight_codes()
     for name, lowest, dtype in (("one", 1, np.int8), ("two", 2, np.uint8)):

@@ -68,7 +68,7 @@ def test_a_weight_of_one_bit_has_two_levels_of_one_size():
     q = weight_quantizer(weight, weight_bits=1)
     out = q(weight).detach()
     # The least squared error of two levels is at the mean of absolute values.
-    torch.testing.assert_close(out, weight.sign() * weight.abs().mean(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(out, weight.sign() * weight.abs().mean(1, keepdim=True), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(1, 0.5), (2, 1.5), (4, 7.5), (7, 63.5), (8, 128)])

@@ -118,7 +118,7 @@ def test_a_weight_of_zeros_is_quantized_to_zeros_with_finite_gradients():
 def test_both_parameters_learn():
     """A few updates against the squared error: the step finds back from twice what it should be."""
     weight = torch.randn(6, 50)
-    q = weight_quantizer(weight, weight_bits=3)
+    q = weight_quantizer(weight, weight_bits=3, per_channel=False)
     q.log_scale.data.fill_(math.log(2))
     optimizer = torch.optim.Adam(q.parameters(), lr=0.05)
     errors = []
@@ -387,7 +387,7 @@ def test_copies_behave_alike_and_share_nothing(clone, training):
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_evaluation_uses_all_bits_and_no_noise(nesting, sharing):
     weight = weights()
-    settings = {"weight_bits": 4, "min_bits": 2, "nesting": nesting, "gate_sharing": sharing}
+    settings = {"weight_bits": 4, "min_bits": 2, "nesting": nesting, "gate_sharing": sharing, "per_channel": False}
     q = weight_quantizer(weight, keep_prob=0.3, **settings).eval()
     want = quantize(weight, q.scale(), sigma_of(q), bits=4)
     for step in range(5):

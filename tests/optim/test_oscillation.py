@@ -15,7 +15,8 @@ MOMENTUM = 0.1
 
 
 def quantizer_of(weight, **settings):
-    q = Quantizer("weight", CPQConfig(**{"weight_bits": 3, **settings}), numel=weight.numel(), channels=len(weight))
+    config = CPQConfig(**{"weight_bits": 3, "per_channel": False, **settings})
+    q = Quantizer("weight", config, numel=weight.numel(), channels=len(weight))
     q.fit_weight(weight)
     return q
 

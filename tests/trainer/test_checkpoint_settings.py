@@ -103,7 +103,7 @@ def test_a_module_that_is_quantized_already_is_no_silent_answer_to_another_confi
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (CPQConfig(per_channel=True), "per_channel False in the state_dict, True in the model"),
+        (CPQConfig(per_channel=False), "per_channel True in the state_dict, False in the model"),
         (CPQConfig(min_bits=2), "They differ in min_bits None in the checkpoint, 2 asked for"),
         (CPQConfig(weight_bits=8, min_bits=6), "weight_bits 4 in the checkpoint, 8 asked for; min_bits None in the"),
         (CPQConfig(nesting="resolution"), "nesting 'range' in the state_dict, 'resolution' in the model"),
