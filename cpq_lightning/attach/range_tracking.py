@@ -14,10 +14,18 @@ from torch.optim import Optimizer
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.functional.grid import level_bounds, signed_zero_point
 from cpq_lightning.functional.grid_fit import NEGLIGIBLE, GridFit, fit_grid, fit_range
-from cpq_lightning.functional.ranges import bin_centers, clipped_share, grid_errors, histogram, max_scale, mse_scale
+from cpq_lightning.functional.ranges import (
+    bin_centers,
+    clipped_share,
+    even_stride,
+    grid_errors,
+    histogram,
+    max_scale,
+    mse_scale,
+)
 from cpq_lightning.nn.observer import pool
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.scale_init import even_stride, weight_zero_points
+from cpq_lightning.nn.scale_init import fit_weight
 from cpq_lightning.nn.sharding import full_tensor
 from cpq_lightning.nn.state import Settings
 from cpq_lightning.nn.watch import Watcher
@@ -29,9 +37,9 @@ _STALE_RATIO = 4.0
 # An error this small, relative to the values' power, is no reason to fit: a better scale for one batch may be worse for
 # the next.
 _ACCEPTED_ERROR = 1e-4
-# Numbers of values that are checked, of a weight (of each row, if rows have a scale each) and of an activation in one
-# call; and the number of bins of an activation's histogram.
-_WEIGHTS, _INPUTS, _BINS = 2**12, 2**15, 2**12
+# Numbers of values that are checked: of a weight with one scale, of each channel with its own, and of an activation in
+# one call; and the number of bins of an activation's histogram.
+_WEIGHTS, _CHANNEL, _INPUTS, _BINS = 2**12, 2**8, 2**15, 2**12
 # Candidate scales, relative to the scale of the full range. The nearest candidate is within 12 % of the best scale, and
 # its error within a few percent of the least, at a twentieth of the cost of a fit.
 _CANDIDATES = torch.logspace(-5, 0, 16, base=2)
@@ -161,7 +169,14 @@ class RangeTracker:
         stale = _stale(q, rows, counts, weight)
         if not stale.any():
             return False
-        q.renew(_fit(q, rows, counts, weight), stale)
+        if weight is not None:
+            fits = _fit_weight(q, weight, stale)
+        else:
+            assert counts is not None
+            fits = _fit(q, rows, counts)
+        if fits is None:
+            return False
+        q.renew(fits, stale)
         self._drop_momentum(q.log_scale, stale)
         return True
 
@@ -209,20 +224,26 @@ def _renewable(q: Quantizer, frozen: bool = False) -> bool:
     return q.active and q.fitted and (frozen or q.log_scale.requires_grad)
 
 
-def _fit(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> list[GridFit]:
-    """A grid for each fitted width.
+def _fit(q: Quantizer, rows: Tensor, counts: Tensor) -> list[GridFit]:
+    """A grid for each fitted width of an activation.
 
     A grid with negative levels keeps some, because a later batch may have negative values again, and losing them would
     cost more than a level.
     """
     settings = q.settings
-    if weight is None:
-        assert counts is not None
-        return [fit_grid(rows, counts, k, q.range_rule, settings.grid, _least(settings, k)) for k in q.fitted_widths]
-    grids = zip(q.fitted_widths, weight_zero_points(q.fitted_widths, q.balanced_widths(weight)), strict=True)
-    if q.range_rule == "max":
-        return [GridFit(max_scale(rows.amin(1), rows.amax(1), bits=k, zero_point=z), z) for k, z in grids]
-    return [GridFit(mse_scale(rows, bits=k, zero_point=z), z) for k, z in grids]
+    return [fit_grid(rows, counts, k, q.range_rule, settings.grid, _least(settings, k)) for k in q.fitted_widths]
+
+
+def _fit_weight(q: Quantizer, weight: Tensor, where: Tensor) -> list[GridFit] | None:
+    """A grid for each fitted width of a weight, with scales of the channels that ``where`` names, and ones elsewhere;
+    ``None`` if all these are zero.
+    """
+    channel_dim = q.channel_dim if len(where) > 1 else None
+    part = weight if channel_dim is None else weight.index_select(channel_dim, where.nonzero()[:, 0])
+    fits = fit_weight(part, channel_dim, q.fitted_widths, q.range_rule, q.balanced_widths(weight))
+    if fits is None:
+        return None
+    return [fit._replace(scale=torch.ones_like(q.log_scale).masked_scatter(where, fit.scale)) for fit in fits]
 
 
 def _least(settings: Settings, bits: int) -> float:
@@ -282,7 +303,8 @@ def _sampled(q: Quantizer, weight: Tensor) -> tuple[Tensor, None, Tensor]:
 def _weight_rows(q: Quantizer, weight: Tensor, count: int) -> Tensor:
     """A sample of a weight, shape (rows, n): one row, or one row for each channel."""
     rows = weight.reshape(1, -1) if count == 1 else weight.movedim(q.channel_dim, 0).flatten(1)
-    return rows[:, :: even_stride(rows.shape[1], _WEIGHTS)] if rows.numel() else rows
+    most = _WEIGHTS if count == 1 else _CHANNEL
+    return rows[:, :: even_stride(rows.shape[1], most)].contiguous() if rows.numel() else rows
 
 
 class InputSampler(Watcher):

@@ -125,10 +125,26 @@ def test_values_on_a_grid_that_they_fill_get_its_scale(bits, kind, scale):
     assert fitted.item() == pytest.approx(scale, rel=1e-6)
 
 
+ROWS = torch.stack([samples("normal"), samples("half normal") * 50, torch.zeros(N), samples("tiny")])
+
+
 def test_rows_are_fitted_on_their_own():
-    rows = torch.stack([samples("normal"), samples("half normal") * 50, torch.zeros(N), samples("tiny")])
-    together = mse_scale(rows, bits=4)
-    assert together.tolist() == [mse_scale(row[None], bits=4).item() for row in rows]
+    short = ROWS[:, :200]
+    assert mse_scale(short, bits=4).tolist() == [mse_scale(row[None], bits=4).item() for row in short]
+    others = torch.stack([ROWS[0], *torch.randn(3, N)])
+    assert mse_scale(ROWS, bits=4)[0] == mse_scale(others, bits=4)[0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_several_long_rows_are_searched_at_fewer_scales(bits):
+    rows = torch.stack([samples(name) for name in ("normal", "half normal", "heavy tails", "tiny")])
+    together = mse_scale(rows, bits=bits)
+    for row, scale in zip(rows, together, strict=True):
+        least = error(row, mse_scale(row[None], bits=bits), bits, None)
+        assert error(row, scale, bits, None) <= 1.1 * least
+    # What lies on a grid stays exact, and an outlier does not hide it.
+    exact = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, N)) * 0.25
+    assert mse_scale(exact, bits=bits).tolist() == [0.25] * 3
 
 
 def test_the_scale_grows_with_the_values():
