@@ -16,6 +16,7 @@ from benchmarks.findings.methods import (
     AT_LEARNED,
     BREVITAS,
     BY_ERROR,
+    CHANNELS,
     COOLED,
     DEFAULTS,
     DRAWN,
@@ -87,7 +88,8 @@ differences are paired by it. Intervals know nothing of other starts, networks o
 up to a third of itself in an update of Adam) and a start at the least squared error. Brevitas has learned scales
 with the same start, and no narrow range: its defaults, made for 8 bits, fall far behind at 2. RQ samples from the
 nearest point and one to each side, at a Gumbel-softmax temperature of 1. `CPQ argmax` has the paper's estimator, as
-we read it, on weights, and `expectation` on activations.
+we read it, on weights, and `expectation` on activations. `{defaults}` is the product with its bits set and no more:
+from two bits on these are the runs of `{channels}`, under both names.
 
 **Learned levels.** Gates learn by curvature, which is ours, and widths are fixed at half of the run. `learned by drawn
 gates` has the paper's gradient, through the gates that are drawn, and fixes widths at 0.8 (at 0.5 it did no better).
@@ -110,6 +112,8 @@ def write_report(rows: Rows) -> Path:
         rates=_enumerated(RATES),
         families=len({method.family for method in METHODS.values()}),
         seeds=len(SEEDS),
+        defaults=DEFAULTS,
+        channels=CHANNELS,
     )
     parts = [introduction, *(_scale(rows, scale, folder) for scale in scales(rows)), _origin(rows)]
     path = folder / "findings.md"
