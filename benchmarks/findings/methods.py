@@ -55,6 +55,8 @@ DEFAULTS, LEARNED_DEFAULTS = "CPQ, defaults", "learned levels, defaults"
 CHANNELS, BALANCED = f"{EXPECTATION}: a step each channel", f"{EXPECTATION}: balanced weights"
 SIGNED, NO_OFFSET = f"{EXPECTATION}: inputs signed", f"{EXPECTATION}: inputs signed or unsigned"
 FROZEN, DAMPENED = f"{EXPECTATION}: oscillating weights frozen", f"{EXPECTATION}: dampened from early on"
+GENTLY = f"{EXPECTATION}: dampened a tenth as much"
+CALIBRATED = "CPQ, calibrated alone"
 STAGED, BALANCED_ARGMAX = f"{EXPECTATION}: widths narrowed in stages", f"{ARGMAX}: balanced weights"
 RANDOM, BY_ERROR, BY_HESSIAN = "random levels", "levels by error", "levels by Hessian trace"
 # Of the first and last layer, whatever the method.
@@ -89,12 +91,14 @@ class Made:
         config: CPQ's; ``None`` for its peers.
         callbacks: Beside the training.
         patched: What differs from the product while it trains, for questions that its settings do not ask.
+        trained: Whether it trains; else it is calibrated alone.
     """
 
     network: nn.Module
     config: CPQConfig | None = None
     callbacks: list[Callback] = field(default_factory=list)
     patched: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Method:
 
     Attributes:
         make: Makes what trains.
-        family: The method whose searched learning rate it takes.
+        family: The method whose searched learning rate it takes; empty for one that does not train.
         levels: Where the widths come from that it is given, if it is: what allocates them, or a method whose runs learn
             them.
         package: What it needs beyond the project's own packages.
@@ -219,6 +223,17 @@ def _quiet() -> CPQCallback:
     return CPQCallback(levels_file=None, table=False, samples=0)
 
 
+def _calibrated(task: Task, **settings: Any) -> Made:
+    """The defaults, but for ``settings``, before any training."""
+    made = _cpq(task, settings, plain={})
+    made.trained = False
+    return made
+
+
+def _dampening(strength: float) -> list[Callback]:
+    return [ClusterPull(start=0.0, strength=strength, shape="cosine", scale_by_lr=True)]
+
+
 def _cooling() -> list[Callback]:
     return [TemperatureSchedule(last=0.2)]
 
@@ -305,9 +320,8 @@ _FIXED: dict[str, Callable[[Task], Made]] = {
     "inputs signed or unsigned": partial(_cpq, patched=_without_offsets),
     "balanced weights": partial(_cpq, settings={"weight_grid": "balanced"}),
     "oscillating weights frozen": partial(_cpq, callbacks=lambda: [OscillationFreezing()]),
-    "dampened from early on": partial(
-        _cpq, callbacks=lambda: [ClusterPull(start=0.0, strength=50, shape="cosine", scale_by_lr=True)]
-    ),
+    "dampened from early on": partial(_cpq, callbacks=partial(_dampening, 50)),
+    "dampened a tenth as much": partial(_cpq, callbacks=partial(_dampening, 5)),
     "widths narrowed in stages": partial(_cpq, callbacks=lambda: [ProgressiveWidths()]),
 }
 _LEARNING: dict[str, Callable[[Task], Made]] = {
@@ -348,7 +362,19 @@ AT_LEARNED = {
     **_changed(LEARNED, _LEARNING),
     **_changed(NARROW, {"nested by range": partial(_learned, settings={"weight_bits": 4, "nesting": "range"})}),
 }
+# Before training, each against the defaults.
+BEFORE = {
+    CALIBRATED: Method(_calibrated, ""),
+    **{
+        f"{CALIBRATED}: {name}": Method(partial(_calibrated, **settings), "", base=CALIBRATED)
+        for name, settings in {
+            "balanced weights": {"weight_grid": "balanced"},
+            "a step each tensor": {"per_channel": False},
+            "inputs signed": {"act_grid": "signed"},
+        }.items()
+    },
+}
 # Those that ask for widths, or activations, that an average of 2 bits at A8 does not leave.
 AT_THREE_BITS = (NARROW, f"{NARROW}: nested by range", f"{LEARNED}: activations too")
 UNDRAWN, EARLIER = f"{LEARNED}: without DropBits: gates at their median", f"{LEARNED}: freeze at 0.3"
-METHODS |= {**AT_FIXED, **AT_LEARNED}
+METHODS |= {**AT_FIXED, **AT_LEARNED, **BEFORE}

@@ -12,6 +12,7 @@ from benchmarks.findings.methods import (
     AT_THREE_BITS,
     BALANCED,
     BALANCED_ARGMAX,
+    BEFORE,
     BREVITAS,
     BY_ERROR,
     BY_HESSIAN,
@@ -25,6 +26,7 @@ from benchmarks.findings.methods import (
     EXPECTATION,
     FROZEN,
     FULL,
+    GENTLY,
     LEARNED,
     LEARNED_DEFAULTS,
     LSQ,
@@ -65,7 +67,7 @@ AT_WIDTHS = (LSQ, EXPECTATION, PULLED)
 AT_WIDTHS_TOO = (ARGMAX, DROPPED, COOLED)
 _ALLOCATED = (LEARNED, RELEARNED, RANDOM, BY_ERROR, BY_HESSIAN)
 # Ingredients that are of networks which are hard to quantize.
-_ON_HARD = (SIGNED, NO_OFFSET, BALANCED, FROZEN, DAMPENED, STAGED, BALANCED_ARGMAX)
+_ON_HARD = (SIGNED, NO_OFFSET, BALANCED, FROZEN, DAMPENED, GENTLY, STAGED, BALANCED_ARGMAX)
 AT_AVERAGES = (*_ALLOCATED, DRAWN, REDRAWN)
 
 
@@ -80,7 +82,9 @@ def rates(family: str, scale: str = SEARCH_SCALE) -> tuple[float, ...]:
 
 
 def searches(scale: str, family: str) -> list[Run]:
-    """The runs that find a family's learning rate."""
+    """The runs that find a family's learning rate; none if it does not train."""
+    if not family:
+        return []
     widths = ((FULL_BITS, FULL_BITS),) if family == FULL else WIDTHS[:1] if scale in (*HARD, PRETRAINED) else _SEARCHED
     tried = product(widths, rates(family, search_scale(scale)))
     return [Run(search_scale(scale), family, w, a, SEARCH_SEED, rate) for (w, a), rate in tried]
@@ -152,6 +156,7 @@ def _others(scale: str) -> Iterator[Run]:
     yield from _block(scale, _ALLOCATED, (THREE, FOUR))
     yield from _block(scale, (LSQ, EXPECTATION), (FOUR,))
     yield from _block(scale, (DEFAULTS, LSQ), (ONE, TWO))
+    yield from _block(scale, tuple(BEFORE), WIDTHS, SEEDS[:3])
     yield from _block(scale, (DEFAULTS,), WIDTHS)
     yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
     yield from _block(scale, (LSQ_PLUS,), WIDTHS)
@@ -173,10 +178,12 @@ ONE = (1.0, 8)
 
 def _hard(scale: str) -> Iterator[Run]:
     """The peers and the default at all widths, seed by seed; then each ingredient alone."""
+    yield from _block(scale, tuple(BEFORE), WIDTHS, SEEDS[:3])
     for seed in SEEDS[:3]:
         yield from _block(scale, (LSQ, LSQ_PLUS, EXPECTATION, CHANNELS, NO_OFFSET), WIDTHS[:2], (seed,))
         if scale != HARD[2]:
             yield from _block(scale, (BALANCED, FROZEN, DAMPENED, STAGED), WIDTHS[:2], (seed,))
+            yield from _block(scale, (GENTLY,), WIDTHS[:1], (seed,))
     yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS), WIDTHS)
     yield from _block(scale, (LEARNED_DEFAULTS, DEFAULTS), (TWO,))
     yield from _block(scale, (LEARNED_DEFAULTS,), (THREE,))

@@ -14,6 +14,7 @@ from benchmarks.findings.methods import (
     ARGMAX,
     AT_FIXED,
     AT_LEARNED,
+    BEFORE,
     BREVITAS,
     BY_ERROR,
     CHANNELS,
@@ -110,7 +111,7 @@ def write_report(rows: Rows) -> Path:
         separable=_weights("separable"),
         batch=BATCH_SIZE,
         rates=_enumerated(RATES),
-        families=len({method.family for method in METHODS.values()}),
+        families=len({method.family for method in METHODS.values() if method.family}),
         seeds=len(SEEDS),
         defaults=DEFAULTS,
         channels=CHANNELS,
@@ -287,7 +288,8 @@ def _allocation(rows: Rows, scale: str, folder: Path) -> str:
 def _ablations(rows: Rows, scale: str) -> str:
     text = ""
     fixed = WIDTHS[:2] if scale in HARD else WIDTHS[:1]
-    for names, (w, a) in (*((AT_FIXED, width) for width in fixed), *((AT_LEARNED, average) for average in AVERAGES)):
+    parts = [(AT_FIXED, fixed), (BEFORE, WIDTHS), (AT_LEARNED, AVERAGES)]
+    for names, (w, a) in ((names, width) for names, widths in parts for width in widths):
         for base_name in dict.fromkeys(METHODS[name].base for name in names):
             base = cell(rows, scale, base_name, w, a)
             variants = [name for name in names if METHODS[name].base == base_name]

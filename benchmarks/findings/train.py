@@ -31,7 +31,7 @@ from benchmarks.findings.network import NETWORKS, Lite0
 from benchmarks.findings.rows import Row
 from benchmarks.findings.runs import BATCH_SIZE, SCALES, WEIGHT_DECAY, Run, Scale
 from benchmarks.quantized_layer import QuantizedLayer
-from cpq_lightning import QuantizedModule
+from cpq_lightning import QuantizedModule, calibrate
 from cpq_lightning.attach.layers import QuantizedLayer as CPQLayer
 from cpq_lightning.bitwidth.cost import average_bits
 from cpq_lightning.report import levels
@@ -81,7 +81,11 @@ def _fit(made: Made, data: Images, rate: float, epochs: int, device: str) -> tup
     # What callbacks write of a run is of no use here.
     with TemporaryDirectory() as folder, made.patched:
         trainer = _trainer(epochs, made.callbacks, device, folder)
-        trainer.fit(module, datamodule=data)
+        if made.trained:
+            trainer.fit(module, datamodule=data)
+        else:
+            calibrate(module, data.train_dataloader())
+            trainer.validate(module, datamodule=data, verbose=False)
     return module, trainer
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, levels
 from cpq_lightning.attach.layers import quantized_layers, quantizers
-from cpq_lightning.attach.range_tracking import RangeTracker, is_due
+from cpq_lightning.attach.range_tracking import RangeTracker, is_due, rewritten_weights
 from cpq_lightning.functional.grid import level_bounds
 from cpq_lightning.nn.observer import RangeObserver
 from cpq_lightning.report.levels import clipped_shares, range_warnings
@@ -196,3 +196,24 @@ def test_zeros_alone_are_told(caplog):
         model.eval()(X)
     assert model[0].input_quantizer.fitted
     assert all(layer.weight_quantizer.fitted for _, layer in quantized_layers(model))
+
+
+@pytest.mark.parametrize("rule", ["mse", "max"])
+def test_a_channel_that_has_left_its_range_is_fitted_again_and_is_no_rewritten_weight(rule):
+    """Of many channels, one may be out of its range between two checks, and an export need not be refused."""
+    torch.manual_seed(0)
+    config = CPQConfig(weight_bits=4, weight_range=rule, first_last_bits=None)
+    x = torch.randn(8, 40)
+    model = calibrate(attach(nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 4)), config), [x])
+    quantizer = dict(quantized_layers(model))["0"].weight_quantizer
+    before = quantizer.start_scale.clone()
+    with torch.no_grad():
+        model[0].weight[3] /= 8
+    assert rewritten_weights(model) == []
+    assert quantizer in RangeTracker(model).renew_weights()
+    changed = quantizer.start_scale != before
+    assert changed.nonzero().flatten().tolist() == [3]
+    assert float(quantizer.start_scale[3] / before[3]) == pytest.approx(1 / 8, rel=0.05)
+    with torch.no_grad():
+        model[0].weight *= 8
+    assert rewritten_weights(model) == ["0"]
