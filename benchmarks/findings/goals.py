@@ -12,6 +12,7 @@ from benchmarks.findings.methods import (
     EXPECTATION,
     FROZEN,
     FULL,
+    GENTLY,
     LEARNED,
     LEARNED_DEFAULTS,
     LSQ,
@@ -92,7 +93,7 @@ def _learned_over_uniform(rows: Rows, scale: str) -> Iterator[str]:
 
 
 def _against_oscillation(rows: Rows, scale: str) -> Iterator[str]:
-    for method in (FROZEN, DAMPENED):
+    for method in (FROZEN, DAMPENED, GENTLY):
         difference = _difference(rows, scale, (method, 3, 3), (EXPECTATION, 3, 3))
         if difference is not None:
             verdict = _verdict(difference.above, difference, 3)

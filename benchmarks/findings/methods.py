@@ -365,14 +365,15 @@ AT_LEARNED = {
 # Before training, each against the defaults.
 BEFORE = {
     CALIBRATED: Method(_calibrated, ""),
-    **{
-        f"{CALIBRATED}: {name}": Method(partial(_calibrated, **settings), "", base=CALIBRATED)
-        for name, settings in {
-            "balanced weights": {"weight_grid": "balanced"},
-            "a step each tensor": {"per_channel": False},
-            "inputs signed": {"act_grid": "signed"},
-        }.items()
-    },
+    **_changed(
+        CALIBRATED,
+        {
+            "balanced weights": partial(_calibrated, weight_grid="balanced"),
+            "a step each tensor": partial(_calibrated, per_channel=False),
+            "inputs signed": partial(_calibrated, act_grid="signed"),
+        },
+        family="",
+    ),
 }
 # Those that ask for widths, or activations, that an average of 2 bits at A8 does not leave.
 AT_THREE_BITS = (NARROW, f"{NARROW}: nested by range", f"{LEARNED}: activations too")

@@ -347,7 +347,7 @@ def _mark(method: str) -> str:
 
 
 def _partial(c: Cell) -> str:
-    return "" if c.complete else f" ({c.accuracy.count} of {len(SCALES[c.rows[0]['scale']].seeds)} seeds)"
+    return "" if c.complete else f" ({c.accuracy.count} of {c.seeds} seeds)"
 
 
 def _shown(c: Cell | None) -> str:

@@ -26,7 +26,7 @@ class Cell:
 
     Attributes:
         method: Its name.
-        rows: One for each seed that is done, in their order.
+        rows: One for each seed that is done, in their order; at least one.
     """
 
     method: str
@@ -52,7 +52,12 @@ class Cell:
     @property
     def complete(self) -> bool:
         """Whether all seeds are done."""
-        return bool(self.rows) and len(self.rows) == len(SCALES[self.rows[0]["scale"]].seeds)
+        return len(self.rows) == self.seeds
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds its scale has."""
+        return len(SCALES[self.rows[0]["scale"]].seeds)
 
     @property
     def error(self) -> float | None:

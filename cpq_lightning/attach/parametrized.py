@@ -84,8 +84,7 @@ def copied(model: M) -> M:
 
 
 def _leave_compiled_code(module: nn.Module) -> None:
-    """Let a copied module run its own methods: compiled ones, which torch does not copy, are bound to the original."""
-    module._compiled_call_impl = None  # type: ignore[assignment]
+    """Let a copied module run its own methods: compiled ones, as Lightning makes them, are bound to the original."""
     for name, value in list(vars(module).items()):
         compiled = getattr(value, "_torchdynamo_orig_callable", None)
         if compiled is not None and getattr(compiled, "__func__", compiled) is getattr(type(module), name, None):

@@ -14,18 +14,10 @@ from torch.optim import Optimizer
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantizers
 from cpq_lightning.functional.grid import level_bounds, signed_zero_point
 from cpq_lightning.functional.grid_fit import NEGLIGIBLE, GridFit, fit_grid, fit_range
-from cpq_lightning.functional.ranges import (
-    bin_centers,
-    clipped_share,
-    even_stride,
-    grid_errors,
-    histogram,
-    max_scale,
-    mse_scale,
-)
+from cpq_lightning.functional.ranges import bin_centers, clipped_share, grid_errors, histogram, max_scale, mse_scale
 from cpq_lightning.nn.observer import pool
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.scale_init import fit_weight
+from cpq_lightning.nn.scale_init import even_stride, fit_weight
 from cpq_lightning.nn.sharding import full_tensor
 from cpq_lightning.nn.state import Settings
 from cpq_lightning.nn.watch import Watcher
@@ -160,9 +152,7 @@ class RangeTracker:
             among: The quantizers to check; ``None`` means all.
         """
         masked = {} if self._sampling is None else self._sampling.without_zero
-        weights = (
-            (q, masked.get(q, weight)) for q, weight in _weights(self.model, frozen) if among is None or q in among
-        )
+        weights = ((q, masked.get(q, weight)) for q, weight in _weights(self.model, frozen, among))
         return {q for q, weight in weights if self._renew(q, *_sampled(q, weight))}
 
     def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> bool:
@@ -196,17 +186,23 @@ class RangeTracker:
 
 
 @torch.no_grad()
-def _weights(model: nn.Module, frozen: bool) -> Iterator[tuple[Quantizer, Tensor]]:
+def _weights(
+    model: nn.Module, frozen: bool, among: Collection[Quantizer] | None = None
+) -> Iterator[tuple[Quantizer, Tensor]]:
     # A shared weight is checked once.
     for q, layer in {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}.items():
-        if _renewable(q, frozen):
+        if _renewable(q, frozen) and (among is None or q in among):
             yield q, full_tensor(layer.read_weight().detach()).float()
 
 
 @torch.no_grad()
 def without_level_zero(model: nn.Module) -> list[str]:
     """Names of the layers whose weight has zeros that mean something, on a balanced grid, which has no level 0."""
-    pruned = {q for q, weight in _weights(model, frozen=True) if lacks_zero(q, weight)}
+    # Most models have no balanced grid, and their weights need not be read.
+    balanced = {
+        layer.weight_quantizer for _, layer in quantized_layers(model) if layer.weight_quantizer.has_balanced_grids
+    }
+    pruned = {q for q, weight in _weights(model, frozen=True, among=balanced) if lacks_zero(q, weight)}
     return [name for name, layer in quantized_layers(model) if layer.weight_quantizer in pruned]
 
 
@@ -222,12 +218,12 @@ def rewritten_weights(model: nn.Module) -> list[str]:
 
 
 def _is_rewritten(q: Quantizer, weight: Tensor) -> bool:
-    rows, _, _ = sampled = _sampled(q, weight)
     if lacks_zero(q, weight):
         return True
+    rows, *others = _sampled(q, weight)
     if q.range_rule == "max":
-        return float(_stale(q, *sampled).double().mean()) > _FEW
-    current, least, squares = (error.sum() for error in _errors(q, rows, None))
+        return float(_stale(q, rows, *others).double().mean()) > _FEW
+    current, least, squares = (error.sum() for error in _errors(q, rows, None, _count_nonzero(rows, None)))
     return bool((current > _STALE_RATIO * least) & (current > _ACCEPTED_ERROR * squares))
 
 
@@ -277,13 +273,13 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | N
         full_range = max_scale(rows.amin(1), rows.amax(1), bits=bits, zero_point=best)
         # The thresholds are wide, because the highest value differs between batches.
         return (nonzero > 0) & ((full_range > 1.25 * scale) | (full_range < scale / 2))
-    current, least, squares = _errors(q, rows, counts)
+    current, least, squares = _errors(q, rows, counts, nonzero)
     return (nonzero > 0) & (current > _STALE_RATIO * least) & (current > _ACCEPTED_ERROR * squares)
 
 
-def _errors(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _errors(q: Quantizer, rows: Tensor, counts: Tensor | None, nonzero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row its squared error, an approximation of the least one, and its sum of squares."""
-    settings, nonzero = q.settings, _count_nonzero(rows, counts)
+    settings = q.settings
     current = grid_errors(rows, counts, q.scale()[:, None], *settings.bounds)[:, 0]
     zero_points = _other_zero_points(q, rows)
     least = torch.stack([_least_error(rows, counts, nonzero, settings.bits, z) for z in zero_points]).amin(0)

@@ -29,8 +29,9 @@ class ProgressiveWidths(Callback):
     :class:`~cpq_lightning.callbacks.DistillationCallback` for one.
 
     Widths are not learned meanwhile, and no bit is dropped. Metrics before the last stage are those of a wider network;
-    a warning names checkpoints that were saved before it and still count as the best. A run that ends earlier is
-    narrowed at its end, with a warning.
+    a warning names checkpoints that were saved before it and still count as the best, and such a checkpoint says so
+    where it is loaded, except to continue the run with this callback. A run that ends earlier is narrowed at its end,
+    with a warning.
 
     Args:
         widths: Bits of the stages, each narrower than the one before.
@@ -95,8 +96,9 @@ class ProgressiveWidths(Callback):
         stages = [bits for bits in self.widths if bits > min(self._targets.values())]
         start = quantization_start(trainer)
         end = resolve_point("end", self.end, run_length(trainer) if isinstance(self.end, float) else 0)
-        if end == start == 0:
+        if stages and end == start == 0:
             # A run of one step, as fast_dev_run makes it, has no time for stages.
+            rank_zero_info("ProgressiveWidths: the run has no step before its last widths, and begins with them.")
             stages = []
         if stages and end <= start:
             raise MisconfigurationException(

@@ -147,16 +147,6 @@ def grid_errors(values: Tensor, counts: Tensor | None, scales: Tensor, low: floa
     return total
 
 
-def even_stride(n: int, max_samples: int) -> int:
-    """A stride that samples about ``max_samples`` of n values evenly. It has no factor 2, 3, 5 or 7: a multiple of the
-    kernel size would sample a single kernel position.
-    """
-    stride = max(1, -(-n // max_samples))
-    while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):
-        stride += 1
-    return stride
-
-
 def clipped_share(values: Tensor, counts: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> float:
     """The fraction of values that the grid clips: they lie more than half a scale beyond its lowest or highest level.
 

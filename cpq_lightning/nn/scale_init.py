@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cpq_lightning.functional.grid import balanced_zero_point, signed_zero_point
 from cpq_lightning.functional.grid_fit import GridFit
-from cpq_lightning.functional.ranges import even_stride, max_scale, mse_scale
+from cpq_lightning.functional.ranges import max_scale, mse_scale
 from cpq_lightning.nn.sharding import full_tensor
 
 # Number of values that give a scale within half a percent of the best one.
@@ -36,7 +36,7 @@ def fit_weight(
         others. ``None`` for a weight of zeros only, to which no scale can be fitted.
     """
     rows = _rows(weight, channel_dim)
-    zero_points = weight_zero_points(widths, balanced)
+    zero_points = [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in widths]
     if not rows.numel():
         return [GridFit(rows.new_ones(len(rows)), z) for z in zero_points]
     known = rows.any(1)
@@ -55,11 +55,6 @@ def fit_weight(
     return [
         GridFit(torch.where(known, scale, scale[known].mean()), z) for scale, z in zip(scales, zero_points, strict=True)
     ]
-
-
-def weight_zero_points(widths: Sequence[int], balanced: Collection[int]) -> list[float]:
-    """The zero point of a weight's grid at each width: balanced at some of them, signed at the others."""
-    return [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in widths]
 
 
 def _rows(weight: Tensor, channel_dim: int | None) -> Tensor:
@@ -98,3 +93,13 @@ def has_meaningful_zeros(weight: Tensor) -> bool:
     if bool(zeros.sum() > zeros.numel() / 1000):
         return True
     return any(bool(zeros.movedim(dim, 0).flatten(1).all(1).any()) for dim in range(min(2, zeros.dim())))
+
+
+def even_stride(n: int, max_samples: int) -> int:
+    """A stride that samples about ``max_samples`` of n values evenly. It has no factor 2, 3, 5 or 7: a multiple of the
+    kernel size would sample a single kernel position.
+    """
+    stride = max(1, -(-n // max_samples))
+    while stride > 1 and any(stride % p == 0 for p in (2, 3, 5, 7)):
+        stride += 1
+    return stride
