@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cpq_lightning.attach.attach import detach
-from cpq_lightning.attach.layers import bypassed, quantized_layers
+from cpq_lightning.attach.layers import QuantizedLayer, bypassed, quantized_layers
 from cpq_lightning.attach.origin import full_precision_layers
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.export.calls import Constant, named_outputs
@@ -61,6 +61,9 @@ class Export:
         act_bits: The same for activations.
         full_precision: Layers whose weight nothing quantizes, such as recurrent layers.
         constants: Arguments by name that are no tensors, and that the file contains with the values of the samples.
+        code_types: ONNX only: the layers by the integer type that holds the codes of their weights, such as ``"INT4"``.
+        balanced: Layers whose weight has a balanced grid. Its codes are odd integers, which take one bit more than the
+            width in an integer type.
     """
 
     path: Path
@@ -74,6 +77,8 @@ class Export:
     act_bits: float | None
     full_precision: tuple[str, ...] = ()
     constants: Mapping[str, Constant] = field(default_factory=dict)
+    code_types: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    balanced: tuple[str, ...] = ()
 
 
 def export_model(
@@ -171,6 +176,8 @@ def export_model(
         except MismatchError as error:
             raise MismatchError(f"{path} was not written, it would not be the trained model. {error}") from None
         measured = _time(model, temporary, samples) if latency and format == "onnx" else None
+        read_types = FORMATS[format].code_types
+        code_types = read_types(temporary) if read_types is not None else {}
     return Export(
         path,
         format,
@@ -183,7 +190,13 @@ def export_model(
         totals["act_bits_avg"],
         tuple(map(str, full_precision_layers(model))),
         constants,
+        code_types,
+        tuple(name for name, layer in quantized_layers(model) if _has_balanced_grid(layer)),
     )
+
+
+def _has_balanced_grid(layer: QuantizedLayer) -> bool:
+    return bool((layer.weight_quantizer.codes_per_level() > 1).any())
 
 
 def _write_and_verify(job: Job, format: Format, verified: bool) -> Verification | None:

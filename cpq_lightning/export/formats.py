@@ -47,6 +47,8 @@ class FileFormat(NamedTuple):
         extra: The extra with the packages that the format needs; ``None`` if it needs none.
         write_exact: Writes the file without rounding that ``write`` adds for speed, where verification refuses that;
             ``None`` if ``write`` adds none.
+        code_types: The layers of a written file by the integer type of their codes; ``None`` where codes have exactly
+            the width of their layer.
     """
 
     suffix: str
@@ -55,6 +57,7 @@ class FileFormat(NamedTuple):
     traces: bool = True
     extra: str | None = None
     write_exact: Callable[[Job], Any] | None = None
+    code_types: Callable[[Path], dict[str, list[str]]] | None = None
 
 
 def _load_packed(job: Job) -> Artefact:
@@ -66,6 +69,12 @@ def _write_onnx(job: Job, round_biases: bool = True) -> None:
 
     settings = {"container": job.container, "architecture": job.architecture, "round_biases": round_biases}
     write_onnx(job.model, job.path, job.samples, **settings)
+
+
+def _onnx_code_types(path: Path) -> dict[str, list[str]]:
+    from cpq_lightning.export.onnx.store import code_types
+
+    return code_types(path)
 
 
 def _load_onnx(job: Job) -> Artefact:
@@ -87,6 +96,7 @@ FORMATS: dict[Format, FileFormat] = {
         load=_load_onnx,
         extra="onnx",
         write_exact=lambda job: _write_onnx(job, round_biases=False),
+        code_types=_onnx_code_types,
     ),
     "torch": FileFormat(
         ".pt2",

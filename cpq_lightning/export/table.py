@@ -23,12 +23,27 @@ def export_table(export: Export) -> Table:
             shown_averages(export.weight_bits, export.act_bits) or "only first and last layers are quantized",
         ),
         *([("in full precision", ", ".join(export.full_precision))] if export.full_precision else []),
+        *_codes(export),
         *_constants(export),
         *_verification(export.verification),
         *_speed(export),
     ):
         table.add_row(f"{name}  ", value)
     return table
+
+
+def _codes(export: Export) -> list[tuple[str, str]]:
+    """The integer types that hold weights, and why they may be wider than the widths."""
+    if not export.code_types:
+        return []
+    types = ", ".join(f"{kind} ({_layers(len(layers))})" for kind, layers in sorted(export.code_types.items()))
+    odd = ", ".join(export.balanced)
+    note = f"; codes of a balanced grid are odd and take one bit more than the width: {odd}" if odd else ""
+    return [("weights stored as", f"{types}{note}")]
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
 
 
 def _constants(export: Export) -> list[tuple[str, str]]:

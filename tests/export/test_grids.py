@@ -1,16 +1,19 @@
 """Files of every format hold offset and balanced grids."""
 
 import json
+from io import StringIO
 
 import onnx
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quantized
 from cpq_lightning.attach.layers import quantized_layers, quantizers
 from cpq_lightning.export.packed import write_packed
 from cpq_lightning.export.read import read_packed
+from cpq_lightning.export.table import export_table
 from cpq_lightning.packing.layout import grid_name, grid_of_name
 from cpq_lightning.packing.size import packed_size
 from tests.export.test_packed import resigned
@@ -39,6 +42,13 @@ def trained(**settings):
         model.train()(X).square().mean().backward()
         optimizer.step()
     return model.eval()
+
+
+def shown(export):
+    """The table of an export as text."""
+    console = Console(width=200, file=StringIO(), record=True)
+    console.print(export_table(export))
+    return console.export_text()
 
 
 SETTINGS = {
@@ -96,6 +106,10 @@ def test_channels_of_one_layer_may_have_both_kinds_of_grids(tmp_path):
 def test_a_balanced_grid_of_two_bits_takes_four_in_onnx_and_the_file_says_so(tmp_path):
     model = trained(weight_bits=2, weight_grid="balanced")
     result = export_model(model, tmp_path, format="onnx", samples=X, container="int4")
+    assert result.code_types == {"INT4": ["0", "3", "6", "10", "12"]}
+    assert "INT4 (5 layers); codes of a balanced grid are odd and take one bit more than the width: 0, 3, 6" in shown(
+        result
+    )
     proto = onnx.load(result.path)
     [codes] = [t for t in proto.graph.initializer if t.name == "6.weight_codes"]
     assert codes.data_type == onnx.TensorProto.INT4
@@ -104,6 +118,46 @@ def test_a_balanced_grid_of_two_bits_takes_four_in_onnx_and_the_file_says_so(tmp
     layer = next(layer for layer in json.loads(entry)["levels"]["layers"] if layer["name"] == "6")
     assert (layer["weight"]["low"], layer["weight"]["high"], layer["weight"]["zero_point"]) == (-1.5, 1.5, 1.5)
     assert layer["activation"]["zero_point"] == model[6].input_quantizer.zero_point
+
+
+def test_a_balanced_grid_of_four_bits_takes_eight_and_the_table_says_so(tmp_path):
+    model = trained(weight_grid="balanced", overrides={"10": {"weight_grid": "signed"}})
+    result = export_model(model, tmp_path, format="onnx", samples=X, container="int4", verify=False)
+    assert result.code_types == {"INT8": ["0", "3", "6", "12"], "INT4": ["10"]}
+    assert "INT4 (1 layer), INT8 (4 layers); codes of a balanced grid are odd" in shown(result)
+    # Packed codes have the width of their layer, whatever the grid.
+    packed = export_model(model, tmp_path, samples=X, verify=False)
+    assert not packed.code_types
+    assert "stored as" not in shown(packed)
+
+
+class SiluAttention(nn.Module):
+    """Attention whose queries, keys and values have negative tails."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(nn.functional.scaled_dot_product_attention(*nn.functional.silu(self.qkv(x)).chunk(3, -1)))
+
+
+@pytest.mark.parametrize("form", ["packed", "int8", "int4", "torch"])
+def test_operands_of_attention_have_offsets(form, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, 8)
+    model = attach(nn.Sequential(SiluAttention(), nn.Linear(8, 3)), CPQConfig(attention=True), example_inputs=x)
+    calibrate(model, [x]).eval()
+    zero_points = {name: q.zero_point for name, q in quantizers(model) if "product_operands" in name}
+    query, key, weights, value = zero_points.values()
+    assert weights == 0
+    assert all(0 < z < 8 for z in (query, key, value))
+    container = {"container": form} if form.startswith("int") else {}
+    result = export_model(model, tmp_path, format="onnx" if container else form, samples=x, **container)
+    # The inputs of three layers, and the four operands.
+    assert result.verification.activations == 7
+    assert result.verification.mismatched < 1e-3
+    assert result.verification.largest_difference < 1e-4
 
 
 @pytest.mark.parametrize(("bits", "zero_point", "name"), [(4, 8, "s4"), (4, 0, "u4"), (4, 3, "o4:3"), (1, 1, "s1")])

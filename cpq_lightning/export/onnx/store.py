@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from cpq_lightning.export.formats import Container
@@ -145,3 +147,15 @@ def stored_codes(graph: ir.Graph) -> dict[str, tuple[Array, ir.Node]]:
         if layer not in by_layer:
             by_layer[layer] = (stored_levels(dequantize), dequantize)
     return by_layer
+
+
+def code_types(path: Path) -> dict[str, list[str]]:
+    """The layers of a file, by the integer type that holds the codes of their weights, such as ``"INT4"``."""
+    graph = ir.serde.deserialize_model(onnx.load(path)).graph
+    layers: dict[str, list[str]] = {}
+    for layer, (_, dequantize) in stored_codes(graph).items():
+        codes = dequantize.inputs[0]
+        assert codes is not None
+        assert codes.dtype is not None
+        layers.setdefault(codes.dtype.name, []).append(layer)
+    return layers
