@@ -523,10 +523,36 @@ def test_goals_on_networks_that_are_hard_to_quantize(rows):
     assert "W4A4, the defaults not behind LSQ+: **holds**, +0.20" in at_four
     assert "W3A3, the defaults ahead of LSQ by more than the interval: **holds**, +1.20" in lsq
     assert "W3A3, the defaults not behind LSQ+: **holds**" in at_three
-    assert "W4A4 within 0.5 points of full precision: **does not hold**, -0.80" in ceiling
+    assert "W4A4, the defaults within 0.5 points of full precision: **does not hold**, -0.80" in ceiling
     assert "ahead of 2 bits everywhere by more than the interval: **holds**, +1.00" in learned
-    assert "oscillating weights frozen: ahead of training without it" in frozen
+    assert "W3A3, oscillating weights frozen, ahead of training without it" in frozen
     assert "**does not hold**, -1.00" in frozen
+    text = write_report(rows).read_text()
+    network = "a network like MobileNetV3, 10,000 images"
+    assert f"| {network} | W3A3 | 87.00 ± 0.20 (5) | 85.00 ± 0.10 (5) | 86.00 ± 0.20 (5) | 86.20 ± 0.20 (5) |" in text
+    assert f"| {network} | 85.00 ± 0.20 (5) | 86.00 ± 0.10 (5) | +1.00 ± 0.10 |" in text
+    assert "| W4A4, the defaults within 0.5 points of full precision | **does not hold**, -0.80 ± 0.00 |" in text
+    # The README has the tables of all networks, and none of one that is hard to quantize alone.
+    readme = summary(rows)
+    assert network in readme
+    assert "full precision 87" not in readme
+
+
+def test_goals_are_asked_where_they_mean_something(rows):
+    asked = {goal.title: goal.scales for goal in goals.GOALS}
+    [one_bit] = [scales for title, scales in asked.items() if title.startswith("W1A8")]
+    assert one_bit == ("20k",)
+    [learned] = [scales for title, scales in asked.items() if title.startswith("Learned")]
+    assert set(learned) == {*goals.NETWORKS} - {"20k"}
+    assert len(asked) == len(goals.GOALS)
+    for search in searches("20k", EXPECTATION):
+        rows.append(row(search, val=0.9 if search.rate == RATES[0] else 0.8))
+    for seed in SEEDS[: goals.ENOUGH]:
+        rows.append(row(Run("20k", DEFAULTS, 1.0, 8, seed), 0.87 + seed / 1000))
+        rows.append(row(Run("20k", trained_as(DEFAULTS, 2), 2.0, 8, seed), 0.88 + seed / 1000))
+    assert list(goals.check(rows, "20k")) == [
+        "W1A8, the defaults within 1.5 points of W2A8: **holds**, -1.00 ± 0.00 (3 seeds)."
+    ]
 
 
 def test_one_seed_decides_nothing(rows):

@@ -62,6 +62,8 @@ _SEARCHED = ((2, 2), (4, 4))
 # Average bits of the weights, with the bits of the activations. Where these have three bits too, it makes no difference
 # which weights have how many (findings.md): what they are worth shows where activations have enough.
 AT_A3, HALF, TWO, THREE, FOUR = (3.0, 3), (2.5, 8), (2.0, 8), (3.0, 8), (4.0, 8)
+# Weights of one bit, where the grid decides.
+ONE = (1.0, 8)
 AVERAGES = (FOUR, THREE, HALF, TWO, AT_A3)
 AT_WIDTHS = (LSQ, EXPECTATION, PULLED)
 AT_WIDTHS_TOO = (ARGMAX, DROPPED, COOLED)
@@ -170,10 +172,6 @@ def _separable(scale: str) -> Iterator[Run]:
     yield from _block(scale, (LEARNED_DEFAULTS,), (THREE, TWO))
     yield from _block(scale, (DEFAULTS,), (TWO,))
     yield from _block(scale, (EXPECTATION, FROZEN, DAMPENED), WIDTHS[:1], SEEDS[:3])
-
-
-# Weights of one bit, where the grid decides.
-ONE = (1.0, 8)
 
 
 def _hard(scale: str) -> Iterator[Run]:

@@ -41,6 +41,7 @@ from benchmarks.findings.plan import (
     AVERAGES,
     FULL_BITS,
     HARD,
+    PRETRAINED,
     THREE,
     TWO,
     WIDTHS,
@@ -49,7 +50,7 @@ from benchmarks.findings.plan import (
     search_scale,
     searches,
 )
-from benchmarks.findings.results import DEFAULT, Cell, by_average, cell, default_of, scales
+from benchmarks.findings.results import DEFAULT, Cell, by_average, cell, scales
 from benchmarks.findings.rows import Rows
 from benchmarks.findings.runs import BATCH_SIZE, RATES, SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate, no_worse, paired, variance_ratio
@@ -116,7 +117,7 @@ def write_report(rows: Rows) -> Path:
         defaults=DEFAULTS,
         channels=CHANNELS,
     )
-    parts = [introduction, *(_scale(rows, scale, folder) for scale in scales(rows)), _origin(rows)]
+    parts = [introduction, _all_networks(rows), *(_scale(rows, scale, folder) for scale in scales(rows)), _origin(rows)]
     path = folder / "findings.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
@@ -127,18 +128,66 @@ def _weights(network: str) -> int:
 
 
 def summary(rows: Rows) -> str:
-    """The tables of the README: of each scale that has what they are about, then the levels of other networks."""
-    complete = [s for s in scales(rows) if all(_is_complete(rows, s, m) for m in (LSQ, default_of(s)))]
-    if not complete:
+    """The tables of the README: of all networks, of what the paper is about, and the levels of other networks."""
+    networks = "\n".join(filter(None, (by_network(rows), learned_by_network(rows))))
+    others = [s for s in scales(rows) if s not in (*HARD, PRETRAINED)]
+    complete = [s for s in others if all(_is_complete(rows, s, m) for m in (LSQ, DEFAULT))]
+    if not complete and not networks:
         return _NOTHING
-    text = []
+    text = [networks]
     for scale in complete:
         text += [_head(rows, scale), _by_width(rows, scale), _levels(rows, scale)]
-    networks = {SCALES[s].network for s in complete}
-    for other in scales(rows):
-        if SCALES[other].network not in networks and (levels := _levels(rows, other)):
+    told = {SCALES[s].network for s in complete}
+    for other in others:
+        if SCALES[other].network not in told and (levels := _levels(rows, other)):
             text += [_head(rows, other), levels]
     return "\n".join(part for part in text if part)
+
+
+def by_network(rows: Rows) -> str:
+    """The defaults beside their peers on every network, a line each width."""
+    methods = (LSQ, LSQ_PLUS, DEFAULTS)
+    lines = [["network", "width", "full precision", *methods, "over LSQ", "over LSQ+"]]
+    for scale in goals.NETWORKS:
+        known, full = SCALES[scale], cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
+        for w, a in sorted(WIDTHS, reverse=True):
+            lsq, plus, ours = (cell(rows, scale, method, w, a) for method in methods)
+            if ours is not None and (lsq or plus):
+                cells = [_counted(c) for c in (full, lsq, plus, ours)]
+                name = f"{_KINDS[known.network]}, {known.images:,} images"
+                lines.append([name, f"W{w}A{a}", *cells, _over(ours, lsq), _over(ours, plus)])
+    return table(lines) if len(lines) > 1 else ""
+
+
+def learned_by_network(rows: Rows) -> str:
+    """Learned widths beside the same width everywhere, with the defaults."""
+    w, a = TWO
+    lines = [["network", f"{w:g} bits everywhere, A{a}", f"learned, {w:g} bits on average", "difference"]]
+    for scale in goals.NETWORKS:
+        even, learned = (cell(rows, scale, method, w, a) for method in (DEFAULTS, LEARNED_DEFAULTS))
+        if even is not None and learned is not None:
+            name = f"{_KINDS[SCALES[scale].network]}, {SCALES[scale].images:,} images"
+            lines.append([name, _counted(even), _counted(learned), _over(learned, even)])
+    return table(lines) if len(lines) > 1 else ""
+
+
+def _all_networks(rows: Rows) -> str:
+    """The defaults on every network, and the goals that are asked of all."""
+    tables = [by_network(rows), learned_by_network(rows), _goals(rows)]
+    text = "\n".join(part for part in tables if part)
+    return f"## Networks\n\n{text}" if text else ""
+
+
+def _goals(rows: Rows) -> str:
+    asked = [scale for scale in goals.NETWORKS if any(goal.difference(rows, scale) for goal in goals.GOALS)]
+    lines = [["goal", *(_KINDS[SCALES[scale].network] for scale in asked)]]
+    for goal in goals.GOALS:
+        differences = [goal.difference(rows, scale) for scale in asked]
+        if any(differences):
+            lines.append(
+                [goal.title, *("" if d is None else f"{goal.verdict(d)}, {d.shown('+')}" for d in differences)]
+            )
+    return table(lines) if asked else ""
 
 
 def _is_complete(rows: Rows, scale: str, method: str) -> bool:
@@ -348,6 +397,11 @@ def _mark(method: str) -> str:
 
 def _partial(c: Cell) -> str:
     return "" if c.complete else f" ({c.accuracy.count} of {c.seeds} seeds)"
+
+
+def _counted(c: Cell | None) -> str:
+    """Accuracy, with the number of seeds."""
+    return "" if c is None else f"{c.accuracy.shown()} ({c.accuracy.count})"
 
 
 def _shown(c: Cell | None) -> str:

@@ -6,18 +6,13 @@ import statistics
 from dataclasses import dataclass
 
 from benchmarks.findings.methods import DEFAULTS, EXPECTATION, LEARNED, LEARNED_DEFAULTS, LSQ, PULLED, trained_as
-from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, HARD, PRETRAINED, done
+from benchmarks.findings.plan import AT_AVERAGES, AVERAGES, done
 from benchmarks.findings.rows import Row, Rows
 from benchmarks.findings.runs import SCALES, SEEDS, Run
 from benchmarks.findings.statistics import Estimate, estimate
 
 # What is held against the first goals, which are about clusters: with the pull that the recipes to begin with have.
 DEFAULT = PULLED
-
-
-def default_of(scale: str) -> str:
-    """The method that stands for the product at a scale: its defaults, on the networks that they were made on."""
-    return DEFAULTS if scale in (*HARD, PRETRAINED) else DEFAULT
 
 
 @dataclass(frozen=True)
