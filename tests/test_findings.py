@@ -464,6 +464,16 @@ def test_the_command_goes_on_where_it_stopped(data, tmp_path):
     assert all(done(run, Rows(rows.path)) for run in kept)
 
 
+def test_a_part_of_the_campaign_is_asked_for_by_methods_widths_and_seeds(tmp_path, capsys):
+    asked = ["--scale", "10k-silu", "--only", LSQ, FULL, "--widths", "W3A3", "W2A2", "--seeds", "2", "--show"]
+    assert main([*asked, "--results", str(tmp_path / "findings.jsonl")]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("rate ") == len([*searches("10k-silu", LSQ), *searches("10k-silu", FULL)])
+    assert shown.count("seed 0 ") == shown.count("seed 1 ") == 2
+    assert "seed 2 " not in shown
+    assert "W4A4" not in shown
+
+
 def test_data_that_are_not_there_are_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
     with pytest.raises(SystemExit):

@@ -23,7 +23,7 @@ from benchmarks.findings.data import load
 from benchmarks.findings.methods import METHODS
 from benchmarks.findings.plan import done, plan
 from benchmarks.findings.rows import RESULTS, Row, Rows
-from benchmarks.findings.runs import SCALES, Run
+from benchmarks.findings.runs import SCALES, SEEDS, Run
 from benchmarks.findings.train import train_start
 
 
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="data", help="folder with Fashion-MNIST as torchvision has it, or gets it")
     parser.add_argument("--scale", default="20k", choices=list(SCALES), help="images to train on, and network")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), metavar="METHOD", help="methods to run")
+    parser.add_argument("--widths", nargs="+", metavar="WIDTH", help="widths to run, such as W3A3 or W2A8")
+    parser.add_argument("--seeds", type=int, metavar="N", help="run the first N seeds only")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="rows of finished runs")
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         console.print(f"Written: {tables.write_report(rows)}")
         return 0
-    runs = [run for run in plan(options.scale) if not options.only or run.method in options.only]
+    runs = [run for run in plan(options.scale) if _asked(run, options)]
     for name in dict.fromkeys(run.method for run in runs):
         if missing := METHODS[name].missing:
             console.print(f"{name} is skipped: {missing}.", markup=False)
@@ -75,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = _run(runs, rows, options, console)
     console.print(f"Written: {tables.write_report(rows)}")
     return code
+
+
+def _asked(run: Run, options: argparse.Namespace) -> bool:
+    if options.only and run.method not in options.only:
+        return False
+    # All runs wait for the searches, at whichever widths and seed these are.
+    if run.rate is not None:
+        return True
+    width, seeds = f"W{run.weight_bits:g}A{run.act_bits}", options.seeds or len(SEEDS)
+    return run.seed in SEEDS[:seeds] and (not options.widths or width in options.widths)
 
 
 def _run(runs: list[Run], rows: Rows, options: argparse.Namespace, console: Console) -> int:
