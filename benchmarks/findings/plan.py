@@ -56,9 +56,8 @@ HARD = ("10k-silu", "10k-mobile", "10k-convnext")
 PRETRAINED = "5k-efficientnet"
 # Where the best rate of all families is at the edge of what is searched, it is searched beyond.
 _BEYOND = {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), RQ: (0.016, 0.032)}
-# Weights and activations; the search takes the outer two.
+# Weights and activations.
 WIDTHS = ((3, 3), (2, 2), (4, 4))
-_SEARCHED = ((2, 2), (4, 4))
 # Average bits of the weights, with the bits of the activations. Where these have three bits too, it makes no difference
 # which weights have how many (findings.md): what they are worth shows where activations have enough.
 AT_A3, HALF, TWO, THREE, FOUR = (3.0, 3), (2.5, 8), (2.0, 8), (3.0, 8), (4.0, 8)
@@ -87,7 +86,7 @@ def searches(scale: str, family: str) -> list[Run]:
     """The runs that find a family's learning rate; none if it does not train."""
     if not family:
         return []
-    widths = ((FULL_BITS, FULL_BITS),) if family == FULL else WIDTHS[:1] if scale in (*HARD, PRETRAINED) else _SEARCHED
+    widths = ((FULL_BITS, FULL_BITS),) if family == FULL else SCALES[search_scale(scale)].searched
     tried = product(widths, rates(family, search_scale(scale)))
     return [Run(search_scale(scale), family, w, a, SEARCH_SEED, rate) for (w, a), rate in tried]
 

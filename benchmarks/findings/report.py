@@ -77,7 +77,7 @@ depthwise-separable convolutions with {separable:,} weights, to which few bits a
 (`benchmarks/findings/network.py`). All runs of a scale start from one full-precision network, and have its epochs,
 AdamW with a cosine to zero and batches of {batch}. First and last layer have 8 bits. Learning rates are searched among
 {rates}, and beyond where the best of them is at the edge, for each of {families} families of methods, by one seed's
-accuracy on held-out training images, at two widths; variants and ablations have their family's rate, and so have the
+accuracy on held-out training images; variants and ablations have their family's rate, and so have the
 larger scale and the other network. Settings of our own were chosen by held-out accuracy too.
 
 **Figures.** Accuracies are of the test images, in percent, "held-out" ones of 10,000 training images that no run
@@ -367,7 +367,8 @@ def _rates(rows: Rows, scale: str) -> str:
         chosen = rate_of(Run(scale, family, 0, 0, 0), rows)
         lines.append([family, *(f"{m.mean:.2f}" if m else "" for m in means), f"{chosen:g}" if chosen else "not done"])
     where = f"at {SCALES[search_scale(scale)].images:,} images"
-    return f"Held-out accuracy {where}, the mean over the widths of the search, one seed.\n\n" + table(lines)
+    widths = _enumerated(f"W{w}A{a}" for w, a in SCALES[search_scale(scale)].searched)
+    return f"Held-out accuracy {where}, the mean over {widths}, one seed.\n\n" + table(lines)
 
 
 def _origin(rows: Rows) -> str:

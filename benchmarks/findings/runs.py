@@ -19,6 +19,7 @@ class Scale:
         start_rate: Learning rate of the full-precision start.
         rates: Learning rates that each family's is chosen from, in place of :data:`RATES`.
         seeds: Seeds of the runs.
+        searched: Bits of weights and of activations that learning rates are searched at.
     """
 
     name: str
@@ -29,18 +30,19 @@ class Scale:
     start_rate: float = 0.004
     rates: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    searched: tuple[tuple[int, int], ...] = ((2, 2), (4, 4))
 
 
 SCALES = {
     "20k": Scale("20k", 20_000, 4, 12),
     "60k": Scale("60k", 60_000, 4, 12),
     "20k-separable": Scale("20k-separable", 20_000, 4, 12, "separable"),
-    "10k-silu": Scale("10k-silu", 10_000, 4, 12, "silu"),
-    "10k-mobile": Scale("10k-mobile", 10_000, 4, 12, "mobile"),
-    "10k-convnext": Scale("10k-convnext", 10_000, 4, 12, "convnext"),
+    "10k-silu": Scale("10k-silu", 10_000, 4, 12, "silu", searched=((3, 3),)),
+    "10k-mobile": Scale("10k-mobile", 10_000, 4, 12, "mobile", searched=((3, 3), (2, 2))),
+    "10k-convnext": Scale("10k-convnext", 10_000, 4, 12, "convnext", searched=((3, 3), (2, 2))),
     # Pretrained on ImageNet: smaller rates, and few runs, which are long.
     "5k-efficientnet": Scale(
-        "5k-efficientnet", 5_000, 3, 3, "efficientnet", 0.001, (0.00025, 0.0005, 0.001, 0.002), (0, 1, 2)
+        "5k-efficientnet", 5_000, 3, 3, "efficientnet", 0.001, (0.00025, 0.0005, 0.001, 0.002), (0, 1, 2), ((3, 3),)
     ),
     # For tests: a campaign in seconds, with figures that mean nothing.
     "tiny": Scale("tiny", 256, 2, 1),

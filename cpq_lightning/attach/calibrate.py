@@ -78,7 +78,7 @@ def calibrate(
             # The weights may have been initialized or loaded since attach.
             layer.weight_quantizer.fit_weight(layer.read_weight())
     # Trained weights may have been rewritten as well, for example by merging an adapter.
-    RangeTracker(inner).renew_weights(frozen=True)
+    RangeTracker(inner).renew_weights(frozen=True, rewritten=True)
     observed = [q for _, q in quantizers(inner) if q.kind == "activation" and q.active]
     observing = _Observing(observed)
     of_quantizers = {id(b) for _, q in quantizers(inner) for b in q.buffers()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,14 +26,29 @@ from cpq_lightning.nn.watch import Watcher
 _SPACING = 1 / 8
 # A range is stale if it costs a bit: one bit less has four times the squared error.
 _STALE_RATIO = 4.0
+# Of few bits, four times the least error may be more than the values' power, which the error approaches as a scale gets
+# too small. So a range is stale as well if the error is this share of the way from the least one to the power. At one
+# bit, the scale is then off by a factor of two.
+_STALE_SHARE = 1 / 4
 # An error this small, relative to the values' power, is no reason to fit: a better scale for one batch may be worse for
 # the next.
 _ACCEPTED_ERROR = 1e-4
 # Numbers of values that are checked: of a weight with one scale, of each channel with its own, and of an activation in
 # one call; and the number of bins of an activation's histogram.
 _WEIGHTS, _CHANNEL, _INPUTS, _BINS = 2**12, 2**8, 2**15, 2**12
-# Share of a weight's channels that may be out of a range without clipping, after an update.
+# Share of a weight's channels that may be out of their ranges after an update.
 _FEW = 0.1
+_REWRITTEN = (
+    "The weights of {count} layers have left the ranges that were fitted to them, which are now fitted again: {names}. "
+    "After merging, loading or pruning weights call calibrate(model, batches), so that the ranges of inputs are fitted "
+    "as well."
+)
+_PRUNED = (
+    "The weights of {count} layers have zeros, as after pruning, and their balanced grid had no level 0: they now have "
+    "a grid with one: {names}. At one bit this grid is {{-1, 0}}, and positive weights become 0: give such layers 2 "
+    "bits or more by CPQConfig(overrides=...), or keep their weights free of exact zeros. After pruning weights call "
+    "calibrate(model, batches), so that the ranges of inputs are fitted as well."
+)
 # Candidate scales, relative to the scale of the full range. The nearest candidate is within 12 % of the best scale, and
 # its error within a few percent of the least, at a twentieth of the cost of a fit.
 _CANDIDATES = torch.logspace(-5, 0, 16, base=2)
@@ -60,10 +75,11 @@ class RangeTracker:
     """Fit a quantizer's range again when training has outgrown it, which happens many times from random weights.
 
     A range is stale if its squared error is more than four times the least error at the same bits, as if it had one bit
-    less. The error is measured on the weight after a step, or on the inputs of the step's batches. The least error
-    counts as at least the rounding noise, a twelfth of the squared scale for each value, because few values can be
-    fitted by chance. An error below 1e-4 of the values' power is always accepted. The starting scale of each width is
-    fitted again; the learned noise scale is kept.
+    less, or more than a quarter of the way from the least error to the values' power (at 1 and 2 bits). The error is
+    measured on the weight after a step, or on the inputs of the step's batches. The least error counts as at least the
+    rounding noise, a twelfth of the squared scale for each value, because few values can be fitted by chance. An error
+    below 1e-4 of the values' power is always accepted. The starting scale of each width is fitted again; the learned
+    noise scale is kept.
 
     ``step`` counts optimizer steps since quantization began, and is the only state between steps, so a resumed run
     checks and decides exactly like an uninterrupted one. With gradient accumulation, call :meth:`before_batch` with the
@@ -101,7 +117,7 @@ class RangeTracker:
         if self._sampling is None:
             renewable = [q for _, q in quantizers(self.model) if _renewable(q)]
             activations = [q for q in renewable if q.kind == "activation" and self.inputs]
-            balanced = [q for q in renewable if q.kind == "weight" and q.has_balanced_grids]
+            balanced = [q for q in renewable if q.kind == "weight" and q.prefers_balanced_grids]
             self._sampling = InputSampler(activations, balanced)
         self._sampling.__enter__()
 
@@ -141,26 +157,39 @@ class RangeTracker:
                 q.propose(_fit(q, rows, counts))
 
     @torch.no_grad()
-    def renew_weights(self, frozen: bool = False, among: Collection[Quantizer] | None = None) -> set[Quantizer]:
+    def renew_weights(
+        self, frozen: bool = False, among: Collection[Quantizer] | None = None, rewritten: bool = False
+    ) -> set[Quantizer]:
         """Check only the weights, at any step; return the quantizers whose range has changed.
 
-        A weight may be masked before each forward, and moved by the optimizer after it: what the sampled forwards used
-        counts as well, where its zeros have no level.
+        A weight may be masked before each forward, and moved by the optimizer after it: where zeros of what the sampled
+        forwards used mean something, that is what counts.
 
         Args:
             frozen: Whether to check layers that do not train as well, whose weights may have been rewritten.
             among: The quantizers to check; ``None`` means all.
+            rewritten: Whether weights may have been rewritten: where no zeros mean something any more, a weight gets a
+                balanced grid again.
         """
-        masked = {} if self._sampling is None else self._sampling.without_zero
+        masked = {} if self._sampling is None else self._sampling.masked
         weights = ((q, masked.get(q, weight)) for q, weight in _weights(self.model, frozen, among))
-        return {q for q, weight in weights if self._renew(q, *_sampled(q, weight))}
+        was_balanced = {q for _, q in quantizers(self.model) if q.kind == "weight" and q.has_balanced_grids}
+        renewed = {q for q, weight in weights if self._renew(q, *_sampled(q, weight), rewritten)}
+        if pruned := _layers_of(self.model, {q for q in renewed & was_balanced if not q.has_balanced_grids}):
+            _warn(_PRUNED, pruned)
+        return renewed
 
-    def _renew(self, q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None) -> bool:
+    def _renew(
+        self, q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | None = None, rewritten: bool = False
+    ) -> bool:
         if not rows.numel():
             return False
         stale = _stale(q, rows, counts, weight)
-        if not stale.any():
+        if not (stale.any() or (rewritten and weight is not None and _has_another_grid(q, weight))):
             return False
+        if weight is not None and _has_another_grid(q, weight):
+            # All channels share the zero points of a weight.
+            stale = torch.ones_like(stale)
         if weight is not None:
             fits = _fit_weight(q, weight, stale)
         else:
@@ -202,8 +231,7 @@ def without_level_zero(model: nn.Module) -> list[str]:
     balanced = {
         layer.weight_quantizer for _, layer in quantized_layers(model) if layer.weight_quantizer.has_balanced_grids
     }
-    pruned = {q for q, weight in _weights(model, frozen=True, among=balanced) if lacks_zero(q, weight)}
-    return [name for name, layer in quantized_layers(model) if layer.weight_quantizer in pruned]
+    return _layers_of(model, {q for q, weight in _weights(model, frozen=True, among=balanced) if lacks_zero(q, weight)})
 
 
 @torch.no_grad()
@@ -211,10 +239,11 @@ def rewritten_weights(model: nn.Module) -> list[str]:
     """Names of the layers whose weight has left its fitted range, by the rule of :class:`RangeTracker` for the whole
     weight.
 
-    Where channels have a range each, a few may be out of theirs between two checks: they do not count by themselves.
+    Where channels have a range each, a few may be out of theirs between two checks: they count if they are more than a
+    tenth, and have lost half of what their grids could hold.
     """
-    rewritten = {q for q, weight in _weights(model, frozen=True) if weight.numel() and _is_rewritten(q, weight)}
-    return [name for name, layer in quantized_layers(model) if layer.weight_quantizer in rewritten]
+    weights = _weights(model, frozen=True)
+    return _layers_of(model, {q for q, weight in weights if weight.numel() and _is_rewritten(q, weight)})
 
 
 def _is_rewritten(q: Quantizer, weight: Tensor) -> bool:
@@ -223,8 +252,17 @@ def _is_rewritten(q: Quantizer, weight: Tensor) -> bool:
     rows, *others = _sampled(q, weight)
     if q.range_rule == "max":
         return float(_stale(q, rows, *others).double().mean()) > _FEW
-    current, least, squares = (error.sum() for error in _errors(q, rows, None, _count_nonzero(rows, None)))
-    return bool((current > _STALE_RATIO * least) & (current > _ACCEPTED_ERROR * squares))
+    errors = _errors(q, rows, None, _count_nonzero(rows, None))
+    current, least, squares = errors
+    # Channels of little power add little to the sums, and matter where a norm follows.
+    lost = (squares > 0) & (current > (least + squares) / 2)
+    return float(lost.double().mean()) > _FEW or bool(_costs_a_bit(*(error.sum() for error in errors)))
+
+
+def _costs_a_bit(current: Tensor, least: Tensor, squares: Tensor) -> Tensor:
+    """Whether squared errors are those of a stale range; see :class:`RangeTracker`."""
+    bound = torch.minimum(_STALE_RATIO * least, least + _STALE_SHARE * (squares - least).clamp(min=0))
+    return (current > bound) & (current > _ACCEPTED_ERROR * squares)
 
 
 def _renewable(q: Quantizer, frozen: bool = False) -> bool:
@@ -273,8 +311,7 @@ def _stale(q: Quantizer, rows: Tensor, counts: Tensor | None, weight: Tensor | N
         full_range = max_scale(rows.amin(1), rows.amax(1), bits=bits, zero_point=best)
         # The thresholds are wide, because the highest value differs between batches.
         return (nonzero > 0) & ((full_range > 1.25 * scale) | (full_range < scale / 2))
-    current, least, squares = _errors(q, rows, counts, nonzero)
-    return (nonzero > 0) & (current > _STALE_RATIO * least) & (current > _ACCEPTED_ERROR * squares)
+    return (nonzero > 0) & _costs_a_bit(*_errors(q, rows, counts, nonzero))
 
 
 def _errors(q: Quantizer, rows: Tensor, counts: Tensor | None, nonzero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,6 +332,11 @@ def _count_nonzero(rows: Tensor, counts: Tensor | None) -> Tensor:
 def lacks_zero(q: Quantizer, weight: Tensor) -> bool:
     """Whether zeros that mean something have appeared, such as those of a pruning mask, and a grid has no level 0."""
     return q.has_balanced_grids and not q.balanced_widths(weight)
+
+
+def _has_another_grid(q: Quantizer, weight: Tensor) -> bool:
+    """Whether a weight would now get a grid of the other kind, balanced or signed, at some width."""
+    return q.has_balanced_grids != bool(q.balanced_widths(weight))
 
 
 def _other_zero_points(q: Quantizer, rows: Tensor) -> set[float]:
@@ -332,18 +374,18 @@ class InputSampler(Watcher):
 
     Args:
         quantizers: The quantizers of activations to sample.
-        balanced: The quantizers of weights to watch for zeros that a balanced grid does not have.
+        balanced: The quantizers of weights to watch for zeros, which a balanced grid does not have.
     """
 
     def __init__(self, quantizers: Iterable[Quantizer], balanced: Iterable[Quantizer] = ()) -> None:
         self.samples: dict[Quantizer, _Sample] = {quantizer: _Sample() for quantizer in quantizers}
         self.balanced = set(balanced)
-        # Weights, as a forward used them, whose zeros mean something and have no level.
-        self.without_zero: dict[Quantizer, Tensor] = {}
+        # Weights, as a forward used them, whose zeros mean something.
+        self.masked: dict[Quantizer, Tensor] = {}
 
     def on_quantized(self, quantizer: Quantizer, x: Tensor, out: Tensor | None) -> None:
-        if quantizer in self.balanced and lacks_zero(quantizer, x):
-            self.without_zero[quantizer] = full_tensor(x.detach()).float().clone()
+        if quantizer in self.balanced and not quantizer.balanced_widths(x):
+            self.masked[quantizer] = full_tensor(x.detach()).float().clone()
         sample = self.samples.get(quantizer)
         if sample is not None and x.numel():
             with torch.no_grad():
@@ -438,16 +480,14 @@ def refit_rewritten(model: nn.Module, *, only_zeros: bool = False, optimizers: I
         return []
     stale = {layer.weight_quantizer for name, layer in quantized_layers(model) if name in names}
     RangeTracker(model, optimizers).renew_weights(frozen=True, among=stale)
-    others = [name for name in names if name not in pruned]
-    for layers, reason in (
-        (others, "The weights of {} layers have left the ranges that were fitted to them, which are now fitted again"),
-        (pruned, "The weights of {} layers have zeros, as after pruning, and their balanced grid had no level 0: they "
-         "now have a grid with one"),
-    ):  # fmt: skip
-        if layers:
-            warnings.warn(
-                f"{reason.format(len(layers))}: {', '.join(layers)}. After merging, loading or pruning weights call "
-                "calibrate(model, batches), so that the ranges of inputs are fitted as well.",
-                stacklevel=3,
-            )
+    if others := [name for name in names if name not in pruned]:
+        _warn(_REWRITTEN, others)
     return names
+
+
+def _layers_of(model: nn.Module, weight_quantizers: Collection[Quantizer]) -> list[str]:
+    return [name for name, layer in quantized_layers(model) if layer.weight_quantizer in weight_quantizers]
+
+
+def _warn(reason: str, layers: Sequence[str]) -> None:
+    warnings.warn(reason.format(count=len(layers), names=", ".join(layers)), stacklevel=4)

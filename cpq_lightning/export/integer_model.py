@@ -269,7 +269,7 @@ def check_exportable(model: nn.Module) -> None:
     if stale and not is_training(model):
         raise ExportError(
             f"The weights of {len(stale)} layers have been rewritten after their ranges were fitted: "
-            f"{', '.join(stale)}. The error of their grids is at least four times that of newly fitted grids. Call "
+            f"{', '.join(stale)}. Newly fitted grids would have far less error. Call "
             "calibrate(model, batches), which fits the ranges of weights and inputs again; or, if the inputs have not "
             "changed, cpq_lightning.attach.refit_rewritten(model), which fits only the ranges of these weights."
         )

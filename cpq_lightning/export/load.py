@@ -169,6 +169,12 @@ def _plain_shapes(network: nn.Module, layers: list[str]) -> dict[str, tuple[int,
     return shapes
 
 
+def _hint(name: str) -> str:
+    if "_orig_mod" not in name:
+        return ""
+    return " A part of the exported model was compiled: compile the same part of the network with torch.compile."
+
+
 def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str], path: str | Path) -> None:
     known = canonical_names(network)
     plain = _plain_shapes(network, layers)
@@ -178,7 +184,9 @@ def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str
         key = f"{name}.weight"
         # A shared weight is in the state_dict under each of its names.
         if key not in expected:
-            raise ValueError(f"{path} has a quantized layer {name!r}, and the network has no weight of that name.")
+            raise ValueError(
+                f"{path} has a quantized layer {name!r}, and the network has no weight of that name.{_hint(name)}"
+            )
     wrong = [name for name in sorted(expected.keys() | actual.keys()) if expected.get(name) != actual.get(name)]
     if wrong:
         first = wrong[0]

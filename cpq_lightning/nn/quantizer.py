@@ -687,6 +687,11 @@ class Quantizer(nn.Module):
         settings = self.settings
         return any(settings.doubled_zero_points[k - 1] % 2 for k in self.fitted_widths)
 
+    @property
+    def prefers_balanced_grids(self) -> bool:
+        """Whether a weight gets a balanced grid at some width, unless its zeros mean something."""
+        return self.kind == "weight" and bool(self.balanced_widths(torch.ones(1)))
+
     def balanced_widths(self, weight: Tensor) -> set[int]:
         """The widths at which ``weight`` gets a balanced grid."""
         return balanced_widths(weight, self.fitted_widths, self.settings.grid, self.min_bits)

@@ -7,7 +7,9 @@ from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate, levels
 from cpq_lightning.attach.layers import quantized_layers, quantizers
-from cpq_lightning.attach.range_tracking import RangeTracker, is_due, rewritten_weights
+from cpq_lightning.attach.range_tracking import RangeTracker, is_due, refit_rewritten, rewritten_weights
+from cpq_lightning.errors import ExportError
+from cpq_lightning.export.integer_model import check_exportable
 from cpq_lightning.functional.grid import level_bounds
 from cpq_lightning.nn.observer import RangeObserver
 from cpq_lightning.report.levels import clipped_shares, range_warnings
@@ -217,3 +219,103 @@ def test_a_channel_that_has_left_its_range_is_fitted_again_and_is_no_rewritten_w
     with torch.no_grad():
         model[0].weight *= 8
     assert rewritten_weights(model) == ["0"]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("grid", ["auto", "signed"])
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("factor", [100.0, 0.2])
+def test_weights_of_few_bits_that_were_rewritten_are_fitted_again(factor, bits, grid, per_channel):
+    """Of one bit the error of a scale that is too small is never four times the least one."""
+    config = CPQConfig(weight_bits=bits, weight_grid=grid, per_channel=per_channel, first_last_bits=None)
+    model = calibrate(attach(net(), config), [X])
+    with torch.no_grad():
+        model[2].weight.mul_(factor)
+    assert rewritten_weights(model) == ["2"]
+    with pytest.raises(ExportError, match="have been rewritten"):
+        check_exportable(model.eval())
+    calibrate(model, [X])
+    fresh = calibrate(attach(detached(model), config), [X])
+    for (_, ours), (_, theirs) in zip(quantized_layers(model), quantized_layers(fresh), strict=True):
+        assert ours.weight_quantizer(ours.weight).equal(theirs.weight_quantizer(theirs.weight))
+
+
+def detached(model):
+    """A plain network with the same weights."""
+    plain = net()
+    names = plain.state_dict().keys()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+    return plain
+
+
+def test_inputs_of_one_bit_are_fitted_again():
+    model = calibrate(attach(net(), CPQConfig(act_bits=1, first_last_bits=None)), [X])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    tracker = RangeTracker(model, [optimizer])
+    del model.__dict__["_cpq_tracking"]
+    tracker.before_batch(0)
+    model.train()(50 * X).sum().backward()
+    optimizer.step()
+    assert "0.input_quantizer" in tracker.after_step(0)
+
+
+def test_channels_of_little_power_that_were_rewritten_count():
+    """A norm behind the layer may make them as large as the others."""
+    model = calibrate(attach(net(), CPQConfig(weight_bits=4)), [X])
+    channels = len(model[2].weight)
+    with torch.no_grad():
+        model[2].weight[: channels // 20].mul_(0.02)
+        assert rewritten_weights(model) == []
+        model[2].weight[: channels // 2].mul_(0.02)
+    assert rewritten_weights(model) == ["2"]
+    assert refit_rewritten(model) == ["2"]
+    error = (model[2].weight - model[2].weight_quantizer(model[2].weight)).square().sum(1)
+    assert (error < 0.05 * model[2].weight.square().sum(1)).all()
+
+
+def test_a_weight_that_is_dense_again_gets_the_grid_of_a_dense_one():
+    config = CPQConfig(weight_bits=2, weight_grid="balanced", first_last_bits=None)
+    model = net()
+    dense = model[2].weight.detach().clone()
+    with torch.no_grad():
+        model[2].weight[:, ::2] = 0
+    attach(model, config)
+    calibrate(model, [X])
+    assert model[2].weight_quantizer.zero_point == 2
+    with torch.no_grad():
+        model[2].weight.copy_(dense)
+    calibrate(model, [X])
+    fresh = calibrate(attach(detached(model), config), [X])
+    assert model[2].weight_quantizer.zero_point == 1.5
+    # All channels have scales of the new grid.
+    assert model[2].weight_quantizer.scale().equal(fresh[2].weight_quantizer.scale())
+
+
+def test_a_mask_in_a_hook_keeps_its_level_when_the_weight_is_fitted_again():
+    """The optimizer moves what the hook masks: the weight that is checked has no zeros, the next forward's has."""
+    model = net()
+    masked = False
+
+    def mask(layer, args):
+        if masked:
+            layer.weight.data[:, ::2].zero_()
+
+    model[2].register_forward_pre_hook(mask)
+    attach(model, CPQConfig(weight_bits=1, act_bits=None, first_last_bits=None))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model.train()(X).square().mean().backward()
+            optimizer.step()
+
+    train(2)
+    assert model[2].weight_quantizer.zero_point == 0.5
+    masked = True
+    with pytest.warns(UserWarning, match=r"grid had no level 0.*: 2\. At one bit this grid is \{-1, 0\}"):
+        # A check of one step is made in the next forward.
+        train(2)
+    for _ in range(24):
+        assert model[2].weight_quantizer.zero_point == 1
+        train(1)
