@@ -22,6 +22,7 @@ from benchmarks.findings.data import Images, load
 from benchmarks.findings.methods import (
     AT_FIXED,
     CALIBRATED,
+    CHANNELS,
     DEFAULTS,
     EXPECTATION,
     FULL,
@@ -472,6 +473,9 @@ def test_a_part_of_the_campaign_is_asked_for_by_methods_widths_and_seeds(tmp_pat
     assert shown.count("seed 0 ") == shown.count("seed 1 ") == 2
     assert "seed 2 " not in shown
     assert "W4A4" not in shown
+    # A variant waits for the search of its family.
+    assert main([*asked[:3], CHANNELS, *asked[5:], "--results", str(tmp_path / "findings.jsonl")]) == 0
+    assert capsys.readouterr().err.count("rate ") == len(searches("10k-silu", EXPECTATION))
 
 
 def test_data_that_are_not_there_are_asked_for(tmp_path, monkeypatch, capsys):

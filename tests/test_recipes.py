@@ -103,7 +103,7 @@ def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     root = image_folder(tmp_path / "images", count=40)
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     command = (
-        "fit", "--config", "recipes/finetune_imagefolder.yaml", f"--data.root={root}", "--model.backbone=test_resnet",
+        "fit", "--config", "recipes/finetune_resnet.yaml", f"--data.root={root}", "--model.backbone=test_resnet",
         f"--model.pretrained={tmp_path / 'weights.pth'}", *FEW_STEPS, "--trainer.max_epochs=6", "--data.image_size=32",
         "--data.batch_size=16",
     )  # fmt: skip
@@ -131,6 +131,33 @@ def test_a_backbone_on_ones_own_images(cpq, tmp_path):
     exported = cpq("export", "--ckpt", checkpoint, "--data", config, "--out", "shipped")
     assert exported.returncode == 0, exported.stderr
     assert "agrees on" in exported.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("mobilenetv2", "mobilenetv2_035"),
+        ("efficientnet", "test_efficientnet"),
+        ("vit", "test_vit"),
+        *thorough(("efficientnet", "mobilenetv3_small_050"), ("vit", "test_convnext")),
+    ],
+)
+def test_a_recipe_for_each_kind_of_backbone(cpq, tmp_path, name, backbone):
+    root = image_folder(tmp_path / "images", count=40)
+    small = ("--trainer.max_epochs=5", "--data.image_size=32", "--data.batch_size=16")
+    size = ("--model.backbone_args={img_size: 32}",) if backbone == "test_vit" else ()
+    result = cpq(
+        "fit", "--config", f"recipes/finetune_{name}.yaml", f"--data.root={root}", f"--model.backbone={backbone}",
+        "--model.pretrained=false", *FEW_STEPS, *small, *size,
+    )  # fmt: skip
+    module, content = ended(result)
+    assert abs(content["totals"]["weight_bits_avg"] - 4) <= 0.05
+    # SiLU and GELU leave short negative tails.
+    offsets = [q for _, q in quantizers(module) if q.kind == "activation" and 0 < q.zero_point < 2 ** (q.bits - 1)]
+    assert offsets or name == "mobilenetv2"
+    assert ("products" in content) == (backbone == "test_vit")
+    (packed,) = tmp_path.rglob(f"{backbone}.safetensors")
+    assert load_quantized(packed)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
 @pytest.mark.pictures

@@ -80,11 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _asked(run: Run, options: argparse.Namespace) -> bool:
-    if options.only and run.method not in options.only:
-        return False
-    # All runs wait for the searches, at whichever widths and seed these are.
+    only = options.only or [run.method]
+    # All runs wait for the searches of their families, at whichever widths and seed these are.
     if run.rate is not None:
-        return True
+        return run.method in {METHODS[method].family for method in only}
+    if run.method not in only:
+        return False
     width, seeds = f"W{run.weight_bits:g}A{run.act_bits}", options.seeds or len(SEEDS)
     return run.seed in SEEDS[:seeds] and (not options.widths or width in options.widths)
 

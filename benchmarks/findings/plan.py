@@ -55,7 +55,10 @@ SEARCH_SCALE = "20k"
 HARD = ("10k-silu", "10k-mobile", "10k-convnext")
 PRETRAINED = "5k-efficientnet"
 # Where the best rate of all families is at the edge of what is searched, it is searched beyond.
-_BEYOND = {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), RQ: (0.016, 0.032)}
+_BEYOND: dict[str, dict[str, tuple[float, ...]]] = {
+    SEARCH_SCALE: {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), RQ: (0.016, 0.032)},
+    "10k-mobile": {LSQ: (0.032,), EXPECTATION: (0.032,)},
+}
 # Weights and activations.
 WIDTHS = ((3, 3), (2, 2), (4, 4))
 # Average bits of the weights, with the bits of the activations. Where these have three bits too, it makes no difference
@@ -79,7 +82,7 @@ def search_scale(scale: str) -> str:
 
 def rates(family: str, scale: str = SEARCH_SCALE) -> tuple[float, ...]:
     """The learning rates that a family's is chosen from at a scale, in rising order."""
-    return SCALES[scale].rates or tuple(sorted({*RATES, *_BEYOND.get(family, ())}))
+    return tuple(sorted({*(SCALES[scale].rates or RATES), *_BEYOND.get(scale, {}).get(family, ())}))
 
 
 def searches(scale: str, family: str) -> list[Run]:
