@@ -68,7 +68,8 @@ class Goal:
         difference = self.difference(rows, scale)
         if difference is None:
             return None
-        return f"{self.title}: {self.verdict(difference)}, {difference.shown('+')} ({difference.count} seeds)."
+        seeds = f"{difference.count} seed{'s' * (difference.count != 1)}"
+        return f"{self.title}: {self.verdict(difference)}, {difference.shown('+')} ({seeds})."
 
 
 def _of_networks() -> Iterator[Goal]:
