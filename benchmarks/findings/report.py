@@ -144,18 +144,21 @@ def summary(rows: Rows) -> str:
     return "\n".join(part for part in text if part)
 
 
+def _network(scale: str) -> str:
+    return f"{_KINDS[SCALES[scale].network]}, {SCALES[scale].images:,} images"
+
+
 def by_network(rows: Rows) -> str:
     """The defaults beside their peers on every network, a line each width."""
     methods = (LSQ, LSQ_PLUS, DEFAULTS)
     lines = [["network", "width", "full precision", *methods, "over LSQ", "over LSQ+"]]
     for scale in goals.NETWORKS:
-        known, full = SCALES[scale], cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
+        full = cell(rows, scale, FULL, FULL_BITS, FULL_BITS)
         for w, a in sorted(WIDTHS, reverse=True):
             lsq, plus, ours = (cell(rows, scale, method, w, a) for method in methods)
             if ours is not None and (lsq or plus):
                 cells = [_counted(c) for c in (full, lsq, plus, ours)]
-                name = f"{_KINDS[known.network]}, {known.images:,} images"
-                lines.append([name, f"W{w}A{a}", *cells, _over(ours, lsq), _over(ours, plus)])
+                lines.append([_network(scale), f"W{w}A{a}", *cells, _over(ours, lsq), _over(ours, plus)])
     return table(lines) if len(lines) > 1 else ""
 
 
@@ -166,8 +169,7 @@ def learned_by_network(rows: Rows) -> str:
     for scale in goals.NETWORKS:
         even, learned = (cell(rows, scale, method, w, a) for method in (DEFAULTS, LEARNED_DEFAULTS))
         if even is not None and learned is not None:
-            name = f"{_KINDS[SCALES[scale].network]}, {SCALES[scale].images:,} images"
-            lines.append([name, _counted(even), _counted(learned), _over(learned, even)])
+            lines.append([_network(scale), _counted(even), _counted(learned), _over(learned, even)])
     return table(lines) if len(lines) > 1 else ""
 
 

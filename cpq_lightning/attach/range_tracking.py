@@ -185,11 +185,11 @@ class RangeTracker:
         if not rows.numel():
             return False
         stale = _stale(q, rows, counts, weight)
-        if not (stale.any() or (rewritten and weight is not None and _has_another_grid(q, weight))):
-            return False
-        if weight is not None and _has_another_grid(q, weight):
+        if weight is not None and (rewritten or stale.any()) and _has_another_grid(q, weight):
             # All channels share the zero points of a weight.
             stale = torch.ones_like(stale)
+        if not stale.any():
+            return False
         if weight is not None:
             fits = _fit_weight(q, weight, stale)
         else:
