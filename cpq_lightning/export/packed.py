@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach.products import modules_with_products
+from cpq_lightning.attach.products import modules_with_products, operand_names
 from cpq_lightning.export.integer_model import InputGrid, integer_layers, integer_tables, to_integer_model
 from cpq_lightning.functional.packing import pack_codes, unpack_codes
 from cpq_lightning.packing.layout import (
@@ -113,7 +113,9 @@ def _quantized(network: nn.Module, described: Mapping[str, Any]) -> tuple[list[T
         if layer.input_grid is not None:
             steps.append(layer.input_grid.step)
     for name, module in modules_with_products(network):
-        for key, operand in module.product_operands.items():
+        # A module that is left out has no operands.
+        for key in operand_names(module.product_plan):
+            operand = module.product_operands[key]
             names.add(f"{name}.product_operands.{key}.input_grid.step".lstrip("."))
             grid = operand._modules.get("input_grid")
             if isinstance(grid, InputGrid):

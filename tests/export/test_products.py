@@ -1,5 +1,6 @@
 """Products without a weight, quantized, in each format."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def test_a_packed_file_builds_them_around_a_plain_network(net, tmp_path):
     plain = load_quantized(path, Outer())
     assert torch.equal(plain(X), net(X))
     assert [name for name, _ in modules_with_products(plain)] == ["", "inner"]
+
+
+@pytest.mark.parametrize("format", ["packed", "torch"])
+def test_a_module_whose_products_are_left_out_is_exported(format, tmp_path):
+    torch.manual_seed(0)
+    plain = nn.Sequential(Attention(), Attention())
+    config = CPQConfig(attention=True, ignore=["1", "1.*"])
+    net = calibrate(attach(copy.deepcopy(plain), config, example_inputs=X), [X]).eval()
+    path = export_model(net, tmp_path, format=format, samples=X).path
+    if format == "packed":
+        assert torch.equal(load_quantized(path, plain)(X), net(X))
 
 
 @pytest.mark.parametrize(
