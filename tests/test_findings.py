@@ -188,6 +188,19 @@ def test_the_rate_with_the_best_held_out_mean_is_taken(rows):
     assert ready(run, rows)
 
 
+def test_a_network_whose_best_rates_lie_far_apart_has_one_for_each_width(rows):
+    scale = "10k-mobile"
+    tried = rates(LSQ, scale)
+    best = dict(zip(SCALES[scale].searched, tried, strict=False))
+    for search in searches(scale, LSQ):
+        width = (search.weight_bits, search.act_bits)
+        # On average the last one is the best.
+        rows.append(row(search, val=0.9 if best[width] == search.rate else 0.89 if search.rate == tried[-1] else 0.1))
+    for (w, a), rate in best.items():
+        assert rate_of(Run(scale, LSQ, w, a, 0), rows) == rate
+    assert rate_of(Run(scale, LSQ, 2.0, 8, 0), rows) == tried[-1]
+
+
 @pytest.mark.parametrize("family", dict.fromkeys(m.family for m in METHODS.values() if m.family))
 def test_no_published_rate_is_at_the_edge_of_what_was_searched(family):
     rate = rate_of(Run("20k", family, 0, 0, 0), Rows())

@@ -95,13 +95,19 @@ def searches(scale: str, family: str) -> list[Run]:
 
 
 def rate_of(run: Run, rows: Rows) -> float | None:
-    """The rate with the best held-out accuracy on average over widths; ``None`` while the search is not done."""
+    """The rate with the best held-out accuracy; ``None`` while the search is not done.
+
+    It is the best one on average over the widths that are searched, or at the run's own: see :class:`Scale`.
+    """
     if run.rate is not None:
         return run.rate
     family = METHODS[run.method].family
     needed = searches(run.scale, family)
     if any(search not in rows for search in needed):
         return None
+    if SCALES[search_scale(run.scale)].rate_each_width:
+        width = (run.weight_bits, run.act_bits)
+        needed = [search for search in needed if (search.weight_bits, search.act_bits) == width] or needed
     sums = {
         rate: sum(rows[s]["val_accuracy"] for s in needed if s.rate == rate)
         for rate in rates(family, search_scale(run.scale))

@@ -20,6 +20,8 @@ class Scale:
         rates: Learning rates that each family's is chosen from, in place of :data:`RATES`.
         seeds: Seeds of the runs.
         searched: Bits of weights and of activations that learning rates are searched at.
+        rate_each_width: Whether each of these widths has the rate that is best there, instead of the best one on
+            average: for a network where they lie far apart.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Scale:
     rates: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     searched: tuple[tuple[int, int], ...] = ((2, 2), (4, 4))
+    rate_each_width: bool = False
 
 
 SCALES = {
@@ -38,9 +41,16 @@ SCALES = {
     "60k": Scale("60k", 60_000, 4, 12),
     "20k-separable": Scale("20k-separable", 20_000, 4, 12, "separable"),
     "10k-silu": Scale("10k-silu", 10_000, 4, 12, "silu", searched=((3, 3),)),
-    # The best rate of 2 bits is the highest of the usual ones, or beyond.
+    # The best rate of 2 bits is the highest of the usual ones, or beyond; that of 4 bits is a quarter of it.
     "10k-mobile": Scale(
-        "10k-mobile", 10_000, 4, 12, "mobile", rates=(0.001, 0.002, 0.004, 0.008, 0.016), searched=((3, 3), (2, 2))
+        "10k-mobile",
+        10_000,
+        4,
+        12,
+        "mobile",
+        rates=(0.001, 0.002, 0.004, 0.008, 0.016),
+        searched=((3, 3), (2, 2), (4, 4)),
+        rate_each_width=True,
     ),
     "10k-convnext": Scale("10k-convnext", 10_000, 4, 12, "convnext", searched=((3, 3), (2, 2))),
     # Pretrained on ImageNet: smaller rates, and few runs, which are long.
