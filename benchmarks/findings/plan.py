@@ -94,22 +94,25 @@ def searches(scale: str, family: str) -> list[Run]:
     return [Run(search_scale(scale), family, w, a, SEARCH_SEED, rate) for (w, a), rate in tried]
 
 
-def rate_of(run: Run, rows: Rows) -> float | None:
-    """The rate with the best held-out accuracy; ``None`` while the search is not done.
+def deciding(run: Run) -> list[Run]:
+    """The searches that choose a run's rate: of all widths, or of its own, see :class:`Scale`."""
+    tried = searches(run.scale, METHODS[run.method].family)
+    if not SCALES[search_scale(run.scale)].rate_each_width:
+        return tried
+    width = (run.weight_bits, run.act_bits)
+    # A width that is not searched has the best rate on average.
+    return [search for search in tried if (search.weight_bits, search.act_bits) == width] or tried
 
-    It is the best one on average over the widths that are searched, or at the run's own: see :class:`Scale`.
-    """
+
+def rate_of(run: Run, rows: Rows) -> float | None:
+    """The rate with the best held-out accuracy on average over widths; ``None`` while the search is not done."""
     if run.rate is not None:
         return run.rate
     family = METHODS[run.method].family
-    needed = searches(run.scale, family)
-    if any(search not in rows for search in needed):
+    if any(search not in rows for search in searches(run.scale, family)):
         return None
-    if SCALES[search_scale(run.scale)].rate_each_width:
-        width = (run.weight_bits, run.act_bits)
-        needed = [search for search in needed if (search.weight_bits, search.act_bits) == width] or needed
     sums = {
-        rate: sum(rows[s]["val_accuracy"] for s in needed if s.rate == rate)
+        rate: sum(rows[s]["val_accuracy"] for s in deciding(run) if s.rate == rate)
         for rate in rates(family, search_scale(run.scale))
     }
     return max(sums, key=lambda rate: sums[rate])

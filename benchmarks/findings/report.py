@@ -45,10 +45,10 @@ from benchmarks.findings.plan import (
     THREE,
     TWO,
     WIDTHS,
+    deciding,
     rate_of,
     rates,
     search_scale,
-    searches,
 )
 from benchmarks.findings.results import DEFAULT, Cell, by_average, cell, scales
 from benchmarks.findings.rows import Rows
@@ -360,23 +360,25 @@ def _ablations(rows: Rows, scale: str) -> str:
 
 
 def _rates(rows: Rows, scale: str) -> str:
-    families = list(dict.fromkeys(m.family for m in METHODS.values()))
+    families = list(dict.fromkeys(m.family for m in METHODS.values() if m.family))
     tried = sorted({rate for family in families for rate in rates(family, scale)})
     lines = [["family", *(f"{rate:g}" for rate in tried), "chosen"]]
     searched = SCALES[search_scale(scale)]
     for family in families:
-        tries = [run for run in searches(scale, family) if run in rows]
-        separate = searched.rate_each_width and family != FULL
-        for w, a in searched.searched if separate else [(0, 0)]:
-            runs = [run for run in tries if not separate or (run.weight_bits, run.act_bits) == (w, a)]
-            if runs:
-                name = f"{family}, W{w}A{a}" if separate else family
-                tested = [[100 * rows[run]["val_accuracy"] for run in runs if run.rate == rate] for rate in tried]
-                chosen = rate_of(Run(scale, family, w, a, 0), rows)
-                means = (f"{m.mean:.2f}" if m else "" for m in map(estimate, tested))
-                lines.append([name, *means, f"{chosen:g}" if chosen else "not done"])
-    over = "at each width" if searched.rate_each_width else "the mean over "
-    over += "" if searched.rate_each_width else _enumerated(f"W{w}A{a}" for w, a in searched.searched)
+        # A line for each search that chooses a rate: one for all widths, or one for each.
+        by_width = {tuple(deciding(run)): run for run in (Run(scale, family, w, a, 0) for w, a in searched.searched)}
+        for tries, chooses in by_width.items():
+            runs = [run for run in tries if run in rows]
+            if not runs:
+                continue
+            means = [estimate([100 * rows[run]["val_accuracy"] for run in runs if run.rate == rate]) for rate in tried]
+            name = family if len(by_width) == 1 else f"{family}, W{chooses.weight_bits}A{chooses.act_bits}"
+            chosen = rate_of(chooses, rows)
+            lines.append(
+                [name, *(f"{m.mean:.2f}" if m else "" for m in means), f"{chosen:g}" if chosen else "not done"]
+            )
+    widths = _enumerated(f"W{w}A{a}" for w, a in searched.searched)
+    over = "of each width by itself" if searched.rate_each_width else f"the mean over {widths}"
     return f"Held-out accuracy at {searched.images:,} images, {over}, one seed.\n\n" + table(lines)
 
 

@@ -41,7 +41,7 @@ SCALES = {
     "60k": Scale("60k", 60_000, 4, 12),
     "20k-separable": Scale("20k-separable", 20_000, 4, 12, "separable"),
     "10k-silu": Scale("10k-silu", 10_000, 4, 12, "silu", searched=((3, 3),)),
-    # The best rate of 2 bits is the highest of the usual ones, or beyond; that of 4 bits is a quarter of it.
+    # The best rate of 2 bits is the highest of the usual ones, or beyond; that of 4 bits is lower.
     "10k-mobile": Scale(
         "10k-mobile",
         10_000,
