@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import linear
 
 from cpq_lightning.functional.grid import level_bounds
@@ -51,6 +52,9 @@ class QuantizedLayer(nn.Module):
         x, weight = self.input_quantizer(x), self.weight_quantizer(self.layer.weight)
         if isinstance(self.layer, nn.Linear):
             return linear(x, weight, self.layer.bias)
+        if type(self.layer).forward is not nn.Conv2d.forward:
+            # Such as a convolution that pads by the size of its input.
+            return functional_call(self.layer, {"weight": weight}, (x,))
         return self.layer._conv_forward(x, weight, self.layer.bias)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from scipy import stats
+from timm.layers import Conv2dSame
 from torch import nn
 
 from benchmarks.findings import goals, relaxed
@@ -50,7 +51,7 @@ from benchmarks.findings.rows import RESULTS, Rows
 from benchmarks.findings.runs import RATES, SCALES, SEARCH_SEED, SEEDS, Run
 from benchmarks.findings.statistics import estimate, paired
 from benchmarks.findings.train import _fit, clusters, train, train_start, weight_errors
-from benchmarks.quantized_layer import LearnedStep
+from benchmarks.quantized_layer import Bits, LearnedStep, QuantizedLayer
 from benchmarks.train_step.measure import ROOT
 from cpq_lightning import attach, calibrate
 from cpq_lightning.bitwidth.cost import average_bits
@@ -201,6 +202,13 @@ def test_a_network_whose_best_rates_lie_far_apart_has_one_for_each_width(rows):
     assert rate_of(Run(scale, LSQ, 2.0, 8, 0), rows) == tried[-1]
 
 
+def test_a_single_rate_is_not_searched(rows):
+    assert not searches("5k-efficientnet", LSQ)
+    run = Run("5k-efficientnet", LSQ, 3, 3, 0)
+    assert (rate_of(run, rows), *SCALES[run.scale].rates) == (SCALES[run.scale].rates[0],) * 2
+    assert ready(run, rows)
+
+
 @pytest.mark.parametrize("family", dict.fromkeys(m.family for m in METHODS.values() if m.family))
 def test_no_published_rate_is_at_the_edge_of_what_was_searched(family):
     rate = rate_of(Run("20k", family, 0, 0, 0), Rows())
@@ -329,6 +337,15 @@ def test_learned_steps_are_lsqs(signed):
     by_step = torch.where(inside, u.round() - u, u.clamp(low, high)).sum() / math.sqrt(64 * high)
     # Of the logarithm, that is times the step.
     torch.testing.assert_close(quantizer.log_scale.grad[0], by_step * step, rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_that_pads_by_itself_does_so_in_a_peer_too():
+    torch.manual_seed(0)
+    layer, x = Conv2dSame(3, 8, 5, stride=2), torch.randn(2, 3, 7, 7)
+    peer = QuantizedLayer(layer, Bits(8, 8, signed=True), LearnedStep).train()
+    torch.testing.assert_close(peer(x), layer(x), rtol=0, atol=0.15)
+    peer(x).sum().backward()
+    assert layer.weight.grad.any()
 
 
 def test_a_start_at_the_least_error_has_less_of_it():

@@ -56,7 +56,7 @@ HARD = ("10k-silu", "10k-mobile", "10k-convnext")
 PRETRAINED = "5k-efficientnet"
 # Where the best rate of all families is at the edge of what is searched, it is searched beyond.
 _BEYOND: dict[str, dict[str, tuple[float, ...]]] = {
-    SEARCH_SCALE: {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), RQ: (0.016, 0.032)},
+    SEARCH_SCALE: {ARGMAX: (0.00025, 0.0005), BREVITAS: (0.016, 0.032), LSQ_PLUS: (0.016,), RQ: (0.016, 0.032)},
     "10k-mobile": {LSQ: (0.032,), EXPECTATION: (0.032,)},
 }
 # Weights and activations.
@@ -86,8 +86,8 @@ def rates(family: str, scale: str = SEARCH_SCALE) -> tuple[float, ...]:
 
 
 def searches(scale: str, family: str) -> list[Run]:
-    """The runs that find a family's learning rate; none if it does not train."""
-    if not family:
+    """The runs that find a family's learning rate; none if it does not train, or has no choice."""
+    if not family or len(rates(family, search_scale(scale))) == 1:
         return []
     widths = ((FULL_BITS, FULL_BITS),) if family == FULL else SCALES[search_scale(scale)].searched
     tried = product(widths, rates(family, search_scale(scale)))
@@ -207,7 +207,7 @@ def _hard(scale: str) -> Iterator[Run]:
 
 def _pretrained(scale: str) -> Iterator[Run]:
     """A real backbone: the peers and the default."""
-    yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS, EXPECTATION), (WIDTHS[2], WIDTHS[0]), SCALES[scale].seeds)
+    yield from _block(scale, (LSQ, LSQ_PLUS, DEFAULTS), (WIDTHS[0], WIDTHS[2]), SCALES[scale].seeds)
 
 
 # At the other scales is done what is told by few runs.
