@@ -10,7 +10,6 @@ from tests.marks import thorough
 
 # Products with a weight that stay in full precision: the operation, and why.
 EXCEPTIONS = {
-    "lstm": "a recurrent layer is one operation: what it multiplies inside cannot be reached (sequencer)",
     "matmul": "a Parameter without a layer, an embedding of positions or a single query vector, left alone as "
     "embeddings are; attention=True quantizes those that meet an activation (halonet, swiftformer, gemma4)",
     "einsum": "the same, written otherwise: relative positions (mvitv2, sam)",

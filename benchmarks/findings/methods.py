@@ -41,6 +41,7 @@ from cpq_lightning.callbacks import (
 from cpq_lightning.functional import grid_fit
 from cpq_lightning.nn import gates
 from cpq_lightning.nn.scale_init import BALANCED_BITS
+from cpq_lightning.nn.sharding import whole
 
 FULL, LSQ, BREVITAS, RQ = "full precision", "LSQ", "Brevitas", "RQ, Gumbel-softmax"
 LSQ_PLUS, LSQ_OFFSET = "LSQ+", "LSQ+, zero point as it started"
@@ -186,7 +187,7 @@ class _PeerPull(ClusterPull):
 
     def pulled(self, pl_module: LightningModule) -> Mapping[int, Any]:
         layers = [m for m in pl_module.modules() if isinstance(m, QuantizedLayer)]
-        return {id(layer.layer.weight): layer.weight_quantizer for layer in layers}
+        return {id(layer.layer.weight): [(whole, layer.weight_quantizer)] for layer in layers}
 
 
 def _brevitas(task: Task) -> Made:

@@ -10,9 +10,11 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from cpq_lightning.attach.coverage import forget_products
+from cpq_lightning.attach.decompose import decompose, recompose
 from cpq_lightning.attach.deploy import check_deploy
 from cpq_lightning.attach.find_products import find_products
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
+from cpq_lightning.attach.layer_callers import call_layers, leave_calls
 from cpq_lightning.attach.layers import (
     QuantizedLayer,
     bypassed,
@@ -93,6 +95,21 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
         _attach_late(model, config)
         return given
     config = with_levels_read(CPQConfig() if config is None else config)
+    decompose(model)
+    try:
+        untied = _attach(model, config, example_inputs)
+    except Exception:
+        _leave_full_precision(model)
+        raise
+    set_attached_config(model, config)
+    watch(model)
+    for warning in untied:
+        warnings.warn(warning, stacklevel=2)
+    return given
+
+
+def _attach(model: nn.Module, config: CPQConfig, example_inputs: Any) -> list[str]:
+    """Attach quantizers; return warnings. If it fails, some may be attached."""
     products = find_products(model, example_inputs) if config.attention else {}
     plans = {name: multiplied.plan for name, multiplied in products.items()}
     sites = select(model, config, plans, {tied.name: tied.module for tied in tied_to_layers(model)})
@@ -104,32 +121,33 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
     pairs = [_build(site, index, shared) for index, site in enumerate(sites)]
     operands = _build_operands(model, chosen, 2 * len(sites))
     _check_deploy(config, sites, pairs, operands)
-    try:
-        # Before the layers are switched, because a layer may also multiply activations in its forward.
-        for name, multiplied in products.items():
-            # A module that is left out still claims its products, so that they do not count as its caller's.
-            plan = multiplied.plan if name in operands else [False] * len(multiplied.plan)
-            module = model.get_submodule(name)
-            remember_plan(quantize_products(module, plan, multiplied.counts, operands.get(name, {}), "input_quantizer"))
-        for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
-            switch(site.layer, weight_quantizer, input_quantizer)
-        for reader in readers:
-            tie(reader, shared[id(reader.tensor)])
-        arrange(model)
-    except Exception:
-        _leave_full_precision(model)
-        raise
-    set_attached_config(model, config)
-    watch(model)
-    for warning in untied:
-        warnings.warn(warning, stacklevel=2)
-    return given
+    # Before the layers are switched, because a layer may also multiply activations in its forward.
+    for name, multiplied in products.items():
+        # A module that is left out still claims its products, so that they do not count as its caller's.
+        plan = multiplied.plan if name in operands else [False] * len(multiplied.plan)
+        module = model.get_submodule(name)
+        remember_plan(quantize_products(module, plan, multiplied.counts, operands.get(name, {}), "input_quantizer"))
+    for site, (weight_quantizer, input_quantizer) in zip(sites, pairs, strict=True):
+        switch(site.layer, weight_quantizer, input_quantizer)
+    for reader in readers:
+        tie(reader, shared[id(reader.tensor)])
+    arrange(model)
+    return untied
 
 
 def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
     """Quantize the layers of an attached model that are not quantized yet."""
     known = attached_config(model)
     config = known if config is None else config
+    decompose(model)
+    try:
+        _attach_new(model, known, config)
+    except Exception:
+        recompose(model, unused=True)
+        raise
+
+
+def _attach_new(model: nn.Module, known: CPQConfig | None, config: CPQConfig | None) -> None:
     if config is None:
         raise ValueError(
             f"Layers of {type(model).__name__} are quantized already, and by which config is not known: the model was "
@@ -173,8 +191,10 @@ def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
 
 def arrange(model: nn.Module) -> None:
     """Make the modules around quantized layers call these layers, or read their weights quantized."""
+    recompose(model, unused=True)
     call_projections(model)
     read_weights(model, QuantizedLayer)
+    call_layers(model, QuantizedLayer)
     avoid_fused_paths(model, QuantizedLayer)
 
 
@@ -276,6 +296,7 @@ def _build_operands(
 
 def undo_attach(model: nn.Module) -> None:
     """Undo :func:`arrange`."""
+    leave_calls(model)
     leave_weights(model)
     restore_fused_paths(model)
     restore_projections(model)
@@ -330,6 +351,7 @@ def _remove_surroundings(model: nn.Module) -> None:
     undo_attach(model)
     for _, module in list(modules_with_products(model)):
         leave_products(module)
+    recompose(model)
     unwatch(model)
 
 

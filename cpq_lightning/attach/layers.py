@@ -6,7 +6,8 @@ Code that writes to ``weight`` changes what is quantized; ``isinstance`` and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.decomposed import ParameterLayer
 from cpq_lightning.attach.parametrized import leave_computed, weight_now
 from cpq_lightning.attach.weight_readers import ReadQuantized, TiedReader
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.kernels.product import Convolution, Operand, product
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.sharding import full_tensor, is_sharded
+from cpq_lightning.nn.sharding import View, full_tensor, is_sharded, whole, write_part
 from cpq_lightning.nn.watch import watchers
 
 
@@ -64,6 +66,21 @@ class QuantizedLayer(Switched):
         # Cached, because a parametrization computes a new tensor each time that the forward reads the weight.
         with parametrize.cached():
             return self._base_forward(input, *args, **kwargs)
+
+    def prepared(self) -> Callable[[Tensor], Tensor]:
+        """The forward of a linear layer for a loop: the weight is quantized now, and inputs in each call.
+
+        A layer with hooks is called as a module instead.
+        """
+        if self._forward_pre_hooks or self._forward_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return self
+        for watcher in watchers():
+            watcher.on_layer(self)
+        return functools.partial(self._repeated, self.weight_quantizer(self.weight))
+
+    def _repeated(self, weight: Tensor, input: Tensor) -> Tensor:
+        quantized = input if self.input_quantizer is None else self.input_quantizer(input)
+        return self._multiply(quantized, weight, self.bias)
 
     def _base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The forward of the layer's original class, which reads the weight itself."""
@@ -167,6 +184,9 @@ def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
 def _write(layer: QuantizedLayer) -> None:
     weight = layer.read_weight()
     value = quantized_weight(layer.weight_quantizer, full_tensor(weight))
+    if isinstance(layer, ParameterLayer):
+        write_part(leave_computed(layer), layer.part.weight_in, value)
+        return
     if isinstance(weight, DTensor):
         value = distribute_tensor(value, weight.device_mesh, weight.placements)
     leave_computed(layer).copy_(value)
@@ -181,6 +201,16 @@ def quantized_weight(quantizer: Quantizer, weight: Tensor) -> Tensor:
         return quantizer(weight)
     finally:
         quantizer.train(training)
+
+
+def parameter_of(layer: QuantizedLayer) -> tuple[nn.Parameter, View] | None:
+    """The Parameter that has a layer's weight, and what gives the weight as a view of it; ``None`` where the weight is
+    computed.
+    """
+    if isinstance(layer, ParameterLayer):
+        return None if layer.parameter is None else (layer.parameter, layer.part.weight_in)
+    weight = layer._parameters.get("weight")
+    return None if weight is None else (weight, whole)
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cpq_lightning.attach.class_switch import Switched
+from cpq_lightning.attach.decompose import decomposable
+from cpq_lightning.attach.decomposed import Decomposed
 from cpq_lightning.attach.layers import ORIGIN, QuantizedLayer, quantized_layers
 from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.timm_layers import holds_weight
@@ -92,10 +94,16 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def late_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers of an attached model that are not quantized although its config selects them, by name."""
+    """Layers of an attached model that are not quantized although its config selects them, by name; also modules such
+    as recurrent ones, that the config would have decomposed.
+    """
     scopes = _Scopes(model)
     plain = {name: m for name, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer)}
-    return {name: module for name, module in plain.items() if not scopes.leaves_out(name, module)}
+    late = {name: module for name, module in plain.items() if not scopes.leaves_out(name, module)}
+    for name, module, _, parts in decomposable(unwrapped(model)):
+        if not all(scopes.leaves_out(f"{name}.{part}".lstrip("."), module) for part in parts):
+            late[name] = module
+    return late
 
 
 def full_precision_layers(model: nn.Module) -> list[FullPrecision]:
@@ -137,7 +145,11 @@ def _without_metrics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _other_weights(module: nn.Module) -> list[nn.Parameter]:
-    """Weight matrices of a module that cannot be quantized, such as recurrent layers and torch's attention."""
+    """Weight matrices of a module that is not quantized, as of a class of one's own or of attention with its own
+    forward.
+    """
+    if isinstance(module, Decomposed):
+        return []
     looked_up = isinstance(module, nn.Embedding | nn.EmbeddingBag) or "norm" in type(module).__name__.lower()
     if looked_up or holds_weight(module) or any(isinstance(child, Quantizer) for child in module.children()):
         return []

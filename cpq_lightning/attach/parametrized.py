@@ -20,13 +20,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from cpq_lightning.attach.calls import in_evaluation
 from cpq_lightning.attach.class_switch import original_class
+from cpq_lightning.attach.decomposed import ParameterLayer
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def weight_now(layer: nn.Module) -> Tensor:
     """The current weight; reading it does not advance a parametrization that updates itself in training."""
-    hook = next((hook for _, hook in reversed(list(_hooks(layer)))), None)
+    if isinstance(layer, ParameterLayer):
+        return layer.part.weight_in(_tensor_now(layer.owner, layer.part.weight))
+    return _tensor_now(layer, "weight")
+
+
+def _tensor_now(layer: nn.Module, name: str) -> Tensor:
+    hook = next((hook for _, hook in reversed(list(_hooks(layer, name)))), None)
     if isinstance(hook, WeightNorm):
         return hook.compute_weight(layer)
     if isinstance(hook, SpectralNorm):
@@ -35,7 +42,7 @@ def weight_now(layer: nn.Module) -> Tensor:
         return hook.apply_mask(layer)
     computed = layer._modules.get("parametrizations")
     with nullcontext() if computed is None else in_evaluation(computed):
-        return cast(Tensor, layer.weight)
+        return cast(Tensor, getattr(layer, name))
 
 
 def is_computed(layer: nn.Module) -> bool:
@@ -53,24 +60,39 @@ def computing(layer: nn.Module) -> dict[str, Tensor]:
 
 def leave_computed(layer: nn.Module) -> nn.Parameter:
     """Remove what computes a layer's weight, so that a Parameter remains; a weight that is a Parameter is kept."""
-    if is_parametrized(layer, "weight"):
+    if isinstance(layer, ParameterLayer):
+        return _leave_computed(layer.owner, layer.part.weight)
+    return _leave_computed(layer, "weight")
+
+
+def computed_from(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The Parameters that a tensor of a module is computed from; the Parameter itself if it is one."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return [parameter]
+    prefixes = (f"{name}_", f"parametrizations.{name}.")
+    return [p for n, p in module.named_parameters() if n.startswith(prefixes)]
+
+
+def _leave_computed(layer: nn.Module, name: str) -> nn.Parameter:
+    if is_parametrized(layer, name):
         # torch deletes the property from the class, which copies of the layer share.
         original_class(layer)
         # If the weight was made of several tensors, torch would leave a buffer when gradients are disabled.
         with torch.enable_grad():
-            remove_parametrizations(layer, "weight", leave_parametrized=True)
-    for handle, hook in list(_hooks(layer)):
+            remove_parametrizations(layer, name, leave_parametrized=True)
+    for handle, hook in list(_hooks(layer, name)):
         hook.remove(layer)
         layer._forward_pre_hooks.pop(handle, None)
-    weight = layer._parameters["weight"]
+    weight = layer._parameters[name]
     assert weight is not None
     return weight
 
 
-def _hooks(layer: nn.Module) -> Iterator[tuple[int, Any]]:
+def _hooks(layer: nn.Module, name: str) -> Iterator[tuple[int, Any]]:
     hooks: dict[int, Any] = layer._forward_pre_hooks
     for handle, hook in hooks.items():
-        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == "weight" and hasattr(hook, "remove"):
+        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == name and hasattr(hook, "remove"):
             yield handle, hook
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cpq_lightning.attach.class_switch import Switched
+from cpq_lightning.attach.decomposed import OWNER, ParameterLayer
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import WEIGHT_SETTINGS, CPQConfig
 
@@ -26,11 +27,21 @@ def names_of(model: nn.Module) -> Names:
 
 
 def matches(name: str, layer: nn.Module, pattern: str) -> bool:
-    """Whether a pattern of ``ignore`` or ``overrides`` matches a layer, by its dotted name or by one of its types."""
+    """Whether a pattern of ``ignore`` or ``overrides`` matches a layer, by its dotted name or by one of its types.
+
+    A layer of a decomposed module, such as ``nn.LSTM``, is matched by patterns for that module too.
+    """
     if fnmatchcase(name, pattern):
         return True
-    base = layer.base_class if isinstance(layer, Switched) else type(layer)
-    return any(pattern in _type_names(cls) for cls in base.__mro__ if issubclass(cls, nn.Module))
+    owner = layer.__dict__.get(OWNER)
+    if owner is not None and matches(name.rpartition(".")[0], owner, pattern):
+        return True
+    base: type[nn.Module] = type(layer)
+    while issubclass(base, Switched):
+        base = base.base_class
+    # A layer of a decomposed module is no nn.Linear to a user.
+    kind = ParameterLayer if issubclass(base, ParameterLayer) else nn.Module
+    return any(pattern in _type_names(cls) for cls in base.__mro__ if issubclass(cls, kind))
 
 
 def _type_names(cls: type[nn.Module]) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import arrange, undo_attach, unwatch, watch
+from cpq_lightning.attach.decompose import decomposable, decompose_for, is_layer_of, recompose
 from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, quantizers, switch, switch_back
 from cpq_lightning.attach.origin import Origin, quantizable_layers, set_origin
 from cpq_lightning.attach.products import (
@@ -21,7 +22,7 @@ from cpq_lightning.attach.products import (
     remember_plan,
 )
 from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, untie
-from cpq_lightning.attach.timm_layers import holds_weight, shared_weight
+from cpq_lightning.attach.timm_layers import holds_weight, shared_weight, weight_parameters
 from cpq_lightning.attach.weight_readers import TiedReader
 from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.errors import StateDictError
@@ -47,6 +48,9 @@ def plain_in(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     for name in quantized_in(state):
         module = modules.get(name)
         if module is None:
+            owner = modules.get(name.rpartition(".")[0])
+            if owner is not None and is_layer_of(owner, name.rpartition(".")[2]):
+                names.append(name)
             continue
         parts = [part for part in _PARTS if _path(name, f"{part}.state") in state]
         if isinstance(module, TiedReader):
@@ -144,11 +148,14 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
             leave_products(module)
         undo_attach(inner)
         unwatch(inner)
+        recompose(inner, unused=True)
         if was_attached:
             arrange(inner)
             watch(inner)
 
     try:
+        # Before products, as attach does.
+        decompose_for(model, [name for name in names if _is_called(model, name, state)])
         for name in _multiplying_modules_in(state):
             if name in names:
                 multiplying.append(_quantize_products_from(model.get_submodule(name), name, state))
@@ -180,12 +187,23 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
         raise
     # Read before the new layers get an origin.
     plain = frozenset(n for n, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer))
+    plain |= {f"{n}.{part}".lstrip(".") for n, _, _, parts in decomposable(model) for part in parts}
     new = set(layers)
     for name, layer in quantized_layers(model):
         if layer in new:
             set_origin(layer, Origin(name, None, plain))
     watch(inner)
     return undo
+
+
+def _is_called(model: nn.Module, name: str, state: Mapping[str, Any]) -> bool:
+    """Whether a forward has called a layer that the model has. A forward of ``nn.MultiheadAttention`` that was not
+    decomposed, as in states of earlier versions, has only read the weight of its out-projection.
+    """
+    inputs = state.get(_path(name, "input_quantizer.state"))
+    if _path(name, "weight") not in model.state_dict() or not isinstance(inputs, Tensor):
+        return True
+    return inputs.is_meta or read(inputs)[0].fitted
 
 
 def _path(name: str, key: str) -> str:
@@ -232,7 +250,7 @@ def _build(layer: nn.Module, name: str, part: str, state: Mapping[str, Any]) -> 
         quantizer = Quantizer.from_state(_tensors(name, part, state))
     except (RuntimeError, ValueError) as error:
         raise StateDictError(f"The state_dict's {_path(name, part)} cannot be read: {error}") from error
-    like = next((t for t in layer.parameters() if not t.is_meta), None)
+    like = next((t for t in (*layer.parameters(), *weight_parameters(layer)) if not t.is_meta), None)
     return (quantizer if like is None else quantizer.to(like.device)).train(layer.training)
 
 

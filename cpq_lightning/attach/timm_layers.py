@@ -8,6 +8,9 @@ from timm.layers import CondConv2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from cpq_lightning.attach.decomposed import ParameterLayer
+from cpq_lightning.attach.parametrized import computed_from
+
 # Attribute that keeps a module's previous setting.
 _BEFORE = "_cpq_qkv_bias_separate"
 
@@ -34,7 +37,11 @@ def shared_weight(layer: nn.Module) -> object:
 
 
 def weight_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """The layer's weight Parameter, or the Parameters from which a parametrization or a pruning mask computes it."""
+    """The Parameter that has the layer's weight, or the Parameters from which a parametrization or a pruning mask
+    computes it.
+    """
+    if isinstance(layer, ParameterLayer):
+        return computed_from(layer.owner, layer.part.weight)
     weight = layer._parameters.get("weight")
     computed = (p for n, p in layer.named_parameters() if n != "bias" and "_quantizer." not in n)
     return list(computed) if weight is None else [weight]

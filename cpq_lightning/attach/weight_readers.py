@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.decomposed import Decomposed
 from cpq_lightning.nn.quantizer import Quantizer
 
 # Functions that return a tensor's properties, or an alias of its memory for writing.
@@ -133,14 +134,15 @@ class TiedReader(Switched):
 
 
 def read_weights(model: nn.Module, layer_class: type) -> None:
-    """Make ``nn.MultiheadAttention``, which does not call ``out_proj``, read ``out_proj.weight`` quantized.
+    """Make a ``nn.MultiheadAttention`` that is not decomposed, and does not call ``out_proj``, read ``out_proj.weight``
+    quantized.
 
     Args:
         model: The model to search.
         layer_class: The class of quantized layers.
     """
     for module in list(model.modules()):
-        readable = isinstance(module, nn.MultiheadAttention) and not isinstance(module, WeightReader)
+        readable = isinstance(module, nn.MultiheadAttention) and not isinstance(module, WeightReader | Decomposed)
         if readable and isinstance(module.out_proj, layer_class):
             switch_class(module, WeightReader).weight_sources = ("out_proj",)
 

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cpq_lightning.attach.decomposed import ParameterLayer
 from cpq_lightning.attach.layers import QuantizedLayer, bypassed, quantized_layers, quantizers
 from cpq_lightning.attach.parametrized import computing
-from cpq_lightning.attach.products import quantized_operands
+from cpq_lightning.attach.products import STATE, modules_with_products, quantized_operands
 from cpq_lightning.attach.timm_layers import shared_weight
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.bitwidth.cost import WidthCost, average_bits
@@ -32,7 +33,9 @@ def float_bytes(model: nn.Module) -> int:
     """Bytes in float32 of the model without quantizers; a tensor that several modules share counts once."""
     model = unwrapped(model)
     omitted = {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
-    weights = {id(shared_weight(layer)): layer for _, layer in quantized_layers(model)}
+    omitted |= {id(module._buffers.get(STATE)) for _, module in modules_with_products(model)}
+    layers = [layer for _, layer in quantized_layers(model) if not isinstance(layer, ParameterLayer)]
+    weights = {id(shared_weight(layer)): layer for layer in layers}
     # An exported weight replaces the tensors that it is computed from.
     omitted |= {
         id(t) for layer in weights.values() for t in (layer._parameters.get("weight"), *computing(layer).values())

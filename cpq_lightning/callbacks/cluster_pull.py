@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from cpq_lightning.attach.layers import quantized_layers
+from cpq_lightning.attach.layers import parameter_of, quantized_layers
 from cpq_lightning.functional.schedule import Shape, anneal
 from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.sharding import View
 from cpq_lightning.optim.dampening import Dampening
 from cpq_lightning.trainer.lightning_names import Callback
 from cpq_lightning.trainer.progress import run_step
@@ -75,13 +76,16 @@ class ClusterPull(Callback):
         start, end = self._span
         return anneal(step + 1, start=start, end=end, first=0.0, last=self.strength, shape=self.shape)
 
-    def pulled(self, pl_module: LightningModule) -> Mapping[int, Quantizer]:
-        """The quantizer of each dampened weight, keyed by the weight's ``id``."""
+    def pulled(self, pl_module: LightningModule) -> Mapping[int, Sequence[tuple[View, Quantizer]]]:
+        """The quantizers of the dampened weights, keyed by the ``id`` of the Parameter, with the views of it that are
+        the weights.
+        """
         need_quantizers(self, pl_module)
-        layers = list(quantized_layers(pl_module))
-        return {
-            id(p): layer.weight_quantizer for _, layer in layers if (p := layer._parameters.get("weight")) is not None
-        }
+        pulled: dict[int, dict[Quantizer, View]] = {}
+        for _, layer in quantized_layers(pl_module):
+            if (stored := parameter_of(layer)) is not None:
+                pulled.setdefault(id(stored[0]), {})[layer.weight_quantizer] = stored[1]
+        return {key: [(view, quantizer) for quantizer, view in views.items()] for key, views in pulled.items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.teardown(trainer, pl_module, stage)

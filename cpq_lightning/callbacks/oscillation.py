@@ -6,9 +6,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from cpq_lightning.attach.layers import quantized_layers
+from cpq_lightning.attach.layers import parameter_of, quantized_layers
 from cpq_lightning.functional.schedule import Shape, anneal
 from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.sharding import View
 from cpq_lightning.optim.oscillation import Oscillation, OscillationHook
 from cpq_lightning.trainer import private
 from cpq_lightning.trainer.lightning_names import Callback
@@ -62,15 +63,17 @@ class OscillationMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         need_quantizers(self, pl_module)
         warn_of_computed(self, pl_module)
-        tracked: dict[int, tuple[Quantizer, Oscillation]] = {}
+        tracked: dict[int, list[tuple[View, Quantizer, Oscillation]]] = {}
         for name, layer in quantized_layers(pl_module):
-            weight = layer._parameters.get("weight")
-            if weight is None or id(weight) in tracked:
+            quantizer, stored = layer.weight_quantizer, parameter_of(layer)
+            if stored is None or any(quantizer is known for known, _ in self._weights.values()):
                 continue
+            parameter, view = stored
             oscillation = Oscillation(self.momentum)
             if name in self._restored:
-                oscillation.load_state_dict(self._restored[name], weight.device)
-            tracked[id(weight)] = self._weights[name] = (layer.weight_quantizer, oscillation)
+                oscillation.load_state_dict(self._restored[name], parameter.device)
+            self._weights[name] = (quantizer, oscillation)
+            tracked.setdefault(id(parameter), []).append((view, quantizer, oscillation))
         self._hooks = [OscillationHook(optimizer, tracked, self.threshold) for optimizer in trainer.optimizers]
 
     def on_train_batch_end(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpq_lightning.attach.attach import detach
+from cpq_lightning.attach.decompose import own_all_weights
 from cpq_lightning.attach.first_forward import is_training
+from cpq_lightning.attach.layer_callers import call_layers
 from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, read_layers
 from cpq_lightning.attach.origin import late_layers, late_message
 from cpq_lightning.attach.parametrized import copied, leave_computed
@@ -83,6 +87,10 @@ class _Coded(nn.Module):
         return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
 
 
+# Attribute with the weight while it is held.
+_HELD = "_cpq_held_weight"
+
+
 class IntegerLayer(_Coded):
     """Mixin in front of a layer's class that computes ``weight`` from integer codes in each forward."""
 
@@ -91,12 +99,29 @@ class IntegerLayer(_Coded):
     @property
     def weight(self) -> Tensor:
         """``codes · step``."""
-        return self.dequantized()
+        held = self.__dict__.get(_HELD)
+        return self.dequantized() if held is None else held
+
+    @contextmanager
+    def weight_held(self) -> Iterator[None]:
+        """Let ``weight`` be the same tensor whenever it is read."""
+        self.__dict__[_HELD] = self.weight
+        try:
+            yield
+        finally:
+            self.__dict__.pop(_HELD)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.input_grid is not None:
             input = self.input_grid(input)
         return super().forward(input, *args, **kwargs)
+
+    def prepared(self) -> Callable[[Tensor], Tensor]:
+        """The forward of a linear layer for a loop, in which the weight is computed once."""
+        return functools.partial(self._repeated, self.weight)
+
+    def _repeated(self, weight: Tensor, input: Tensor) -> Tensor:
+        return F.linear(input if self.input_grid is None else self.input_grid(input), weight, self.bias)  # type: ignore[arg-type]
 
 
 class IntegerTable(_Coded):
@@ -132,7 +157,7 @@ def evaluated(model: nn.Module) -> nn.Module:
     check_exportable(model)
     copy = copied(model).cpu().float().eval()
     with torch.no_grad():
-        for _, layer in quantized_layers(copy):
+        for _, layer in list(quantized_layers(copy)):
             # Parametrized weights are computed once: the rounding of a norm depends on the memory layout.
             leave_computed(layer)
     return copy
@@ -165,6 +190,7 @@ def to_integer_model(
     products = [(name, m.product_plan, m.product_counts) for name, m in modules_with_products(network)]
     grids = {name: _grid(quantizer, grid_class) for name, quantizer in quantized_operands(network)}
     detach(network)
+    own_all_weights(network, parts)
     call_projections(network)
     for name, plan, counts in products:
         operands = {operand: grids[operand_path(name, operand)] for operand in operand_names(plan)}
@@ -182,6 +208,7 @@ def to_integer_model(
     for name, parameter, source in tied:
         if source is not None and source in parts:
             _make_table(network.get_submodule(name), parameter, source, parts[source], table_class)
+    call_layers(network, IntegerLayer)
     avoid_fused_paths(network, IntegerLayer)
     return network
 

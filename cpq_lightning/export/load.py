@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from cpq_lightning.attach.decompose import own_all_weights, with_own_weights
+from cpq_lightning.attach.layer_callers import call_layers
 from cpq_lightning.attach.parametrized import computing, leave_computed, weight_now
 from cpq_lightning.attach.products import Operand, quantize_products
 from cpq_lightning.attach.timm_layers import call_projections
@@ -61,6 +63,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
         )
     layers, tied = content.header["layers"], content.header["tied"]
     _check_fit(network, *_described_state(content), path)
+    own_all_weights(network, _decomposed(content))
     call_projections(network)
     weights: dict[str, nn.Parameter] = {}
     for layer in layers:
@@ -85,6 +88,8 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
         grids = {operand: _grid(described, content) for operand, described in entry["operands"].items()}
         module = _module(network, entry["module"], path)
         quantize_products(module, entry["plan"], entry["counts"], grids, "input_grid")
+    if content.header["version"] > 4:
+        call_layers(network, nn.Linear)
     avoid_fused_paths(network, nn.Linear)
     return (network if model is None else model).eval().requires_grad_(False)
 
@@ -146,18 +151,27 @@ def _build(architecture: Mapping[str, Any] | None, path: str | Path, check: Call
     return create_backbone(name, **arguments)
 
 
-def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str]]:
-    """Tensors with the shapes of the network's state_dict, some on the meta device, and the quantized layers' names."""
+def _decomposed(content: PackedFile) -> list[str]:
+    """The quantized layers of a file whose modules are decomposed, which earlier versions did not do."""
+    return [layer["name"] for layer in content.header["layers"]] if content.header["version"] > 4 else []
+
+
+def _described_state(content: PackedFile) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Tensors with the shapes of the network's state_dict, some on the meta device, the names of the quantized layers,
+    and :func:`_decomposed`.
+    """
     layers = content.header["layers"]
     state: dict[str, Any] = {name: content.tensors[name] for name in content.header["rest"]}
     shapes = {layer["name"]: torch.empty(layer["weight"]["shape"], device="meta") for layer in layers}
     state |= {f"{name}.weight": shape for name, shape in shapes.items()}
     state |= {name: shapes[source] for name, source in content.header["tied"].items()}
-    return state, list(shapes)
+    return state, list(shapes), _decomposed(content)
 
 
-def _plain_shapes(network: nn.Module, layers: list[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes in a network's state_dict; a parametrized weight stands in place of the tensors that compute it."""
+def _plain_shapes(network: nn.Module, layers: list[str], decomposed: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes in a network's state_dict; a parametrized weight stands in place of the tensors that compute it, and
+    the weights of the layers of a decomposed module in place of its Parameters.
+    """
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     modules = dict(network.named_modules(remove_duplicate=False))
     for name in layers:
@@ -166,7 +180,7 @@ def _plain_shapes(network: nn.Module, layers: list[str]) -> dict[str, tuple[int,
             shapes.pop(f"{name}.{part}", None)
         if parts:
             shapes[f"{name}.weight"] = tuple(weight_now(modules[name]).shape)
-    return shapes
+    return with_own_weights(network, shapes, decomposed)
 
 
 def _hint(name: str) -> str:
@@ -175,9 +189,11 @@ def _hint(name: str) -> str:
     return " A part of the exported model was compiled: compile the same part of the network with torch.compile."
 
 
-def _check_fit(network: nn.Module, state: Mapping[str, Tensor], layers: list[str], path: str | Path) -> None:
+def _check_fit(
+    network: nn.Module, state: Mapping[str, Tensor], layers: list[str], decomposed: list[str], path: str | Path
+) -> None:
     known = canonical_names(network)
-    plain = _plain_shapes(network, layers)
+    plain = _plain_shapes(network, layers, decomposed)
     expected = {known.get(name, name): shape for name, shape in plain.items()}
     actual = {known.get(name, name): tuple(value.shape) for name, value in state.items()}
     for name in layers:

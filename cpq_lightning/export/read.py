@@ -293,8 +293,9 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 _READERS: dict[int, Callable[[dict[str, Any], _Described, bytes, Path], PackedFile]] = {
     1: _version_1,
     2: _version_2,
-    # Version 4 added balanced grids of weights and zero points of inputs.
+    # Version 4 added balanced grids of weights and zero points of inputs, version 5 layers of decomposed modules.
     3: _version_3,
+    4: _version_3,
     VERSION: _version_3,
 }
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Gives a part of a tensor, as a view of it.
+View = Callable[[Tensor], Tensor]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -22,6 +28,28 @@ def sharded_like(value: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return value
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself: the view of a weight that is a Parameter."""
+    return tensor
+
+
+@torch.no_grad()
+def write_part(tensor: Tensor, view: View, value: Tensor) -> None:
+    """Write a part of a tensor, of which each process may hold a shard.
+
+    Args:
+        tensor: The tensor to write to.
+        view: Gives the part as a view of the full tensor.
+        value: The full part.
+    """
+    if not isinstance(tensor, DTensor):
+        view(tensor).copy_(value)
+        return
+    full = full_tensor(tensor.detach()).clone()
+    view(full).copy_(value)
+    tensor.copy_(sharded_like(full, tensor))
 
 
 def is_sharded(tensor: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.sharding import full_tensor, sharded_like
+from cpq_lightning.nn.sharding import View, full_tensor, write_part
 from cpq_lightning.optim.optimizer_hook import has_skipped, stepping
 
 
@@ -24,7 +24,8 @@ class Dampening:
 
     Args:
         optimizer: The optimizer.
-        quantizers: The quantizer of each weight, by the weight's ``id``, also for groups that are added later.
+        quantizers: The quantizers of each Parameter, by its ``id``, each with the view of it that is the weight; also
+            for groups that are added later.
         strength: Returns the strength, 0 to 1; called in each step.
         scale_by_lr: Whether the strength is multiplied by the learning rate of the weight's group, up to 1.
     """
@@ -32,7 +33,7 @@ class Dampening:
     def __init__(
         self,
         optimizer: Optimizer,
-        quantizers: Mapping[int, Quantizer],
+        quantizers: Mapping[int, Sequence[tuple[View, Quantizer]]],
         strength: Callable[[], float],
         scale_by_lr: bool = False,
     ) -> None:
@@ -45,10 +46,10 @@ class Dampening:
         strength = self._strength()
         if strength <= 0:
             return
-        for group, weight, quantizer in updated_weights(optimizer, self._quantizers):
+        for group, parameter, view, quantizer in updated_weights(optimizer, self._quantizers):
             part = min(1.0, strength * float(group["lr"])) if self._scale_by_lr else strength
-            nearest = quantizer.nearest(full_tensor(weight.detach()))
-            weight.lerp_(sharded_like(nearest, weight), part)
+            weight = view(full_tensor(parameter.detach()))
+            write_part(parameter, view, weight.lerp(quantizer.nearest(weight), part))
 
     def remove(self) -> None:
         """Remove the hook from the optimizer."""
@@ -56,21 +57,22 @@ class Dampening:
 
 
 def updated_weights(
-    optimizer: Optimizer, quantizers: Mapping[int, Quantizer]
-) -> Iterator[tuple[dict[str, Any], nn.Parameter, Quantizer]]:
-    """The weights that a step of the optimizer has changed at a fixed width, each with its group and its quantizer.
+    optimizer: Optimizer, quantizers: Mapping[int, Sequence[tuple[View, Quantizer]]]
+) -> Iterator[tuple[dict[str, Any], nn.Parameter, View, Quantizer]]:
+    """The weights that a step of the optimizer has changed at a fixed width: the group, the Parameter, the view of it
+    that is the weight, and the quantizer.
 
     Left out are weights without a gradient, weights whose quantizer is inactive or still learns its width, and all
     weights if 16-bit precision skips the step.
 
     Args:
         optimizer: The optimizer, after its step.
-        quantizers: The quantizer of each weight, by the weight's ``id``.
+        quantizers: The quantizers of each Parameter, by its ``id``.
     """
     if has_skipped(optimizer):
         return
     for group in optimizer.param_groups:
-        for weight in group["params"]:
-            quantizer = quantizers.get(id(weight))
-            if quantizer is not None and weight.grad is not None and quantizer.active and not quantizer.learns_bits:
-                yield group, weight, quantizer
+        for parameter in group["params"]:
+            for view, quantizer in quantizers.get(id(parameter), ()):
+                if parameter.grad is not None and quantizer.active and not quantizer.learns_bits:
+                    yield group, parameter, view, quantizer

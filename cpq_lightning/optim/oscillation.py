@@ -6,7 +6,7 @@ Nagel, Fournarakis, Bondarenko, Blankevoort, *Overcoming Oscillations in Quantiz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from cpq_lightning.functional.grid import nearest_level
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.sharding import full_tensor, sharded_like
+from cpq_lightning.nn.sharding import View, full_tensor, whole, write_part
 from cpq_lightning.optim.dampening import updated_weights
 from cpq_lightning.optim.optimizer_hook import stepping
 
@@ -44,15 +44,16 @@ class Oscillation:
         self._state: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, weight: Tensor, quantizer: Quantizer, threshold: float | None) -> None:
+    def update(self, parameter: Tensor, quantizer: Quantizer, threshold: float | None, view: View = whole) -> None:
         """Take notice of a weight after an optimizer step, and write the levels of its frozen elements.
 
         Args:
-            weight: The weight.
-            quantizer: Its quantizer, with a range and a fixed width.
+            parameter: The Parameter that has the weight.
+            quantizer: The weight's quantizer, with a range and a fixed width.
             threshold: The frequency above which elements are frozen; ``None`` freezes none.
+            view: Gives the weight as a view of the Parameter.
         """
-        w = full_tensor(weight.detach())
+        w = view(full_tensor(parameter.detach()))
         scale, low, high = (quantizer.along_channels(t.detach(), w) for t in quantizer.grid())
         code = nearest_level(w.float() / scale, low, high) - low
         if self._restarts(quantizer):
@@ -79,7 +80,7 @@ class Oscillation:
         state["code"] = torch.where(is_frozen, frozen, code).to(torch.uint8)
         if threshold is not None:
             value = torch.where(is_frozen, (scale * (frozen + low)).to(w.dtype), w)
-            weight.copy_(sharded_like(value, weight))
+            write_part(parameter, view, value)
 
     def _restarts(self, quantizer: Quantizer) -> bool:
         """Whether the grid is another one than in the last step."""
@@ -122,26 +123,27 @@ class OscillationHook:
 
     Args:
         optimizer: The optimizer.
-        tracked: The quantizer and the state of each weight, by the weight's ``id``.
+        tracked: For each Parameter, by its ``id``, its weights: the view of the Parameter, the quantizer, and the
+            state.
         threshold: Returns the threshold of :meth:`Oscillation.update`; called in each step.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        tracked: Mapping[int, tuple[Quantizer, Oscillation]],
+        tracked: Mapping[int, Sequence[tuple[View, Quantizer, Oscillation]]],
         threshold: Callable[[], float | None],
     ) -> None:
-        self._quantizers = {key: quantizer for key, (quantizer, _) in tracked.items()}
-        self._oscillations = {key: oscillation for key, (_, oscillation) in tracked.items()}
+        self._quantizers = {key: [(view, q) for view, q, _ in weights] for key, weights in tracked.items()}
+        self._oscillations = {q: oscillation for weights in tracked.values() for _, q, oscillation in weights}
         self._threshold = threshold
         self._handle = stepping(optimizer).register_step_post_hook(self._after)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         threshold = self._threshold()
-        for _, weight, quantizer in updated_weights(optimizer, self._quantizers):
+        for _, parameter, view, quantizer in updated_weights(optimizer, self._quantizers):
             if quantizer.fitted:
-                self._oscillations[id(weight)].update(weight, quantizer, threshold)
+                self._oscillations[quantizer].update(parameter, quantizer, threshold, view)
 
     def remove(self) -> None:
         """Remove the hook from the optimizer."""

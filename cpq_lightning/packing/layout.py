@@ -1,6 +1,6 @@
 """The layout of a packed file, and the contents of its header.
 
-A packed file (version 4) is a safetensors file of a few flat tensors:
+A packed file (version 5) is a safetensors file of a few flat tensors:
 
 - ``codes`` (bytes): the codes of each quantized weight (:func:`~cpq_lightning.functional.packing.pack_codes`; rows are
   the output channels), one after the other, each starting at a byte boundary.
@@ -36,6 +36,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cpq_lightning.attach.decompose import with_own_weights
 from cpq_lightning.attach.layers import QuantizedLayer, read_layers
 from cpq_lightning.attach.parametrized import computing
 from cpq_lightning.attach.products import modules_with_products, operand_names
@@ -46,7 +47,7 @@ from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.version import __version__
 
 FORMAT = "cpq-lightning-packed"
-VERSION = 4
+VERSION = 5
 KEY = "cpq_lightning"
 CODES = "codes"
 # Names of types in safetensors and their sizes in bytes, in the order in which safetensors writes tensors.
@@ -164,10 +165,12 @@ def rest_of(model: nn.Module, tied: Mapping[str, str]) -> Rest:
     omitted.update(f"{name}.product_state".lstrip(".") for name, _ in modules_with_products(model))
     rest: Rest = {}
     prefixes = tuple(quantizer_prefixes)
-    for name, value in model.state_dict().items():
-        if name not in omitted and not name.startswith(prefixes):
-            dtype = "float32" if value.is_floating_point() else dtype_name(value)
-            rest.setdefault(dtype, {})[name] = list(value.shape)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(prefixes)}
+    shapes: dict[str, Any] = {name: value.shape for name, value in state.items()}
+    for name, shape in with_own_weights(model, shapes, [name for name, _ in read_layers(model)]).items():
+        if name not in omitted:
+            dtype = dtype_name(state[name]) if name in state and not state[name].is_floating_point() else "float32"
+            rest.setdefault(dtype, {})[name] = list(shape)
     return rest
 
 

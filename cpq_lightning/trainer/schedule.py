@@ -8,8 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cpq_lightning.attach.layers import quantized_layers, quantizers
-from cpq_lightning.attach.parametrized import is_computed
+from cpq_lightning.attach.layers import parameter_of, quantized_layers, quantizers
 from cpq_lightning.functional.schedule import Shape, anneal, resolve_point
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.trainer.lightning_names import Callback, MisconfigurationException
@@ -73,7 +72,7 @@ def need_quantizers(callback: Callback, pl_module: LightningModule) -> list[Quan
 
 def warn_of_computed(callback: Callback, pl_module: LightningModule) -> None:
     """Warn of the layers that a callback leaves alone, because their weight is no Parameter of their own."""
-    computed = [name for name, layer in quantized_layers(pl_module) if is_computed(layer)]
+    computed = [name for name, layer in quantized_layers(pl_module) if parameter_of(layer) is None]
     if computed:
         rank_zero_warn(
             f"{type(callback).__name__} leaves {len(computed)} layers alone, because their weight is computed from "

@@ -8,7 +8,7 @@ from torch import nn
 
 from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach.audit import Audit, unaudited
-from tests.models import convnet
+from tests.models import convnet, with_own_forward
 
 
 class Direct(nn.Module):
@@ -105,7 +105,8 @@ class ByHand(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc, self.query = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 1))
-        self.rnn, self.attention = nn.GRU(4, 4), nn.MultiheadAttention(4, 2)
+        self.rnn = with_own_forward(nn.GRU)(4, 4)
+        self.attention = with_own_forward(nn.MultiheadAttention)(4, 2)
         self.fixed = nn.Buffer(torch.randn(4, 4))
 
     def forward(self, x):

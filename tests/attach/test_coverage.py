@@ -16,6 +16,7 @@ from cpq_lightning import CPQConfig, attach, calibrate, coverage, detach, export
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.bitwidth.model_cost import bit_operations
 from cpq_lightning.report.levels import manifest
+from tests.models import with_own_forward
 
 TOKENS = torch.arange(21).reshape(3, 7)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -27,7 +28,7 @@ class Words(nn.Module):
         self.embedding = nn.Embedding(50, 16)
         self.positions = nn.Parameter(torch.randn(1, 7, 16))
         self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.lstm = nn.LSTM(16, 16, batch_first=True)
+        self.lstm = with_own_forward(nn.LSTM)(16, 16, batch_first=True)
         self.head = nn.Linear(16, 5)
 
     def forward(self, tokens):
@@ -39,11 +40,29 @@ def swin():
     return build([4, 4], 24, [1, 1], [2, 2], [4, 4], num_classes=5)
 
 
+class Reader(nn.Module):
+    """Multiplies by the weights of its layers in a function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = nn.functional.linear(x.flatten(2).mT, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        out = nn.functional.linear((q @ k.mT).softmax(-1) @ v, self.proj.weight, self.proj.bias)
+        return out.mean(1)
+
+
+def around():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), Reader(), nn.Linear(8, 5))
+
+
 NETWORKS = {
     "convolutions": (lambda: timm.create_model("test_resnet", num_classes=5), IMAGES),
     "depthwise": (lambda: timm.create_model("test_convnext", num_classes=5), IMAGES),
     "attention": (lambda: timm.create_model("test_vit", num_classes=5, img_size=32), IMAGES),
-    "around": (swin, IMAGES),
+    "windows": (swin, IMAGES),
+    "around": (around, IMAGES),
     "transposed": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 3, groups=2)), IMAGES),
 }
 
@@ -100,13 +119,13 @@ def test_embeddings_recurrent_layers_and_attention_count_as_what_they_are():
         ("embedding", ["embedding.weight"]),
         ("positions", ["positions"]),
         ("lstm", ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]),
-        ("encoder.self_attn", ["encoder.self_attn.in_proj_weight"]),
     ):
         own = sum(matrices[parameter] for parameter in parameters)
         assert found.left[name].weights == pytest.approx(own / sum(matrices.values()))
     steps = TOKENS.numel()
-    attention = steps * (3 * 16 * 16 + 16 * 16 + 2 * 7 * 16)
-    everything = attention + steps * (2 * 16 * 32 + 2 * 4 * 16 * 16 + 16 * 5)
+    # Without attention=True, the products of two activations are left.
+    attention = steps * 2 * 7 * 16
+    everything = attention + steps * 4 * 16 * 16 + steps * (2 * 16 * 32 + 2 * 4 * 16 * 16 + 16 * 5)
     assert found.left["encoder.self_attn"].macs == pytest.approx(attention / everything)
     assert found.left["lstm"].macs == pytest.approx(steps * 2 * 4 * 16 * 16 / everything)
 
@@ -153,11 +172,11 @@ def test_copies_and_pickles_know_it_and_detached_models_do_not():
 
 
 def test_claims_follow_the_forward_where_it_goes_around_layers():
-    model = attach(swin().eval(), CPQConfig(first_last_bits=None))
+    model = attach(around().eval(), CPQConfig(first_last_bits=None))
     calibrate(model, [IMAGES])
-    around = {r.name for r in levels(model) if r.kind == "weight" and not r.quantizing}
-    assert around == {n for n, _ in model.named_modules() if n.endswith((".attn.qkv", ".attn.proj"))}
-    assert not around & {r.name for r in levels(model) if r.kind == "activation"}
+    not_called = {r.name for r in levels(model) if r.kind == "weight" and not r.quantizing}
+    assert not_called == {"1.qkv", "1.proj"}
+    assert not not_called & {r.name for r in levels(model) if r.kind == "activation"}
     content = manifest(model)
     read = [r for r in levels(model) if r.kind == "weight" and r.quantizing]
     assert content["totals"]["bops"] == pytest.approx(sum(r.macs * 16 for r in read)) == bit_operations(model)
@@ -165,7 +184,9 @@ def test_claims_follow_the_forward_where_it_goes_around_layers():
 
 
 def test_what_attention_reads_of_its_out_projection_is_told():
-    model = attach(Words().eval(), CPQConfig(first_last_bits=None))
+    words = Words()
+    words.encoder.self_attn = with_own_forward(nn.MultiheadAttention)(16, 2, batch_first=True)
+    model = attach(words.eval(), CPQConfig(first_last_bits=None))
     calibrate(model, [TOKENS])
     records = {(r.name, r.kind): r for r in levels(model)}
     assert ("encoder.self_attn.out_proj", "activation") not in records
@@ -176,18 +197,18 @@ def test_what_attention_reads_of_its_out_projection_is_told():
 
 @pytest.mark.parametrize("format", ["packed", "torch"])
 def test_a_file_multiplies_in_full_precision_where_the_forward_does(tmp_path, format):
-    model = attach(swin().eval(), CPQConfig())
+    model = attach(around().eval(), CPQConfig())
     calibrate(model, [IMAGES])
     written = export_model(model, tmp_path, format=format, samples=torch.randn(4, 3, 32, 32))
     assert written.verification.largest_difference <= 1e-6
-    weight = model.features[1][0].attn.qkv.weight.detach().clone()
-    assert torch.equal(detach(model).features[1][0].attn.qkv.weight, weight)
+    weight = model[1].qkv.weight.detach().clone()
+    assert torch.equal(detach(model)[1].qkv.weight, weight)
 
 
 def test_a_sentence_never_rounds_to_all_or_nothing():
     model = attach(Words().eval(), CPQConfig())
     text = coverage(model, example_inputs=TOKENS).sentence()
-    assert text.startswith("26.7 % of the weights and ")
+    assert text.startswith("41.8 % of the weights and ")
     assert "; in full precision: lstm (" in text
     big = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400), nn.Linear(400, 1))
     text = coverage(attach(big, CPQConfig(ignore=["2"])), example_inputs=torch.randn(1, 400)).sentence()

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.layers import quantized_layers
-from tests.models import IMAGES, convnet
+from tests.models import IMAGES, convnet, with_own_forward
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
 
@@ -161,9 +161,9 @@ def _grouped(x, w):
 
 
 NAMED = {
-    "LSTMCell": lambda: Cell(nn.LSTMCell(8, 8)),
-    "GRUCell": lambda: Cell(nn.GRUCell(8, 8)),
-    "RNNCell": lambda: Cell(nn.RNNCell(8, 8)),
+    "LSTMCell": lambda: Cell(with_own_forward(nn.LSTMCell)(8, 8)),
+    "GRUCell": lambda: Cell(with_own_forward(nn.GRUCell)(8, 8)),
+    "RNNCell": lambda: Cell(with_own_forward(nn.RNNCell)(8, 8)),
     "Bilinear": lambda: Holder(lambda x, w: F.bilinear(x, x, w), 8, 8, 8),
     "DeformConv2d": Deformed,
     "custom operator": lambda: Holder(times),

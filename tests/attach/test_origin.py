@@ -28,7 +28,7 @@ from cpq_lightning.attach.origin import attached_config, full_precision_layers, 
 from cpq_lightning.attach.range_tracking import refit_rewritten
 from cpq_lightning.report.levels import manifest
 from cpq_lightning.report.table import levels_table
-from tests.models import IMAGES, Classifier, convnet
+from tests.models import IMAGES, Classifier, convnet, with_own_forward
 
 CONFIG = CPQConfig(weight_bits=4, overrides={"3": {"weight_bits": 3}})
 
@@ -200,7 +200,7 @@ def test_what_comes_behind_a_loaded_state_is_named_too(tmp_path):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.front, self.rnn, self.head = nn.Linear(3, 4), nn.LSTM(4, 5), nn.Linear(5, 2)
+        self.front, self.rnn, self.head = nn.Linear(3, 4), with_own_forward(nn.LSTM)(4, 5), nn.Linear(5, 2)
         self.norm, self.table = nn.LayerNorm([4, 3]), nn.Embedding(3, 4)
 
     def forward(self, x):
@@ -211,11 +211,11 @@ def test_layers_that_nothing_quantizes_are_named_and_exported(tmp_path, caplog):
     x = torch.randn(4, 2, 3)
     with pytest.warns(UserWarning, match=r"stayed unquantized.*rnn \(lstm"):
         model = calibrate(attach(Recurrent()), [x]).eval()
-    with pytest.warns(UserWarning, match=r"weights of 1 layers that nothing quantizes.*: rnn \(LSTM\)"):
+    with pytest.warns(UserWarning, match=r"weights of 1 layers that nothing quantizes.*: rnn \(Own\)"):
         levels(model)
-    assert manifest(model)["full_precision"] == [{"name": "rnn", "type": "LSTM", "numel": 180, "late": False}]
-    assert export_model(model, tmp_path, samples=x).full_precision == ("rnn (LSTM)",)
-    assert "rnn (LSTM)" in caplog.text
+    assert manifest(model)["full_precision"] == [{"name": "rnn", "type": "Own", "numel": 180, "late": False}]
+    assert export_model(model, tmp_path, samples=x).full_precision == ("rnn (Own)",)
+    assert "rnn (Own)" in caplog.text
     assert not full_precision_layers(detach(model))
 
 

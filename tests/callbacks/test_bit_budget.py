@@ -22,7 +22,7 @@ from cpq_lightning.bitwidth.model_cost import learning_quantizers, mean_width, m
 from cpq_lightning.callbacks import BitBudget
 from cpq_lightning.export.sample_file import SAMPLES_FILE
 from tests.marks import thorough
-from tests.models import IMAGES, LABELS, Classifier, data
+from tests.models import IMAGES, LABELS, Classifier, data, with_own_forward
 
 LEARN = {"weight_bits": 8, "min_bits": 2, "learn_bits": True, "act_bits": 4}
 
@@ -483,7 +483,7 @@ class Recurrent(Classifier):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Flatten(2), nn.Linear(64, 8), Last(nn.LSTM(8, 8, batch_first=True)), nn.Linear(8, 4)
+            nn.Flatten(2), nn.Linear(64, 8), Last(with_own_forward(nn.LSTM)(8, 8, batch_first=True)), nn.Linear(8, 4)
         )
 
 

@@ -274,9 +274,9 @@ def test_arguments_that_do_not_fit_the_file_allocate_nothing(tmp_path):
 
 def test_a_newer_version_names_who_reads_it(written):
     _, path = written
-    resigned(path, lambda header: header.update(version=5, written_by="cpq-lightning 9.1"))
+    resigned(path, lambda header: header.update(version=6, written_by="cpq-lightning 9.1"))
     with pytest.raises(
-        ValueError, match=r"version 5 of the packed format, written by cpq-lightning 9\.1; .* version 1, 2, 3, 4"
+        ValueError, match=r"version 6 of the packed format, written by cpq-lightning 9\.1; .* version 1, 2, 3, 4, 5"
     ):
         load_quantized(path, convnet())
 
@@ -338,6 +338,17 @@ def test_files_of_versions_three_and_four_are_read(version):
     expected = json.loads(path.with_suffix(".json").read_text())
     torch.testing.assert_close(load_quantized(path, network)(x), torch.tensor(expected), rtol=0, atol=1e-6)
     assert read_packed(path).header["version"] == version
+
+
+def test_attention_of_the_fourth_version_is_read_as_it_was_written():
+    """It multiplied by its in-projection in full precision, inside of torch's attention."""
+    path = Path(__file__).parent / "data" / "version_4_attention.safetensors"
+    network = nn.Sequential(
+        nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True), nn.Linear(4, 2)
+    )
+    x = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
+    expected = json.loads(path.with_suffix(".json").read_text())
+    torch.testing.assert_close(load_quantized(path, network)(x), torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

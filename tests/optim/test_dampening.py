@@ -5,6 +5,7 @@ from torch import nn
 from cpq_lightning import CPQConfig, attach, calibrate
 from cpq_lightning.attach.attach import set_active
 from cpq_lightning.attach.layers import quantized_layers, quantizers
+from cpq_lightning.nn.sharding import whole
 from cpq_lightning.optim.dampening import Dampening
 from tests.models import IMAGES, LABELS, convnet, quantized_weight
 
@@ -18,7 +19,7 @@ def pulled(strength, config=THREE, lr=0.0, prepare=lambda model: None, steps=1):
     layers = [layer for _, layer in quantized_layers(model)]
     before = [(layer.weight.detach().clone(), quantized_weight(layer)) for layer in layers]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    owners = {id(layer.weight): layer.weight_quantizer for layer in layers}
+    owners = {id(layer.weight): [(whole, layer.weight_quantizer)] for layer in layers}
     pull = Dampening(optimizer, owners, lambda: strength)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -81,7 +82,7 @@ def test_a_group_that_is_added_later_is_pulled():
     model = calibrate(attach(convnet(), CPQConfig(weight_bits=3), example_inputs=IMAGES[:4]), [IMAGES])
     first, *_, last = [layer for _, layer in quantized_layers(model)]
     optimizer = torch.optim.SGD([first.weight], lr=0.0)
-    Dampening(optimizer, {id(last.weight): last.weight_quantizer}, lambda: 1.0)
+    Dampening(optimizer, {id(last.weight): [(whole, last.weight_quantizer)]}, lambda: 1.0)
     optimizer.add_param_group({"params": [last.weight]})
     points = quantized_weight(last)
     nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
@@ -93,7 +94,7 @@ def test_a_group_that_is_added_later_is_pulled():
 def test_a_step_that_mixed_precision_skips_pulls_nothing(fused):
     model = calibrate(attach(convnet(), THREE, example_inputs=IMAGES[:4]), [IMAGES])
     layers = [layer for _, layer in quantized_layers(model)]
-    owners = {id(layer.weight): layer.weight_quantizer for layer in layers}
+    owners = {id(layer.weight): [(whole, layer.weight_quantizer)] for layer in layers}
     optimizer = torch.optim.AdamW([layer.weight for layer in layers], fused=fused)
     Dampening(optimizer, owners, lambda: 0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

@@ -9,6 +9,7 @@ from torch import nn
 
 from cpq_lightning import CPQConfig
 from cpq_lightning.nn.quantizer import Quantizer
+from cpq_lightning.nn.sharding import whole
 from cpq_lightning.optim.oscillation import OSCILLATES, Oscillation, OscillationHook
 
 MOMENTUM = 0.1
@@ -116,13 +117,13 @@ def test_a_restored_state_continues_exactly():
 def test_the_hook_leaves_alone_what_has_no_gradient_or_learns_its_width():
     weights = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
     q = [quantizer_of(w, **({"learn_bits": True, "min_bits": 2} if i == 1 else {})) for i, w in enumerate(weights)]
-    tracked = {id(w): (quantizer, Oscillation(MOMENTUM)) for w, quantizer in zip(weights, q, strict=True)}
+    tracked = {id(w): [(whole, quantizer, Oscillation(MOMENTUM))] for w, quantizer in zip(weights, q, strict=True)}
     optimizer = torch.optim.SGD(weights, lr=0.1)
     hook = OscillationHook(optimizer, tracked, lambda: None)
     weights[0].grad, weights[1].grad = torch.ones(3, 4), torch.ones(3, 4)
     optimizer.step()
-    assert [o.share() is not None for _, o in tracked.values()] == [True, False, False]
+    assert [o.share() is not None for ((_, _, o),) in tracked.values()] == [True, False, False]
     hook.remove()
     weights[2].grad = torch.ones(3, 4)
     optimizer.step()
-    assert tracked[id(weights[2])][1].share() is None
+    assert tracked[id(weights[2])][0][2].share() is None

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -71,8 +71,7 @@ class OnnxLayer(IntegerLayer):
 
     layer_name = ""
 
-    @property
-    def weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         return self._dequantized(self.weight_codes, self.channel_dim)
 
     def _dequantized(self, codes: Tensor, axis: int, **properties: str) -> Tensor:
@@ -101,6 +100,10 @@ class OnnxLayer(IntegerLayer):
         bias: Any = self.bias
         y = y if bias is None else y + bias
         return y.squeeze(1) if flat else y
+
+    def prepared(self) -> Callable[[Tensor], Tensor]:
+        # The exporter merges the equal nodes of all calls.
+        return self
 
 
 class OnnxTable(IntegerTable):
