@@ -94,8 +94,9 @@ class CPQConfig:
             itself samples gates in each batch; a bit that is open in only some of these batches then gets only part of
             its saliency.
         ignore: Layers to keep in full precision: patterns of full dotted names (``fnmatch``, case-sensitive) or module
-            types (``"Linear"``). A layer that is registered under several names matches by each of them. Layers that
-            share a weight must all be ignored or none; otherwise it is an error.
+            types (``"Linear"``). A pattern for a module such as ``nn.LSTM`` holds for all its layers. A layer that is
+            registered under several names matches by each of them. Layers that share a weight must all be ignored or
+            none; otherwise it is an error.
         overrides: Settings for some layers, ``{pattern: {setting: value}}``, patterns as for ``ignore``. If several
             match a layer, the last one wins for each setting. Layers that share a weight share its quantizer: a
             weight's setting for one of them applies to all, and contradictions are an error.

@@ -56,6 +56,10 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
     :func:`calibrate`, or from the first batch of a forward in training mode. If attaching fails, the model is left
     unchanged.
 
+    Modules that multiply by Parameters of their own (``nn.MultiheadAttention``, recurrent modules and cells,
+    ``nn.Bilinear``) compute the same through layers while any of these is quantized: see
+    :mod:`cpq_lightning.attach.decomposed`. Their Parameters stay where they are.
+
     If the model is attached already, only layers that were added since are quantized, for example by
     re-parameterizing, fusing or replacing layers. Layers that are quantized already do not change. Calibrate the model
     again afterwards. Products of activations (``attention=True``) are not searched for again.
