@@ -59,7 +59,7 @@ SAMPLE = {
 # Those that take longest, with what the others have too.
 LONG = (
     "coat", "convnext", "csatv2", "efficientvit_msra", "gemma4_vit", "levit", "maxxvit", "nfnet", "rexnet",
-    "swiftformer", "swin_transformer_v2", "vision_transformer", "vision_transformer_hybrid",
+    "sequencer", "swiftformer", "swin_transformer_v2", "vision_transformer", "vision_transformer_hybrid",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from cpq_lightning import CPQCallback, CPQConfig, QuantizedModule, load_quantized
 from cpq_lightning.attach.products import quantized_operands
 from cpq_lightning.export.sample_file import SAMPLES_FILE
-from tests.models import Classifier, data, run_of
+from tests.models import Classifier, data, run_of, with_own_forward
 
 CONFIG = CPQConfig(attention=True)
 ARGUMENTS = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -57,6 +57,7 @@ class Plain(Classifier):
         self.net = nn.Sequential(
             nn.Flatten(2), nn.Linear(64, 16), nn.TransformerEncoderLayer(16, 2, 16), nn.Flatten(), nn.Linear(48, 4)
         )
+        self.net[2].self_attn = with_own_forward(nn.MultiheadAttention)(16, 2)
         self.gram = Gram()
         if example is not None:
             self.example_input_array = example
