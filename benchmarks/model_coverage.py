@@ -1,7 +1,7 @@
 """``python -m benchmarks.model_coverage [MODEL ...]``: how much of published models is quantized, unchanged.
 
 Each is built small, with random weights (no download), attached with weights and activations at 4 bits, attention's
-products too, nothing left out; calibrated, and trained for a step. Models whose package is missing are skipped, and
+products too, nothing left out; calibrated, and run backward once. Models whose package is missing are skipped, and
 their rows stay. ``results/model_coverage.md`` is written from the rows in ``results/model_coverage.json``.
 """
 
@@ -48,7 +48,7 @@ class Row:
         counted: Multiply-accumulates of the full-precision forward by torch's ``FlopCounterMode``, relative to those
             that the share is of; below 1 where torch does not count an operation.
         left: What stays in full precision, with its share of the multiply-accumulates, the largest first.
-        without_gradient: Quantizers without a gradient in a training step.
+        without_gradient: Quantizers without a gradient in a backward.
     """
 
     model: str

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from cpq_lightning.attach.decomposed import (
-    OWNER,
     Decomposed,
     ParameterLayer,
     Part,
@@ -58,8 +57,12 @@ def decomposable(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Decomp
 
 def is_layer_of(module: nn.Module, layer: str) -> bool:
     """Whether a module that is not decomposed would call a layer of this name if it were."""
+    return _parts_for(module, layer) is not None
+
+
+def _parts_for(module: nn.Module, layer: str) -> tuple[type[Decomposed], dict[str, Part]] | None:
     found = parts_of(module)
-    return found is not None and (layer in found[1] or layer in found[0].other_layers)
+    return found if found is not None and (layer in found[1] or layer in found[0].other_layers) else None
 
 
 def decompose_for(model: nn.Module, layers: Iterable[str]) -> list[Decomposed]:
@@ -68,9 +71,8 @@ def decompose_for(model: nn.Module, layers: Iterable[str]) -> list[Decomposed]:
     done = []
     for name in layers:
         owner, _, layer = name.rpartition(".")
-        if owner in modules and is_layer_of(modules[owner], layer):
-            mixin, parts = parts_of(modules[owner])  # type: ignore[misc]
-            done.append(decompose_module(modules[owner], mixin, parts))
+        if owner in modules and (found := _parts_for(modules[owner], layer)) is not None:
+            done.append(decompose_module(modules[owner], *found))
     return done
 
 
@@ -100,11 +102,6 @@ def decomposed_modules(model: nn.Module) -> Iterator[tuple[str, Decomposed]]:
             yield name, module
 
 
-def owner_of(layer: nn.Module) -> nn.Module | None:
-    """The decomposed module that a layer belongs to, if it belongs to one."""
-    return layer.__dict__.get(OWNER)
-
-
 def parts_in(module: Decomposed) -> dict[str, Part]:
     """The parts that the layers of a decomposed module are of."""
     layers = {name: module._modules[name] for name in module.owned_layers}
@@ -116,7 +113,7 @@ def own_all_weights(model: nn.Module, layers: Iterable[str]) -> None:
 
     Args:
         model: A model that is not quantized.
-        layers: Names of layers; those that the model has already are left alone.
+        layers: Names of layers; modules that are decomposed already are left alone.
     """
     for module in decompose_for(model, layers):
         own_weights(module)
@@ -137,8 +134,8 @@ def with_own_weights(model: nn.Module, shapes: Mapping[str, Any], layers: Iterab
         module = modules.get(owner)
         if isinstance(module, Decomposed):
             owners[owner] = parts_in(module)
-        elif module is not None and is_layer_of(module, layer):
-            owners[owner] = parts_of(module)[1]  # type: ignore[index]
+        elif module is not None and (found := _parts_for(module, layer)) is not None:
+            owners[owner] = found[1]
     for owner, parts in owners.items():
         prefix = f"{owner}." if owner else ""
         for key in {key for part in parts.values() for key in (part.weight, part.bias) if key is not None}:

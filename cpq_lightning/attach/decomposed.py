@@ -133,6 +133,11 @@ class Decomposed(Switched):
                 own.__dict__[OWNER] = self
 
 
+def owner_of(layer: nn.Module) -> Decomposed | None:
+    """The decomposed module that a layer belongs to, if it belongs to one."""
+    return layer.__dict__.get(OWNER)
+
+
 def is_plain(module: nn.Module, parts: Mapping[str, Part]) -> bool:
     """Whether a module's Parameters are stored in it and not computed, and no attribute has the name of a layer."""
     names = {name for part in parts.values() for name in (part.weight, part.bias) if name is not None}

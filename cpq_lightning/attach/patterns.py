@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from cpq_lightning.attach.class_switch import Switched
-from cpq_lightning.attach.decomposed import OWNER, ParameterLayer
+from cpq_lightning.attach.decomposed import ParameterLayer, owner_of
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import WEIGHT_SETTINGS, CPQConfig
 
@@ -33,7 +33,7 @@ def matches(name: str, layer: nn.Module, pattern: str) -> bool:
     """
     if fnmatchcase(name, pattern):
         return True
-    owner = layer.__dict__.get(OWNER)
+    owner = owner_of(layer)
     if owner is not None and matches(name.rpartition(".")[0], owner, pattern):
         return True
     base: type[nn.Module] = type(layer)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from cpq_lightning.attach.decomposed import OWNER, Decomposed
+from cpq_lightning.attach.decomposed import owner_of
 from cpq_lightning.attach.levels_file import at_read_widths, read_weight_widths
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.attach.parametrized import weight_now
@@ -198,8 +198,8 @@ def first_and_last(model: nn.Module, names: list[str], called: list[str] | None 
     ]
     first_last = (timm_first or {execution_order[0]}) | (timm_last or {execution_order[-1], *trained[-1:]})
     for name in list(first_last):
-        owner = model.get_submodule(name).__dict__.get(OWNER)
-        if isinstance(owner, Decomposed):
+        owner = owner_of(model.get_submodule(name))
+        if owner is not None:
             first_last |= {
                 f"{name.rpartition('.')[0]}.{other}".lstrip(".") for other in owner.beside(name.rpartition(".")[2])
             }

@@ -137,7 +137,6 @@ def _recur(module: Any, input: Tensor | PackedSequence, hx: Any) -> Any:
         states = states if is_batched else [state.unsqueeze(1) for state in states]
         if packed is not None and packed.sorted_indices is not None:
             states = [state.index_select(1, packed.sorted_indices) for state in states]
-    if hx is not None:
         sizes_of = (module.get_expected_hidden_size, *([module.get_expected_cell_size] if is_lstm else []))
         for state, expected in zip(states, sizes_of, strict=True):
             # torch's own check, and its message.
