@@ -10,8 +10,8 @@ from tests.marks import thorough
 
 # Products with a weight that stay in full precision: the operation, and why.
 EXCEPTIONS = {
-    "matmul": "a Parameter without a layer, an embedding of positions or a single query vector, left alone as "
-    "embeddings are; attention=True quantizes those that meet an activation (halonet, swiftformer, gemma4)",
+    "matmul": "an embedding of positions that is multiplied to be read, or a single query vector; attention=True "
+    "quantizes those that meet an activation (gemma4)",
     "einsum": "the same, written otherwise: relative positions (mvitv2, sam)",
 }
 # Each of these has once needed something; large ones are built smaller.

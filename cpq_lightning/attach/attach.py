@@ -10,9 +10,9 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from cpq_lightning.attach.coverage import forget_products
-from cpq_lightning.attach.decompose import decompose, recompose
+from cpq_lightning.attach.decompose import decompose, decompose_products, drop_layers, recompose
 from cpq_lightning.attach.deploy import check_deploy
-from cpq_lightning.attach.find_products import find_products
+from cpq_lightning.attach.find_products import Products, find_products, has_matrices
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
 from cpq_lightning.attach.layer_callers import call_layers, leave_calls
 from cpq_lightning.attach.layers import (
@@ -27,6 +27,7 @@ from cpq_lightning.attach.layers import (
 from cpq_lightning.attach.levels_file import check_names, read_weight_widths, with_levels_read
 from cpq_lightning.attach.origin import Origin, attached_config, late_layers, set_attached_config, set_origin
 from cpq_lightning.attach.parametrized import copied, weight_now
+from cpq_lightning.attach.patterns import is_ignored, names_of
 from cpq_lightning.attach.products import (
     leave_products,
     modules_with_products,
@@ -58,7 +59,9 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
 
     Modules that multiply by Parameters of their own (``nn.MultiheadAttention``, recurrent modules and cells,
     ``nn.Bilinear``) compute the same through layers while any of these is quantized: see
-    :mod:`cpq_lightning.attach.decomposed`. Their Parameters stay where they are.
+    :mod:`cpq_lightning.attach.decomposed`. Their Parameters stay where they are. So do modules that multiply by a
+    matrix among their Parameters, as in ``x @ self.weight``, if a forward can show it: see
+    :mod:`cpq_lightning.attach.parameter_products`.
 
     If the model is attached already, only layers that were added since are quantized, for example by
     re-parameterizing, fusing or replacing layers. Layers that are quantized already do not change. Calibrate the model
@@ -71,9 +74,10 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
         config: What to quantize, and how: a config, or a mapping of its settings. ``None`` means the default config, or
             for an attached model the config that it was attached with. An attached model accepts a config with other
             ``ignore`` and ``overrides``, provided that they change nothing that is quantized already.
-        example_inputs: Inputs for one forward, in which ``config.attention`` finds products without a weight: a
-            tensor, a tuple of arguments or a dict of arguments by name; or the tuple or dict that the forward takes as
-            its only argument. timm backbones, and a LightningModule with an ``example_input_array``, need none.
+        example_inputs: Inputs for one forward, which shows products with a Parameter that is no layer's weight, and,
+            for ``config.attention``, products of two activations: a tensor, a tuple of arguments or a dict of arguments
+            by name; or the tuple or dict that the forward takes as its only argument. timm backbones, and a
+            LightningModule with an ``example_input_array``, need none.
 
     Returns:
         The model itself.
@@ -84,8 +88,8 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
             are not finite, or it is inside a DistributedDataParallel of several processes; a setting is unknown or out
             of its range, a pattern of the config matches no layer, layers that share a weight get different settings
             for it, or quantized layers have other settings than the config gives them; a layer does not suit the
-            target that ``config.deploy`` names; an embedding with ``max_norm`` is tied to a quantized layer; with
-            ``attention=True``, the model cannot be called.
+            target that ``config.deploy`` names; an embedding with ``max_norm`` is tied to a quantized layer; the model
+            cannot be called with ``example_inputs``, or, with ``attention=True``, at all.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), CPQConfig(weight_bits=2))
@@ -114,9 +118,9 @@ def attach(model: M, config: CPQConfig | Mapping[str, Any] | None = None, *, exa
 
 def _attach(model: nn.Module, config: CPQConfig, example_inputs: Any) -> list[str]:
     """Attach quantizers; return warnings. If it fails, some may be attached."""
-    products = find_products(model, example_inputs) if config.attention else {}
+    products, left_out = _find_products(model, config, example_inputs)
     plans = {name: multiplied.plan for name, multiplied in products.items()}
-    sites = select(model, config, plans, {tied.name: tied.module for tied in tied_to_layers(model)})
+    sites = select(model, config, plans, {**left_out, **{tied.name: tied.module for tied in tied_to_layers(model)}})
     chosen = chosen_operands(model, plans, config)
     paths = [operand_path(name, operand) for name, settings in chosen.items() for operand in settings]
     check_names(config, [*(site.name for site in sites), *paths])
@@ -137,6 +141,38 @@ def _attach(model: nn.Module, config: CPQConfig, example_inputs: Any) -> list[st
         tie(reader, shared[id(reader.tensor)])
     arrange(model)
     return untied
+
+
+def _find_products(
+    model: nn.Module, config: CPQConfig, example_inputs: Any
+) -> tuple[dict[str, Products], dict[str, nn.Module]]:
+    """The products of activations that ``attention`` quantizes, and what ``ignore`` leaves out besides layers: matrices
+    that the forward multiplies by, which otherwise get layers, and embeddings with such a matrix.
+    """
+    if not config.attention and not has_matrices(model):
+        return {}, {}
+    try:
+        found = find_products(model, example_inputs)
+    except ValueError:
+        if config.attention or example_inputs is not None:
+            raise
+        # The audit of the first forward names what stays in full precision.
+        return {}, {}
+    if not found.matrices:
+        return found.products if config.attention else {}, {}
+    decompose_products(model, found.matrices)
+    layers = {
+        f"{name}.{layer}".lstrip("."): model.get_submodule(name).get_submodule(layer)
+        for name, parts in found.matrices.items()
+        for layer in parts
+    }
+    names = names_of(model)
+    left_out = {name: layer for name, layer in layers.items() if is_ignored(layer, names, config)}
+    # An embedding whose weight a layer multiplies by may be left out with that layer.
+    tied = {tied.name: tied.module for tied in tied_to_layers(model)} if left_out else {}
+    drop_layers(model, left_out)
+    # Again, because products with a matrix no longer count among those of their module.
+    return find_products(model, example_inputs).products if config.attention else {}, {**left_out, **tied}
 
 
 def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:

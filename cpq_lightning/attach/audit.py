@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cpq_lightning.attach.decomposed import whole_parameter
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers
 from cpq_lightning.attach.mac_counter import MacCounter
 from cpq_lightning.attach.origin import attached_config, late_layers
@@ -106,7 +107,9 @@ class AuditReport:
                 for where, op, what in self.unquantized
             ]
             messages.append(
-                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {listed(lines)}."
+                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {listed(lines)}. "
+                "Products with a Parameter that is no layer's weight are found in a forward: give attach(..., "
+                "example_inputs=batch), or set the LightningModule's example_input_array."
             )
         if self.lookups:
             lines = [f"{where or 'the model itself'} (the weight of {layer})" for where, layer in self.lookups]
@@ -160,7 +163,7 @@ class Audit(TorchFunctionMode, Watcher):
         # Quantized layers by their Parameters; if only a part was attached, modules outside of it are not audited.
         self._layers = WeakTensorKeyDictionary()
         for name, layer in () if config is None else quantized_layers(model):
-            parameter = layer._parameters.get("weight")
+            parameter = whole_parameter(layer)
             if parameter is not None:
                 self._layers[parameter] = name
         ignored = () if config is None else config.ignore

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from cpq_lightning.attach.audit import Audit, AuditReport, listed
 from cpq_lightning.attach.calls import as_call, copied_to, in_evaluation, restored
-from cpq_lightning.attach.decomposed import ParameterLayer
+from cpq_lightning.attach.decomposed import ParameterLayer, whole_parameter
 from cpq_lightning.attach.layers import is_attached
 from cpq_lightning.attach.timm_layers import weight_parameters
 from cpq_lightning.attach.wrapping import unwrapped
@@ -249,8 +249,8 @@ def _weights(
             parameters = weight_parameters(module)
             # Tensors that compute this weight do not count as weights.
             counted.update(id(p) for p in parameters if module._parameters.get("weight") is not p)
-            whole = parameters and not isinstance(module, ParameterLayer)
-            yield names[module], id(parameters[0]) if whole else module, quantizer.numel, module
+            whole = whole_parameter(module) if isinstance(module, ParameterLayer) else next(iter(parameters), None)
+            yield names[module], module if whole is None else id(whole), quantizer.numel, module
         elif isinstance(module, ParameterLayer):
             counted.update(id(p) for p in weight_parameters(module))
             yield names[module], module, module.weight.numel(), module

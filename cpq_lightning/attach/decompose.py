@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,13 +12,16 @@ from cpq_lightning.attach.decomposed import (
     ParameterLayer,
     Part,
     decompose_module,
+    holder_of,
     is_plain,
     own_weights,
+    reads_itself,
     recompose_module,
     shapes_with_own_weights,
 )
 from cpq_lightning.attach.hugging_face import Conv1DByLayer
 from cpq_lightning.attach.layers import QuantizedLayer
+from cpq_lightning.attach.parameter_products import ProductsByLayers
 from cpq_lightning.attach.torch_attention import AttentionByLayers
 from cpq_lightning.attach.torch_bilinear import BilinearByLayers
 from cpq_lightning.attach.torch_recurrent import CellByLayers, RecurrentByLayers
@@ -55,23 +58,57 @@ def decomposable(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Decomp
             yield name, module, *found
 
 
+def decompose_products(model: nn.Module, layers: Mapping[str, Mapping[str, Part]]) -> list[Decomposed]:
+    """Give modules layers for the matrices that their forwards multiply by; return the modules.
+
+    Args:
+        model: A model that is not quantized.
+        layers: The parts of the layers, by name of the module and of the layer.
+    """
+    return [decompose_module(model.get_submodule(name), ProductsByLayers, parts) for name, parts in layers.items()]
+
+
+def drop_layers(model: nn.Module, layers: Collection[str]) -> None:
+    """Undo :func:`decompose_products` for the named layers."""
+    for name, module in list(decomposed_modules(model)):
+        if isinstance(module, ProductsByLayers):
+            kept = [layer for layer in module.owned_layers if f"{name}.{layer}".lstrip(".") not in layers]
+            for layer in set(module.owned_layers) - set(kept):
+                del module._modules[layer]
+            module.owned_layers = tuple(kept)
+            if not kept:
+                recompose_module(module)
+
+
 def is_layer_of(module: nn.Module, layer: str) -> bool:
     """Whether a module that is not decomposed would call a layer of this name if it were."""
-    return _parts_for(module, layer) is not None
+    return _parts_for(module, [layer]) is not None
 
 
-def _parts_for(module: nn.Module, layer: str) -> tuple[type[Decomposed], dict[str, Part]] | None:
+def _parts_for(module: nn.Module, layers: Collection[str]) -> tuple[type[Decomposed], dict[str, Part]] | None:
+    """How a module is decomposed, if its layers are then among the named ones."""
     found = parts_of(module)
-    return found if found is not None and (layer in found[1] or layer in found[0].other_layers) else None
+    if found is not None:
+        return found if any(layer in found[1] or layer in found[0].other_layers for layer in layers) else None
+    parts = ProductsByLayers.parts_named(module, layers)
+    return (ProductsByLayers, parts) if parts and is_plain(module, parts) else None
+
+
+def _by_owner(layers: Iterable[str]) -> dict[str, list[str]]:
+    """The names of layers in their modules, by name of the module."""
+    owners: dict[str, list[str]] = {}
+    for name in layers:
+        owner, _, layer = name.rpartition(".")
+        owners.setdefault(owner, []).append(layer)
+    return owners
 
 
 def decompose_for(model: nn.Module, layers: Iterable[str]) -> list[Decomposed]:
     """Decompose the modules that the named layers belong to, where they are not; return them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     done = []
-    for name in layers:
-        owner, _, layer = name.rpartition(".")
-        if owner in modules and (found := _parts_for(modules[owner], layer)) is not None:
+    for owner, names in _by_owner(layers).items():
+        if owner in modules and (found := _parts_for(modules[owner], names)) is not None:
             done.append(decompose_module(modules[owner], *found))
     return done
 
@@ -129,16 +166,18 @@ def with_own_weights(model: nn.Module, shapes: Mapping[str, Any], layers: Iterab
     """
     changed, modules = dict(shapes), dict(model.named_modules(remove_duplicate=False))
     owners: dict[str, dict[str, Part]] = {}
-    for name in layers:
-        owner, _, layer = name.rpartition(".")
+    for owner, names in _by_owner(layers).items():
         module = modules.get(owner)
         if isinstance(module, Decomposed):
             owners[owner] = parts_in(module)
-        elif module is not None and (found := _parts_for(module, layer)) is not None:
+        elif module is not None and (found := _parts_for(module, names)) is not None:
             owners[owner] = found[1]
     for owner, parts in owners.items():
         prefix = f"{owner}." if owner else ""
-        for key in {key for part in parts.values() for key in (part.weight, part.bias) if key is not None}:
+        keys = {key for part in parts.values() for key in (part.weight, part.bias) if key is not None}
+        # What an embedding inside of it has too is tied to the layer.
+        keys = {key for key in keys if not reads_itself(modules[owner], holder_of(modules[owner], key)[0])}
+        for key in keys:
             # Also the tensors that a parametrization or a pruning mask computes it from.
             of_key = (
                 f"{prefix}{key}",

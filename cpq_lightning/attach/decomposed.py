@@ -28,7 +28,7 @@ class Part:
     """The weight and the bias of a layer, as parts of its owner's Parameters.
 
     Attributes:
-        weight: Name of the Parameter that has the weight.
+        weight: Name of the Parameter that has the weight; dotted if it belongs to a module inside of the owner.
         bias: Name of the Parameter that has the bias, if any.
         rows: The rows of the weight, from and to; ``None`` means all.
         bias_rows: The elements of the bias, likewise.
@@ -43,7 +43,8 @@ class Part:
 
     def weight_of(self, owner: nn.Module) -> Tensor:
         """The weight, shape (outputs, inputs): a view of the owner's Parameter."""
-        return self.weight_in(getattr(owner, self.weight))
+        holder, name = holder_of(owner, self.weight)
+        return self.weight_in(getattr(holder, name))
 
     def weight_in(self, parameter: Tensor) -> Tensor:
         """The weight in a tensor like the Parameter, as a view."""
@@ -55,6 +56,17 @@ class Part:
         """The bias, shape (outputs,)."""
         bias = None if self.bias is None else getattr(owner, self.bias)
         return None if bias is None else _rows(bias, self.bias_rows)
+
+
+def holder_of(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a Parameter, and the Parameter's name there."""
+    path, _, key = name.rpartition(".")
+    return owner.get_submodule(path), key
+
+
+def reads_itself(owner: nn.Module, holder: nn.Module) -> bool:
+    """Whether a module inside of an owner, such as an embedding, has a forward that may read its Parameters."""
+    return holder is not owner and type(holder).forward is not nn.Module.forward
 
 
 def _rows(tensor: Tensor, rows: Rows | None) -> Tensor:
@@ -97,7 +109,20 @@ class ParameterLayer(nn.Linear):
     @property
     def parameter(self) -> nn.Parameter | None:
         """The owner's Parameter that has the weight; ``None`` if a parametrization or a pruning mask computes it."""
-        return self.owner._parameters.get(self.part.weight)
+        holder, name = holder_of(self.owner, self.part.weight)
+        return holder._parameters.get(name)
+
+
+def whole_parameter(layer: nn.Module) -> nn.Parameter | None:
+    """The Parameter that is a layer's weight; ``None`` if the weight is computed, or a part of one, or its transposed.
+
+    Other modules may share it.
+    """
+    if not isinstance(layer, ParameterLayer):
+        return layer._parameters.get("weight")
+    parameter = layer.parameter
+    whole = parameter is not None and layer.part.rows is None and not layer.part.transposed and parameter.dim() == 2
+    return parameter if whole else None
 
 
 class Decomposed(Switched):
@@ -110,6 +135,8 @@ class Decomposed(Switched):
     owned_layers: tuple[str, ...]
     # Names of further layers of the module, which its own forward does not call.
     other_layers: ClassVar[tuple[str, ...]] = ()
+    # Whether the layers come before the module's other modules, in the forward and thus in registration order.
+    layers_first: ClassVar[bool] = True
 
     @classmethod
     def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
@@ -120,6 +147,11 @@ class Decomposed(Switched):
     def beside(cls, layer: str) -> tuple[str, ...]:
         """Layers with the same input, or the same output, as a layer: they are first or last together."""
         return ()
+
+    def leave_parameters(self, parts: Mapping[str, Part]) -> None:
+        """Remove the Parameters of the parts, which have become weights and biases of the layers."""
+        for key in {key for part in parts.values() for key in (part.weight, part.bias) if key is not None}:
+            setattr(self, key, None)
 
     def claim_layers(self) -> None:
         """Give a shallow copy of a module, which shares its layers with the original, layers of its own."""
@@ -141,8 +173,10 @@ def owner_of(layer: nn.Module) -> Decomposed | None:
 def is_plain(module: nn.Module, parts: Mapping[str, Part]) -> bool:
     """Whether a module's Parameters are stored in it and not computed, and no attribute has the name of a layer."""
     names = {name for part in parts.values() for name in (part.weight, part.bias) if name is not None}
-    computed = any(name not in module._parameters for name in names)
-    matrices = [module._parameters[part.weight] for part in parts.values() if not computed]
+    stored = {name: holder_of(module, name) for name in names}
+    computed = any(key not in holder._parameters for holder, key in stored.values())
+    holders = [stored[part.weight] for part in parts.values() if not computed]
+    matrices = [holder._parameters[key] for holder, key in holders]
     usable = all(p is not None and p.is_floating_point() and not nn.parameter.is_lazy(p) for p in matrices)
     return not computed and usable and not any(hasattr(module, name) for name in parts)
 
@@ -152,10 +186,10 @@ def decompose_module(module: nn.Module, mixin: type[Decomposed], parts: Mapping[
     decomposed = switch_class(module, mixin)
     decomposed.owned_layers = tuple(parts)
     others = dict(decomposed._modules)
-    decomposed._modules.clear()
+    if mixin.layers_first:
+        decomposed._modules.clear()
     for name, part in parts.items():
         decomposed.add_module(name, ParameterLayer(decomposed, part))
-    # They come first in the forward too.
     decomposed._modules.update(others)
     for name in mixin.other_layers:
         decomposed.get_submodule(name).__dict__[OWNER] = decomposed
@@ -177,7 +211,7 @@ def own_weights(module: Decomposed) -> None:
 
     The module then computes the same, and its state has the names of the layers.
     """
-    parameters: set[str] = set()
+    parts: dict[str, Part] = {}
     for name in module.owned_layers:
         layer = module._modules[name]
         if not isinstance(layer, ParameterLayer):
@@ -187,10 +221,9 @@ def own_weights(module: Decomposed) -> None:
         bias = layer.bias
         if bias is not None:
             linear.bias = nn.Parameter(bias.clone())
-        parameters |= {key for key in (layer.part.weight, layer.part.bias) if key is not None}
+        parts[name] = layer.part
         module._modules[name] = linear
-    for key in parameters:
-        setattr(module, key, None)
+    module.leave_parameters(parts)
 
 
 def shapes_with_own_weights(name: str, parts: Mapping[str, Part], module: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Find the modules that multiply two activations, in one forward of a model that is not quantized yet."""
+"""Find what a model multiplies without a layer, in one forward of it before it is quantized: two activations, or an
+activation and a matrix among its Parameters.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.calls import Call, as_call, copied_to, in_evaluation, restored
+from cpq_lightning.attach.decomposed import Decomposed, Part, holder_of, is_plain, reads_itself
 from cpq_lightning.attach.first_forward import auditable
+from cpq_lightning.attach.matrix_products import as_layer_call, follow_matrix
+from cpq_lightning.attach.origin import without_metrics
+from cpq_lightning.attach.parameter_products import layer_name
 from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.attach.torch_ops import product_operands
 
@@ -37,8 +43,43 @@ class Products:
     counts: set[int] = field(default_factory=set)
 
 
-def find_products(model: nn.Module, example_inputs: Any = None) -> dict[str, Products]:
-    """The modules whose forward multiplies tensors without a layer, by name.
+@dataclass
+class Found:
+    """What one forward has shown.
+
+    Attributes:
+        products: The modules whose forward multiplies tensors without a layer, by name.
+        matrices: The layers for matrices that a forward multiplies by: their parts, by name of the module that
+            multiplies and of the layer.
+    """
+
+    products: dict[str, Products] = field(default_factory=dict)
+    matrices: dict[str, dict[str, Part]] = field(default_factory=dict)
+
+
+def has_matrices(model: nn.Module) -> bool:
+    """Whether a model has Parameters that its forward may multiply by without a layer."""
+    return bool(_matrices(model))
+
+
+def _matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The matrices among a model's Parameters that are not the weight of a layer."""
+    taken, found = set(), set()
+    for _, module in without_metrics(model):
+        for key, parameter in module._parameters.items():
+            if parameter is None or nn.parameter.is_lazy(parameter) or parameter.dim() != 2:
+                continue
+            weight_of_layer = holds_weight(module) and key == "weight"
+            changes = getattr(module, "max_norm", None) is not None
+            if weight_of_layer or changes or isinstance(module, Decomposed) or not parameter.is_floating_point():
+                taken.add(parameter)
+            else:
+                found.add(parameter)
+    return found - taken
+
+
+def find_products(model: nn.Module, example_inputs: Any = None) -> Found:
+    """Find the products of a model's forward that no layer makes.
 
     A product is quantized only if one of its operands depends on the input; rotary frequencies and tables that are
     looked up by position do not. The forward runs in evaluation, and does not change the model.
@@ -54,15 +95,16 @@ def find_products(model: nn.Module, example_inputs: Any = None) -> dict[str, Pro
     """
     if not auditable(model):
         raise ValueError(
-            "attention=True needs to watch a forward, which compiled code does not allow: compile the model afterwards."
+            "A forward is needed to find products without a layer, and compiled code shows nothing: compile the model "
+            "afterwards."
         )
     given = example_inputs if example_inputs is not None else getattr(model, "example_input_array", None)
     if given is not None:
         try:
             return _products_of_forward(model, as_call(model, given))
         except Exception as error:
-            raise ValueError(f"attention=True: the forward with the example inputs fails ({error}).") from error
-    by_name: dict[str, Products] = {}
+            raise ValueError(f"The forward with the example inputs fails ({error}).") from error
+    found = Found()
     backbones = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "pretrained_cfg", None), Mapping)]
     if not backbones:
         raise ValueError(
@@ -71,12 +113,13 @@ def find_products(model: nn.Module, example_inputs: Any = None) -> dict[str, Pro
         )
     for name, backbone in backbones:
         prefix = f"{name}." if name else ""
-        for inner, products in _products_of_backbone(name, backbone).items():
-            by_name[prefix + inner if inner else name] = products
-    return by_name
+        of_backbone = _products_of_backbone(name, backbone)
+        for of_all, of_one in ((found.products, of_backbone.products), (found.matrices, of_backbone.matrices)):
+            of_all.update({prefix + inner if inner else name: value for inner, value in of_one.items()})  # type: ignore[attr-defined]
+    return found
 
 
-def _products_of_backbone(name: str, backbone: nn.Module) -> dict[str, Products]:
+def _products_of_backbone(name: str, backbone: nn.Module) -> Found:
     cfg: Mapping[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     channels, height, width = cfg["input_size"]
     convolution = next((m for m in backbone.modules() if isinstance(m, _ConvNd)), None)
@@ -96,14 +139,15 @@ def _products_of_backbone(name: str, backbone: nn.Module) -> dict[str, Products]
     ) from failure
 
 
-def _products_of_forward(model: nn.Module, call: Call) -> dict[str, Products]:
+def _products_of_forward(model: nn.Module, call: Call) -> Found:
     args, kwargs = copied_to(model, call)
     with in_evaluation(model), torch.no_grad(), restored(model, []), _Finder(model) as finder:
         finder.mark((args, kwargs), depending=True)
         model(*args, **kwargs)
     # Modules without a quantized product are kept too, so that their products do not count as their caller's.
     by_name = {name: products for name, products in finder.products.items() if products.plan}
-    return by_name if any(any(products.plan) for products in by_name.values()) else {}
+    quantized = any(any(products.plan) for products in by_name.values())
+    return Found(by_name if quantized else {}, finder.layers_for_matrices())
 
 
 class _Finder(Audit):
@@ -122,6 +166,11 @@ class _Finder(Audit):
         # Whether a tensor depends on the input, for known tensors.
         self._depending = WeakTensorKeyDictionary()
         self.mark([*model.parameters(), *model.buffers()], depending=False)
+        # Tensors with the values of a matrix: the matrix, and whether it is transposed.
+        self._matrices = WeakTensorKeyDictionary()
+        self._matrices.update((matrix, (matrix, False)) for matrix in _matrices(model))
+        # The modules that multiply by a matrix, and whether its outputs come first there.
+        self._uses: dict[nn.Parameter, set[tuple[nn.Module | None, bool]]] = {}
 
     def mark(self, values: Any, depending: bool) -> None:
         """Record whether tensors depend on the input."""
@@ -136,6 +185,7 @@ class _Finder(Audit):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
+        self._follow_matrix(func, args, kwargs or {}, out)
         name = getattr(func, "__name__", "")
         # Functions such as zeros_like use the shape of the argument, not its values.
         depends = not name.startswith("new_") and not name.endswith("_like") and self._depends((args, kwargs))
@@ -178,3 +228,33 @@ class _Finder(Audit):
         # A product in a layer's forward is with its weight, which its weight quantizer quantizes.
         counts = two_operands and floating_point and self._depends(operands) and not holds_weight(self._stack[-1])
         self._calls[-1].extend([counts] * (1 + fused))
+
+    def _follow_matrix(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note which module multiplies by a matrix."""
+        if args and isinstance(args[0], Tensor) and args[0] in self._matrices and isinstance(out, Tensor):
+            transposes = follow_matrix(func, args, kwargs)
+            if transposes is not None:
+                matrix, transposed = self._matrices[args[0]]
+                self._matrices[out] = (matrix, transposed != transposes)
+                return
+        call = as_layer_call(func, args, kwargs, lambda value: isinstance(value, Tensor) and value in self._matrices)
+        if call is not None and self._depends(call.input):
+            matrix, transposed = self._matrices[call.matrix]
+            inner = (module for module in reversed(self._stack) if any(p is matrix for p in module.parameters()))
+            self._uses.setdefault(matrix, set()).add((next(inner, None), call.outputs_first != transposed))
+
+    def layers_for_matrices(self) -> dict[str, dict[str, Part]]:
+        """See :class:`Found`. A matrix that several modules multiply by, or in both layouts, is left out."""
+        found: dict[str, dict[str, Part]] = {}
+        for matrix, uses in self._uses.items():
+            (module, outputs_first), *others = uses
+            if module is None or others or isinstance(module, Decomposed) or "forward" in module.__dict__:
+                continue
+            paths = [path for path, p in module.named_parameters(remove_duplicate=False) if p is matrix]
+            name, part = layer_name(paths[0], outputs_first), Part(paths[0], transposed=not outputs_first)
+            holder, _ = holder_of(module, part.weight)
+            # An embedding's rows are the outputs of the layer that it is tied to.
+            readable = not reads_itself(module, holder) or (type(holder) is nn.Embedding and outputs_first)
+            if readable and is_plain(module, {name: part}):
+                found.setdefault(self._names[module], {})[name] = part
+        return found

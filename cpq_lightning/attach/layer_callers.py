@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.forward_mode import ForwardMode
 from cpq_lightning.attach.torch_ops import WITH_WEIGHT, product_operands
 
 # The layers whose weights a class reads, by its name and that of its module.
@@ -40,7 +40,7 @@ class LayerCaller(Switched):
         return {"forward": forward}
 
 
-class _Calling(TorchFunctionMode):
+class _Calling(ForwardMode):
     """Function mode in which a product with one of the given weights calls its layer."""
 
     def __init__(self, layers: list[tuple[Any, Any]]) -> None:
@@ -57,6 +57,7 @@ class _Calling(TorchFunctionMode):
         layer = next((layer for known, layer in self.layers if known is weight), None)
         if layer is None:
             return func(*args, **kwargs)
+        self.refuse_reentrant_checkpoint()
         out = layer(x)
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         # torchvision's second version sets a part of the bias to zero.

@@ -90,7 +90,7 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Convolutions (also transposed and conditional ones) and linear layers that have a weight, by name; layers inside
     of torchmetrics metrics are left out.
     """
-    return {name: module for name, module in _without_metrics(model) if holds_weight(module)}
+    return {name: module for name, module in without_metrics(model) if holds_weight(module)}
 
 
 def late_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -113,7 +113,7 @@ def full_precision_layers(model: nn.Module) -> list[FullPrecision]:
     """
     scopes, late = _Scopes(model), late_layers(model)
     layers = []
-    for name, module in _without_metrics(model):
+    for name, module in without_metrics(model):
         weights = _other_weights(module)
         if name in late or (weights and not scopes.leaves_out(name, module)):
             numel = sum(p.numel() for n, p in module.named_parameters(recurse=False) if "bias" not in n)
@@ -133,7 +133,8 @@ def late_message(model: nn.Module, late: Mapping[str, object]) -> str:
     )
 
 
-def _without_metrics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def without_metrics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model with their names, except those inside of torchmetrics metrics."""
     metrics: list[str] = []
     # A model with a metric has imported torchmetrics; the import is slow, so other models avoid it.
     metric = getattr(sys.modules.get("torchmetrics"), "Metric", ())

@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from cpq_lightning.attach.calls import in_evaluation
 from cpq_lightning.attach.class_switch import original_class
-from cpq_lightning.attach.decomposed import ParameterLayer
+from cpq_lightning.attach.decomposed import ParameterLayer, holder_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 def weight_now(layer: nn.Module) -> Tensor:
     """The current weight; reading it does not advance a parametrization that updates itself in training."""
     if isinstance(layer, ParameterLayer):
-        return layer.part.weight_in(_tensor_now(layer.owner, layer.part.weight))
+        return layer.part.weight_in(_tensor_now(*holder_of(layer.owner, layer.part.weight)))
     return _tensor_now(layer, "weight")
 
 
@@ -61,7 +61,7 @@ def computing(layer: nn.Module) -> dict[str, Tensor]:
 def leave_computed(layer: nn.Module) -> nn.Parameter:
     """Remove what computes a layer's weight, so that a Parameter remains; a weight that is a Parameter is kept."""
     if isinstance(layer, ParameterLayer):
-        return _leave_computed(layer.owner, layer.part.weight)
+        return _leave_computed(*holder_of(layer.owner, layer.part.weight))
     return _leave_computed(layer, "weight")
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_unflatten
 
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
+from cpq_lightning.attach.forward_mode import ForwardMode
 from cpq_lightning.attach.torch_ops import WITHOUT_WEIGHT, flat_operands
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.functional.attention import attention
@@ -174,7 +174,7 @@ class _Running(threading.local):
 _running = _Running()
 
 
-class _Quantizing(TorchFunctionMode):
+class _Quantizing(ForwardMode):
     """Function mode around one forward of a module, which quantizes the operands of its planned products."""
 
     def __init__(self, operands: nn.ModuleDict | dict[str, nn.Module]) -> None:
@@ -193,6 +193,7 @@ class _Quantizing(TorchFunctionMode):
         names = [f"{product}_{side}" for product in range(first, self.made) for side in ("left", "right")]
         if not any(name in self.operands for name in names):
             return func(*args, **kwargs)
+        self.refuse_reentrant_checkpoint()
         sides = [self.operands[name] if name in self.operands else nn.Identity() for name in names]
         if fused:
             return attention(*args, **kwargs, operands=sides)

@@ -56,7 +56,7 @@ def select(
         model: Any module.
         config: The config.
         products: Plans of the products to quantize, by module name.
-        tied: Modules that share a layer's weight, by name.
+        tied: Modules that share a layer's weight, and layers that were left out already, by name.
         checked: Whether each pattern must match something.
 
     Raises:
@@ -73,7 +73,8 @@ def select(
     names = names_of(model)
     if checked:
         multiplying = {name: model.get_submodule(name) for name in products}
-        check_patterns({**layers, **multiplying}, names, config, tied or {})
+        left = {layer: (name,) for name, layer in (tied or {}).items()}
+        check_patterns({**layers, **multiplying}, {**left, **names}, config, tied or {})
     chosen = {name: layer for name, layer in layers.items() if not is_ignored(layer, names, config)}
     if not chosen:
         raise ValueError(f"ignore={list(config.ignore)} leaves no layer to quantize: it matches all {len(layers)}.")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cpq_lightning.attach.class_switch import switch_class, switch_class_back
+from cpq_lightning.attach.decomposed import ParameterLayer, holder_of, reads_itself, whole_parameter
 from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quantized_weight
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.attach.patterns import matches
@@ -51,25 +52,32 @@ class Tied:
 
 
 def tied_to(model: nn.Module, parameters: Mapping[int, str]) -> list[Tied]:
-    """The modules that have one of the given Parameters, except layers that can be quantized.
+    """The modules that have one of the given Parameters, except layers that can be quantized, and modules that multiply
+    by the Parameter through the layer.
 
     Args:
         model: The model to search.
         parameters: Names of the layers whose weight is the Parameter, by its ``id``.
     """
+    own = set()
+    for layer in model.modules():
+        if isinstance(layer, ParameterLayer):
+            holder, key = holder_of(layer.owner, layer.part.weight)
+            if not reads_itself(layer.owner, holder):
+                own.add((id(holder), key))
     return [
         Tied(name, module, key)
         for name, module in unwrapped(model).named_modules()
         if not isinstance(module, QuantizedLayer) and not holds_weight(module)
         for key, parameter in module._parameters.items()
-        if id(parameter) in parameters
+        if id(parameter) in parameters and (id(module), key) not in own
     ]
 
 
 def tied_to_layers(model: nn.Module) -> list[Tied]:
     """The modules that share the weight of a layer that is, or can be, quantized."""
     layers = quantizable_layers(model)
-    weights = {id(p): name for name, m in layers.items() if (p := m._parameters.get("weight")) is not None}
+    weights = {id(p): name for name, m in layers.items() if (p := whole_parameter(m)) is not None}
     return tied_to(model, weights)
 
 
@@ -82,15 +90,21 @@ def to_be_tied(model: nn.Module, layers: Mapping[str, nn.Module], config: CPQCon
         config: Its ``ignore`` leaves modules out.
 
     Raises:
-        ValueError: an embedding rewrites the weight by ``max_norm``.
+        ValueError: an embedding rewrites the weight by ``max_norm``, or is left out alone although the model multiplies
+            by its weight without a layer.
     """
-    layer_names = {id(p): name for name, m in layers.items() if (p := m._parameters.get("weight")) is not None}
+    layer_names = {id(p): name for name, m in layers.items() if (p := whole_parameter(m)) is not None}
     readable: dict[str, Tied] = {}
     warnings = []
     for tied in tied_to(model, layer_names):
-        if any(matches(tied.name, tied.module, pattern) for pattern in config.ignore):
-            continue
         layer = layer_names[id(tied.tensor)]
+        if any(matches(tied.name, tied.module, pattern) for pattern in config.ignore):
+            if isinstance(layers[layer], ParameterLayer):
+                raise ValueError(
+                    f"ignore: {tied.name!r} alone is left out, and the weight of layer {layer!r} is its Parameter "
+                    f"{tied.parameter!r}, which the model multiplies by without a layer: leave out both or neither."
+                )
+            continue
         if getattr(tied.module, "max_norm", None) is not None:
             raise ValueError(
                 f"The embedding {tied.name!r} is tied to the weight of layer {layer!r}, and with max_norm="
@@ -146,7 +160,7 @@ def source_of(reader: TiedReader, model: nn.Module) -> str | None:
     """The name of the layer that a module shares its weight and quantizer with; ``None`` if there is none any more."""
     weight, quantizer = reader._parameters[reader.tied_name], reader.weight_quantizer
     for name, layer in quantized_layers(model):
-        if layer._parameters.get("weight") is weight and layer.weight_quantizer is quantizer:
+        if whole_parameter(cast(nn.Module, layer)) is weight and layer.weight_quantizer is quantizer:
             return name
     return None
 

@@ -8,7 +8,7 @@ from timm.layers import CondConv2d  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from cpq_lightning.attach.decomposed import ParameterLayer
+from cpq_lightning.attach.decomposed import ParameterLayer, holder_of, whole_parameter
 from cpq_lightning.attach.parametrized import computed_from
 
 # Attribute that keeps a module's previous setting.
@@ -31,8 +31,8 @@ def holds_weight(module: nn.Module) -> bool:
 
 
 def shared_weight(layer: nn.Module) -> object:
-    """The Parameter that a layer may share with others; the layer itself if its weight is computed."""
-    parameter = layer._parameters.get("weight")
+    """The Parameter that a layer may share with others; the layer itself if its weight is computed, or a part."""
+    parameter = whole_parameter(layer)
     return layer if parameter is None else parameter
 
 
@@ -41,7 +41,7 @@ def weight_parameters(layer: nn.Module) -> list[nn.Parameter]:
     computes it.
     """
     if isinstance(layer, ParameterLayer):
-        return computed_from(layer.owner, layer.part.weight)
+        return computed_from(*holder_of(layer.owner, layer.part.weight))
     weight = layer._parameters.get("weight")
     computed = (p for n, p in layer.named_parameters() if n != "bias" and "_quantizer." not in n)
     return list(computed) if weight is None else [weight]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
 from cpq_lightning.attach.decomposed import Decomposed
+from cpq_lightning.attach.forward_mode import ForwardMode
 from cpq_lightning.nn.quantizer import Quantizer
 
 # Functions that return a tensor's properties, or an alias of its memory for writing.
@@ -36,16 +36,16 @@ _PROPERTIES = frozenset(
 _COMPUTED = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 
 
-class ReadQuantized(TorchFunctionMode):
+class ReadQuantized(ForwardMode):
     """Function mode around a forward in which operations on the given weights read them quantized, except writes.
 
     Args:
         weights: Pairs of a weight, as the forward reads it, and its quantizer.
     """
 
-    def __init__(self, weights: Sequence[tuple[Tensor, Quantizer]]) -> None:
+    def __init__(self, weights: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights = list(weights)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,6 +53,7 @@ class ReadQuantized(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._reads((args, kwargs)) or _reads_properties(func):
             return func(*args, **kwargs)
+        self.refuse_reentrant_checkpoint()
         if writes(func):
             # It writes to the first argument and reads the others.
             return func(*args[:1], *self._quantized(args[1:]), **self._quantized(kwargs))

@@ -17,6 +17,7 @@ from cpq_lightning.attach.first_forward import is_training
 from cpq_lightning.attach.layer_callers import call_layers
 from cpq_lightning.attach.layers import QuantizedLayer, is_attached, quantized_layers, read_layers
 from cpq_lightning.attach.origin import late_layers, late_message
+from cpq_lightning.attach.parameter_products import announce
 from cpq_lightning.attach.parametrized import copied, leave_computed
 from cpq_lightning.attach.products import (
     modules_with_products,
@@ -207,7 +208,8 @@ def to_integer_model(
         layer.add_module("input_grid", grid)
     for name, parameter, source in tied:
         if source is not None and source in parts:
-            _make_table(network.get_submodule(name), parameter, source, parts[source], table_class)
+            module, layer = network.get_submodule(name), network.get_submodule(source)
+            _make_table(module, parameter, source, layer, parts[source], table_class)
     call_layers(network, IntegerLayer)
     avoid_fused_paths(network, IntegerLayer)
     return network
@@ -223,10 +225,12 @@ def _parts(layer: QuantizedLayer, grid_class: type[InputGrid], known: dict[int, 
     return *known[layer.weight_id], weights.channel_dim, _grid(inputs, grid_class)
 
 
-def _make_table(module: nn.Module, parameter: str, source: str, parts: _Parts, table_class: type[IntegerTable]) -> None:
+def _make_table(
+    module: nn.Module, parameter: str, source: str, layer: nn.Module, parts: _Parts, table_class: type[IntegerTable]
+) -> None:
     del module._parameters[parameter]
     base = type(module)
-    content = {"base_class": base, parameter: property(lambda self: self.dequantized())}
+    content = {"base_class": base, parameter: property(lambda self: announce(self.dequantized(), layer))}
     module.__class__ = type(f"Integer{base.__name__}", (table_class, base), content)
     assert isinstance(module, IntegerTable)
     module.register_buffer("weight_codes", parts[0])
