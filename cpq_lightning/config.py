@@ -65,6 +65,9 @@ class CPQConfig:
             ``q·kᵀ`` and ``attention·v``, and all other products that a forward computes outside of layers.
             ``scaled_dot_product_attention`` is then computed as two products; with ``False`` it is not changed. One
             forward determines which modules multiply: see :func:`~cpq_lightning.attach`.
+        embeddings: Whether the tables of ``nn.Embedding`` and ``nn.EmbeddingBag`` are quantized too, with
+            ``weight_bits`` and one scale each row. Each forward quantizes the complete table. An embedding that shares
+            the weight of a quantized layer is always looked up quantized, at that layer's width.
         levels_from: Path of a ``levels.json`` whose widths all layers use, first and last layers too, or these widths
             as a mapping ``{layer: {"weight": bits, "activation": bits}}``, where a list of bits has one width for each
             channel. No width is then learned and no bit dropped; scales are initialized again.
@@ -134,6 +137,7 @@ class CPQConfig:
     learn_act_bits: bool = False
     min_act_bits: int | None = None
     attention: bool = False
+    embeddings: bool = False
     levels_from: Levels = None
     nesting: Nesting = "auto"
     first_last_bits: int | None = 8
@@ -174,7 +178,7 @@ class CPQConfig:
                 raise TypeError(f"{name} must be a number over 0 and up to 1, got {value!r}.")
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be over 0 and up to 1, got {value}.")
-        for name in ("per_channel", "learn_bits", "learn_act_bits", "attention"):
+        for name in ("per_channel", "learn_bits", "learn_act_bits", "attention", "embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -283,7 +287,7 @@ class CPQConfig:
 
     def for_layer(self, overrides: Mapping[str, Any]) -> CPQConfig:
         """The settings of one layer: this config with the given overrides."""
-        return dataclasses.replace(self, overrides={}, **{**_with_implied(self, overrides), "attention": False})
+        return dataclasses.replace(self, overrides={}, **{**_with_implied(self, overrides), **_OF_THE_MODEL})
 
     def for_first_or_last(self) -> CPQConfig:
         """The settings of a first or last layer: a fixed width of ``first_last_bits``, without DropBits."""
@@ -296,10 +300,10 @@ class CPQConfig:
             min_bits=None,
             learn_bits=False,
             act_bits=act_bits,
-            attention=False,
             min_act_bits=None,
             learn_act_bits=False,
             overrides={},
+            **_OF_THE_MODEL,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -346,6 +350,10 @@ def _with_implied(config: CPQConfig, settings: Mapping[str, Any]) -> dict[str, A
         completed.setdefault("learn_act_bits", False)
         completed["attention"] = False
     return completed
+
+
+# Settings that say which parts of a model are quantized, and mean nothing for one layer.
+_OF_THE_MODEL = {"attention": False, "embeddings": False}
 
 
 # Makes checkpoints with a config in their hyperparameters loadable with weights_only=True, and hparams.yaml, which

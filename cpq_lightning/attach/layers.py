@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
 from cpq_lightning.attach.decomposed import ParameterLayer
 from cpq_lightning.attach.parametrized import leave_computed, weight_now
-from cpq_lightning.attach.weight_readers import ReadQuantized, TiedReader
+from cpq_lightning.attach.weight_readers import ReadQuantized, TiedReader, make_dense, restore_sparse
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.kernels.product import Convolution, Operand, product
 from cpq_lightning.nn.quantizer import Quantizer
@@ -168,6 +168,7 @@ def switch(layer: nn.Module, weight_quantizer: Quantizer, input_quantizer: Quant
     switch_class(layer, QuantizedLayer)
     layer.add_module("weight_quantizer", weight_quantizer)
     layer.add_module("input_quantizer", input_quantizer)
+    make_dense(layer)
 
 
 def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
@@ -177,6 +178,7 @@ def switch_back(layer: QuantizedLayer, written: bool = True) -> None:
     for name in ("weight_quantizer", "input_quantizer"):
         layer._modules.pop(name, None)
     layer.__dict__.pop(ORIGIN, None)
+    restore_sparse(layer)
     switch_class_back(layer)
 
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from cpq_lightning.attach.class_switch import Switched
 from cpq_lightning.attach.decompose import decomposable
-from cpq_lightning.attach.decomposed import Decomposed
+from cpq_lightning.attach.decomposed import Decomposed, whole_parameter
 from cpq_lightning.attach.layers import ORIGIN, QuantizedLayer, quantized_layers
 from cpq_lightning.attach.patterns import matches
-from cpq_lightning.attach.timm_layers import holds_weight
+from cpq_lightning.attach.timm_layers import holds_weight, looks_up
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn.quantizer import Quantizer
@@ -86,11 +86,20 @@ def attached_config(model: nn.Module) -> CPQConfig | None:
     return configs[0] if configs and all(config == configs[0] for config in configs) else None
 
 
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantizable_layers(model: nn.Module, embeddings: bool = False) -> dict[str, nn.Module]:
     """Convolutions (also transposed and conditional ones) and linear layers that have a weight, by name; layers inside
     of torchmetrics metrics are left out.
+
+    Args:
+        model: The model.
+        embeddings: Whether embeddings count too, except those that share the weight of another layer.
     """
-    return {name: module for name, module in without_metrics(model) if holds_weight(module)}
+    modules = dict(without_metrics(model))
+    layers = {name: module for name, module in modules.items() if holds_weight(module)}
+    if not embeddings:
+        return layers
+    weights = {id(whole_parameter(layer)) for layer in layers.values()}
+    return {n: m for n, m in modules.items() if n in layers or (looks_up(m) and id(m.weight) not in weights)}
 
 
 def late_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -98,7 +107,8 @@ def late_layers(model: nn.Module) -> dict[str, nn.Module]:
     as recurrent ones, that the config would have decomposed.
     """
     scopes = _Scopes(model)
-    plain = {name: m for name, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer)}
+    layers = quantizable_layers(model, embeddings=True)
+    plain = {name: m for name, m in layers.items() if not isinstance(m, QuantizedLayer)}
     late = {name: module for name, module in plain.items() if not scopes.leaves_out(name, module)}
     for name, module, _, parts in decomposable(unwrapped(model)):
         if not all(scopes.leaves_out(f"{name}.{part}".lstrip("."), module) for part in parts):
@@ -181,6 +191,8 @@ class _Scopes:
         origin, original = self._origins[scope], scope[1] + name[len(scope[0]) :]
         if origin.config is None:
             return original in origin.plain
+        if looks_up(module) and not origin.config.embeddings:
+            return True
         return any(matches(original, module, pattern) for pattern in origin.config.ignore)
 
 

@@ -22,7 +22,7 @@ from cpq_lightning.attach.products import (
     remember_plan,
 )
 from cpq_lightning.attach.tied import Tied, tie, tied_readers, tied_to_layers, untie
-from cpq_lightning.attach.timm_layers import holds_weight, shared_weight, weight_parameters
+from cpq_lightning.attach.timm_layers import holds_weight, looks_up, shared_weight, weight_parameters
 from cpq_lightning.attach.weight_readers import TiedReader
 from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.errors import StateDictError
@@ -159,6 +159,7 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
         for name in _multiplying_modules_in(state):
             if name in names:
                 multiplying.append(_quantize_products_from(model.get_submodule(name), name, state))
+        own_weight = quantizable_layers(model, embeddings=True)
         for name in quantized_in(state):
             if name not in names:
                 continue
@@ -168,7 +169,7 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
                     without_inputs.append((layer, None))
                     layer.input_quantizer = _build(layer, name, "input_quantizer", state)
                 continue
-            tied = None if holds_weight(layer) else _tied_in(model, name, state)
+            tied = None if name in own_weight else _tied_in(model, name, state)
             _check(layer, name, state, tied)
             owner = shared_weight(layer) if tied is None else tied.tensor
             weights = _shared_quantizer(shared, owner, _tensors(name, "weight_quantizer", state))
@@ -186,7 +187,9 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> Callable[[], Non
         undo()
         raise
     # Read before the new layers get an origin.
-    plain = frozenset(n for n, m in quantizable_layers(model).items() if not isinstance(m, QuantizedLayer))
+    plain = frozenset(
+        n for n, m in quantizable_layers(model, embeddings=True).items() if not isinstance(m, QuantizedLayer)
+    )
     plain |= {f"{n}.{part}".lstrip(".") for n, _, _, parts in decomposable(model) for part in parts}
     new = set(layers)
     for name, layer in quantized_layers(model):
@@ -231,7 +234,7 @@ def _tied_in(model: nn.Module, name: str, state: Mapping[str, Any]) -> Tied | No
 
 
 def _check(layer: nn.Module, name: str, state: Mapping[str, Any], tied: Tied | None) -> None:
-    if tied is None and not holds_weight(layer):
+    if tied is None and not holds_weight(layer) and not looks_up(layer):
         raise StateDictError(
             f"The state_dict has quantizers of the layer {name!r}, which is {type(layer).__name__} here, and not a "
             "convolution or linear layer with a weight: build the model as it was when it was saved."

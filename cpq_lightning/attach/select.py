@@ -17,7 +17,7 @@ from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.attach.parametrized import weight_now
 from cpq_lightning.attach.patterns import check_patterns, is_ignored, layer_overrides, names_of, overrides_of, shared_by
 from cpq_lightning.attach.products import operand_names, operand_path
-from cpq_lightning.attach.timm_layers import shared_weight, weight_parameters
+from cpq_lightning.attach.timm_layers import looks_up, shared_weight, weight_parameters
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn.sharding import full_tensor
 
@@ -63,7 +63,7 @@ def select(
         ValueError: there is no layer to quantize, a pattern matches no layer, layers that share a weight get different
             settings for it, a layer is not initialized yet, or weights are not finite.
     """
-    layers = quantizable_layers(model)
+    layers = quantizable_layers(model, config.embeddings)
     if not layers:
         raise ValueError(
             f"The model {type(model).__name__} has no layer to quantize: expected convolutions or linear layers with a "
@@ -83,15 +83,18 @@ def select(
     _check_shared(layers, chosen, config)
     overrides = overrides_of(chosen, names, config, shared_weight)
     first_last = first_and_last(model, list(chosen)) if config.first_last_bits is not None else set()
-    return [
-        Site(
-            name,
-            layer,
-            *layer_settings(name, overrides[name], config, name in first_last),
-            inner=layer_settings(name, overrides[name], config, at_end=False)[0],
-        )
-        for name, layer in chosen.items()
-    ]
+    sites = []
+    for name, layer in chosen.items():
+        settings, first_or_last = layer_settings(name, overrides[name], config, name in first_last)
+        inner, _ = layer_settings(name, overrides[name], config, at_end=False)
+        if looks_up(layer):
+            settings, inner = _weight_only(settings), _weight_only(inner)
+        sites.append(Site(name, layer, settings, first_or_last, inner))
+    return sites
+
+
+def _weight_only(settings: CPQConfig) -> CPQConfig:
+    return dataclasses.replace(settings, act_bits=None, learn_act_bits=False)
 
 
 def chosen_operands(
@@ -174,6 +177,11 @@ def _check_shared(layers: Mapping[str, nn.Module], chosen: Mapping[str, nn.Modul
 
 def _check_weight(name: str, layer: nn.Module) -> None:
     weight = weight_now(layer)
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"The embedding {name!r} has max_norm={layer.max_norm:g}: a forward rewrites rows of its weight, "
+            "also while it is quantized: leave it out with ignore, or disable max_norm."
+        )
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"Layer {name!r} is lazy and not initialized yet: run one forward of the model first.")
     finite = weight.new_ones(1) if weight.is_meta else full_tensor(weight.detach()).isfinite()
@@ -190,6 +198,10 @@ def first_and_last(model: nn.Module, names: list[str], called: list[str] | None 
 
     The set also has the last layer that trains, and layers that share a weight with one of these.
     """
+    # An embedding multiplies nothing.
+    names, called = ([n for n in given or () if not looks_up(model.get_submodule(n))] for given in (names, called))
+    if not names:
+        return set()
     timm_first, timm_last = timm_first_and_last(model, names)
     execution_order = called or names
     weights = {name: shared_weight(model.get_submodule(name)) for name in names}

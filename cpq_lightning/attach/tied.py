@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,13 +21,10 @@ from cpq_lightning.attach.layers import QuantizedLayer, quantized_layers, quanti
 from cpq_lightning.attach.origin import quantizable_layers
 from cpq_lightning.attach.patterns import matches
 from cpq_lightning.attach.timm_layers import holds_weight
-from cpq_lightning.attach.weight_readers import TiedReader
+from cpq_lightning.attach.weight_readers import TiedReader, make_dense, restore_sparse
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.config import CPQConfig
 from cpq_lightning.nn.quantizer import Quantizer
-
-# Attribute that keeps an embedding's ``sparse``: its gradient must be dense, because a quantizer's gradient is.
-_BEFORE = "_cpq_before_sparse"
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,9 @@ def to_be_tied(model: nn.Module, layers: Mapping[str, nn.Module], config: CPQCon
     readable: dict[str, Tied] = {}
     warnings = []
     for tied in tied_to(model, layer_names):
+        if tied.name in layers:
+            # An embedding with a quantizer of its own.
+            continue
         layer = layer_names[id(tied.tensor)]
         if any(matches(tied.name, tied.module, pattern) for pattern in config.ignore):
             if isinstance(layers[layer], ParameterLayer):
@@ -134,9 +134,7 @@ def tie(tied: Tied, quantizer: Quantizer) -> TiedReader:
     module = switch_class(tied.module, TiedReader)
     module.tied_name = tied.parameter
     module.add_module("weight_quantizer", quantizer)
-    if getattr(module, "sparse", False):
-        module.__dict__[_BEFORE] = True
-        cast(Any, module).sparse = False
+    make_dense(module)
     return module
 
 
@@ -144,8 +142,7 @@ def untie(reader: TiedReader) -> None:
     """Undo :func:`tie`."""
     reader._modules.pop("weight_quantizer")
     reader.__dict__.pop("tied_name")
-    if reader.__dict__.pop(_BEFORE, False):
-        cast(Any, reader).sparse = True
+    restore_sparse(reader)
     switch_class_back(reader)
 
 

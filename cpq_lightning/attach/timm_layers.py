@@ -16,9 +16,12 @@ _BEFORE = "_cpq_qkv_bias_separate"
 
 
 def holds_weight(module: nn.Module) -> bool:
-    """Whether a module is a layer with a weight to quantize: a convolution (also transposed or conditional) or a linear
-    layer.
+    """Whether a module is a layer with a weight to quantize: a convolution (also transposed or conditional), a linear
+    layer, or an embedding that is quantized already.
     """
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        # As a layer, not as a module that is tied to one.
+        return "input_quantizer" in module._modules
     if not isinstance(module, nn.Linear | _ConvNd | CondConv2d):
         return False
     computed = module._modules.get("parametrizations")
@@ -28,6 +31,11 @@ def holds_weight(module: nn.Module) -> bool:
     # A Parameter, or the tensor that a pruning mask or an older parametrization computes from one.
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point()
+
+
+def looks_up(module: nn.Module) -> bool:
+    """Whether a module is an embedding, whose table ``embeddings=True`` quantizes."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.is_floating_point()
 
 
 def shared_weight(layer: nn.Module) -> object:

@@ -10,7 +10,7 @@ So do forwards of modules that share the Parameter, such as an embedding that is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,23 @@ class WeightReader(Switched):
                 kwargs = {**kwargs, "query": kwargs["query"].view_as(kwargs["query"])}
         with ReadQuantized(pairs):
             return super().forward(*args, **kwargs)
+
+
+# Attribute that keeps an embedding's ``sparse``.
+_SPARSE = "_cpq_before_sparse"
+
+
+def make_dense(module: nn.Module) -> None:
+    """Let an embedding's gradient be dense, because a quantizer's gradient is."""
+    if getattr(module, "sparse", False):
+        module.__dict__[_SPARSE] = True
+        cast(Any, module).sparse = False
+
+
+def restore_sparse(module: nn.Module) -> None:
+    """Undo :func:`make_dense`."""
+    if module.__dict__.pop(_SPARSE, False):
+        cast(Any, module).sparse = True
 
 
 class TiedReader(Switched):
