@@ -117,6 +117,7 @@ FULL = {
     "keep_prob": 0.75, "gate_sharing": "channel", "gate_estimator": "concrete", "ignore": ["head", "*.fc"],
     "overrides": {"*.downsample.*": {"weight_bits": 8, "per_channel": False}, "Linear": {"act_bits": 3}},
     "weight_range": "max", "act_range": "max", "seed": 7, "learn_bits": True, "attention": False,
+    "embeddings": True,
     "learn_act_bits": False,
     "min_act_bits": 3, "levels_from": None, "weight_grid": "balanced", "act_grid": "offset", "deploy": "qonnx",
 }  # fmt: skip

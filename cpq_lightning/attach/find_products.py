@@ -22,7 +22,7 @@ from cpq_lightning.attach.decomposed import Decomposed, Part, holder_of, is_plai
 from cpq_lightning.attach.first_forward import auditable
 from cpq_lightning.attach.matrix_products import as_layer_call, follow_matrix
 from cpq_lightning.attach.origin import without_metrics
-from cpq_lightning.attach.parameter_products import layer_name
+from cpq_lightning.attach.parameter_products import ProductsByLayers, layer_name
 from cpq_lightning.attach.timm_layers import holds_weight
 from cpq_lightning.attach.torch_ops import product_operands
 
@@ -257,4 +257,6 @@ class _Finder(Audit):
             readable = not reads_itself(module, holder) or (type(holder) is nn.Embedding and outputs_first)
             if readable and is_plain(module, {name: part}):
                 found.setdefault(self._names[module], {})[name] = part
-        return found
+        # In the order in which a state builds them again.
+        ordered = {name: ProductsByLayers.parts_named(self.model.get_submodule(name), found[name]) for name in found}
+        return {name: parts for name, parts in ordered.items() if parts}

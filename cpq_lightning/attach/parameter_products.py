@@ -67,13 +67,14 @@ class ProductsByLayers(ParametersOfLayers, Decomposed):
         wanted = set(layers)
         if isinstance(module, Decomposed) or not any(name.endswith((_LINEAR, _MATMUL)) for name in wanted):
             return {}
-        parts = {}
+        parts: dict[str, list[Part]] = {}
         for path, parameter in module.named_parameters(remove_duplicate=False):
             for outputs_first in (True, False):
                 name = layer_name(path, outputs_first)
                 if name in wanted and parameter.dim() == 2:
-                    parts[name] = Part(path, transposed=not outputs_first)
-        return parts
+                    parts.setdefault(name, []).append(Part(path, transposed=not outputs_first))
+        # Names such as ``a.b`` and ``a_b`` would have one layer.
+        return {name: of_name[0] for name, of_name in parts.items() if len(of_name) == 1}
 
     @classmethod
     def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:

@@ -97,13 +97,13 @@ def _quantized(network: nn.Module, described: Mapping[str, Any]) -> tuple[list[T
 
     These entries are the codes and scales themselves, and further names of modules that are registered several times.
     """
-    entries = {entry["name"]: entry for entry in described["layers"]}
+    layers = dict(integer_layers(network))
     names = {*canonical_names(network)}
     codes: list[Tensor] = []
     steps: list[Tensor] = []
-    for name, layer in integer_layers(network):
+    for entry in described["layers"]:
+        name, layer = entry["name"], layers[entry["name"]]
         names |= {f"{name}.weight_codes", f"{name}.weight_step", f"{name}.input_grid.step"}
-        entry = entries[name]
         if "source" not in entry:
             rows = layer.weight_codes.movedim(layer.channel_dim, 0).contiguous()
             # Codes of balanced grids are odd.

@@ -64,17 +64,17 @@ class Einsum(Matrix):
 
 
 class Several(nn.Module):
-    """A list of matrices, one of them multiplied by twice, and a product of activations."""
+    """A list of matrices, used in another order, one of them twice, and a product of activations."""
 
     def __init__(self):
         super().__init__()
-        self.matrices = nn.ParameterList([draw(8, 6), draw(6, 6, seed=1)])
+        self.matrices = nn.ParameterList([draw(8, 6), draw(6, 6, seed=1), draw(6, 6, seed=2)])
         self.norm = nn.LayerNorm(6)
 
     def forward(self, x):
         x = self.norm(x @ self.matrices[0])
         x = x + (x @ x.mT).softmax(-1) @ x.relu()
-        return (x @ self.matrices[1]).relu() @ self.matrices[1]
+        return ((x @ self.matrices[2]).relu() @ self.matrices[1]).relu() @ self.matrices[1]
 
 
 class LoRA(nn.Linear):
@@ -117,7 +117,7 @@ CASES = {
     "on the left": (lambda: Left(6, 8), X, ["weight_linear"]),
     "addmm": (lambda: Addmm(8, 6), X, ["weight_matmul"]),
     "einsum": (lambda: Einsum(8, 6), X, ["weight_matmul"]),
-    "several": (Several, X, ["matrices_0_matmul", "matrices_1_matmul"]),
+    "several": (Several, X, ["matrices_0_matmul", "matrices_1_matmul", "matrices_2_matmul"]),
     "LoRA": (LoRA, X, ["lora_a_linear", "lora_b_linear"]),
     "tied": (Tied, TOKENS, ["embed_weight_linear"]),
     "own table": (OwnTable, TOKENS, ["table_linear"]),
@@ -321,7 +321,7 @@ def test_what_is_left_out_does_not_disturb_the_other_products_of_its_module():
     model, x = made("several")
     attach(model, CPQConfig(attention=True, ignore=["0.matrices_1_matmul"]), example_inputs=x)
     calibrate(model, [x])(x)
-    assert [name for name, _ in quantized_layers(model)] == ["0.matrices_0_matmul"]
+    assert [name for name, _ in quantized_layers(model)] == ["0.matrices_0_matmul", "0.matrices_2_matmul"]
     with loading():
         fresh, _ = made("several")
         fresh.load_state_dict(model.state_dict())
