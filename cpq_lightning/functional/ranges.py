@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,14 @@ _BLOCK, _DEVICE_BLOCK = 2**16, 2**24
 _SMALLEST = 1e-30
 
 
-def mse_scale(values: Tensor, *, bits: int, zero_point: float | None = None, counts: Tensor | None = None) -> Tensor:
+def mse_scale(
+    values: Tensor,
+    *,
+    bits: int,
+    zero_point: float | None = None,
+    counts: Tensor | None = None,
+    thorough: bool | None = None,
+) -> Tensor:
     """Least-squares scale ``argmin_a sum_i c_i (v_i - a n_i)^2`` of each row, ``n_i`` the level nearest to
     ``v_i / a``.
 
@@ -47,6 +55,9 @@ def mse_scale(values: Tensor, *, bits: int, zero_point: float | None = None, cou
         bits: Width of the grid.
         zero_point: Zero point of the grid; ``None`` means signed, see :mod:`~cpq_lightning.functional.grid`.
         counts: Weights ``c``, same shape; ``None`` means 1.
+        thorough: Whether to search at many scales, which takes ten times as long; ``None`` means for a single row, and
+            for rows of at most 256 values. Of a weight in groups of 16 to 128 inputs, the error of the short search is
+            at most 0.6 % above that of the long one.
 
     Returns:
         Scales > 0, shape ``(rows,)``, float32, in the unit of ``values``. A row of zeros gets 1.
@@ -66,7 +77,8 @@ def mse_scale(values: Tensor, *, bits: int, zero_point: float | None = None, cou
     full, values = full.ldexp(-exponent), values.ldexp(-exponent[:, None])
     # The minmax scale is in [1, 2) here.
     powers = torch.tensor([1.0, 2.0]).to(full).expand(len(full), 2)
-    search = _THOROUGH if len(values) == 1 or values.shape[1] <= _SMOOTH else _QUICK
+    thorough = len(values) == 1 or values.shape[1] <= _SMOOTH if thorough is None else thorough
+    search = _THOROUGH if thorough else _QUICK
     found = _searched(values, counts, full, low, high, search)
     best = _best(values, counts, torch.cat([found, full[:, None], powers], 1), low, high)[:, 0]
     scale = _alternate(values, counts, best, low, high).ldexp(exponent).clamp(max=torch.finfo(torch.float32).max)
@@ -128,9 +140,15 @@ def grid_errors(values: Tensor, counts: Tensor | None, scales: Tensor, low: floa
     Returns:
         Shape of ``scales``, float64.
     """
+    block = _BLOCK if values.is_cpu else _DEVICE_BLOCK
+    rows = max(1, block // max(1, values.shape[1]))
+    if len(values) > rows:
+        # Complete rows, which lie together in memory.
+        weights = itertools.repeat(None) if counts is None else counts.split(rows)
+        parts = zip(values.split(rows), weights, scales.split(rows), strict=False)
+        return torch.cat([grid_errors(*part, low, high) for part in parts])
     total = torch.zeros_like(scales, dtype=torch.float64)
     half = low % 1
-    block = _BLOCK if values.is_cpu else _DEVICE_BLOCK
     length = max(1, block // max(1, len(values)))
     for start in range(0, values.shape[1], length):
         part = values[:, None, start : start + length]
