@@ -82,6 +82,11 @@ class CPQConfig:
         act_estimator: Gradient estimator of activation quantizers. The slope of ``"argmax"`` changes sign within each
             cell of a grid, so that the layers before an activation learn little with it.
         per_channel: One scale per output channel of a weight; ``False`` means one per tensor.
+        group_size: Weights of linear layers have one scale for each group of so many consecutive inputs of an output,
+            such as 32, 64 or 128: at 2 to 4 bits they lose less, for 32 further bits a group in the file. The last
+            group may be smaller; a layer with at most so many inputs has one group an output. Convolutions keep one
+            scale per output channel, as runtimes compute them. ``None`` means no groups. Needs ``per_channel=True``,
+            and one width for each weight: not ``gate_sharing="channel"``.
         temperature: Rounding temperature T in (0, 1] at the start of training; the noise is ``T * sigma``.
         keep_prob: Probability in (0, 1] with which DropBits keeps each bit in training. It has an effect only if
             ``min_bits`` is below ``weight_bits``; evaluation always uses all bits. Learned gates start at this
@@ -144,6 +149,7 @@ class CPQConfig:
     weight_estimator: Estimator = "expectation"
     act_estimator: Estimator = "expectation"
     per_channel: bool = True
+    group_size: int | None = None
     temperature: float = 1.0
     keep_prob: float = 1.0
     gate_sharing: GateSharing = "tensor"
@@ -181,6 +187,7 @@ class CPQConfig:
         for name in ("per_channel", "learn_bits", "learn_act_bits", "attention", "embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_groups()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}.")
         self._freeze_patterns()
@@ -202,6 +209,26 @@ class CPQConfig:
             raise ValueError(
                 "levels_from fixes all widths, so nothing is left to learn: remove learn_bits and learn_act_bits, or "
                 "levels_from."
+            )
+
+    def _check_groups(self) -> None:
+        size = self.group_size
+        if size is None:
+            return
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"group_size must be a whole number of inputs from 2, such as 32, or None, got {size!r}.")
+        if size < 2:
+            raise ValueError(f"group_size must be at least 2 inputs, such as 32, or None for no groups, got {size}.")
+        if not self.per_channel:
+            raise ValueError(
+                f"group_size={size} divides the channels of a weight into groups with one scale each, and "
+                "per_channel=False has one scale for the whole weight: set per_channel=True, or group_size=None."
+            )
+        if self.gate_sharing == "channel":
+            raise ValueError(
+                f"group_size={size} needs one width for each weight, and gate_sharing='channel', or a list of widths "
+                "in levels_from, has one for each channel: use one width for each layer (gate_sharing='tensor'), or "
+                "group_size=None."
             )
 
     def _freeze_patterns(self) -> None:
@@ -365,8 +392,8 @@ _HYDRA_KEYS = ("_target_", "_recursive_", "_convert_", "_partial_")
 
 LAYER_SETTINGS = (
     "weight_bits", "act_bits", "min_bits", "learn_bits", "learn_act_bits", "min_act_bits", "nesting",
-    "weight_estimator", "act_estimator", "per_channel", "temperature", "keep_prob", "gate_sharing", "weight_range",
-    "act_range", "weight_grid", "act_grid",
+    "weight_estimator", "act_estimator", "per_channel", "group_size", "temperature", "keep_prob", "gate_sharing",
+    "weight_range", "act_range", "weight_grid", "act_grid",
 )  # fmt: skip
 # Settings of a weight: they must be equal in all layers that share it.
 WEIGHT_SETTINGS = tuple(s for s in LAYER_SETTINGS if "act_" not in s)

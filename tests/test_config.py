@@ -114,8 +114,11 @@ def test_what_the_caller_does_to_its_own_containers_does_not_change_it():
 FULL = {
     "weight_bits": 6, "act_bits": None, "min_bits": 2, "nesting": "resolution", "first_last_bits": None,
     "weight_estimator": "argmax", "act_estimator": "argmax", "per_channel": True, "temperature": 0.5,
-    "keep_prob": 0.75, "gate_sharing": "channel", "gate_estimator": "concrete", "ignore": ["head", "*.fc"],
-    "overrides": {"*.downsample.*": {"weight_bits": 8, "per_channel": False}, "Linear": {"act_bits": 3}},
+    "group_size": 32, "keep_prob": 0.75, "gate_sharing": "element", "gate_estimator": "concrete",
+    "ignore": ["head", "*.fc"],
+    "overrides": {
+        "*.downsample.*": {"weight_bits": 8, "per_channel": False, "group_size": None}, "Linear": {"act_bits": 3},
+    },
     "weight_range": "max", "act_range": "max", "seed": 7, "learn_bits": True, "attention": False,
     "embeddings": True,
     "learn_act_bits": False,
@@ -149,6 +152,26 @@ def test_any_difference_makes_two_unequal():
             continue
         others = {"weight_bits": 6} if name == "min_bits" else {}
         assert CPQConfig(**{name: value}, **others) != CPQConfig(**others), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"group_size": 32.0}, TypeError, "group_size must be a whole number of inputs"),
+        ({"group_size": True}, TypeError, "group_size must be a whole number of inputs"),
+        ({"group_size": 1}, ValueError, "group_size must be at least 2"),
+        ({"group_size": 32, "per_channel": False}, ValueError, "set per_channel=True, or group_size=None"),
+        ({"group_size": 32, "gate_sharing": "channel"}, ValueError, "use one width for each layer"),
+        (
+            {"group_size": 32, "overrides": {"a": {"per_channel": False}}},
+            ValueError,
+            r"overrides\['a'\]: group_size=32",
+        ),
+    ],
+)
+def test_groups_need_scales_of_channels_and_one_width(settings, error, message):
+    with pytest.raises(error, match=message):
+        CPQConfig(**settings)
 
 
 def test_overrides_are_laid_over_setting_by_setting():

@@ -276,6 +276,7 @@ def _build(site: Site, index: int, shared: dict[int, Quantizer]) -> tuple[Quanti
             numel=weight.numel(),
             channels=weight.shape[site.channel_dim],
             channel_dim=site.channel_dim,
+            inputs=site.group_inputs,
             first_or_last=site.first_or_last,
             inner=site.inner,
             device=weight.device,

@@ -12,7 +12,7 @@ def check_deploy(config: CPQConfig, quantizers: Iterable[tuple[str, Quantizer]])
     """Check that the quantizers of a model suit the target ``config.deploy``.
 
     TensorRT computes with signed bytes whose zero point is 0: inputs need signed grids, or unsigned ones of at most 7
-    bits. QONNX has one width for each tensor.
+    bits. QONNX has one width for each tensor. Integer products of both have one scale for each output channel.
 
     Args:
         config: The config of the model.
@@ -24,6 +24,13 @@ def check_deploy(config: CPQConfig, quantizers: Iterable[tuple[str, Quantizer]])
     if config.deploy is None:
         return
     found = list(quantizers)
+    grouped = [name for name, q in found if q.settings.group_size]
+    if grouped:
+        raise ValueError(
+            f"deploy={config.deploy!r} computes integer products, which take one scale for each output channel, and "
+            f"these weights have one for each group of inputs: {', '.join(grouped)}. Set group_size=None (in overrides "
+            "too)."
+        )
     if config.deploy == "tensorrt":
         wrong = [name for name, q in found if q.kind == "activation" and not _fits_int8(q)]
         if wrong:

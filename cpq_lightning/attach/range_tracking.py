@@ -17,7 +17,7 @@ from cpq_lightning.functional.grid_fit import NEGLIGIBLE, GridFit, fit_grid, fit
 from cpq_lightning.functional.ranges import bin_centers, clipped_share, grid_errors, histogram, max_scale, mse_scale
 from cpq_lightning.nn.observer import pool
 from cpq_lightning.nn.quantizer import Quantizer
-from cpq_lightning.nn.scale_init import even_stride, fit_weight
+from cpq_lightning.nn.scale_init import WeightRows, even_stride, fit_rows
 from cpq_lightning.nn.sharding import full_tensor
 from cpq_lightning.nn.state import Settings
 from cpq_lightning.nn.watch import Watcher
@@ -33,8 +33,8 @@ _STALE_SHARE = 1 / 4
 # An error this small, relative to the values' power, is no reason to fit: a better scale for one batch may be worse for
 # the next.
 _ACCEPTED_ERROR = 1e-4
-# Numbers of values that are checked: of a weight with one scale, of each channel with its own, and of an activation in
-# one call; and the number of bins of an activation's histogram.
+# Numbers of values that are checked: of a weight with one scale, of each channel or group with its own, and of an
+# activation in one call; and the number of bins of an activation's histogram.
 _WEIGHTS, _CHANNEL, _INPUTS, _BINS = 2**12, 2**8, 2**15, 2**12
 # Share of a weight's channels that may be out of their ranges after an update.
 _FEW = 0.1
@@ -174,7 +174,7 @@ class RangeTracker:
         masked = {} if self._sampling is None else self._sampling.masked
         weights = ((q, masked.get(q, weight)) for q, weight in _weights(self.model, frozen, among))
         was_balanced = {q for _, q in quantizers(self.model) if q.kind == "weight" and q.has_balanced_grids}
-        renewed = {q for q, weight in weights if self._renew(q, *_sampled(q, weight), rewritten)}
+        renewed = {q for q, weight in weights if self._renew(q, *_sampled(q, weight), weight, rewritten)}
         if pruned := _layers_of(self.model, {q for q in renewed & was_balanced if not q.has_balanced_grids}):
             _warn(_PRUNED, pruned)
         return renewed
@@ -249,10 +249,10 @@ def rewritten_weights(model: nn.Module) -> list[str]:
 def _is_rewritten(q: Quantizer, weight: Tensor) -> bool:
     if lacks_zero(q, weight):
         return True
-    rows, *others = _sampled(q, weight)
+    rows, counts = _sampled(q, weight)
     if q.range_rule == "max":
-        return float(_stale(q, rows, *others).double().mean()) > _FEW
-    errors = _errors(q, rows, None, _count_nonzero(rows, None))
+        return float(_stale(q, rows, counts, weight).double().mean()) > _FEW
+    errors = _errors(q, rows, counts, _count_nonzero(rows, counts))
     current, least, squares = errors
     # Channels of little power add little to the sums, and matter where a norm follows.
     lost = (squares > 0) & (current > (least + squares) / 2)
@@ -281,12 +281,11 @@ def _fit(q: Quantizer, rows: Tensor, counts: Tensor) -> list[GridFit]:
 
 
 def _fit_weight(q: Quantizer, weight: Tensor, where: Tensor) -> list[GridFit] | None:
-    """A grid for each fitted width of a weight, with scales of the channels that ``where`` names, and ones elsewhere;
-    ``None`` if all these are zero.
+    """A grid for each fitted width of a weight, with scales of the channels or groups that ``where`` names, and ones
+    elsewhere; ``None`` if all these are zero.
     """
-    channel_dim = q.channel_dim if len(where) > 1 else None
-    part = weight if channel_dim is None else weight.index_select(channel_dim, where.nonzero()[:, 0])
-    fits = fit_weight(part, channel_dim, q.fitted_widths, q.range_rule, q.balanced_widths(weight))
+    part = q.rows_of(weight, len(where)).of(where)
+    fits = fit_rows(part, q.fitted_widths, q.range_rule, q.balanced_widths(weight))
     if fits is None:
         return None
     ones = torch.ones_like(q.log_scale, dtype=torch.float32)
@@ -358,15 +357,14 @@ def _least_error(rows: Tensor, counts: Tensor | None, nonzero: Tensor, bits: int
     return torch.maximum(least, nonzero * candidates.gather(1, index[:, None])[:, 0].double().square() / 12)
 
 
-def _sampled(q: Quantizer, weight: Tensor) -> tuple[Tensor, None, Tensor]:
-    return _weight_rows(q, weight, len(q.log_scale)), None, weight
+def _sampled(q: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A sample of a weight in rows, one for each scale, and how often each value counts; ``None`` means once."""
+    sample = _sampled_rows(q, weight, len(q.log_scale))
+    return sample.values, sample.counts
 
 
-def _weight_rows(q: Quantizer, weight: Tensor, count: int) -> Tensor:
-    """A sample of a weight, shape (rows, n): one row, or one row for each channel."""
-    rows = weight.reshape(1, -1) if count == 1 else weight.movedim(q.channel_dim, 0).flatten(1)
-    most = _WEIGHTS if count == 1 else _CHANNEL
-    return rows[:, :: even_stride(rows.shape[1], most)].contiguous() if rows.numel() else rows
+def _sampled_rows(q: Quantizer, weight: Tensor, count: int) -> WeightRows:
+    return q.rows_of(weight, count).sample(_WEIGHTS if count == 1 else _CHANNEL)
 
 
 class InputSampler(Watcher):
@@ -442,8 +440,15 @@ def sampled_inputs(sampler: InputSampler, pooled: bool = True) -> Iterator[tuple
             yield q, centers[None].to(q.state.device), counts[i][None].to(q.state.device)
 
 
-def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, float]:
-    """Shares of values more than half a scale outside of the outermost levels: at the current scale, and refitted."""
+def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None, thorough: bool | None = None) -> tuple[float, float]:
+    """Shares of values more than half a scale outside of the outermost levels: at the current scale, and refitted.
+
+    Args:
+        q: The quantizer.
+        rows: Values, one row for each scale.
+        counts: How often each value counts; ``None`` means once.
+        thorough: How a weight is fitted, as for :func:`~cpq_lightning.functional.mse_scale`.
+    """
     step, low, high = (t.float() for t in q.grid())
     current = clipped_share(rows, counts, step, low, high)
     bits = int(q.decided_widths().max())
@@ -451,7 +456,8 @@ def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, 
     if q.kind == "activation" and counts is not None:
         fit = fit_grid(rows, counts, bits, q.range_rule, q.settings.grid, _least(q.settings, bits))
     else:
-        fit = GridFit(mse_scale(rows, bits=bits, zero_point=zero_point, counts=counts), zero_point)
+        scale = mse_scale(rows, bits=bits, zero_point=zero_point, counts=counts, thorough=thorough)
+        fit = GridFit(scale, zero_point)
     lowest, highest = (torch.tensor(bound, device=rows.device) for bound in level_bounds(bits, fit.zero_point))
     return current, clipped_share(rows, counts, fit.scale, lowest.float(), highest.float())
 
@@ -459,7 +465,8 @@ def outgrown(q: Quantizer, rows: Tensor, counts: Tensor | None) -> tuple[float, 
 def outgrown_weight(layer: QuantizedLayer) -> tuple[float, float]:
     """:func:`outgrown` for a layer's weight."""
     quantizer, weight = layer.weight_quantizer, full_tensor(layer.read_weight().detach()).float()
-    return outgrown(quantizer, _weight_rows(quantizer, weight, len(quantizer.grid()[0])), None)
+    sample = _sampled_rows(quantizer, weight, len(quantizer.grid()[0]))
+    return outgrown(quantizer, sample.values, sample.counts, thorough=False if sample.grouped else None)
 
 
 def refit_rewritten(model: nn.Module, *, only_zeros: bool = False, optimizers: Iterable[Optimizer] = ()) -> list[str]:

@@ -26,6 +26,7 @@ from cpq_lightning.attach.timm_layers import holds_weight, looks_up, shared_weig
 from cpq_lightning.attach.weight_readers import TiedReader
 from cpq_lightning.attach.wrapping import check_unspread, unwrapped
 from cpq_lightning.errors import StateDictError
+from cpq_lightning.functional.groups import group_count
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.state import layout_differences, read
 
@@ -241,11 +242,29 @@ def _check(layer: nn.Module, name: str, state: Mapping[str, Any], tied: Tied | N
         )
     weight = cast(Tensor, layer.weight) if tied is None else tied.tensor
     scales = state.get(_path(name, "weight_quantizer.log_scale"))
-    if isinstance(scales, Tensor) and len(scales) not in (1, *weight.shape[:2]):
+    if not isinstance(scales, Tensor):
+        return
+    size, counts, what = _group_size(name, state), {1, *weight.shape[:2]}, "channel"
+    if size:
+        counts = {len(weight) * group_count(weight.shape[1], size)} if weight.dim() == 2 else set()
+        what = f"group of {size} inputs"
+    if len(scales) not in counts:
         raise StateDictError(
-            f"The state_dict has {len(scales)} scales of the layer {name!r}, one per channel, but its weight has the "
+            f"The state_dict has {len(scales)} scales of the layer {name!r}, one per {what}, but its weight has the "
             f"shape {tuple(weight.shape)} here: build the model as it was when it was saved."
         )
+
+
+def _group_size(name: str, state: Mapping[str, Any]) -> int:
+    """The group size of a layer's weight in a state; 0 without groups, or if the state cannot be read yet."""
+    settings = state[_path(name, _MARK)]
+    if not isinstance(settings, Tensor) or settings.is_meta:
+        return 0
+    try:
+        return read(settings)[0].group_size
+    except ValueError:
+        # Building the quantizer raises an error with the name of the layer.
+        return 0
 
 
 def _build(layer: nn.Module, name: str, part: str, state: Mapping[str, Any]) -> Quantizer:

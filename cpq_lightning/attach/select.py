@@ -39,6 +39,12 @@ class Site:
         """Dimension of the weight that holds the output channels; the experts of a conditional convolution."""
         return 1 if isinstance(self.layer, _ConvTransposeNd) else 0
 
+    @property
+    def group_inputs(self) -> int:
+        """Inputs that ``group_size`` divides into groups: those of a linear layer; 0 for a convolution."""
+        weight = weight_now(self.layer)
+        return weight.shape[1] if isinstance(self.layer, nn.Linear) and weight.dim() == 2 else 0
+
 
 def select(
     model: nn.Module,

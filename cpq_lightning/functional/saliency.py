@@ -41,7 +41,8 @@ def bit_saliency(
     Args:
         x: The tensor that is quantized, of any shape and unit.
         gradient: Gradient of the loss in the quantized values, same shape as ``x``.
-        scales: Scale of each width, shape (widths, 1) or (widths, channels), in the unit of ``x``.
+        scales: Scale of each width, shape (widths, 1) or (widths, channels), in the unit of ``x``. A weight in groups
+            has the shape (channels, groups, elements), and scales of the shape (widths, channels, groups).
         widths: Widths in bits, the narrowest first.
         zero_points: Zero point of each width.
         channel_dim: The dimension of ``x`` along which scales per channel vary.
@@ -59,7 +60,9 @@ def bit_saliency(
     x, gradient = torch.atleast_1d(x.float()), torch.atleast_1d(gradient.float())
     ones = [1] * x.dim()
     shape = list(ones)
-    if scales.shape[1] > 1:
+    if scales.dim() > 2:
+        shape = [*scales.shape[1:], 1]
+    elif scales.shape[1] > 1:
         shape[channel_dim] = -1
     a = scales.reshape(len(scales), *shape)
     bounds = torch.tensor(

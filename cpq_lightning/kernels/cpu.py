@@ -23,7 +23,7 @@ def forward(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     Args:
         x: Float32 or bfloat16, any shape.
         scale: The scale, float32: one value, or one for each row (dimension 0) of an x whose rows are contiguous and in
-            order in memory.
+            order in memory, or for each of several equal parts of a row of a contiguous x.
         low: Lowest level: a whole number, or of a balanced grid a half-integer.
         high: Highest level.
     """

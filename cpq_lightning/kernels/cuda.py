@@ -35,7 +35,8 @@ def forward(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
 
     Args:
         x: At least one value, any shape and strides, one of :data:`DTYPES`.
-        scale: The scale, > 0, in the unit of ``x``; one value, or one for each of the ``len(x)`` rows.
+        scale: The scale, > 0, in the unit of ``x``; one value, or one for each of the ``len(x)`` rows, or for each of
+            several equal parts of a row of a contiguous x.
         low: Lowest level, in units of the scale: a whole number, or of a balanced grid a half-integer.
         high: Highest level, in units of the scale.
 

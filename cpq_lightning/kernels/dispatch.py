@@ -154,7 +154,10 @@ def describe() -> str:
 
 
 def forward(x: Tensor, scale: Tensor, grid: QuantGrid) -> Tensor:
-    """The nearest level of ``grid`` times the scale, in one pass over memory."""
+    """The nearest level of ``grid`` times the scale, in one pass over memory.
+
+    A contiguous x may have one scale for each of several equal parts of a row: kernels take its elements in order.
+    """
     if torch.compiler.is_compiling():
         return _forward_op(x, scale, grid.bits, grid.doubled_zero_point)
     return _forward(x, scale, grid)

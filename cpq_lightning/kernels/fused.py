@@ -54,7 +54,10 @@ def _all_open(masks: Tensor) -> bool:
 
 
 def quantize_to_grid(x: Tensor, scale: Tensor, sigma: Tensor, grid: QuantGrid) -> Tensor:
-    """:func:`quantize` to the grid ``grid`` for an x that has a kernel, with one scale or one for each row."""
+    """:func:`quantize` to the grid ``grid`` for an x that has a kernel, with one scale or one for each row.
+
+    A contiguous x may have one scale for each of several equal parts of a row.
+    """
     return _Fused.apply(x, scale, sigma, grid)  # type: ignore[no-any-return]
 
 
@@ -62,10 +65,14 @@ def backward_again(
     x: Tensor, grad: Tensor, scale: Tensor, sigma: Tensor, grid: QuantGrid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`cpq_lightning.kernels.dispatch.backward` in PyTorch operations, differentiable in ``grad``."""
+    shape = x.shape
+    if x.dim() and scale.numel() > len(x):
+        # One scale for each of several parts of a row.
+        x, grad = (t.reshape(scale.numel(), -1) for t in (x, grad))
     rows = [-1, *[1] * (x.dim() - 1)] if x.dim() else []
     d_x, *others = quantize_backward(grad, x, scale.reshape(rows), sigma.reshape(rows), **grid.settings)
     d_scale, d_sigma = (d.reshape(scale.shape) for d in others)
-    return d_x, d_scale, d_sigma
+    return d_x.reshape(shape), d_scale, d_sigma
 
 
 class _Fused(torch.autograd.Function):

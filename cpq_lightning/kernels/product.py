@@ -25,7 +25,8 @@ class Operand(NamedTuple):
 
     Attributes:
         value: The unquantized tensor.
-        scale: The scale, one value or one for each row (dimension 0); ``None`` if the operand is not quantized.
+        scale: The scale, one value, one for each row (dimension 0), or, if the tensor is contiguous, one for each of
+            several equal parts of a row; ``None`` if the operand is not quantized.
         sigma: Scale parameter of the noise, same shape as ``scale``.
         grid: The grid.
     """

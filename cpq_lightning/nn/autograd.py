@@ -111,7 +111,8 @@ class SaliencyToGates(torch.autograd.Function):
         x: The tensor before quantization.
         logits: Logits of the gates, shape (gates, rows).
         is_open: Whether each gate was open, broadcast to the logits.
-        scales: Scale of each width, the narrowest first, shape (gates + 1, 1 or channels).
+        scales: Scale of each width, the narrowest first, shape (gates + 1, 1 or channels), or (gates + 1, channels,
+            groups) for an ``x`` of shape (channels, groups, elements).
         widths: Bits of each width.
         doubled_zero_points: Twice the zero point of each width.
         channel_dim: Dimension of the channels.

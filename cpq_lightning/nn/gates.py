@@ -131,7 +131,8 @@ class Gates(nn.Module):
             out: The quantized tensor.
             x: The tensor before quantization.
             masks: The masks used for ``out``.
-            scales: Scale of each width, the narrowest first, shape (widths, 1 or channels).
+            scales: Scale of each width, the narrowest first, shape (widths, 1 or channels), or (widths, channels,
+                groups) for an ``x`` of shape (channels, groups, elements).
             min_bits: The narrowest width.
             zero_points: Twice the zero point of each width.
             samples: Whether ``x`` is a batch of samples instead of a weight.

@@ -21,6 +21,7 @@ from cpq_lightning.functional.grid import (
     nearest_level,
 )
 from cpq_lightning.functional.grid_fit import GridFit
+from cpq_lightning.functional.groups import from_groups, group_count, is_view, scale_of_each, to_groups
 from cpq_lightning.functional.modes import is_transformed
 from cpq_lightning.functional.resolution import quantize_resolution
 from cpq_lightning.kernels.dispatch import Choice, QuantGrid, choose, has_kernel
@@ -30,7 +31,7 @@ from cpq_lightning.kernels.widths import quantize_widths
 from cpq_lightning.nn.autograd import SCALE_REACH, Connect, noise_logit, scale_and_sigma
 from cpq_lightning.nn.gates import Gates
 from cpq_lightning.nn.observer import RangeObserver, Usage
-from cpq_lightning.nn.scale_init import balanced_widths, fit_weight
+from cpq_lightning.nn.scale_init import WeightRows, balanced_widths, fit_rows, weight_rows
 from cpq_lightning.nn.state import (
     HEADER,
     KNOWN,
@@ -74,6 +75,8 @@ class Quantizer(nn.Module):
         numel: Elements of the weight; 0 for an activation, for which the first batch determines the number.
         channels: Output channels of a weight.
         channel_dim: The weight's dimension of output channels.
+        inputs: Input features of a linear layer's weight, of shape (channels, inputs), which ``config.group_size``
+            divides into groups; 0 for any other weight, which has no groups.
         first_or_last: Whether the layer is the first or last one, at ``first_last_bits``.
         inner: The settings that the layer would have as neither first nor last; gates are created for these.
         device: Device of the state.
@@ -91,6 +94,7 @@ class Quantizer(nn.Module):
         numel: int = 0,
         channels: int = 1,
         channel_dim: int = 0,
+        inputs: int = 0,
         first_or_last: bool = False,
         inner: CPQConfig | None = None,
         device: torch.device | None = None,
@@ -105,6 +109,9 @@ class Quantizer(nn.Module):
         widest, narrowest = _span(kind, inner)
         sharing = config.gate_sharing if weight else "tensor"
         learned = inner.learn_bits if weight else inner.learn_act_bits
+        # A row that one group holds has one scale, like any channel.
+        size = config.group_size if weight and config.group_size and channels and inputs > config.group_size else 0
+        scales = channels * group_count(inputs, size) if size else channels
         settings = Settings(
             kind=kind,
             bits=bits,
@@ -115,8 +122,9 @@ class Quantizer(nn.Module):
             estimator=config.weight_estimator if weight else config.act_estimator,
             nesting=inner.nests_by,
             range_rule=config.weight_range if weight else config.act_range,
+            group_size=size,
             # A weight without elements, which has no channel, has a scale too.
-            channels=max(1, channels) if weight and config.per_channel else 1,
+            channels=max(1, scales) if weight and config.per_channel else 1,
             channel_dim=channel_dim,
             gate_count=(widest or 0) - (narrowest or 0),
             gate_rows=channels if learned and sharing == "channel" else 1,
@@ -366,7 +374,7 @@ class Quantizer(nn.Module):
 
     @property
     def start_scale(self) -> Tensor:
-        """Initial scale of the widest grid, shape (1,) or (channels,); 1 before the range is known."""
+        """Initial scale of the widest grid, shape (1,), (channels,) or (groups,); 1 before the range is known."""
         return self._start() if self.settings.fitted else torch.ones_like(self.log_scale).detach()
 
     def _start(self) -> Tensor:
@@ -402,7 +410,7 @@ class Quantizer(nn.Module):
         return (self.state[self._places.widths] / self.state[:1]).round().long()
 
     def scale(self) -> Tensor:
-        """Scale of the widest grid, shape (1,) or (channels,), in the unit of the quantized tensor."""
+        """Scale of the widest grid, shape (1,), (channels,) or (groups,), in the unit of the quantized tensor."""
         return self.start_scale * torch.exp(SCALE_REACH * torch.tanh(self.log_scale / SCALE_REACH))
 
     def _scale_and_sigma(self, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -474,11 +482,13 @@ class Quantizer(nn.Module):
 
     def _scale_and_levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scale, broadcastable to ``x``, and the levels."""
-        scale, low, high = (along_channels(t, x.dim(), self.channel_dim) for t in self.grid())
+        scale, low, high = (self.along_channels(t, x) for t in self.grid())
         return scale, nearest_level(x.float() / scale, low, high)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, lowest and highest level in evaluation, each with one value or one for each channel."""
+        """Scale, lowest and highest level in evaluation, each with one value or one for each channel; of groups, the
+        scale has one for each.
+        """
         widths = self.decided_widths()
         zero_points = torch.tensor(self.settings.doubled_zero_points, device=widths.device)[widths - 1] / 2
         scale = self.scale()
@@ -493,8 +503,8 @@ class Quantizer(nn.Module):
         return factor[:1] if bool((factor == factor[0]).all()) else factor
 
     def along_channels(self, value: Tensor, x: Tensor) -> Tensor:
-        """Reshape one value for each channel to broadcast to the weight."""
-        return along_channels(value, x.dim(), self.channel_dim)
+        """One value, or one for each channel or group, in a shape that broadcasts to the weight."""
+        return scale_of_each(value, x.shape, self.channel_dim, self._host.group_size)
 
     # Forward --------------------------------------------------------------------------------------------------------
 
@@ -507,14 +517,19 @@ class Quantizer(nn.Module):
         settings = self._ready(x)
         if settings is None:
             return self._notify_watchers(x, Connect.of(x, *self.parameters()))
-        masks = self._masks(x, settings)
+        rows = self._rows(x, settings)
+        masks = self._masks(rows, settings)
         scale, sigma = self._scale_and_sigma(settings)
-        out = self._quantize(x, scale, sigma, masks, settings)
+        out = self._quantize(rows, scale, sigma, masks, settings)
         if masks is not None and self._gates_learn(settings) and settings.gate_estimator == "curvature":
-            out = self._with_saliency(out, x, masks, scale, settings)
+            out = self._with_saliency(out, rows, masks, scale, settings, outputs=len(x) if x.dim() else 1)
         elif self.gates.logit is not None and not self._gates_learn(settings):
             out = Connect.of(out, self.gates.logit)
-        return self._notify_watchers(x, out)
+        return self._notify_watchers(x, from_groups(out, x.shape[1]) if settings.group_size else out)
+
+    def _rows(self, x: Tensor, settings: Settings) -> Tensor:
+        """``x``, or its matrix of groups: the tensor in which each scale belongs to a channel."""
+        return to_groups(x, settings.group_size) if settings.group_size else x
 
     def _notify_watchers(self, x: Tensor, out: Tensor) -> Tensor:
         for watcher in watchers():
@@ -526,7 +541,9 @@ class Quantizer(nn.Module):
         if self._has_hooks:
             return Operand(self(x))
         settings = self.settings
-        if self._is_masked(settings) or not self._has_kernel(x, settings):
+        # The product takes groups only as parts of the weight's own memory.
+        grouped = settings.group_size > 0 and not is_view(x, settings.group_size)
+        if grouped or self._is_masked(settings) or not self._has_kernel(self._rows(x, settings), settings):
             return Operand(self(x))
         ready = self._ready(x)
         if ready is None:
@@ -578,7 +595,8 @@ class Quantizer(nn.Module):
         settings = self.settings
         # With nesting by resolution, each width is quantized without masks.
         masked = self._is_masked(settings) and settings.nesting == "range"
-        return choose(x, settings.channels, settings.channel_dim, masked, settings.estimator, device)
+        rows = self._rows(x, settings)
+        return choose(rows, settings.channels, settings.channel_dim, masked, settings.estimator, device)
 
     def _has_kernel(self, x: Tensor, settings: Settings) -> bool:
         return has_kernel(x, settings.channels, settings.channel_dim, estimator=settings.estimator)
@@ -600,7 +618,9 @@ class Quantizer(nn.Module):
         # If the optimizer is toggled off or the layer is frozen, neither the scale nor the gates are trained.
         return self.gates.masks(x, count, with_gradient=self._gates_learn(settings))
 
-    def _with_saliency(self, out: Tensor, x: Tensor, masks: Tensor, scale: Tensor, settings: Settings) -> Tensor:
+    def _with_saliency(
+        self, out: Tensor, x: Tensor, masks: Tensor, scale: Tensor, settings: Settings, outputs: int
+    ) -> Tensor:
         """``out``, with a backward pass that gives the gates the saliency of their bits."""
         if is_transformed():
             raise RuntimeError(
@@ -611,9 +631,15 @@ class Quantizer(nn.Module):
         width_scales = self.width_scale[settings.min_bits - 1 : settings.bits]
         zero_points = settings.doubled_zero_points[settings.min_bits - 1 : settings.bits]
         scales = scale.detach() * (width_scales if settings.nesting == "resolution" else torch.ones_like(width_scales))
-        return self.gates.with_saliency(
+        shape = out.shape
+        if settings.group_size:
+            # Saliency adds up within an output, over all its groups.
+            by_output = (outputs, len(x) // outputs, settings.group_size)
+            out, x, scales = out.reshape(by_output), x.reshape(by_output), scales.reshape(len(scales), *by_output[:2])
+        salient = self.gates.with_saliency(
             out, x, masks, scales, settings.min_bits, zero_points, samples=settings.kind != "weight"
         )
+        return salient.reshape(shape) if settings.group_size else salient
 
     def _quantize(self, x: Tensor, scale: Tensor, sigma: Tensor, masks: Tensor | None, settings: Settings) -> Tensor:
         bits, estimator = settings.bits, cast(Estimator, settings.estimator)
@@ -624,7 +650,7 @@ class Quantizer(nn.Module):
         if masks is not None and by_tensor and readable and self._has_kernel(x, settings):
             grids = [_quant_grid(settings, k) for k in widths]
             return quantize_widths(x, scale, sigma, masks, self.width_scale[widths[0] - 1 : bits], grids)
-        scale, sigma = self.along_channels(scale, x), self.along_channels(sigma, x)
+        scale, sigma = self._along_rows(scale, x), self._along_rows(sigma, x)
         options: dict[str, Any] = {
             "bits": bits,
             "min_bits": settings.min_bits if masks is not None else bits,
@@ -633,8 +659,12 @@ class Quantizer(nn.Module):
         if settings.nesting == "range" or masks is None:
             return quantize(x, scale, sigma, masks, zero_point=settings.zero_point(bits), **options)
         options["zero_points"] = [settings.zero_point(k) for k in widths]
-        width_scales = torch.stack([self.along_channels(s, x) for s in self.width_scale[widths[0] - 1 : bits]])
+        width_scales = torch.stack([self._along_rows(s, x) for s in self.width_scale[widths[0] - 1 : bits]])
         return quantize_resolution(x, scale, sigma, masks, width_scales=width_scales, one_width=quantize, **options)
+
+    def _along_rows(self, value: Tensor, rows: Tensor) -> Tensor:
+        """One value, or one for each channel of the tensor of :meth:`_rows`, in a shape that broadcasts to it."""
+        return along_channels(value, rows.dim(), self.channel_dim)
 
     # Ranges ---------------------------------------------------------------------------------------------------------
 
@@ -674,12 +704,23 @@ class Quantizer(nn.Module):
             settled: Whether these are the values to train, not ones that may still be initialized or loaded over.
         """
         settings = self.settings
-        channel_dim = settings.channel_dim if settings.channels > 1 else None
-        fits = fit_weight(weight, channel_dim, self.fitted_widths, settings.range_rule, self.balanced_widths(weight))
+        fits = fit_rows(
+            self.rows_of(weight, settings.channels),
+            self.fitted_widths,
+            settings.range_rule,
+            self.balanced_widths(weight),
+        )
         if fits is None:
             self.configure(fitted=False, settled=settled)
             return
         self._set_initial_grids(fits, settled=settled)
+
+    @torch.no_grad()
+    def rows_of(self, weight: Tensor, count: int) -> WeightRows:
+        """The values of a weight, in ``count`` rows: a single one, or one for each channel or group."""
+        settings = self.settings
+        channel_dim = settings.channel_dim if count > 1 else None
+        return weight_rows(weight, channel_dim, settings.group_size if count > 1 else 0)
 
     @property
     def has_balanced_grids(self) -> bool:
@@ -746,8 +787,8 @@ class Quantizer(nn.Module):
         """Restart from new grids where a range is stale; the learned noise is kept.
 
         Args:
-            fits: A grid for each of :attr:`fitted_widths`, with scales of shape (1,) or (channels,). The zero points
-                change for all channels.
+            fits: A grid for each of :attr:`fitted_widths`, with scales of shape (1,), (channels,) or (groups,). The
+                zero points change for all of them.
             where: Which scales to replace, same shape, bool.
         """
         self.configure(doubled_zero_points=self._zero_points_of(fits))
@@ -790,7 +831,8 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         settings = self.settings
-        state = "" if settings.active else ", inactive"
+        state = f", group_size={settings.group_size}" if settings.group_size else ""
+        state += "" if settings.active else ", inactive"
         width = f"{settings.min_bits}-{settings.bits}" if _has_gates(settings) else f"{settings.bits}"
         return f"{settings.kind}, bits={width}, {settings.estimator}{state}"
 

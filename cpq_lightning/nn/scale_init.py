@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpq_lightning.functional.grid import balanced_zero_point, signed_zero_point
 from cpq_lightning.functional.grid_fit import GridFit
+from cpq_lightning.functional.groups import membership, to_groups
 from cpq_lightning.functional.ranges import max_scale, mse_scale
 from cpq_lightning.nn.sharding import full_tensor
 
@@ -18,24 +20,64 @@ _SAMPLE_SIZE = 2**15
 BALANCED_BITS = 1
 
 
-@torch.no_grad()
-def fit_weight(
-    weight: Tensor, channel_dim: int | None, widths: Sequence[int], rule: str, balanced: Collection[int] = ()
-) -> list[GridFit] | None:
-    """The initial grid of a weight for each width, by the rule ``"mse"`` or ``"max"``.
+class WeightRows(NamedTuple):
+    """The values of a weight by scale.
+
+    Attributes:
+        values: Shape (scales, n), float32; an incomplete group ends with zeros.
+        counts: 1 for each value of the weight, 0 for the zeros at the end of an incomplete group, same shape; ``None``
+            if all values are those of the weight.
+        grouped: Whether each row is a group.
+    """
+
+    values: Tensor
+    counts: Tensor | None = None
+    grouped: bool = False
+
+    def of(self, where: Tensor) -> WeightRows:
+        """Some of the rows: those where a tensor of booleans is true."""
+        return self._replace(values=self.values[where], counts=None if self.counts is None else self.counts[where])
+
+    def sample(self, most: int) -> WeightRows:
+        """About ``most`` values of each row, contiguous."""
+        if not self.values.numel():
+            return self
+        values, counts = (None if t is None else t[:, :: even_stride(t.shape[1], most)].contiguous() for t in self[:2])
+        assert values is not None
+        return self._replace(values=values, counts=counts)
+
+
+def weight_rows(weight: Tensor, channel_dim: int | None, group_size: int = 0) -> WeightRows:
+    """The values of a weight by scale.
 
     Args:
         weight: Full-precision weight.
         channel_dim: Dimension of the channels with one scale each; ``None`` for a single scale.
+        group_size: Inputs of a group with one scale each; 0 if the weight has no groups.
+    """
+    values = full_tensor(weight.detach()).float()
+    if group_size:
+        return WeightRows(to_groups(values, group_size), membership(values, group_size), grouped=True)
+    return WeightRows(values.reshape(1, -1) if channel_dim is None else values.movedim(channel_dim, 0).flatten(1))
+
+
+@torch.no_grad()
+def fit_rows(
+    weight: WeightRows, widths: Sequence[int], rule: str, balanced: Collection[int] = ()
+) -> list[GridFit] | None:
+    """The initial grid of a weight for each width, by the rule ``"mse"`` or ``"max"``.
+
+    Args:
+        weight: The values of the full-precision weight by scale.
         widths: Widths to fit.
         rule: ``"mse"`` for the least squared error, ``"max"`` for no clipping.
         balanced: The widths whose grid is balanced; others are signed.
 
     Returns:
-        For each width a grid with scales of shape (channels,) or (1,); a channel of zeros gets the mean scale of the
-        others. ``None`` for a weight of zeros only, to which no scale can be fitted.
+        For each width a grid with scales of shape (scales,); a row of zeros gets the mean scale of the others. ``None``
+        for a weight of zeros only, to which no scale can be fitted.
     """
-    rows = _rows(weight, channel_dim)
+    rows = weight.values
     zero_points = [balanced_zero_point(k) if k in balanced else signed_zero_point(k) for k in widths]
     if not rows.numel():
         return [GridFit(rows.new_ones(len(rows)), z) for z in zero_points]
@@ -47,19 +89,19 @@ def fit_weight(
         low, high = rows.amin(1), rows.amax(1)
         scales = [max_scale(low, high, bits=bits, zero_point=z) for bits, z in grids]
     else:
-        sample = rows[:, :: even_stride(rows.shape[1], _SAMPLE_SIZE)]
-        if not sample.any(1).equal(known):
+        sample = weight.sample(_SAMPLE_SIZE)
+        if not sample.values.any(1).equal(known):
             # The sample misses the few nonzero values of a channel.
-            sample = rows
-        scales = [mse_scale(sample, bits=bits, zero_point=z) for bits, z in grids]
+            sample = weight
+        # A weight has so many groups that the sum of their errors has no local minima.
+        thorough = False if weight.grouped else None
+        scales = [
+            mse_scale(sample.values, bits=bits, zero_point=z, counts=sample.counts, thorough=thorough)
+            for bits, z in grids
+        ]
     return [
         GridFit(torch.where(known, scale, scale[known].mean()), z) for scale, z in zip(scales, zero_points, strict=True)
     ]
-
-
-def _rows(weight: Tensor, channel_dim: int | None) -> Tensor:
-    rows = full_tensor(weight.detach()).float()
-    return rows.reshape(1, -1) if channel_dim is None else rows.movedim(channel_dim, 0).flatten(1)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ class Settings(NamedTuple):
         grid: The grids to choose from when a range is fitted, as in ``CPQConfig(weight_grid=..., act_grid=...)``.
         doubled_zero_points: Twice the zero point of the grid of each width from 1 to 8 bits: integers, as those of
             balanced grids are half-integers (:mod:`cpq_lightning.functional.grid`).
-        group_size: Number of inputs that share a scale; 0 means all.
+        group_size: Number of inputs that share a scale; 0 means all (:mod:`cpq_lightning.functional.groups`).
         active: Whether the quantizer is active; an inactive one returns its input.
         settled: Whether the range was fitted to the tensor that is trained, and not only when layers were attached.
         fixed: Whether ``widths`` are in use.
@@ -64,7 +64,7 @@ class Settings(NamedTuple):
         estimator: Gradient estimator.
         nesting: How the grids of narrower widths nest, ``"range"`` or ``"resolution"``.
         range_rule: Rule of the scale initialization, ``"mse"`` or ``"max"``.
-        channels: Number of scales: 1, or one for each channel.
+        channels: Number of scales: 1, one for each channel, or one for each group.
         channel_dim: Dimension of the channels.
         gate_count: Maximum number of gates in use.
         gate_rows: Number of rows of learned gates.
@@ -159,6 +159,7 @@ KNOWN = (*_FACTS, "has_facts", *_PENDING, "pending", *_RANGES, "fitted")
 # The fields that determine the tensors of a quantizer and their shapes, with the option of CPQConfig that sets each.
 LAYOUT = {
     "nesting": "nesting",
+    "group_size": "group_size",
     "channels": "per_channel",
     "gate_count": "min_bits",
     "gates_learned": "learn_bits or learn_act_bits",
@@ -174,7 +175,11 @@ def layout_differences(theirs: Settings, ours: Settings) -> dict[str, tuple[Any,
         counts = getattr(theirs, key), getattr(ours, key)
         if counts[0] == counts[1]:
             continue
-        if key == "gate_count" and theirs.min_bits != ours.min_bits:
+        if key == "group_size":
+            differences[name] = counts[0] or None, counts[1] or None
+        elif key == "channels" and theirs.group_size != ours.group_size:
+            continue
+        elif key == "gate_count" and theirs.min_bits != ours.min_bits:
             differences[name] = theirs.min_bits, ours.min_bits
         elif key == "channels" and 1 in counts:
             differences[name] = theirs.channels > 1, ours.channels > 1

@@ -45,6 +45,13 @@ def test_qonnx_has_one_width_for_each_tensor():
     attach(net(), CPQConfig(weight_bits=8, min_bits=2, learn_bits=True, deploy="qonnx"))
 
 
+@pytest.mark.parametrize("deploy", ["tensorrt", "qonnx"])
+def test_groups_of_inputs_are_refused_where_products_are_integer(deploy):
+    with pytest.raises(ValueError, match=rf"deploy='{deploy}' .* each group of inputs: 2, 4\. Set group_size=None"):
+        attach(net(), CPQConfig(deploy=deploy, group_size=16))
+    attach(net(), CPQConfig(deploy=deploy, group_size=32))
+
+
 def test_a_refused_model_stays_as_it_was():
     model = net()
     with pytest.raises(ValueError, match="deploy"):

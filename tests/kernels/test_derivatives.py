@@ -29,6 +29,8 @@ CONFIGS = {
     "default": CPQConfig(first_last_bits=None),
     "argmax": CPQConfig(weight_estimator="argmax", act_estimator="argmax", first_last_bits=None),
     "one step a channel": CPQConfig(weight_bits=3, per_channel=True, first_last_bits=None),
+    # Of 6 inputs the second group is not complete, of 8 it is.
+    "groups": CPQConfig(weight_bits=3, group_size=4, first_last_bits=None),
     "weights only": CPQConfig(act_bits=None, first_last_bits=None),
     "DropBits": CPQConfig(min_bits=2, keep_prob=0.7, first_last_bits=None),
     "learned": CPQConfig(weight_bits=6, min_bits=2, learn_bits=True, first_last_bits=None),

@@ -211,6 +211,7 @@ def test_what_two_layouts_differ_in_is_named_by_the_setting():
         ({"min_bits": 4, "gate_count": 4}, {"min_bits": (4, 2)}),
         ({"gate_count": 4}, {"min_bits (its gate count)": (4, 6)}),
         ({"channels": 3}, {"per_channel": (True, False)}),
+        ({"channels": 6, "group_size": 4}, {"group_size": (4, None)}),
         ({"gate_sharing": "channel", "gate_rows": 3}, {"gate_sharing": ("channel", "tensor")}),
         ({"nesting": "resolution"}, {"nesting": ("resolution", "range")}),
     ):
