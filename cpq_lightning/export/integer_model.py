@@ -32,7 +32,7 @@ from cpq_lightning.attach.timm_layers import call_projections
 from cpq_lightning.attach.weight_readers import avoid_fused_paths
 from cpq_lightning.attach.wrapping import unwrapped
 from cpq_lightning.errors import ExportError
-from cpq_lightning.functional.grid import along_channels
+from cpq_lightning.functional.groups import scale_of_each, spread
 from cpq_lightning.nn.quantizer import Quantizer
 from cpq_lightning.nn.sharding import is_sharded
 from cpq_lightning.report.levels import code_scale, weight_codes
@@ -82,10 +82,18 @@ class _Coded(nn.Module):
     weight_codes: Tensor
     weight_step: Tensor
     channel_dim: int
+    # Inputs that share a scale; 0 without groups.
+    group_size: int
 
     def dequantized(self) -> Tensor:
         """``codes · step``."""
-        return self.weight_codes.float() * along_channels(self.weight_step, self.weight_codes.dim(), self.channel_dim)
+        codes = self.weight_codes
+        return codes.float() * scale_of_each(self.weight_step, codes.shape, self.channel_dim, self.group_size)
+
+    @property
+    def steps_of_groups(self) -> Tensor:
+        """The scales of a weight with groups, shape (outputs, groups of an output)."""
+        return self.weight_step.reshape(len(self.weight_codes), -1)
 
 
 # Attribute with the weight while it is held.
@@ -142,7 +150,11 @@ class IntegerTable(_Coded):
 
     def look_up(self, index: Tensor) -> Tensor:
         """Rows of :meth:`dequantized`."""
-        step = self.weight_step if len(self.weight_step) == 1 else F.embedding(index, self.weight_step[:, None])
+        step = self.weight_step
+        if len(step) > 1:
+            step = F.embedding(index, self.steps_of_groups)
+        if self.group_size:
+            step = spread(step, self.weight_codes.shape[1], self.group_size)
         return F.embedding(index, self.weight_codes).float() * step
 
 
@@ -196,13 +208,13 @@ def to_integer_model(
     for name, plan, counts in products:
         operands = {operand: grids[operand_path(name, operand)] for operand in operand_names(plan)}
         quantize_products(network.get_submodule(name), plan, counts, operands, "input_grid")
-    for name, (codes, step, channel_dim, grid) in parts.items():
+    for name, (codes, step, channel_dim, group_size, grid) in parts.items():
         layer = network.get_submodule(name)
         del layer._parameters["weight"]
         base = type(layer)
         layer.__class__ = type(f"Integer{base.__name__}", (layer_class, base), {"base_class": base})
         assert isinstance(layer, IntegerLayer)
-        layer.channel_dim = channel_dim
+        layer.channel_dim, layer.group_size = channel_dim, group_size
         layer.register_buffer("weight_codes", codes)
         layer.register_buffer("weight_step", step)
         layer.add_module("input_grid", grid)
@@ -215,14 +227,14 @@ def to_integer_model(
     return network
 
 
-_Parts = tuple[Tensor, Tensor, int, InputGrid | None]
+_Parts = tuple[Tensor, Tensor, int, int, InputGrid | None]
 
 
 def _parts(layer: QuantizedLayer, grid_class: type[InputGrid], known: dict[int, tuple[Tensor, Tensor]]) -> _Parts:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     if layer.weight_id not in known:
         known[layer.weight_id] = weight_codes(layer).to(torch.int8), code_scale(weights).clone()
-    return *known[layer.weight_id], weights.channel_dim, _grid(inputs, grid_class)
+    return *known[layer.weight_id], weights.channel_dim, weights.settings.group_size, _grid(inputs, grid_class)
 
 
 def _make_table(
@@ -235,7 +247,7 @@ def _make_table(
     assert isinstance(module, IntegerTable)
     module.register_buffer("weight_codes", parts[0])
     module.register_buffer("weight_step", parts[1])
-    module.channel_dim, module.source = parts[2], source
+    module.channel_dim, module.group_size, module.source = *parts[2:4], source
 
 
 def _grid(quantizer: Quantizer | None, grid_class: type[InputGrid]) -> InputGrid | None:

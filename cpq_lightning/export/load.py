@@ -21,7 +21,8 @@ from cpq_lightning.backbones.create import create_backbone, known_backbone
 from cpq_lightning.export.integer_model import InputGrid, input_of, with_input
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.export.read import read_packed
-from cpq_lightning.functional.grid import along_channels, level_bounds
+from cpq_lightning.functional.grid import level_bounds
+from cpq_lightning.functional.groups import scale_of_each
 from cpq_lightning.packing.layout import canonical_names
 
 # Arguments of timm.create_model that name a source of weights: with them timm would read other files or download some.
@@ -70,7 +71,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
         entry = layer["weight"]
         if entry["codes"] not in weights:
             step, codes = content.tensors[entry["step"]], content.codes(layer)
-            weight = codes.float() * along_channels(step, codes.dim(), entry["channel_dim"])
+            weight = codes.float() * scale_of_each(step, codes.shape, entry["channel_dim"], entry["group_size"])
             weights[entry["codes"]] = nn.Parameter(weight)
         leave_computed(network.get_submodule(layer["name"]))
         # The existing Parameter must keep its values: an embedding may share it, in full precision.

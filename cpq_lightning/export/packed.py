@@ -35,9 +35,9 @@ class PackedFile:
 
     Attributes:
         header: The description of the model: ``architecture``; ``layers``, each with ``name``, ``weight`` (bits, shape,
-            channel_dim, the balanced widths, and the names of the tensors of codes and scales) and ``input`` (bits,
-            zero point, and the name of the tensor of the scale); ``products``; ``tied``; and ``rest``, the names of
-            tensors that are not quantized.
+            channel_dim, group_size, the balanced widths, and the names of the tensors of codes and scales) and
+            ``input`` (bits, zero point, and the name of the tensor of the scale); ``products``; ``tied``; and ``rest``,
+            the names of tensors that are not quantized.
         tensors: All tensors by name; codes are still packed.
     """
 

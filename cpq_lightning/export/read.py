@@ -19,6 +19,7 @@ from cpq_lightning.attach.products import operand_names, operand_path
 from cpq_lightning.errors import UnreadableFileError
 from cpq_lightning.export.packed import PackedFile
 from cpq_lightning.functional.grid import check_bits, check_zero_point, signed_zero_point
+from cpq_lightning.functional.groups import group_count
 from cpq_lightning.packing.layout import (
     CODES,
     DTYPES,
@@ -137,6 +138,7 @@ def _name_grids(header: dict[str, Any]) -> None:
             grid["zero_point"] = signed_zero_point(grid["bits"]) if signed else 0
     for layer in header["layers"]:
         layer["weight"].setdefault("balanced", [])
+        layer["weight"]["group_size"] = 0
 
 
 def _version_2(header: dict[str, Any], described: _Described, data: bytes, path: Path) -> PackedFile:
@@ -202,6 +204,7 @@ def _split(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[di
         else:
             weight = {"bits": entry["bits"], "shape": entry["shape"], "channel_dim": entry.get("channel_dim", 0)}
             weight["balanced"] = entry.get("balanced", [])
+            weight["group_size"] = entry.get("group_size", 0)
             weight["codes"] = take(CODES, f"{name}.weight_codes", [code_bytes(entry)])
             weight["step"] = take("float32", f"{name}.weight_step", [entry.get("steps", 1)])
         if name in layers:
@@ -277,9 +280,13 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
         raise ValueError(f"layer {name!r} has balanced grids of {weight['balanced']} bits")
     if by_channel and len(widths) != shape[dim]:
         raise ValueError(f"layer {name!r} has {len(widths)} widths for {shape[dim]} channels")
+    size = weight["group_size"]
+    if type(size) is not int or size < 0 or (size and (len(shape) != 2 or dim or by_channel)):
+        raise ValueError(f"layer {name!r} has the shape {shape} in groups of {size}")
+    numbers = [shape[0] * group_count(shape[1], size)] if size else [1, shape[dim]]
     bits = sum(widths) * math.prod(shape) // len(widths)
     codes, step = tensors[weight["codes"]], tensors[weight["step"]]
-    if codes.dtype != torch.uint8 or codes.shape != (-(-bits // 8),) or step.shape not in ((1,), (shape[dim],)):
+    if codes.dtype != torch.uint8 or codes.shape != (-(-bits // 8),) or step.shape not in [(n,) for n in numbers]:
         raise ValueError(
             f"layer {name!r} has codes of shape {tuple(codes.shape)} for {bits} bits, and scales of shape "
             f"{tuple(step.shape)}"
@@ -293,7 +300,8 @@ def _check_layer(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 _READERS: dict[int, Callable[[dict[str, Any], _Described, bytes, Path], PackedFile]] = {
     1: _version_1,
     2: _version_2,
-    # Version 4 added balanced grids of weights and zero points of inputs, version 5 layers of decomposed modules.
+    # Version 4 added balanced grids of weights and zero points of inputs, version 5 layers of decomposed modules and
+    # groups of inputs.
     3: _version_3,
     4: _version_3,
     VERSION: _version_3,

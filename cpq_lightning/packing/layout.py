@@ -14,7 +14,8 @@ The file's metadata has one entry, :data:`KEY`: the SHA-256 of a JSON text, a ne
 - ``format``, ``version``, ``written_by``; ``sha256`` of all tensors (:func:`digest_of_all`);
 - ``architecture``, if timm builds the network;
 - ``layers``: each with its ``name``, the ``bits`` of its weight (one width, or one for each channel), ``shape``,
-  ``channel_dim`` (0 if omitted), the number of scales as ``steps`` (1 if omitted), the widths with a balanced grid as
+  ``channel_dim`` (0 if omitted), the number of scales as ``steps`` (1 if omitted), ``group_size`` if each group of so
+  many inputs has a scale (:mod:`~cpq_lightning.functional.groups`), the widths with a balanced grid as
   ``balanced`` (none if omitted), and ``input``: ``"s4"`` for a signed grid of four bits, ``"u4"`` for an unsigned one,
   ``"o4:3"`` for one with the zero point 3, omitted if the input is not quantized. A layer that shares the weight of
   another one has ``name``, ``input``, and that layer as ``source``. Packed are the codes of the signed grid; the code c
@@ -85,11 +86,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 def _weight(layer: QuantizedLayer) -> dict[str, Any]:
     quantizer = layer.weight_quantizer
-    dim = quantizer.channel_dim
+    dim, size = quantizer.channel_dim, quantizer.settings.group_size
     return {
         **width_entry(quantizer, quantizer.decided_widths().tolist()),
         "shape": list(layer.read_weight().shape),
         **({"channel_dim": dim} if dim else {}),
+        **({"group_size": size} if size else {}),
     }
 
 

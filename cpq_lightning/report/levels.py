@@ -33,7 +33,7 @@ VERSION = 1
 
 
 # Fields that only records of weights have.
-_WEIGHT_FIELDS = ("kind", "level_shares", "oscillating", "bytes", "macs", "bops")
+_WEIGHT_FIELDS = ("kind", "group_size", "level_shares", "oscillating", "bytes", "macs", "bops")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class LevelsRecord:
         zero_point: Zero point of the grid, minus its lowest level: 0 for an unsigned grid, a half-integer for a
             balanced one; a list with one zero point per channel where the widths are per channel.
         scale: Distance between neighbouring levels, in the unit of the quantized values (papers call it step size); a
-            list with one scale per channel where the scales are per channel.
+            list with one scale per channel where the scales are per channel; where they are per group of inputs, with
+            the mean over the groups of each channel.
         low: Lowest level, as a multiple of the scale (a half-integer for a balanced grid); the minimum over the
             channels.
         high: Highest level, as a multiple of the scale; the maximum over the channels.
@@ -61,6 +62,7 @@ class LevelsRecord:
         first_or_last: Whether the layer is a first or last layer, at ``first_last_bits``.
         quantizing: ``False`` while the quantizer passes its values on in full precision, and for a weight that the
             forward reads without calling its layer.
+        group_size: Weights only: the inputs that share a scale; ``None`` without groups.
         level_shares: Weights only: the share of the elements at each level from ``low`` to ``high``; in steps of a half
             where only some channels have a balanced grid.
         oscillating: Weights only: the share of elements that oscillated at the end of training; ``None`` without
@@ -86,6 +88,7 @@ class LevelsRecord:
     clipped: float | None
     first_or_last: bool
     quantizing: bool
+    group_size: int | None = None
     level_shares: list[float] | None = None
     oscillating: float | None = None
     bytes: int | None = None
@@ -179,9 +182,12 @@ def _records(model: nn.Module) -> list[LevelsRecord]:
     return records
 
 
-def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -> LevelsRecord:
+def _record(
+    name: str, quantizer: Quantizer, usage: Usage | None, channels: int | None = None, **more: Any
+) -> LevelsRecord:
     step, low, high = quantizer.grid()
-    widths, scales = quantizer.decided_widths().tolist(), step.detach().tolist()
+    widths, size = quantizer.decided_widths().tolist(), quantizer.settings.group_size
+    scales = (step.reshape(channels, -1).mean(1) if size and channels else step).detach().tolist()
     return LevelsRecord(
         name=name,
         kind=quantizer.kind,
@@ -198,6 +204,7 @@ def _record(name: str, quantizer: Quantizer, usage: Usage | None, **more: Any) -
         clipped=None if usage is None else usage.clipped,
         first_or_last=quantizer.first_or_last,
         quantizing=quantizer.active,
+        group_size=size or None,
         **more,
     )
 
@@ -221,6 +228,7 @@ def _weight_record(name: str, layer: QuantizedLayer) -> LevelsRecord:
         name,
         quantizer,
         usage,
+        channels=len(weight),
         level_shares=[round(share, 6) for share in (counts / counts.sum()).tolist()],
         oscillating=quantizer.oscillating,
         bytes=weight_bytes(quantizer) if quantizer.active else 4 * weight.numel(),
@@ -240,7 +248,7 @@ def weight_codes(layer: QuantizedLayer) -> torch.Tensor:
 
 
 def code_scale(quantizer: Quantizer) -> torch.Tensor:
-    """The scale of :func:`weight_codes`, one value or one for each channel."""
+    """The scale of :func:`weight_codes`, one value, or one for each channel or group."""
     return (quantizer.grid()[0] / quantizer.codes_per_level()).detach()
 
 

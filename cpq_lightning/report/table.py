@@ -51,7 +51,7 @@ def levels_table(manifest: Mapping[str, Any]) -> Table:
     if prefix:
         notes.append(f"names of layers are relative to {prefix[:-1]}")
     if any(isinstance(layer["weight"]["scale"], list) for layer in manifest["layers"]):
-        notes.append("~ mean over the channels of a layer with one scale per channel")
+        notes.append("~ mean over the channels of a layer with one scale per channel, or over its groups of inputs")
     if first_or_last:
         notes.append("* first or last layer, not part of the average")
     plain = [f"{layer['name']} ({layer['type']})" for layer in manifest.get("full_precision", ())]

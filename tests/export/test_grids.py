@@ -1,4 +1,4 @@
-"""Files of every format hold offset and balanced grids."""
+"""Files of every format hold offset and balanced grids, and groups of inputs with a scale each."""
 
 import json
 from io import StringIO
@@ -56,6 +56,8 @@ SETTINGS = {
     "W1A3": {"weight_bits": 1, "act_bits": 3},
     "balanced W2A2": {"weight_bits": 2, "act_bits": 2, "weight_grid": "balanced"},
     "balanced W7A8 by channel": {"weight_bits": 7, "act_bits": 8, "weight_grid": "balanced", "per_channel": True},
+    # Of 24 inputs the second group is not complete.
+    "groups of W2A4": {"weight_bits": 2, "group_size": 16},
     "ends of W8A8": {"weight_bits": 2, "act_bits": 4, "first_last_bits": 8, "weight_grid": "balanced"},
 }
 

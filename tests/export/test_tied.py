@@ -61,6 +61,17 @@ def test_a_packed_file_ties_the_network_that_it_is_loaded_into(model, tmp_path):
     assert path.stat().st_size == manifest(model)["totals"]["size_bytes"]
 
 
+@pytest.mark.parametrize("size", [8, 6], ids=["complete groups", "incomplete groups"])
+@pytest.mark.parametrize(("format", "container"), [("packed", "int8"), ("torch", "int8"), ("onnx", "int4")])
+def test_a_table_with_groups_is_looked_up_with_the_scales_of_its_row(size, format, container, tmp_path):
+    torch.manual_seed(0)
+    tokens = torch.randint(40, (16, 5))
+    config = CPQConfig(weight_bits=3, act_bits=8, first_last_bits=None, group_size=size)
+    model = calibrate(attach(Text(), config), [tokens]).eval()
+    written = export_model(model, tmp_path, format=format, container=container, samples=tokens)
+    assert written.verification.largest_difference < 1e-4
+
+
 @pytest.mark.parametrize("format", ["packed", "torch", "onnx"])
 def test_one_that_is_left_out_stays_in_float32_beside_the_codes(format, tmp_path):
     torch.manual_seed(0)

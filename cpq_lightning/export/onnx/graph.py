@@ -63,9 +63,17 @@ def layer_of(node: ir.Node | None, role: str) -> str | None:
 def stored_levels(dequantize: ir.Node) -> Array:
     """The stored codes that a DequantizeLinear reads, minus their zero point."""
     codes, zero = (known(dequantize.inputs[i]).astype(np.int16) for i in (0, 2))
-    if zero.ndim:
-        zero = zero.reshape([-1 if dim == integer(dequantize, "axis", 1) else 1 for dim in range(codes.ndim)])
+    axis, size = integer(dequantize, "axis", 1), block_size(dequantize)
+    if size:
+        zero = zero.repeat(size, axis).take(range(codes.shape[axis]), axis)
+    elif zero.ndim:
+        zero = zero.reshape([-1 if dim == axis else 1 for dim in range(codes.ndim)])
     return codes - zero
+
+
+def block_size(dequantize: ir.Node) -> int:
+    """The elements along ``axis`` that share a scale; 0 where these are all of them."""
+    return integer(dequantize, "block_size", 0)
 
 
 def scaled_along(dequantize: ir.Node, axis: int) -> bool:

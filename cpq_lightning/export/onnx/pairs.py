@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from cpq_lightning.export.onnx.graph import Array, integer, known, layer_of, only_user
+from cpq_lightning.export.onnx.graph import Array, block_size, integer, known, layer_of, only_user
 
 # The largest sum of two products that fits into 16 bits.
 MAX_PAIR = 2**15 - 1
@@ -70,7 +70,8 @@ def cut_off(graph: ir.Graph) -> list[Product]:
 
 def largest_pair_of(product: Product) -> int:
     """:func:`largest_pair` of a product with its stored codes; 0 where no kernel adds two products in 16 bits."""
-    if product.first is None or product.weight is None:
+    # No integer kernel takes a weight with groups.
+    if product.first is None or product.weight is None or block_size(product.weight):
         return 0
     codes = known(product.weight.inputs[0])
     return 0 if codes.dtype == np.uint8 else largest_pair(codes, _channel_dim(product), largest_byte(product.first))

@@ -75,9 +75,8 @@ class OnnxLayer(IntegerLayer):
         return self._dequantized(self.weight_codes, self.channel_dim)
 
     def _dequantized(self, codes: Tensor, axis: int, **properties: str) -> Tensor:
-        per_channel = len(self.weight_step) > 1
-        step = self.weight_step if per_channel else self.weight_step.reshape(())
-        attributes = {_NAME: self.layer_name} | ({"axis": axis} if per_channel else {})
+        step, attributes = _scales(self, axis)
+        attributes |= {_NAME: self.layer_name}
         inputs = (codes, step, torch.zeros_like(step, dtype=torch.int8))
         properties |= {LAYER: self.layer_name, ROLE: "weight"}
         return emit(f"{_DOMAIN}::DequantizeLinear", inputs, attributes, codes.shape, torch.float32, properties)
@@ -92,8 +91,9 @@ class OnnxLayer(IntegerLayer):
         x = x if self.input_grid is None else self.input_grid(x)
         shape = json.dumps(list(self.weight_codes.shape))
         weight = self._dequantized(self.weight_codes.T.contiguous(), 1, **{SHAPE: shape})
-        if self.input_grid is None:
-            # With a 2d weight, ONNX Runtime would use a product that rounds the input to 8 bits (MatMulNBits).
+        if self.input_grid is None or self.group_size:
+            # With a 2d weight, ONNX Runtime would use a product that rounds the input to 8 bits (MatMulNBits), or of
+            # groups one that takes a scale for each column only (MatMulIntegerToFloat).
             weight = weight.unsqueeze(0)
         # torch.matmul would count as a product of the parent module, whose products may be quantized.
         y = torch.ops.aten.matmul.default(x, weight)
@@ -113,8 +113,7 @@ class OnnxTable(IntegerTable):
     """
 
     def dequantized(self) -> Tensor:
-        step = self.weight_step if len(self.weight_step) > 1 else self.weight_step.reshape(())
-        return self._dequantize(self.weight_codes, step, {"axis": self.channel_dim} if step.dim() else {})
+        return self._dequantize(self.weight_codes, *_scales(self, self.channel_dim))
 
     def look_up(self, index: Tensor) -> Tensor:
         if len(self.weight_step) > 1:
@@ -130,6 +129,21 @@ class OnnxTable(IntegerTable):
     @property
     def _properties(self) -> dict[str, str]:
         return {LAYER: self.source, ROLE: TABLE}
+
+
+def _scales(module: OnnxLayer | OnnxTable, axis: int) -> tuple[Tensor, dict[str, Any]]:
+    """The scales of a weight as DequantizeLinear takes them, and its attributes.
+
+    Args:
+        module: The module with the weight.
+        axis: Dimension of the output channels in the codes; of groups, the inputs are the other dimension.
+    """
+    if module.group_size:
+        step = module.steps_of_groups
+        return step.T.contiguous() if axis else step, {"axis": 1 - axis, "block_size": module.group_size}
+    if len(module.weight_step) > 1:
+        return module.weight_step, {"axis": axis}
+    return module.weight_step.reshape(()), {}
 
 
 def emit(
