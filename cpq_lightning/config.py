@@ -85,8 +85,9 @@ class CPQConfig:
         group_size: Weights of linear layers have one scale for each group of so many consecutive inputs of an output,
             such as 32, 64 or 128: at 2 to 4 bits they lose less, for 32 further bits a group in the file. The last
             group may be smaller; a layer with at most so many inputs has one group an output. Convolutions keep one
-            scale per output channel, as runtimes compute them. ``None`` means no groups. Needs ``per_channel=True``,
-            and one width for each weight: not ``gate_sharing="channel"``.
+            scale per output channel, as runtimes compute them, and embeddings one per row, unless they share the weight
+            of a linear layer. ``None`` means no groups. Needs ``per_channel=True``, and one width for each weight: not
+            ``gate_sharing="channel"``.
         temperature: Rounding temperature T in (0, 1] at the start of training; the noise is ``T * sigma``.
         keep_prob: Probability in (0, 1] with which DropBits keeps each bit in training. It has an effect only if
             ``min_bits`` is below ``weight_bits``; evaluation always uses all bits. Learned gates start at this

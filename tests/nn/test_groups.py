@@ -136,7 +136,7 @@ def test_a_transposed_weight_has_the_groups_of_its_values():
     for stored in (weight.clone(), weight.t().contiguous().t()):
         layer = nn.Linear(12, OUTPUTS, bias=False)
         layer.weight = nn.Parameter(stored)
-        model = attach(layer, CPQConfig(group_size=SIZE, act_bits=None, first_last_bits=None)).train()
+        model = calibrate(attach(layer, CPQConfig(group_size=SIZE, first_last_bits=None)), [x]).train()
         out = model(x)
         out.sum().backward()
         outputs.append((out.detach(), model.weight.grad))
