@@ -130,6 +130,49 @@ def _wav2vec2() -> tuple[nn.Module, Any]:
     return Wav2Vec2ForCTC(config), {"input_values": torch.randn(2, 800)}
 
 
+def _tft() -> tuple[nn.Module, Any]:
+    from pytorch_forecasting import TemporalFusionTransformer
+    from pytorch_forecasting.data.encoders import TorchNormalizer
+    from pytorch_forecasting.metrics import QuantileLoss
+
+    made = TemporalFusionTransformer(
+        hidden_size=16,
+        attention_head_size=4,
+        loss=QuantileLoss(),
+        static_categoricals=["series"],
+        time_varying_reals_encoder=["time", "value"],
+        time_varying_reals_decoder=["time"],
+        x_reals=["time", "value"],
+        x_categoricals=["series"],
+        embedding_sizes={"series": (4, 3)},
+        embedding_paddings=[],
+        output_transformer=TorchNormalizer(),
+    )
+    history, future = torch.full((2,), 12), torch.full((2,), 4)
+    inputs = {"encoder_lengths": history, "decoder_lengths": future, "target_scale": torch.rand(2, 2)}
+    for part, steps in (("encoder", 12), ("decoder", 4)):
+        inputs[f"{part}_cat"] = torch.randint(0, 4, (2, 1)).expand(2, steps)[..., None]
+        inputs[f"{part}_cont"] = torch.randn(2, steps, 2)
+    return made, inputs
+
+
+def _unet() -> tuple[nn.Module, Any]:
+    from segmentation_models_pytorch import Unet
+
+    return Unet("mobilenet_v2", encoder_weights=None, classes=3), torch.randn(2, 3, 64, 64)
+
+
+def _rf_detr() -> tuple[nn.Module, Any]:
+    from rfdetr.config import RFDETRNanoConfig
+    from rfdetr.models import build_model_from_config
+
+    config = RFDETRNanoConfig(
+        resolution=128, positional_encoding_size=8, num_classes=3, num_queries=20, num_select=20, group_detr=1,
+        pretrain_weights=None,
+    )  # fmt: skip
+    return build_model_from_config(config), torch.rand(2, 3, 128, 128)
+
+
 # The package, and what builds a model with inputs of one call.
 MODELS: Mapping[str, tuple[str, Callable[[], tuple[nn.Module, Any]]]] = {
     "VisionTransformer (of vit_b_16)": ("torchvision", _vit),
@@ -140,6 +183,9 @@ MODELS: Mapping[str, tuple[str, Callable[[], tuple[nn.Module, Any]]]] = {
     "T5ForConditionalGeneration": ("transformers", _t5),
     "ViTForImageClassification": ("transformers", _hf_vit),
     "Wav2Vec2ForCTC": ("transformers", _wav2vec2),
+    "TemporalFusionTransformer": ("pytorch_forecasting", _tft),
+    "Unet (encoder mobilenet_v2)": ("segmentation_models_pytorch", _unet),
+    "RF-DETR Nano": ("rfdetr", _rf_detr),
 }
 
 
@@ -212,7 +258,8 @@ def _write(rows: Mapping[str, Row]) -> None:
         "Each model is unchanged, small, with random weights; W4A4, attention's products too, nothing left out. Shares "
         "are of the elements of all weights, embeddings and tables of positions included, and of the "
         "multiply-accumulates with both operands quantized. `torch counts` is what torch's FlopCounterMode counts in "
-        f"full precision, of ours. Made by `python -m benchmarks.model_coverage`, torch {version('torch')}.\n\n"
+        "full precision, of ours; it does not count recurrent layers. Made by `python -m benchmarks.model_coverage`, "
+        f"torch {version('torch')}.\n\n"
     )
     write_atomically(RESULTS / "model_coverage.md", head + table(rows))
 

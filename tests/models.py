@@ -29,11 +29,11 @@ def convnet(width=8):
 
 
 def with_own_forward(cls):
-    """A class of torch with a forward of its own, such as users write: nothing can quantize what it multiplies."""
+    """A class of torch with a forward of its own, which names its base: nothing can quantize what it multiplies."""
 
     class Own(cls):
         def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
 
     return Own
 

@@ -7,8 +7,10 @@ import pytest
 from benchmarks.model_coverage import MODELS, Row, cover, table
 from tests.marks import thorough
 
-# A detector of 320 pixels takes half a minute.
-LONG = ("ssdlite320_mobilenet_v3_large",)
+# Detectors take up to a minute.
+LONG = ("ssdlite320_mobilenet_v3_large", "RF-DETR Nano")
+# What torch counts, where it is not all: recurrent layers it does not count.
+COUNTED = {"TemporalFusionTransformer": 0.653}
 
 
 def models():
@@ -22,7 +24,7 @@ def models():
 def test_nothing_that_multiplies_is_left(name):
     row = cover(name)
     assert row.macs > 0.98, row.left
-    assert row.counted == pytest.approx(1, rel=0.01)
+    assert row.counted == pytest.approx(COUNTED.get(name, 1), rel=0.01)
     assert row.without_gradient == []
 
 

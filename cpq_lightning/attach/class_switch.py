@@ -22,6 +22,11 @@ class Switched(nn.Module):
         """Additional attributes of the class that is made for ``base``."""
         return {}
 
+    @classmethod
+    def bases_for(cls, base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """The bases of the class that is made for ``base``."""
+        return (cls, base)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle cannot import the class from a module, so it is rebuilt from its mixins, outermost first, and its base.
         mixins: list[type[Switched]] = []
@@ -51,7 +56,8 @@ def switched_class(mixin: type[S], base: type[nn.Module]) -> type[S]:
             "__doc__": base.__doc__,
         }
         namespace |= mixin.made_for(base)
-        _classes[mixin, base] = type(f"Quantized{base.__name__}", (mixin, base), namespace)
+        made = type(f"Quantized{base.__name__}", mixin.bases_for(base), namespace)
+        _classes[mixin, base] = cast("type[Switched]", made)
     return cast("type[S]", _classes[mixin, base])
 
 
@@ -74,7 +80,15 @@ def original_class(module: nn.Module) -> None:
 def _change_class(module: nn.Module, change: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
     cls = type(module)
     if not is_parametrized(module) or cls.__name__ != f"Parametrized{cls.__bases__[0].__name__}":
-        module.__class__ = change(cls)
+        changed = change(cls)
+        try:
+            module.__class__ = changed
+        except TypeError as error:
+            raise TypeError(
+                f"{cls.__name__} cannot be quantized: Python does not let its instances change their class ({error}), "
+                "as where a class names one that is no nn.Module first: class Net(ABC, nn.Linear). Name the nn.Module "
+                f"first, or give ignore=[{cls.__name__!r}]."
+            ) from error
         return
     # torch's Parametrized class has a property for each parametrized tensor, and torch restores its first base when the
     # parametrization is removed, so that class must stay the outermost one.

@@ -36,8 +36,10 @@ def parts_of(module: nn.Module) -> tuple[type[Decomposed], dict[str, Part]] | No
     if isinstance(module, Decomposed):
         return None
     for mixin in _MIXINS:
+        if mixin.stock_of(type(module)) is None:
+            continue
         parts = mixin.parts_of(module)
-        if parts and is_plain(module, parts):
+        if is_plain(module, parts):
             return mixin, parts
     return None
 

@@ -8,7 +8,9 @@ A decomposed module keeps its Parameters, under the same names in its ``state_di
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -133,15 +135,48 @@ class Decomposed(Switched):
     """
 
     owned_layers: tuple[str, ...]
+    # Classes whose forward the mixin computes.
+    stock: ClassVar[tuple[type[nn.Module], ...]] = ()
     # Names of further layers of the module, which its own forward does not call.
     other_layers: ClassVar[tuple[str, ...]] = ()
     # Whether the layers come before the module's other modules, in the forward and thus in registration order.
     layers_first: ClassVar[bool] = True
 
     @classmethod
-    def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
-        """The layers that compute the module's products, by name; ``None`` if it computes in another way."""
+    def parts_of(cls, module: nn.Module) -> dict[str, Part]:
+        """The layers that compute the products of an instance of a stock class, by name."""
         raise NotImplementedError
+
+    @classmethod
+    def forward_for(cls, stock: type[nn.Module]) -> Callable[..., Any]:
+        """The function that takes the place of a stock class's forward."""
+        raise NotImplementedError
+
+    @classmethod
+    def is_stock(cls, candidate: type) -> bool:
+        """Whether the mixin computes the forward of this class."""
+        return candidate in cls.stock
+
+    @classmethod
+    def stock_of(cls, kind: type[nn.Module]) -> type[nn.Module] | None:
+        """The stock class whose forward computes the products of a class; ``None`` if there is none.
+
+        A subclass may have a forward of its own, if that calls ``super().forward``.
+        """
+        for base in kind.__mro__:
+            if cls.is_stock(base):
+                return base
+            if "forward" in vars(base) and not _calls_super(vars(base)["forward"]):
+                return None
+        return None
+
+    @classmethod
+    def bases_for(cls, base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        stock = cls.stock_of(base)
+        assert stock is not None
+        # Behind subclasses of the stock class, whose super().forward then finds the mixin's.
+        computed = _computed_class(cls, stock)
+        return (computed,) if base is stock else (base, computed)
 
     @classmethod
     def beside(cls, layer: str) -> tuple[str, ...]:
@@ -163,6 +198,18 @@ class Decomposed(Switched):
             for name, layer in shared.items():
                 own = self._modules[name] = copy.copy(layer)
                 own.__dict__[OWNER] = self
+
+
+def _calls_super(forward: Any) -> bool:
+    """Whether a forward calls the one of its base class by ``super()``, as far as its code shows."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and {"super", "forward"} <= set(code.co_names)
+
+
+@functools.cache
+def _computed_class(mixin: type[Decomposed], stock: type[nn.Module]) -> type[nn.Module]:
+    forward = functools.wraps(stock.forward)(mixin.forward_for(stock))
+    return type(f"{stock.__name__}ByLayers", (mixin, stock), {"forward": forward})
 
 
 def owner_of(layer: nn.Module) -> Decomposed | None:

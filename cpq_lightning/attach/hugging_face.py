@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,15 +17,17 @@ class Conv1DByLayer(Decomposed):
     """Mixin that computes ``transformers.pytorch_utils.Conv1D``, of GPT-2 for example, through ``linear``."""
 
     @classmethod
-    def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
-        known = type(module).__name__ == "Conv1D" and type(module).__module__ in _MODULES
-        return {"linear": Part("weight", "bias", transposed=True)} if known else None
+    def is_stock(cls, candidate: type) -> bool:
+        return candidate.__name__ == "Conv1D" and candidate.__module__ in _MODULES
 
     @classmethod
-    def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
-        @functools.wraps(base.forward)
+    def parts_of(cls, module: nn.Module) -> dict[str, Part]:
+        return {"linear": Part("weight", "bias", transposed=True)}
+
+    @classmethod
+    def forward_for(cls, stock: type[nn.Module]) -> Callable[..., Any]:
         def forward(self: Any, x: Tensor) -> Tensor:
             self.claim_layers()
             return self.linear(x)
 
-        return {"forward": forward}
+        return forward

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,12 +21,12 @@ class AttentionByLayers(Decomposed):
     them.
     """
 
+    stock: ClassVar[tuple[type[nn.Module], ...]] = (nn.MultiheadAttention,)
     other_layers: ClassVar[tuple[str, ...]] = ("out_proj",)
 
     @classmethod
-    def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
-        if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
-            return None
+    def parts_of(cls, module: nn.Module) -> dict[str, Part]:
+        assert isinstance(module, nn.MultiheadAttention)
         size = module.embed_dim
         bias = None if module.in_proj_bias is None else "in_proj_bias"
         parts = {}
@@ -43,13 +43,12 @@ class AttentionByLayers(Decomposed):
         return () if layer in cls.other_layers else ("q_proj", "k_proj", "v_proj")
 
     @classmethod
-    def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
-        @functools.wraps(base.forward)
+    def forward_for(cls, stock: type[nn.Module]) -> Callable[..., Any]:
         def forward(self: AttentionByLayers, *args: Any, **kwargs: Any) -> Any:
             self.claim_layers()
             return attend(cast(nn.MultiheadAttention, self), *args, **kwargs)
 
-        return {"forward": forward}
+        return forward
 
 
 def attend(

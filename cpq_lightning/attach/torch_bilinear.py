@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,18 @@ class BilinearByLayers(Decomposed):
     ``attention=True`` quantizes.
     """
 
-    @classmethod
-    def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
-        stock = isinstance(module, nn.Bilinear) and type(module).forward is nn.Bilinear.forward
-        return {"linear": Part("weight")} if stock else None
+    stock: ClassVar[tuple[type[nn.Module], ...]] = (nn.Bilinear,)
 
     @classmethod
-    def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
-        @functools.wraps(base.forward)
+    def parts_of(cls, module: nn.Module) -> dict[str, Part]:
+        return {"linear": Part("weight")}
+
+    @classmethod
+    def forward_for(cls, stock: type[nn.Module]) -> Callable[..., Any]:
         def forward(self: Any, input1: Tensor, input2: Tensor) -> Tensor:
             self.claim_layers()
             inner = self.linear(input2).unflatten(-1, (self.out_features, self.in1_features))
             out = torch.matmul(inner, input1.unsqueeze(-1)).squeeze(-1)
             return out if self.bias is None else out + self.bias
 
-        return {"forward": forward}
+        return forward

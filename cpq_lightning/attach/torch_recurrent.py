@@ -4,9 +4,8 @@ each layer and direction, and one for the projection of an LSTM.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,46 +50,42 @@ class RecurrentByLayers(_Recurrent):
     quantizer is active, torch's fused kernel runs.
     """
 
+    stock: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNN, nn.LSTM, nn.GRU)
+
     @classmethod
-    def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
-        stock = next((s for s in (nn.RNN, nn.LSTM, nn.GRU) if isinstance(module, s)), None)
-        if stock is None or type(module).forward is not stock.forward:
-            return None
+    def parts_of(cls, module: nn.Module) -> dict[str, Part]:
         # All names, of Parameters that are shared or computed too.
         return _parts(cast(nn.RNNBase, module)._flat_weights_names)
 
     @classmethod
-    def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
-        @functools.wraps(base.forward)
+    def forward_for(cls, stock: type[nn.Module]) -> Callable[..., Any]:
         def forward(self: RecurrentByLayers, input: Any, hx: Any = None) -> Any:
             self.claim_layers()
             if self.runs_fused:
                 if isinstance(input, PackedSequence):
-                    return base.forward(self, input._replace(data=self.connected(input.data)), hx)
-                return base.forward(self, self.connected(input), hx)
+                    return stock.forward(self, input._replace(data=self.connected(input.data)), hx)
+                return stock.forward(self, self.connected(input), hx)
             return _recur(self, input, hx)
 
-        return {"forward": forward}
+        return forward
 
 
 class CellByLayers(_Recurrent):
     """Mixin that computes a recurrent cell through ``ih`` and ``hh``."""
 
+    stock: ClassVar[tuple[type[nn.Module], ...]] = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
     @classmethod
-    def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
-        stock = next((s for s in (nn.RNNCell, nn.LSTMCell, nn.GRUCell) if isinstance(module, s)), None)
-        if stock is None or type(module).forward is not stock.forward:
-            return None
+    def parts_of(cls, module: nn.Module) -> dict[str, Part]:
         names = [f"{kind}_{end}" for kind in ("weight", *(["bias"] if module.bias else [])) for end in ("ih", "hh")]
         return _parts(names)
 
     @classmethod
-    def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
-        @functools.wraps(base.forward)
+    def forward_for(cls, stock: type[nn.Module]) -> Callable[..., Any]:
         def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
             self.claim_layers()
             if self.runs_fused:
-                return base.forward(self, self.connected(input), hx)
+                return stock.forward(self, self.connected(input), hx)
             is_lstm = isinstance(self, nn.LSTMCell)
             states = None if hx is None else tuple(hx) if is_lstm else (hx,)
             _check_cell(self, input, states)
@@ -100,7 +95,7 @@ class CellByLayers(_Recurrent):
             states = _step_of(self)(self.ih(input), states, _product(self.hh), None)
             return states if is_lstm else states[0]
 
-        return {"forward": forward}
+        return forward
 
 
 def _parts(names: Sequence[str]) -> dict[str, Part]:

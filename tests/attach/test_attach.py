@@ -1,3 +1,4 @@
+import abc
 import copy
 import io
 import pickle
@@ -410,6 +411,17 @@ def test_bad_input_is_refused_and_nothing_changes(model, config, message):
         attach(model, config)
     assert [type(m) for m in model.modules()] == classes
     assert list(model.state_dict()) == list(state)
+
+
+def test_a_class_that_python_does_not_let_change_is_refused():
+    class Layer(abc.ABC, nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Layer(4, 4))
+    with pytest.raises(TypeError, match=r"Layer cannot be quantized.*Name the nn.Module first.*ignore=\['Layer'\]"):
+        attach(model, CPQConfig())
+    assert [type(m) for m in model] == [nn.Linear, Layer]
+    assert is_attached(attach(model, CPQConfig(ignore=["Layer"])))
 
 
 def test_attaching_twice_and_detaching_a_plain_model_are_refused():

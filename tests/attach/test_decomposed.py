@@ -1,5 +1,6 @@
 """Modules that multiply by Parameters of their own, computed through quantized layers."""
 
+import abc
 import copy
 import pickle
 import warnings
@@ -67,6 +68,28 @@ ATTENTION = {
 }
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """With a forward of its own, around the one of torch."""
+
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class OwnStates(abc.ABC, nn.RNNBase):
+    """A mixin whose forward is found first, with an argument of its own."""
+
+    def forward(self, x, states=None, scale=1.0):
+        out, states = super().forward(x * scale, hx=states)
+        return out, states
+
+
+class OwnLSTM(OwnStates, nn.LSTM):
+    """As forecasters define theirs."""
+
+
+ATTENTION["a forward of its own"] = (lambda: OwnAttention(8, 2, batch_first=True), (X,), {})
+
+
 def recurrent(kind, **settings):
     return lambda: kind(8, 6, **settings)
 
@@ -86,6 +109,7 @@ RECURRENT = {
     "GRU, packed": (recurrent(nn.GRU, bidirectional=True), (PACKED,), {"hx": draw(2, 3, 6)}),
     "RNN": (recurrent(nn.RNN, num_layers=2), (X,), {}),
     "RNN, relu, unbatched": (recurrent(nn.RNN, nonlinearity="relu"), (X[0], draw(1, 6)), {}),
+    "LSTM, a forward of its own": (recurrent(OwnLSTM), (X,), {"scale": 0.5}),
     "LSTMCell": (recurrent(nn.LSTMCell), (X[0],), {}),
     "LSTMCell, with states": (recurrent(nn.LSTMCell), (X[0], (draw(5, 6), draw(5, 6, seed=2))), {}),
     "GRUCell": (recurrent(nn.GRUCell), (X[0], draw(5, 6)), {}),
@@ -286,10 +310,10 @@ def test_a_nested_tensor_and_a_missing_mask_are_refused():
         model(X, X, X, is_causal=True)
 
 
-def test_a_forward_of_ones_own_is_left_to_it():
+def test_a_forward_that_does_not_call_super_is_left_to_itself():
     class Own(nn.MultiheadAttention):
         def forward(self, x):
-            return super().forward(x, x, x, need_weights=False)[0]
+            return nn.MultiheadAttention.forward(self, x, x, x, need_weights=False)[0]
 
     model = attach(nn.Sequential(nn.Linear(8, 8), Own(8, 2, batch_first=True)), CPQConfig())
     assert not isinstance(model[1], Decomposed)
