@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.class_switch import Switched, switch_class, switch_class_back
+from cpq_lightning.nn.sharding import full_tensor
 
 # Attribute of a layer inside of a decomposed module: that module.
 OWNER = "_cpq_owner"
@@ -51,8 +52,10 @@ class Part:
     def weight_in(self, parameter: Tensor) -> Tensor:
         """The weight in a tensor like the Parameter, as a view."""
         weight = _rows(parameter, self.rows)
-        # A stack of matrices is one matrix with all their rows.
-        return weight.t() if self.transposed else weight.flatten(0, -2) if weight.dim() > 2 else weight
+        if weight.dim() > 2:
+            # A stack of matrices is one matrix with all their rows. torch does not flatten uneven shards.
+            return full_tensor(weight).flatten(0, -2)
+        return weight.t() if self.transposed else weight
 
     def bias_of(self, owner: nn.Module) -> Tensor | None:
         """The bias, shape (outputs,)."""

@@ -2,6 +2,7 @@
 
 import abc
 import copy
+import os
 import pickle
 import warnings
 from unittest.mock import patch
@@ -9,9 +10,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from benchmarks.processes import run_processes
 from cpq_lightning import CPQConfig, attach, calibrate, coverage, detach, export_model, levels
 from cpq_lightning.attach import full_precision_copy, loading, quantized_layers, quantizers
 from cpq_lightning.attach.attach import set_active
@@ -21,6 +25,7 @@ from cpq_lightning.attach.origin import full_precision_layers, late_layers
 from cpq_lightning.bitwidth.model_cost import float_bytes
 from cpq_lightning.export.load import load_quantized
 from cpq_lightning.export.packed import write_packed
+from cpq_lightning.nn.sharding import full_tensor, is_sharded
 from cpq_lightning.optim.dampening import Dampening
 from cpq_lightning.packing.size import packed_size
 
@@ -512,3 +517,53 @@ def test_inputs_that_torch_refuses_are_refused():
         rnn(X[:0])
     with pytest.raises(ValueError, match=r"LSTM: expected 2-D or 3-D with 8 features"):
         rnn(draw(3, 5, 7))
+
+
+class Three(nn.Module):
+    """One decomposed module of each kind, one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.lstm, self.bilinear = attention(), nn.LSTM(8, 6, batch_first=True), nn.Bilinear(6, 8, 3)
+
+    def forward(self, x):
+        attended, _ = self.attention(x, x, x, need_weights=False)
+        states, _ = self.lstm(attended)
+        return self.bilinear(states[:, -1], x[:, 0])
+
+
+def gradients_of_processes(folder):
+    """In each of two processes: the gradients of its half of a batch, averaged, are those of the whole batch."""
+    rank, x = int(os.environ["RANK"]), draw(4, 5, 8)
+
+    def gradients(distribute, inputs):
+        torch.manual_seed(0)
+        model = Three()
+        if distribute is fully_shard:
+            # Sharded modules are quantized, and quantized ones are wrapped.
+            fully_shard(model)
+        attach(model, CONFIG, example_inputs=x)
+        calibrate(model, [x])
+        model.train()
+        called = DistributedDataParallel(model) if distribute is DistributedDataParallel else model
+        called(inputs).square().mean().backward()
+        full = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            # Quantizers are not sharded; CPQCallback averages their gradients.
+            if distribute is fully_shard and not is_sharded(p):
+                torch.distributed.all_reduce(full[name])
+                full[name] /= 2
+        return full
+
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    expected = gradients(None, x)
+    assert all(grad.any() for name, grad in expected.items() if "noise" not in name)
+    for distribute in (DistributedDataParallel, fully_shard):
+        found = gradients(distribute, x[2 * rank : 2 * rank + 2])
+        torch.testing.assert_close(found, expected)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_get_the_gradients_of_one(tmp_path):
+    ended = run_processes(gradients_of_processes, tmp_path, environments=[{"RANK": "0"}, {"RANK": "1"}])
+    assert [done.returncode for done in ended] == [0, 0], ended[0].stderr
