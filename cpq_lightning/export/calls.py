@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import (
     TreeSpec,
     tree_flatten,
     tree_flatten_with_path,
+    tree_map,
     tree_unflatten,
     treespec_dumps,
     treespec_loads,
@@ -177,6 +178,8 @@ def _key(entry: Any) -> str:
 def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
     """The tensors in a model's output, in any containers, with names. ``None`` in the output is ignored.
 
+    Containers are those that torch's pytree knows, and any mapping or dataclass, whose entries come in their order.
+
     A single tensor is named ``output``. Several are named by the keys that lead to them, such as ``boxes.0``; a name
     that begins with a number gets the prefix ``output_``.
 
@@ -191,9 +194,10 @@ def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
         elif leaf is not None:
             where = f"the output {name!r} of the model" if name else "the output of the model"
             raise TypeError(
-                f"{where} is {type(leaf).__name__}, and an exported model returns only tensors, and tuples, lists and "
-                "dicts of them: do not return it in evaluation, or let export_module() of the LightningModule return "
-                "the submodule that returns only tensors."
+                f"{where} is {type(leaf).__name__}, and an exported model returns only tensors, and tuples, lists, "
+                "dicts and dataclasses of them: do not return it in evaluation (a cache of keys and values: set "
+                "use_cache=False in the model's config), or let export_module() of the LightningModule return the "
+                "submodule that returns only tensors."
             )
     if not named:
         raise TypeError("The model returns no tensor: an export would compute nothing.")
@@ -201,17 +205,35 @@ def named_outputs(output: Any) -> list[tuple[str, Tensor]]:
 
 
 def _all_leaves(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """:func:`_leaves`, also of mappings and sequences that torch's pytree does not know, or knows without keys."""
+    """:func:`_leaves`, also of containers that torch's pytree does not know, or knows without keys."""
     for keys, leaf in _leaves(value, lambda part: isinstance(part, Mapping)):
-        if isinstance(leaf, Mapping):
-            items = leaf.items()
-        elif isinstance(leaf, tuple | list):
-            items = enumerate(leaf)
-        else:
+        items = _items(leaf)
+        if items is None:
             yield (*prefix, *keys), leaf
             continue
-        for key, item in items:
-            yield from _all_leaves(item, (*prefix, *keys, str(key)))
+        for key, item in items.items():
+            yield from _all_leaves(item, (*prefix, *keys, key))
+
+
+def _items(value: Any) -> dict[str, Any] | None:
+    """The entries of a mapping, a sequence or a dataclass, in order; ``None`` for anything else."""
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return {str(i): item for i, item in enumerate(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None
+
+
+def in_known_containers(output: Any) -> Any:
+    """A model's output with dicts in place of the containers that torch's pytree does not know."""
+
+    def known(leaf: Any) -> Any:
+        items = _items(leaf)
+        return leaf if items is None else {key: in_known_containers(item) for key, item in items.items()}
+
+    return tree_map(known, output)
 
 
 def flat_outputs(output: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from cpq_lightning.export.calls import dump_spec, forward_replaced
+from cpq_lightning.export.calls import dump_spec, forward_replaced, in_known_containers
 from cpq_lightning.export.integer_model import to_integer_model
 from cpq_lightning.export.samples import Samples
 from cpq_lightning.report.levels import compact_manifest
@@ -53,7 +53,7 @@ def trace(network: nn.Module, samples: Samples) -> ExportedProgram:
         # A tensor without dimensions is shared by all samples.
         if tensor.dim():
             shapes[tensor] = {0: batch}
-    with torch.no_grad(), _named_keywords(network, kwargs):
+    with torch.no_grad(), _traceable(network, kwargs):
         program = torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
     # The file must not contain data of the run.
     program.example_inputs = None
@@ -61,15 +61,20 @@ def trace(network: nn.Module, samples: Samples) -> ExportedProgram:
 
 
 @contextmanager
-def _named_keywords(network: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+def _traceable(network: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Give a forward with ``**kwargs`` one named parameter per keyword: the code that ``torch.export`` generates looks
-    arguments up by parameter name.
+    arguments up by parameter name. It returns containers that ``torch.export`` knows.
     """
-    signature = inspect.signature(network.forward)
+    original_forward = network.forward
+    signature = inspect.signature(original_forward)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     known = {p.name for p in parameters}
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in known]
-    with forward_replaced(network, network.forward, signature.replace(parameters=parameters)):
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return in_known_containers(original_forward(*args, **kwargs))
+
+    with forward_replaced(network, forward, signature.replace(parameters=parameters)):
         yield
 
 

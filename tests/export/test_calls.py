@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 
 import onnx
 import onnxruntime
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from cpq_lightning import CPQConfig, attach, calibrate, export_model, load_quantized
+from cpq_lightning.export.calls import flat_outputs
 from cpq_lightning.export.onnx.store import KEY
 from cpq_lightning.export.sample_file import read_samples, write_samples
 from cpq_lightning.export.samples import Samples
@@ -35,7 +36,18 @@ class Record:
 
 @dataclasses.dataclass
 class Foreign:
-    x: torch.Tensor
+    x: object
+
+
+class Cache:
+    """As transformers' are: an object with tensors."""
+
+
+@dataclasses.dataclass
+class Reply:
+    logits: torch.Tensor
+    loss: torch.Tensor | None
+    more: Foreign
 
 
 class Output(OrderedDict):
@@ -77,6 +89,13 @@ class Keywords(Net):
 class OfOutput(Net):
     def forward(self, given):
         return Output(logits=self.net(given["x"]), mask=given["mask"] * 2)
+
+
+class OfForeign(Net):
+    """Returns containers that torch's pytree does not know."""
+
+    def forward(self, x, **more):
+        return Reply(self.net(x), None, Foreign((more["mask"], UserDict(x=x + 1))))
 
 
 class OfNamed(Net):
@@ -131,11 +150,23 @@ def test_pytorch_takes_and_returns_what_the_model_does(format, cls, samples, tmp
     torch.testing.assert_close(network(*args, **kwargs), model(*args, **kwargs))
 
 
+def test_a_program_returns_dicts_in_place_of_containers_that_torch_does_not_know(tmp_path):
+    samples = {"x": X, "mask": MASK}
+    model = trained(OfForeign, samples)
+    program = torch.export.load(export_model(model, tmp_path, format="torch", samples=samples).path).module()
+    expected = model(**samples)
+    torch.testing.assert_close(
+        program(**samples),
+        {"logits": expected.logits, "loss": None, "more": {"x": (MASK, {"x": X + 1})}},
+    )
+
+
 @pytest.mark.parametrize(
     ("cls", "samples", "inputs", "outputs"),
     [
         (Rich, RICH, ["batch.image.0", "rest.0", "mask", "gain"], ["logits", "more.0", "more.2.mask"]),
         (Colliding, (X, MASK), ["relu", "val_3"], ["output.relu", "linear"]),
+        (OfForeign, {"x": X, "mask": MASK}, ["x", "mask"], ["logits", "more.x.0", "more.x.1.x"]),
         *thorough(
             (Keywords, {"x": X, "mask": MASK}, ["x", "mask"], ["output_0", "output_1"]),
             (OfNamed, Named(X, MASK), ["pair.u", "pair.v"], ["output"]),
@@ -153,7 +184,7 @@ def test_onnx_names_tensors_after_arguments_and_keys(cls, samples, inputs, outpu
     few = Samples.of(samples, model).first(5)
     args, kwargs = few.call()
     found = session.run(None, {name: t.numpy() for name, t in zip(inputs, few.inputs, strict=True)})
-    expected = [t for t in _pytree.tree_leaves(model(*args, **kwargs)) if t is not None]
+    expected = flat_outputs(model(*args, **kwargs))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), theirs.detach(), rtol=1e-3, atol=1e-3)
     constants = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}[KEY])["constants"]
@@ -185,7 +216,7 @@ def returns(make):
     ("make", "words"),
     [
         (lambda y: {"y": y, "names": ["a"]}, "the output 'names.0' of the model is str"),
-        (lambda y: (y, (None, Foreign(y))), "the output '1.1' of the model is Foreign"),
+        (lambda y: (y, (None, Foreign(Cache()))), "the output '1.1.x' of the model is Cache.*use_cache=False"),
         (lambda y: "a", "the output of the model is str"),
         (lambda y: (y, 3), "the output '1' of the model is int"),
         (lambda y: None, "returns no tensor"),
