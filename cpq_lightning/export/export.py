@@ -175,6 +175,12 @@ def export_model(
             result = _write_and_verify(job, format, verify)
         except MismatchError as error:
             raise MismatchError(f"{path} was not written, it would not be the trained model. {error}") from None
+        if result is not None and result.left_out:
+            log.warning(
+                "The forward does not use the layers %s with these samples in evaluation: the %s file leaves them out.",
+                ", ".join(result.left_out),
+                format,
+            )
         measured = _time(model, temporary, samples) if latency and format == "onnx" else None
         read_types = FORMATS[format].code_types
         code_types = read_types(temporary) if read_types is not None else {}

@@ -59,6 +59,7 @@ def _verification(result: Verification | None) -> list[tuple[str, str]]:
     rows = [
         ("verified in", result.runtime),
         ("weight codes", f"equal in {result.weights} of {result.weights} layers"),
+        *([("left out, as unused", ", ".join(result.left_out))] if result.left_out else []),
         (
             "activation codes",
             f"at most {result.mismatched:.3%} of a quantizer's codes differ{where}, {result.activations} compared",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cpq_lightning.attach.layers import read_layers
+from cpq_lightning.attach.audit import Audit
+from cpq_lightning.attach.layers import quantizers, read_layers
 from cpq_lightning.errors import ExportError
 from cpq_lightning.export.calls import flat_outputs
 from cpq_lightning.export.integer_model import evaluated, grid_of, input_of, quantized_inputs
@@ -77,13 +78,15 @@ class Verification:
         runtime: Name and version of the runtime.
         samples: Number of samples for the comparison of outputs; layers are compared on the first 16.
         real: Whether the samples are data; ``False`` for random numbers.
-        weights: Number of layers; the weight codes of all of them are equal.
+        weights: Number of layers in the file; the weight codes of all of them are equal.
         activations: Number of quantizers with compared codes; each quantizes the values of the trained model.
         mismatched: The largest share of codes of one quantizer that differ, all by one level.
         mismatched_at: The layer with this largest share.
         agreement: Share of rows with the largest entry in the same column (for a classifier: the same class), over all
             outputs of shape (samples, columns). ``None`` where no output has that shape.
         largest_difference: The largest absolute difference of two numbers in the outputs.
+        left_out: Layers that the file lacks because the forward of the samples in evaluation does not use them, such as
+            heads of an auxiliary loss.
     """
 
     runtime: str
@@ -95,6 +98,7 @@ class Verification:
     mismatched_at: str
     agreement: float | None
     largest_difference: float
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass
@@ -127,6 +131,14 @@ class Reference:
         """The outputs of the model."""
         args, kwargs = batch.call()
         return flat_outputs(self.model(*args, **kwargs))
+
+    def unused(self, samples: Samples) -> set[str]:
+        """Names of the layers whose weight the forward does not read."""
+        with Audit(self.model) as audit:
+            self.outputs(samples.first(1))
+        not_called = set(audit.report.never_called)
+        weights = {q: name for name, q in quantizers(self.model)}
+        return {name for name, layer in read_layers(self.model) if weights[layer.weight_quantizer] in not_called}
 
     def weight_codes(self, negated_by: Mapping[str, str]) -> dict[str, Tensor]:
         """The codes of each layer's weight, negated where the gain of a folded batch norm is negative."""
@@ -176,9 +188,9 @@ def verify(model: nn.Module, artefact: Artefact, samples: Samples) -> Verificati
             runtime on this processor where the file is otherwise correct.
     """
     reference = Reference(model)
-    weights = _compare_weights(reference, artefact)
+    weights, left_out = _compare_weights(reference, artefact, samples)
     try:
-        return _compare_computed(reference, artefact, samples, weights)
+        return replace(_compare_computed(reference, artefact, samples, weights), left_out=left_out)
     except MismatchError as error:
         fault = _fault(reference, artefact, samples, weights)
         if fault is None:
@@ -213,9 +225,14 @@ def _compare_computed(reference: Reference, artefact: Artefact, samples: Samples
     )
 
 
-def _compare_weights(reference: Reference, artefact: Artefact) -> int:
+def _compare_weights(reference: Reference, artefact: Artefact, samples: Samples) -> tuple[int, tuple[str, ...]]:
+    """The number of layers with equal codes, and the names of those that the file rightly lacks."""
     expected, actual = reference.weight_codes(artefact.negated_by()), artefact.weight_codes()
+    missing = [name for name in expected if name not in actual]
+    unused = reference.unused(samples) if missing else set()
     for name, codes in expected.items():
+        if name in unused and name not in actual:
+            continue
         if name not in actual:
             raise MismatchError(f"The file has no weight codes of layer {name!r}.")
         if codes.shape != actual[name].shape:
@@ -226,7 +243,7 @@ def _compare_weights(reference: Reference, artefact: Artefact) -> int:
         wrong = int((codes.short() != actual[name].short()).sum())
         if wrong:
             raise MismatchError(f"{wrong} of {codes.numel()} weight codes of layer {name!r} differ.")
-    return len(expected)
+    return len(expected) - len(missing), tuple(missing)
 
 
 def _compare_layers(reference: Reference, artefact: Artefact, samples: Samples) -> tuple[float, str, int]:

@@ -127,6 +127,30 @@ def test_the_layers_of_an_artefact_go_on_from_what_they_are_given(model, tmp_pat
         verify(model, artefact, Samples.of(X))
 
 
+class Auxiliary(nn.Module):
+    """With a second head, which only training uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head, self.auxiliary = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        features = self.first(x).relu()
+        return (self.head(features), self.auxiliary(features)) if self.training else self.head(features)
+
+
+def test_layers_that_only_training_uses_are_left_out_with_a_word(tmp_path, caplog):
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    model = attach(Auxiliary(), CPQConfig(first_last_bits=None))
+    calibrate(model, [x], forward=lambda _: model.train()(x))
+    written = export_model(model, tmp_path, format="onnx", samples=x)
+    assert written.verification.left_out == ("auxiliary",)
+    assert written.verification.weights == 2
+    assert "does not use the layers auxiliary with these samples" in caplog.text
+    named, shown = (list(column.cells) for column in export_table(written).columns)
+    assert shown[named.index("left out, as unused  ")] == "auxiliary"
+
+
 def test_synthetic_samples_are_called_so(model, tmp_path):
     from rich.console import Console
 
