@@ -138,7 +138,7 @@ class Decomposed(Switched):
     """
 
     owned_layers: tuple[str, ...]
-    # Classes whose forward the mixin computes.
+    # Classes whose forward the mixin computes; a mixin without any has a forward for each class that it is made for.
     stock: ClassVar[tuple[type[nn.Module], ...]] = ()
     # Names of further layers of the module, which its own forward does not call.
     other_layers: ClassVar[tuple[str, ...]] = ()
@@ -176,7 +176,8 @@ class Decomposed(Switched):
     @classmethod
     def bases_for(cls, base: type[nn.Module]) -> tuple[type[nn.Module], ...]:
         stock = cls.stock_of(base)
-        assert stock is not None
+        if stock is None:
+            return super().bases_for(base)
         # Behind subclasses of the stock class, whose super().forward then finds the mixin's.
         computed = _computed_class(cls, stock)
         return (computed,) if base is stock else (base, computed)

@@ -57,11 +57,6 @@ class ProductsByLayers(ParametersOfLayers, Decomposed):
     layers_first = False
 
     @classmethod
-    def parts_of(cls, module: nn.Module) -> dict[str, Part] | None:
-        # It takes a forward to see them.
-        return None
-
-    @classmethod
     def parts_named(cls, module: nn.Module, layers: Iterable[str]) -> dict[str, Part]:
         """The parts of the layers with these names, as far as the module has such matrices."""
         wanted = set(layers)
