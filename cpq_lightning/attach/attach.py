@@ -9,10 +9,11 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from cpq_lightning.attach.audit import forget_search, remember_search
 from cpq_lightning.attach.coverage import forget_products
-from cpq_lightning.attach.decompose import decompose, decompose_products, drop_layers, recompose
+from cpq_lightning.attach.decompose import decompose, decompose_products, decomposed_modules, drop_layers, recompose
 from cpq_lightning.attach.deploy import check_deploy
-from cpq_lightning.attach.find_products import Products, find_products, has_matrices
+from cpq_lightning.attach.find_products import Found, Products, changed_modules, find_products, has_matrices
 from cpq_lightning.attach.first_forward import audit_first_forwards, forget_first_forwards
 from cpq_lightning.attach.layer_callers import call_layers, leave_calls
 from cpq_lightning.attach.layers import (
@@ -153,13 +154,15 @@ def _find_products(
         return {}, {}
     try:
         found = find_products(model, example_inputs)
-    except ValueError:
+    except ValueError as error:
         if config.attention or example_inputs is not None:
             raise
-        # The audit of the first forward names what stays in full precision.
+        # The audit of the first forward names what stays in full precision, and says why.
+        remember_search(model, str(error))
         return {}, {}
     if not found.matrices:
         return found.products if config.attention else {}, {}
+    before = find_products(model, example_inputs, record=found.matrices)
     decompose_products(model, found.matrices)
     layers = {
         f"{name}.{layer}".lstrip("."): model.get_submodule(name).get_submodule(layer)
@@ -171,8 +174,31 @@ def _find_products(
     # An embedding whose weight a layer multiplies by may be left out with that layer.
     tied = {tied.name: tied.module for tied in tied_to_layers(model)} if left_out else {}
     drop_layers(model, left_out)
-    # Again, because products with a matrix no longer count among those of their module.
-    return find_products(model, example_inputs).products if config.attention else {}, {**left_out, **tied}
+    products = _drop_changed(model, before, example_inputs)
+    return products if config.attention else {}, {**left_out, **tied}
+
+
+def _drop_changed(model: nn.Module, before: Found, example_inputs: Any) -> dict[str, Products]:
+    """Undo the layers for matrices in modules that compute something else with them, such as one that calls all its
+    children; return the products of activations.
+    """
+    while True:
+        products: dict[str, Products] = {}
+        try:
+            after = find_products(model, example_inputs, record=before.calls)
+            products, changed, reason = after.products, changed_modules(before, after), "returns something else"
+        except ValueError as error:
+            changed, reason = list(before.calls), f"fails ({error})"
+        owners = dict(decomposed_modules(model))
+        dropped = [f"{n}.{layer}".lstrip(".") for n in changed if n in owners for layer in owners[n].owned_layers]
+        if not dropped:
+            return products
+        warnings.warn(
+            f"The products with {', '.join(dropped)} stay in full precision: with layers for these Parameters, the "
+            f"forward {reason}. Does it call all its children, or write to a copy of a Parameter?",
+            stacklevel=4,
+        )
+        drop_layers(model, dropped)
 
 
 def _attach_late(model: nn.Module, config: CPQConfig | None) -> None:
@@ -249,6 +275,7 @@ def watch(model: nn.Module) -> None:
 def unwatch(model: nn.Module) -> None:
     """Undo :func:`watch` for a model and all its submodules."""
     forget_first_forwards(model)
+    forget_search(model)
     forget_products(model)
     for module in model.modules():
         for handle, hook in list(module._forward_pre_hooks.items()):

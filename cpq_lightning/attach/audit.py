@@ -58,6 +58,21 @@ def unaudited() -> Iterator[None]:
         _UNAUDITED.reset(token)
 
 
+# Attribute of an attached model: see AuditReport.unsearched.
+_UNSEARCHED = "_cpq_unsearched"
+
+
+def remember_search(model: nn.Module, failure: str) -> None:
+    """Record why no forward showed what an attached model multiplies without a layer."""
+    model.__dict__[_UNSEARCHED] = failure
+
+
+def forget_search(model: nn.Module) -> None:
+    """Undo :func:`remember_search`, for a model and all its submodules."""
+    for module in model.modules():
+        module.__dict__.pop(_UNSEARCHED, None)
+
+
 @dataclass
 class AuditReport:
     """The findings of one audited forward.
@@ -79,6 +94,7 @@ class AuditReport:
         numel: Elements of one sample, by name of the activation quantizer that quantizes them.
         products: Multiply-accumulates of all calls, and of those with both operands quantized, by name of the innermost
             module whose code multiplies.
+        unsearched: Why no forward showed products with Parameters when the model was attached; empty if one did.
     """
 
     never_called: list[str] = field(default_factory=list)
@@ -91,6 +107,7 @@ class AuditReport:
     numel: dict[str, int] = field(default_factory=dict)
     weights: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
     products: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unsearched: str = ""
 
     def messages(self, forward: str = "the first forward") -> list[str]:
         """One sentence for each kind of finding; ``forward`` names the audited forward."""
@@ -107,9 +124,8 @@ class AuditReport:
                 for where, op, what in self.unquantized
             ]
             messages.append(
-                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {listed(lines)}. "
-                "Products with a Parameter that is no layer's weight are found in a forward: give attach(..., "
-                "example_inputs=batch), or set the LightningModule's example_input_array."
+                f"{len(lines)} matrix products with a weight stayed unquantized in {forward}: {listed(lines)}."
+                + (f" Products with a Parameter were not searched for. {self.unsearched}" if self.unsearched else "")
             )
         if self.lookups:
             lines = [f"{where or 'the model itself'} (the weight of {layer})" for where, layer in self.lookups]
@@ -154,7 +170,7 @@ class Audit(TorchFunctionMode, Watcher):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model = unwrapped(model)
-        self.report = AuditReport()
+        self.report = AuditReport(unsearched=self.model.__dict__.get(_UNSEARCHED, ""))
         self._names = {module: name for name, module in model.named_modules()}
         self._called: set[nn.Module] = set()
         self._left_out = _left_out(model)

@@ -17,6 +17,13 @@ class Switched(nn.Module):
     mixin: ClassVar[type[Switched]]
     base_class: ClassVar[type[nn.Module]]
 
+    # What the name of a class that is made begins with.
+    name_prefix: ClassVar[str] = "Quantized"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A module's class may register its subclasses, or want arguments for them: what is made here is none of them.
+        pass
+
     @classmethod
     def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
         """Additional attributes of the class that is made for ``base``."""
@@ -56,7 +63,7 @@ def switched_class(mixin: type[S], base: type[nn.Module]) -> type[S]:
             "__doc__": base.__doc__,
         }
         namespace |= mixin.made_for(base)
-        made = type(f"Quantized{base.__name__}", mixin.bases_for(base), namespace)
+        made = type(f"{mixin.name_prefix}{base.__name__}", mixin.bases_for(base), namespace)
         _classes[mixin, base] = cast("type[Switched]", made)
     return cast("type[S]", _classes[mixin, base])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -147,15 +148,18 @@ def parts_in(module: Decomposed) -> dict[str, Part]:
     return {name: layer.part for name, layer in layers.items() if isinstance(layer, ParameterLayer)}
 
 
-def own_all_weights(model: nn.Module, layers: Iterable[str]) -> None:
+def own_all_weights(model: nn.Module, layers: Iterable[str], matrices: bool = True) -> None:
     """Decompose the modules that the named layers belong to, and give all layers of these their own weights.
 
     Args:
         model: A model that is not quantized.
         layers: Names of layers; modules that are decomposed already are left alone.
+        matrices: Whether layers for matrices that a forward multiplies by get their own weights too; else these stay
+            Parameters of their modules, which a forward may reach in many ways.
     """
     for module in decompose_for(model, layers):
-        own_weights(module)
+        if matrices or not isinstance(module, ProductsByLayers):
+            own_weights(module)
 
 
 def with_own_weights(model: nn.Module, shapes: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
@@ -175,19 +179,13 @@ def with_own_weights(model: nn.Module, shapes: Mapping[str, Any], layers: Iterab
         elif module is not None and (found := _parts_for(module, names)) is not None:
             owners[owner] = found[1]
     for owner, parts in owners.items():
-        prefix = f"{owner}." if owner else ""
+        prefixes = [f"{name}." if name else "" for name, module in modules.items() if module is modules[owner]]
         keys = {key for part in parts.values() for key in (part.weight, part.bias) if key is not None}
         # What an embedding inside of it has too is tied to the layer.
         keys = {key for key in keys if not reads_itself(modules[owner], holder_of(modules[owner], key)[0])}
-        for key in keys:
+        for prefix, key in itertools.product(prefixes, keys):
             # Also the tensors that a parametrization or a pruning mask computes it from.
-            of_key = (
-                f"{prefix}{key}",
-                f"{prefix}{key}_orig",
-                f"{prefix}{key}_mask",
-                f"{prefix}{key}_g",
-                f"{prefix}{key}_v",
-            )
+            of_key = {f"{prefix}{key}{ending}" for ending in ("", "_orig", "_mask", "_g", "_v")}
             for name in [n for n in changed if n in of_key or n.startswith(f"{prefix}parametrizations.{key}.")]:
                 del changed[name]
         changed |= shapes_with_own_weights(owner, parts, modules[owner])

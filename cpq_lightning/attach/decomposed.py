@@ -130,6 +130,15 @@ def whole_parameter(layer: nn.Module) -> nn.Parameter | None:
     return parameter if whole else None
 
 
+def store_weight(layer: nn.Module, weight: nn.Parameter) -> None:
+    """Make a Parameter of shape (outputs, inputs) the weight of a linear layer, or of any other layer."""
+    if not isinstance(layer, ParameterLayer):
+        layer.weight = weight
+        return
+    holder, name = holder_of(layer.owner, layer.part.weight)
+    holder._parameters[name] = nn.Parameter(weight.detach().t().contiguous()) if layer.part.transposed else weight
+
+
 class Decomposed(Switched):
     """Base of the mixins that compute a module's forward through its layers.
 

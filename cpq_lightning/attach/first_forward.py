@@ -147,7 +147,7 @@ def report_audit(model: nn.Module, report: AuditReport, evaluation: bool = False
     forward = "the first forward in evaluation" if evaluation else "the first forward"
     reported: set[Any] = unwrapped(model).__dict__.setdefault(_SAID, set())
     names = ("never_called", "unquantized", "activation_products", "overlooked", "lookups")
-    new = AuditReport(weights=report.weights)
+    new = AuditReport(weights=report.weights, unsearched=report.unsearched)
     for name in names[1:] if evaluation else names:
         setattr(new, name, [finding for finding in getattr(report, name) if (name, finding) not in reported])
         reported.update((name, finding) for finding in getattr(new, name))

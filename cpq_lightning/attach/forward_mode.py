@@ -14,7 +14,7 @@ class ForwardMode(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._with_gradients = torch.is_grad_enabled()
+        self.started_with_gradients = torch.is_grad_enabled()
 
     def refuse_reentrant_checkpoint(self) -> None:
         """Refuse a product in a part of the forward that ``checkpoint(..., use_reentrant=True)`` runs.
@@ -25,7 +25,7 @@ class ForwardMode(TorchFunctionMode):
         Raises:
             RuntimeError: with what to do instead.
         """
-        if not self._with_gradients or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.started_with_gradients or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         frame = sys._getframe(1)
         while frame is not None:

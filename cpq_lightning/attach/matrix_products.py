@@ -57,13 +57,16 @@ def as_layer_call(
     """
     if kwargs.get("out") is not None:
         return None
+    call = None
     if func in _BINARY:
-        return _of_two(func, args, kwargs, is_matrix)
-    if func in _ADDING:
-        return _adding(func, args, kwargs, is_matrix)
-    if func is torch.einsum:
-        return _of_einsum(args, is_matrix)
-    return None
+        call = _of_two(func, args, kwargs, is_matrix)
+    elif func in _ADDING:
+        call = _adding(func, args, kwargs, is_matrix)
+    elif func is torch.einsum:
+        call = _of_einsum(args, is_matrix)
+    # A sparse input cannot be quantized, and the weight of a layer is real.
+    usable = call is not None and call.input.layout is torch.strided and not call.input.is_complex()
+    return call if usable else None
 
 
 def follow_matrix(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
@@ -100,7 +103,7 @@ def _of_two(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_matrix:
     summed = _BINARY[func]
     bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if func is F.linear else None
     if is_matrix(right) and not is_matrix(left):
-        finish = _unchanged if bias is None else lambda out: out + bias
+        finish = _unchanged if bias is None else lambda out: out + bias.to(out.dtype)
         return LayerCall(right, summed == 1, left, finish)
     if not is_matrix(left) or is_matrix(right) or bias is not None:
         return None
@@ -133,7 +136,9 @@ def _adding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_matrix:
     def finish(out: Tensor) -> Tensor:
         product = call.finish(out)
         product = product if alpha == 1 else alpha * product
-        return product if beta == 0 else added + product if beta == 1 else beta * added + product
+        # Under autocast, the product has another type.
+        given = added.to(out.dtype)
+        return product if beta == 0 else given + product if beta == 1 else beta * given + product
 
     return call._replace(finish=finish)
 

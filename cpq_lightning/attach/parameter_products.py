@@ -12,15 +12,17 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cpq_lightning.attach.class_switch import Switched, switch_class
 from cpq_lightning.attach.decomposed import Decomposed, ParameterLayer, Part, holder_of, reads_itself
 from cpq_lightning.attach.matrix_products import as_layer_call, follow_matrix
-from cpq_lightning.attach.weight_readers import ReadQuantized
+from cpq_lightning.attach.weight_readers import ReadQuantized, writes
 
 _LINEAR, _MATMUL = "_linear", "_matmul"
 # Attribute of a module whose Parameters have become weights of layers: the layers, and whether they are transposed.
@@ -55,6 +57,8 @@ class ProductsByLayers(ParametersOfLayers, Decomposed):
     """Mixin whose forward calls layers instead of multiplying by the module's matrices."""
 
     layers_first = False
+    # Code of its own may go by the name of its class.
+    name_prefix = ""
 
     @classmethod
     def parts_named(cls, module: nn.Module, layers: Iterable[str]) -> dict[str, Part]:
@@ -75,9 +79,12 @@ class ProductsByLayers(ParametersOfLayers, Decomposed):
     def made_for(cls, base: type[nn.Module]) -> dict[str, Any]:
         @functools.wraps(base.forward)
         def forward(self: ProductsByLayers, *args: Any, **kwargs: Any) -> Any:
+            if "owned_layers" not in self.__dict__:
+                # Built from the class of a decomposed module.
+                return base.forward(self, *args, **kwargs)
             self.claim_layers()
             # A parametrization computes a new tensor each time that the forward reads the Parameter.
-            with parametrize.cached():
+            with parametrize.cached() if self._has_computed() else nullcontext():
                 calling = _Calling(self)
                 # Not in __enter__: torch 2.8 compiles only modes that use TorchFunctionMode's __enter__ and __exit__.
                 _running.modes.append(calling)
@@ -88,6 +95,11 @@ class ProductsByLayers(ParametersOfLayers, Decomposed):
                     _running.modes.pop()
 
         return {"forward": forward}
+
+    def _has_computed(self) -> bool:
+        """Whether a matrix is computed, as by a parametrization."""
+        layers = (self._modules[name] for name in self.owned_layers)
+        return any(isinstance(layer, ParameterLayer) and layer.parameter is None for layer in layers)
 
     def leave_parameters(self, parts: Mapping[str, Part]) -> None:
         """Make the weights of the layers what is read as the module's Parameters."""
@@ -140,11 +152,18 @@ class _Read:
             return tensor
         return quantizer(tensor) if self.as_weight else quantizer(tensor.t()).t()
 
+    @property
+    def active(self) -> bool:
+        """Whether the layer quantizes anything."""
+        quantizers = (self.layer._modules.get(name) for name in ("weight_quantizer", "input_quantizer"))
+        return any(quantizer is not None and quantizer.active for quantizer in quantizers)
+
 
 class _Calling(ReadQuantized):
     """Function mode in which products with the matrices of a module call its layers.
 
-    Where a matrix is multiplied in another way, or is read by another operation, it is read quantized.
+    Where a matrix is multiplied in another way, or is read by another operation, it is read quantized. Where gradients
+    are disabled within the forward it is not, because such code may write the result back, as of a normalization.
     """
 
     def __init__(self, module: ProductsByLayers) -> None:
@@ -160,6 +179,9 @@ class _Calling(ReadQuantized):
             if key in holder._parameters:
                 known.append((getattr(holder, key), _Read(layer, as_weight=True, quantized=False)))
         super().__init__(known)
+        # The matrices themselves come first; what follows are views and copies of them.
+        self.stored = len(known)
+        self.transposed: dict[tuple[int, bool], Tensor] = {}
 
     def recognize(self, tensor: Tensor, layer: nn.Module | None, as_weight: bool) -> None:
         """See :func:`announce`."""
@@ -172,24 +194,45 @@ class _Calling(ReadQuantized):
         kwargs = kwargs or {}
         if not self._reads((args, kwargs)):
             return func(*args, **kwargs)
-        first = self._read_of(args[0]) if args else None
-        transposes = None if first is None else follow_matrix(func, args, kwargs)
-        if first is not None and transposes is not None:
-            out = func(*args, **kwargs)
-            self.weights.append((out, _Read(first.layer, first.as_weight != transposes, first.quantized)))
-            return out
+        index = self._index(args[0]) if args else -1
+        if index >= 0:
+            transposes = follow_matrix(func, args, kwargs)
+            if transposes is not None:
+                return self._follow(index, transposes, func, args, kwargs)
+            if index >= self.stored and writes(func):
+                # A copy that is written to no longer has the values of the matrix.
+                del self.weights[index]
+                self.transposed.clear()
+                return self.__torch_function__(func, types, args, kwargs)
         call = as_layer_call(func, args, kwargs, self._is_matrix)
-        read = None if call is None else self._read_of(call.matrix)
+        read: Any = None if call is None else self.weights[self._index(call.matrix)][1]
         if call is None or read is None or call.outputs_first != read.as_weight:
+            if self.started_with_gradients and not torch.is_grad_enabled():
+                return func(*args, **kwargs)
             return super().__torch_function__(func, types, args, kwargs)
-        self.refuse_reentrant_checkpoint()
+        if read.active:
+            self.refuse_reentrant_checkpoint()
         return call.finish(_called(read.layer, call.input, call.matrix))
 
-    def _read_of(self, value: Any) -> Any:
-        return next((read for tensor, read in self.weights if tensor is value), None)
+    def _follow(self, index: int, transposes: bool, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function whose result has the values of a matrix."""
+        # One view serves all steps of a loop.
+        key = (index, torch.is_grad_enabled())
+        if transposes and index < self.stored and key in self.transposed:
+            return self.transposed[key]
+        out = func(*args, **kwargs)
+        read: Any = self.weights[index][1]
+        if isinstance(out, Tensor) and out.is_floating_point() and self._index(out) < 0:
+            self.weights.append((out, _Read(read.layer, read.as_weight != transposes, read.quantized)))
+            if transposes and index < self.stored:
+                self.transposed[key] = out
+        return out
+
+    def _index(self, value: Any) -> int:
+        return next((index for index, (tensor, _) in enumerate(self.weights) if tensor is value), -1)
 
     def _is_matrix(self, value: Any) -> bool:
-        return self._read_of(value) is not None
+        return self._index(value) >= 0
 
 
 def _called(layer: Any, x: Tensor, matrix: Tensor) -> Tensor:

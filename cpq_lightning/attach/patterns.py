@@ -29,9 +29,12 @@ def names_of(model: nn.Module) -> Names:
 def matches(name: str, layer: nn.Module, pattern: str) -> bool:
     """Whether a pattern of ``ignore`` or ``overrides`` matches a layer, by its dotted name or by one of its types.
 
-    A layer of a decomposed module, such as ``nn.LSTM``, is matched by patterns for that module too.
+    A layer of a decomposed module, such as ``nn.LSTM``, is matched by patterns for that module too, and a layer that is
+    a Parameter by patterns for the Parameter.
     """
     if fnmatchcase(name, pattern):
+        return True
+    if isinstance(layer, ParameterLayer) and fnmatchcase(_parameter_name(name, layer), pattern):
         return True
     owner = owner_of(layer)
     if owner is not None and matches(name.rpartition(".")[0], owner, pattern):
@@ -42,6 +45,10 @@ def matches(name: str, layer: nn.Module, pattern: str) -> bool:
     # A layer of a decomposed module is no nn.Linear to a user.
     kind = ParameterLayer if issubclass(base, ParameterLayer) else nn.Module
     return any(pattern in _type_names(cls) for cls in base.__mro__ if issubclass(cls, kind))
+
+
+def _parameter_name(name: str, layer: ParameterLayer) -> str:
+    return f"{name.rpartition('.')[0]}.{layer.part.weight}".lstrip(".")
 
 
 def _type_names(cls: type[nn.Module]) -> set[str]:

@@ -193,8 +193,9 @@ class _Quantizing(ForwardMode):
         names = [f"{product}_{side}" for product in range(first, self.made) for side in ("left", "right")]
         if not any(name in self.operands for name in names):
             return func(*args, **kwargs)
-        self.refuse_reentrant_checkpoint()
         sides = [self.operands[name] if name in self.operands else nn.Identity() for name in names]
+        if any(isinstance(part, Quantizer) and part.active for side in sides for part in side.children()):
+            self.refuse_reentrant_checkpoint()
         if fused:
             return attention(*args, **kwargs, operands=sides)
         leaves, spec, indices = flat_operands(func, args, kwargs)

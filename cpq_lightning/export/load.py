@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_lightning.attach.decompose import own_all_weights, with_own_weights
+from cpq_lightning.attach.decomposed import store_weight
 from cpq_lightning.attach.layer_callers import call_layers
 from cpq_lightning.attach.parametrized import computing, leave_computed, weight_now
 from cpq_lightning.attach.products import Operand, quantize_products
@@ -64,7 +65,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
         )
     layers, tied = content.header["layers"], content.header["tied"]
     _check_fit(network, *_described_state(content), path)
-    own_all_weights(network, _decomposed(content))
+    own_all_weights(network, _decomposed(content), matrices=False)
     call_projections(network)
     weights: dict[str, nn.Parameter] = {}
     for layer in layers:
@@ -75,7 +76,7 @@ def build(content: PackedFile, path: str | Path, model: nn.Module | None = None)
             weights[entry["codes"]] = nn.Parameter(weight)
         leave_computed(network.get_submodule(layer["name"]))
         # The existing Parameter must keep its values: an embedding may share it, in full precision.
-        network.get_submodule(layer["name"]).weight = weights[entry["codes"]]
+        store_weight(network.get_submodule(layer["name"]), weights[entry["codes"]])
     for name, source in tied.items():
         module, _, parameter = name.rpartition(".")
         setattr(network.get_submodule(module), parameter, network.get_submodule(source).weight)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from cpq_lightning import CPQConfig, attach, calibrate, coverage, detach, export_model, levels, load_quantized
-from cpq_lightning.attach import loading, quantized_layers, quantizers
+from cpq_lightning.attach import loading, parameter_products, quantized_layers, quantizers
 from cpq_lightning.attach.attach import set_active
 from cpq_lightning.attach.matrix_products import as_layer_call
 from cpq_lightning.export.packed import write_packed
@@ -392,6 +392,8 @@ def test_compiled_code_calls_the_layers(name):
 
 class Checkpointed(Matrix):
     def forward(self, x):
+        if not self.training:
+            return F.linear(x, self.weight).relu()
         return checkpoint(lambda v: F.linear(v, self.weight).relu(), x, use_reentrant=self.reentrant)
 
 
@@ -431,3 +433,175 @@ def test_functional_call_reads_the_given_matrix():
     model, x = quantized("linear")
     given = {**dict(model.named_parameters()), "0.weight": torch.zeros(6, 8), "0.bias": torch.ones(6)}
     assert (torch.func.functional_call(model, given, (x,)) - 1).abs().max() < 1
+
+
+class Children(Matrix):
+    """It calls all its children, among which a layer would be."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for child in self.children():
+            x = child(x)
+        return x @ self.weight
+
+
+class Chain(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.weight = nn.Parameter(draw(6, 3))
+
+    def forward(self, x):
+        return super().forward(x) @ self.weight
+
+
+class Rewritten(Matrix):
+    """As prototypes are normalized."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight, dim=-1))
+        return F.linear(x, self.weight)
+
+
+class Codebook(Matrix):
+    def forward(self, x):
+        with torch.no_grad():
+            nearest = (x @ self.weight.t()).argmax(-1)
+        return x + F.embedding(nearest, self.weight)
+
+
+class ByAnotherName(Matrix):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.other = self.weight
+
+    def forward(self, x):
+        return (x @ self.weight).relu() @ self.other
+
+
+class Masked(Matrix):
+    def forward(self, x):
+        weight = self.weight.clone()
+        weight.fill_diagonal_(0)
+        return x @ weight
+
+
+class Wider(Matrix):
+    def forward(self, x):
+        return F.linear(x.double(), self.weight.double())
+
+
+class Spectral(Matrix):
+    def forward(self, x):
+        return (torch.fft.fft(x, dim=1) @ self.weight.to(torch.complex64)).real
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Children, Chain, lambda: Rewritten(6, 8), lambda: Codebook(6, 8), ByAnotherName, lambda: Masked(8, 8),
+        lambda: Wider(6, 8), lambda: Spectral(8, 6),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:The products with")
+def test_what_a_layer_would_change_stays_as_it_is_and_is_named(make):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), make()).eval()
+    model = attach(copy.deepcopy(plain), CPQConfig(act_bits=None), example_inputs=X)
+    assert not any("weight_" in name or "other_" in name for name, _ in quantized_layers(model))
+    assert "stayed unquantized" in named(model, X)
+    set_active(model.eval(), False)
+    torch.testing.assert_close(model(X), plain(X), rtol=1e-6, atol=1e-6)
+    set_active(model.train(), True)
+    model(X).sum().backward()
+    assert all(p.grad is not None for _, q in quantizers(model) for p in q.parameters())
+
+
+def test_a_matrix_that_training_alone_rewrites_is_rewritten_in_full_precision():
+    class Prototypes(Rewritten):
+        def forward(self, x):
+            return super().forward(x) if self.training else F.linear(x, self.weight)
+
+    model = attach(nn.Sequential(Prototypes(6, 8)), CPQConfig(weight_bits=2, first_last_bits=None), example_inputs=X)
+    expected = F.normalize(model[0].weight.detach().clone(), dim=-1)
+    model.train()(X).sum().backward()
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+
+
+def test_a_bias_does_not_change_the_type_under_autocast():
+    model, x = quantized("linear")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype is torch.bfloat16
+
+
+def test_gradients_reach_what_the_forward_first_computes_without_them():
+    class Centered(Matrix):
+        def __init__(self):
+            super().__init__(8, 6)
+            self.inner = parametrizations.weight_norm(nn.Linear(8, 8))
+
+        def forward(self, x):
+            with torch.no_grad():
+                mean = self.inner(x).mean()
+            return (self.inner(x) - mean) @ self.weight
+
+    model = attach(nn.Sequential(Centered()), CPQConfig(ignore=["*.inner"]), example_inputs=X).train()
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model[0].inner.parameters())
+
+
+def test_a_loop_over_a_transposed_matrix_follows_one_view(monkeypatch):
+    class Loop(Matrix):
+        def forward(self, x):
+            for _ in range(50):
+                x = (x @ self.weight.t()).tanh()
+            return x
+
+    model = attach(nn.Sequential(Loop(8, 8)), CPQConfig(act_bits=None), example_inputs=X)
+    modes, init = [], parameter_products._Calling.__init__
+    monkeypatch.setattr(
+        parameter_products._Calling, "__init__", lambda mode, module: (init(mode, module), modes.append(mode))[0]
+    )
+    model(X)
+    assert [len(mode.weights) for mode in modes] == [2]
+
+
+def test_a_module_with_two_names_is_written_and_read(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = Functional(8, 8)
+            self.first.bias = nn.Parameter(draw(8))
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = calibrate(attach(Twice(), CONFIG, example_inputs=X), [X]).eval()
+    path = write_packed(model, tmp_path / "model.safetensors")
+    loaded = load_quantized(path, Twice())
+    torch.testing.assert_close(loaded(X), model(X))
+    assert loaded.first.weight.view(-1).shape == (64,)
+
+
+def test_a_pattern_may_name_the_parameter_and_a_class_keeps_its_name():
+    model = nn.Sequential(nn.Linear(8, 8), Functional(6, 8))
+    attach(model, CPQConfig(overrides={"1.weight": {"weight_bits": 3}}), example_inputs=X)
+    assert model[1].weight_linear.weight_quantizer.bits == 3
+    assert type(model[1]).__name__ == "Functional"
+    assert type(model[1])(6, 8)(X).shape == (3, 5, 6)
+
+
+def test_the_reason_why_nothing_was_searched_for_is_told():
+    class Refusing(Functional):
+        def forward(self, x):
+            if not self.training:
+                raise RuntimeError("only in training")
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(8, 8), Refusing(6, 8))
+    model.example_input_array = X
+    assert "only in training" in named(attach(model, CPQConfig()), X)
