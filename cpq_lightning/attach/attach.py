@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from cpq_lightning.attach.audit import forget_search, remember_search
@@ -285,7 +286,8 @@ def unwatch(model: nn.Module) -> None:
 
 def _advance_noise(model: nn.Module, args: object) -> None:
     """Give each training forward of the full model new DropBits gates, also if no callback counts batches."""
-    if model.training:
+    # Within a backward, activation checkpointing computes the forward again, which needs the same gates.
+    if model.training and torch._C._current_graph_task_id() == -1:
         for _, quantizer in quantizers(model):
             if quantizer.has_gates:
                 quantizer.gates.advance()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cpq_lightning import CPQConfig, attach, calibrate
+from cpq_lightning.attach.attach import set_noise_step
 from cpq_lightning.attach.audit import Audit
 from cpq_lightning.attach.layers import quantized_layers
 from tests.models import IMAGES, convnet, with_own_forward
@@ -227,3 +228,19 @@ def test_a_warning_says_where_no_layer_has_the_bits_that_the_config_asks_for(how
     said = [str(w.message) for w in caught if "first or last ones" in str(w.message)]
     assert len(said) == (nowhere is not None)
     assert nowhere is None or f"first_last_bits=8: no layer has {nowhere}. Set first_last_bits=None" in said[0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_that_is_checkpointed_whole_draws_the_same_gates_again(reentrant):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    attach(model, CPQConfig(min_bits=2, keep_prob=0.5, first_last_bits=None))
+    x = torch.randn(4, 8)
+    calibrate(model, [x]).train()
+    gradients = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        set_noise_step(model, 5)
+        given = x.clone().requires_grad_()
+        run(given).square().sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
