@@ -2,7 +2,7 @@
 
 Each is built small, with random weights (no download), attached with weights and activations at 4 bits, attention's
 products too, nothing left out; calibrated, and run backward once. Models whose package is missing are skipped, and
-their rows stay. ``results/model_coverage.md`` is written from the rows in ``results/model_coverage.json``.
+their rows stay. ``results/coverage.md`` is written from the rows in ``results/coverage.json``.
 """
 
 from __future__ import annotations
@@ -250,9 +250,7 @@ def table(rows: Mapping[str, Row]) -> str:
 
 
 def _write(rows: Mapping[str, Row]) -> None:
-    write_atomically(
-        RESULTS / "model_coverage.json", json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n"
-    )
+    write_atomically(RESULTS / "coverage.json", json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
     head = (
         "# How much of published models is quantized\n\n"
         "Each model is unchanged, small, with random weights; W4A4, attention's products too, nothing left out. Shares "
@@ -261,11 +259,11 @@ def _write(rows: Mapping[str, Row]) -> None:
         "full precision, of ours; it does not count recurrent layers. Made by `python -m benchmarks.model_coverage`, "
         f"torch {version('torch')}.\n\n"
     )
-    write_atomically(RESULTS / "model_coverage.md", head + table(rows))
+    write_atomically(RESULTS / "coverage.md", head + table(rows))
 
 
 def _read() -> dict[str, Row]:
-    path = RESULTS / "model_coverage.json"
+    path = RESULTS / "coverage.json"
     content = json.loads(path.read_text()) if path.exists() else []
     return {row["model"]: Row(**{**row, "left": [tuple(part) for part in row["left"]]}) for row in content}
 
