@@ -94,22 +94,18 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def restored(model: nn.Module, buffers: Collection[Tensor]) -> Iterator[None]:
     """Restore these buffers of a model, and the random state of its devices, on exit."""
-    saved = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in buffers]
+    saved = [(buffer, buffer.detach().clone()) for buffer in buffers]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value, version in saved:
-                # Torch refuses to write to an expanded buffer, and to one of inference mode.
-                if _version(buffer) != version:
+            for buffer, value in saved:
+                # Torch refuses to write to an expanded buffer, and to one of inference mode; versions do not show what
+                # batch norm writes.
+                if type(buffer) is not Tensor or buffer.is_meta or not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-def _version(tensor: Tensor) -> int:
-    """A number that changes when a tensor is written to; always 0 for a tensor of inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _as_mapping(model: nn.Module, inputs: Any) -> list[Call]:
