@@ -220,11 +220,12 @@ class _Finder(Audit):
         self._depending = WeakTensorKeyDictionary()
         self.mark([*model.parameters(), *model.buffers()], depending=False)
         # Tensors with the values of a matrix: the matrix, and whether it is transposed.
+        matrices = _matrices(model)
         self._matrices = WeakTensorKeyDictionary()
-        self._matrices.update((matrix, (matrix, False)) for matrix in _matrices(model))
+        self._matrices.update((matrix, (matrix, False)) for matrix in matrices)
         # The modules that multiply by a matrix, and whether its outputs come first there.
         self._uses: dict[nn.Parameter, set[tuple[nn.Module | None, bool]]] = {}
-        self._versions = {matrix: matrix._version for matrix in _matrices(model)}
+        self._versions = {matrix: matrix._version for matrix in matrices}
 
     def mark(self, values: Any, depending: bool) -> None:
         """Record whether tensors depend on the input."""

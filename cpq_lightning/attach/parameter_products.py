@@ -206,7 +206,7 @@ class _Calling(ReadQuantized):
                 return self.__torch_function__(func, types, args, kwargs)
         call = as_layer_call(func, args, kwargs, self._is_matrix)
         read: Any = None if call is None else self.weights[self._index(call.matrix)][1]
-        if call is None or read is None or call.outputs_first != read.as_weight:
+        if call is None or call.outputs_first != read.as_weight:
             if self.started_with_gradients and not torch.is_grad_enabled():
                 return func(*args, **kwargs)
             return super().__torch_function__(func, types, args, kwargs)
